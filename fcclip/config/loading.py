@@ -1,0 +1,144 @@
+"""From a YAML file and KEY VALUE pairs to a checked config."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from fcclip.config.defaults import WITHOUT_EFFECT, get_cfg
+from fcclip.config.files import find_config
+
+logger = logging.getLogger(__name__)
+
+
+def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
+    """The config of a YAML file: defaults, then its `_BASE_` chain, then the file, then `overrides`; frozen.
+
+    Args:
+        path: a YAML file, or the name of a shipped one ("shapes/fcclip_shapes.yaml"). A `_BASE_` is relative to its
+            file.
+        overrides: KEY, VALUE, KEY, VALUE, …; values as on the command line (strings that read as Python literals are
+            parsed).
+
+    Raises:
+        FileNotFoundError: the file or a base does not exist.
+        ValueError: broken or unsafe YAML, unknown key (with the nearest known one), value of a wrong type (with the
+            full path), a KEY without a VALUE.
+    """
+    source = find_config(path)
+    cfg = get_cfg()
+    for key, value in _flatten(_read(source, chain=())):
+        _assign(cfg, key, value, where=str(path))
+    if len(overrides) % 2:
+        raise ValueError(
+            f"overrides come in pairs KEY VALUE, got {len(overrides)} words: {' '.join(map(str, overrides))}"
+        )
+    for key, value in zip(overrides[::2], overrides[1::2]):
+        _assign(cfg, str(key), _parse(value) if isinstance(value, str) else value, where="command line")
+    unused = keys_without_effect(source)
+    if unused:
+        logger.info("keys of %s without effect: %s", path, ", ".join(f"{key} ({why})" for key, why in unused.items()))
+    cfg.freeze()
+    return cfg
+
+
+def keys_without_effect(path: str | Path) -> dict[str, str]:
+    """The keys that a YAML file (with its bases) sets although nothing reads them, each with the reason."""
+    found = {}
+    for key, _ in _flatten(_read(find_config(path), chain=())):
+        for name, why in WITHOUT_EFFECT.items():
+            if key == name or key.startswith(name + "."):
+                found[key] = why
+    return found
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict:
+    """The mapping of a YAML file merged over its bases."""
+    if path.resolve() in chain:
+        raise ValueError(f"{path}: _BASE_ leads back to itself: {' -> '.join(map(str, [*chain, path]))}")
+    try:
+        own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a plain YAML file: {error}. Python objects in YAML are not read.") from error
+    if not isinstance(own, dict):
+        raise ValueError(f"{path}: expected a mapping of keys at the top, got {type(own).__name__}")
+    bases = own.pop("_BASE_", [])
+    merged: dict = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        base_path = path.parent / Path(base).expanduser()
+        if not base_path.is_file():
+            raise FileNotFoundError(f"{path}: its _BASE_ '{base}' does not exist (looked at {base_path})")
+        _update(merged, _read(base_path, (*chain, path.resolve())))
+    _update(merged, own)
+    return merged
+
+
+def _update(target: dict, source: Mapping) -> None:
+    for key, value in source.items():
+        if isinstance(value, dict) and isinstance(target.get(key), dict):
+            _update(target[key], value)
+        else:
+            target[key] = value
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _parse(value) if isinstance(value, str) else value
+
+
+def _all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _all_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _parse(text: str) -> Any:
+    """The Python literal that a string spells, else the string itself; the rule of detectron2's configs."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _assign(cfg: CfgNode, key: str, value: Any, *, where: str) -> None:
+    *parents, name = key.split(".")
+    node = cfg
+    for parent in parents:
+        node = node.get(parent) if isinstance(node, CfgNode) else None
+    if not isinstance(node, CfgNode) or name not in node:
+        known = list(_all_keys(cfg))
+        by_last = {one.rsplit(".", 1)[-1]: one for one in known}
+        close = difflib.get_close_matches(key, known, n=1) or [
+            by_last[one] for one in difflib.get_close_matches(name, by_last, n=1)
+        ]
+        hint = f" Did you mean '{close[0]}'?" if close else ""
+        raise ValueError(f"{where}: unknown key '{key}'.{hint}")
+    default = node[name]
+    if isinstance(default, CfgNode):
+        raise ValueError(f"{where}: '{key}' is a group of keys ({', '.join(default)}), got the value {value!r}")
+    node[name] = _convert(value, default, key, where)
+
+
+def _convert(value: Any, default: Any, key: str, where: str) -> Any:
+    if default is None or value is None or type(value) is type(default):
+        return value
+    if isinstance(default, (tuple, list)) and isinstance(value, (tuple, list)):
+        return type(default)(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    expected = {tuple: "list", list: "list"}.get(type(default), type(default).__name__)
+    raise ValueError(f"{where}: '{key}' takes a {expected} (default {default!r}), got {type(value).__name__} {value!r}")

@@ -1,0 +1,27 @@
+"""Names become code here and nowhere else."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+def lookup(kind: str, name: str, known: Mapping[str, Value]) -> Value:
+    """The entry of `known` called `name`.
+
+    Args:
+        kind: what the names stand for, used in the error: "data set", "backbone".
+        name: the wanted name, as written in the config.
+        known: every name there is.
+
+    Raises:
+        ValueError: `name` is not in `known`; the message gives the nearest neighbour and what exists.
+    """
+    if name in known:
+        return known[name]
+    close = difflib.get_close_matches(str(name), known, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise ValueError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(sorted(known)) or 'none'}.")

@@ -1,0 +1,44 @@
+"""From files on the disk to batches for the model.
+
+catalog.py       DATASETS, get_dataset: every data set by name
+dataset.py       Dataset: what the catalog holds
+datasets/        one module a family of data sets, and the readers they share
+images.py        reading pictures and id PNGs, with errors that name the file
+transforms.py    geometry of the published augmentation and of the test-time resize
+mappers.py       from a record to a sample, for training and for testing
+samplers.py      which record comes when
+transport.py     how records and batches travel between processes
+vocabularies.py  dataset_vocabulary: the words of a data set
+loaders.py       build_train_loader, build_test_loader
+shapes_world.py  renderer of the shapes world
+"""
+
+from fcclip.data.catalog import DATASETS, Dataset, get_dataset, root_folder
+from fcclip.data.images import image_size, read_id_map, read_image
+from fcclip.data.loaders import TestLoader, TrainLoader, build_test_loader, build_train_loader
+from fcclip.data.mappers import MAPPERS, build_test_mapper, build_train_mapper
+from fcclip.data.samplers import inference_share
+from fcclip.data.transforms import LargeScaleJitter, resize_image, shortest_edge_size
+from fcclip.data.vocabularies import dataset_vocabulary
+
+__all__ = [
+    "DATASETS",
+    "MAPPERS",
+    "Dataset",
+    "LargeScaleJitter",
+    "TestLoader",
+    "TrainLoader",
+    "build_test_loader",
+    "build_test_mapper",
+    "build_train_loader",
+    "build_train_mapper",
+    "dataset_vocabulary",
+    "get_dataset",
+    "image_size",
+    "inference_share",
+    "read_id_map",
+    "read_image",
+    "resize_image",
+    "root_folder",
+    "shortest_edge_size",
+]

@@ -1,0 +1,54 @@
+"""What the catalog holds: a named data set whose files are read only when its records are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from fcclip.data.images import image_size
+
+__all__ = ["Dataset"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set: what its classes are and where its files should be; nothing is read before `records`.
+
+    Args:
+        name: the name it is registered under.
+        metadata: detectron2's names: `stuff_classes` (every class, canonical names), `thing_classes`,
+            `thing_dataset_id_to_contiguous_id`, `stuff_dataset_id_to_contiguous_id` (every id), `ignore_label`,
+            `evaluator_type`, and the folders and files of its kind (`image_root`, `sem_seg_root`, `panoptic_root`,
+            `panoptic_json`, `json_file`).
+        load: reads the list of records from the disk.
+        vocabulary: name of the built-in vocabulary; a contiguous class id is a position in it.
+    """
+
+    name: str
+    metadata: dict[str, Any]
+    load: Callable[[], list[dict]]
+    vocabulary: str
+
+    def records(self) -> list[dict]:
+        """One dict a picture: `file_name, image_id, height, width` and the ground truth of its kind.
+
+        Sizes that the annotation file does not give are read from the headers of the pictures.
+
+        Raises:
+            FileNotFoundError: a folder, file or picture is not where it should be.
+            ValueError: an annotation file is broken, or there is not one record.
+        """
+        records = self.load()
+        if not records:
+            raise ValueError(f"data set '{self.name}' has no records: {self._source()} lists no picture.")
+        unsized = [record for record in records if "height" not in record]
+        with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
+            for record, (height, width) in zip(unsized, pool.map(image_size, [r["file_name"] for r in unsized])):
+                record.update(height=height, width=width)
+        return records
+
+    def _source(self) -> str:
+        return self.metadata.get("panoptic_json") or self.metadata.get("image_root") or "its source"

@@ -1,0 +1,14 @@
+"""One module a family of data sets, and the readers they share.
+
+metadata.py          class_metadata: detectron2's class names and id maps of a vocabulary
+panoptic.py          panoptic_dataset: COCO panoptic JSON with id PNGs, for every family that has them
+semantic.py          semantic_dataset: two folders of pictures and label maps, paired by file name
+coco.py              COCO 2017
+ade20k.py            ADE20K with 150 and with 847 classes
+cityscapes.py        Cityscapes
+mapillary_vistas.py  Mapillary Vistas v1.2
+pascal.py            Pascal Context with 59 and 459 classes, Pascal VOC with 20 and 21
+shapes.py            the shapes world of this project
+
+A builder takes the root folder, the name and the split, and returns a `Dataset`; it reads no file of the data set.
+"""

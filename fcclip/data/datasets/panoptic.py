@@ -1,0 +1,151 @@
+"""Reader of the COCO panoptic format: one JSON file, a folder of id PNGs, a folder of pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fcclip.data.dataset import Dataset
+from fcclip.data.datasets.metadata import class_metadata
+from fcclip.vocabulary import Vocabulary
+
+__all__ = ["panoptic_dataset", "read_panoptic_json"]
+
+WHERE_DATA_IS = (
+    "Data sets are looked for below $DETECTRON2_DATASETS, else below the folder 'datasets'; "
+    "datasets/README.md shows the layout."
+)
+
+
+def panoptic_dataset(
+    *,
+    name: str,
+    vocabulary: str,
+    evaluator_type: str,
+    image_root: Path,
+    panoptic_root: Path,
+    panoptic_json: Path,
+    sem_seg_root: Path,
+    json_file: Path | None,
+    ignore_label: int = 255,
+    image_id: Callable[[Any], Any] = lambda value: value,
+    image_file: Callable[[dict], str] = lambda annotation: f"{PurePosixPath(annotation['file_name']).stem}.jpg",
+    sem_seg_file: Callable[[dict], str] = lambda annotation: annotation["file_name"],
+) -> Dataset:
+    """A data set in the COCO panoptic format.
+
+    Args:
+        name: as registered.
+        vocabulary: name of the built-in vocabulary that the category ids of the JSON belong to.
+        evaluator_type: which evaluators run on it.
+        image_root, panoptic_root, panoptic_json, sem_seg_root: pictures, id PNGs, annotations, semantic label maps.
+        json_file: instance annotations for average precision; None: the data set has none.
+        ignore_label: value of unlabelled pixels in the semantic label maps.
+        image_id: from the `image_id` of the JSON to that of the record.
+        image_file: from an annotation to its picture below `image_root`; default: the same stem, `.jpg`.
+        sem_seg_file: from an annotation to its label map below `sem_seg_root`; default: the same file name.
+    """
+    words = Vocabulary.builtin(vocabulary)
+    metadata = {
+        **class_metadata(words),
+        "ignore_label": ignore_label,
+        "evaluator_type": evaluator_type,
+        "image_root": str(image_root),
+        "panoptic_root": str(panoptic_root),
+        "panoptic_json": str(panoptic_json),
+        "sem_seg_root": str(sem_seg_root),
+        "json_file": None if json_file is None else str(json_file),
+        "label_divisor": 1000,
+    }
+
+    def files(annotation: dict) -> dict[str, str]:
+        return {
+            "file_name": f"{image_root}/{image_file(annotation)}",
+            "pan_seg_file_name": f"{panoptic_root}/{annotation['file_name']}",
+            "sem_seg_file_name": f"{sem_seg_root}/{sem_seg_file(annotation)}",
+        }
+
+    load = partial(read_panoptic_json, name, panoptic_json, vocabulary=words, image_id=image_id, files=files)
+    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary)
+
+
+def read_panoptic_json(
+    name: str,
+    path: Path,
+    *,
+    vocabulary: Vocabulary,
+    image_id: Callable[[Any], Any],
+    files: Callable[[dict], dict[str, str]],
+) -> list[dict]:
+    """The records of a panoptic JSON file, in the order of its `annotations`.
+
+    Args:
+        name: of the data set, for messages.
+        path: the JSON file.
+        vocabulary: contiguous ids are positions in it.
+        image_id: from the `image_id` of the JSON to that of the record.
+        files: from an annotation to the record's file names.
+
+    Returns:
+        Dicts with `file_name, pan_seg_file_name, sem_seg_file_name, image_id, segments_info`, and `height, width` where
+        the JSON gives them. A segment keeps its fields; `category_id` becomes contiguous, `isthing` is added.
+
+    Raises:
+        FileNotFoundError: the file, or a picture or id PNG of the first record, does not exist.
+        ValueError: the file is no complete panoptic JSON, or holds a category id that is not in the vocabulary.
+    """
+    where = f"data set '{name}': {path}"
+    content = _read_json(where, path)
+    sizes = {str(image.get("id")): image for image in content.get("images") or ()}  # ids: numbers here, strings there
+    classes = {entry.id: (index, entry.thing) for index, entry in enumerate(vocabulary.classes)}
+    records = []
+    for annotation in content["annotations"]:
+        try:
+            record = {**files(annotation), "image_id": image_id(annotation["image_id"])}
+            record["segments_info"] = [
+                _segment(where, annotation, segment, classes, vocabulary) for segment in annotation["segments_info"]
+            ]
+        except KeyError as error:
+            raise ValueError(f"{where}: annotation {len(records)} has no {error}. {_NOT_PANOPTIC}") from error
+        size = sizes.get(str(annotation["image_id"]), {})
+        if size.get("height") and size.get("width"):
+            record.update(height=size["height"], width=size["width"])
+        records.append(record)
+    for kind, key in (("picture", "file_name"), ("id PNG", "pan_seg_file_name")):
+        if records and not Path(records[0][key]).is_file():
+            missing = records[0][key]
+            raise FileNotFoundError(f"{where} lists the {kind} {missing}, which does not exist. {WHERE_DATA_IS}")
+    return records
+
+
+_NOT_PANOPTIC = "Expected COCO panoptic annotations: image_id, file_name and segments_info with id and category_id."
+
+
+def _read_json(where: str, path: Path) -> dict:
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where} does not exist. {WHERE_DATA_IS}") from error
+    except ValueError as error:
+        raise ValueError(
+            f"{where} is not valid JSON ({path.stat().st_size} bytes): {error}. "
+            "It may have been cut off; copy or prepare it again."
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise ValueError(f"{where} has no list 'annotations'. {_NOT_PANOPTIC}")
+    return content
+
+
+def _segment(where: str, annotation: dict, segment: dict, classes: dict, vocabulary: Vocabulary) -> dict:
+    if segment["category_id"] not in classes:
+        ids = [entry.id for entry in vocabulary.classes]
+        raise ValueError(
+            f"{where}: segment {segment['id']} of {annotation['file_name']} has category_id {segment['category_id']}, "
+            f"which is not in vocabulary '{vocabulary.name}' ({len(ids)} classes, ids {min(ids)}..{max(ids)}). "
+            "Check that this JSON belongs to this data set; leave segments without a class out of segments_info."
+        )
+    index, thing = classes[segment["category_id"]]
+    return {**segment, "category_id": index, "isthing": thing}

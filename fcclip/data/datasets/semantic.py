@@ -1,0 +1,74 @@
+"""Reader of semantic data sets: a folder of pictures and a folder of label maps, paired by file name."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+from fcclip.data.dataset import Dataset
+from fcclip.data.datasets.metadata import class_metadata
+from fcclip.data.datasets.panoptic import WHERE_DATA_IS
+from fcclip.vocabulary import Vocabulary
+
+__all__ = ["read_folder_pair", "semantic_dataset"]
+
+logger = logging.getLogger(__name__)
+
+
+def semantic_dataset(
+    *,
+    name: str,
+    vocabulary: str,
+    image_root: Path,
+    sem_seg_root: Path,
+    ignore_label: int = 255,
+    image_ext: str = "jpg",
+    gt_ext: str = "png",
+) -> Dataset:
+    """A data set whose label maps hold contiguous class ids.
+
+    Args:
+        name: as registered.
+        vocabulary: name of the built-in vocabulary.
+        image_root, sem_seg_root: the two folders; sub-folders are not entered.
+        ignore_label: value of unlabelled pixels.
+        image_ext, gt_ext: file-name endings without the dot.
+    """
+    metadata = {
+        **class_metadata(Vocabulary.builtin(vocabulary)),
+        "ignore_label": ignore_label,
+        "evaluator_type": "sem_seg",
+        "image_root": str(image_root),
+        "sem_seg_root": str(sem_seg_root),
+        "gt_ext": gt_ext,
+    }
+    load = partial(read_folder_pair, name, image_root, sem_seg_root, image_ext=image_ext, gt_ext=gt_ext)
+    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary)
+
+
+def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_ext: str, gt_ext: str) -> list[dict]:
+    """Records `file_name, sem_seg_file_name, image_id` (the stem), sorted by stem.
+
+    A file without a partner is left out, and a warning says how many there are.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+    """
+    pictures, labels = _files_by_stem(name, image_root, image_ext), _files_by_stem(name, sem_seg_root, gt_ext)
+    stems = sorted(pictures.keys() & labels.keys())
+    alone = len(pictures) + len(labels) - 2 * len(stems)
+    if alone:
+        logger.warning(
+            "data set '%s': %d of %d pictures in %s and %d label maps in %s have no partner of the same name; left out",
+            *(name, alone, len(pictures), image_root, len(labels), sem_seg_root),
+        )
+    return [
+        {"file_name": str(pictures[stem]), "sem_seg_file_name": str(labels[stem]), "image_id": stem} for stem in stems
+    ]
+
+
+def _files_by_stem(name: str, folder: Path, extension: str) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
+    return {path.name[: -len(extension) - 1]: path for path in folder.iterdir() if path.name.endswith(f".{extension}")}

@@ -1,0 +1,127 @@
+"""Which record comes when: pure index streams, the same in every process and whatever the number of workers.
+
+In training every sample has a position: its place in one endless stream that all ranks share. The stream depends on the
+seed alone, and what is drawn for a sample on seed and position, so any batch can be made again without those before it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+__all__ = ["SAMPLERS", "Draw", "TrainingBatches", "inference_batches", "inference_share", "permutation_stream"]
+
+
+class Draw(NamedTuple):
+    """One training sample: its position in the stream, and the record that stands there."""
+
+    position: int
+    record: int
+
+
+def permutation_stream(num_records: int, seed: int) -> Iterator[int]:
+    """Endless: one permutation of all records after the other, from one torch generator, as detectron2 draws them."""
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    while True:
+        yield from torch.randperm(num_records, generator=generator).tolist()
+
+
+SAMPLERS: dict[str, Callable[[int, int], Iterator[int]]] = {
+    "TrainingSampler": permutation_stream,
+}
+
+
+class TrainingBatches:
+    """Endless batches of one rank, which takes one of every `world_size` draws of the shared stream.
+
+    Args:
+        stream: (number of records, seed) -> endless record indices.
+        num_records: how many records there are.
+        seed: the same on every rank.
+        batch_size: samples a batch of this rank.
+        rank, world_size: of how many processes this is which.
+        start: number of batches that were already used; they are counted, not loaded.
+        wide: (num_records,) bool, pictures wider than high; a batch then holds pictures of one kind only, and comes
+            when it is complete. None: batches in the order of the stream.
+    """
+
+    def __init__(
+        self,
+        *,
+        stream: Callable[[int, int], Iterator[int]],
+        num_records: int,
+        seed: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        wide: Sequence[bool] | None = None,
+    ) -> None:
+        if num_records < 1:
+            raise ValueError("training needs at least one record")
+        if batch_size < 1 or not 0 <= rank < world_size or start < 0:
+            raise ValueError(
+                f"need batch_size >= 1, 0 <= rank < world_size and start >= 0, got batch_size {batch_size}, "
+                f"rank {rank}, world_size {world_size}, start {start}"
+            )
+        self.stream = stream
+        self.num_records = num_records
+        self.seed = seed
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.start = start
+        self.kinds = np.zeros(num_records, np.uint8) if wide is None else np.asarray(wide, np.uint8)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        return itertools.islice(self._all(), self.start, None)
+
+    def _all(self) -> Iterator[list[Draw]]:
+        positions = itertools.count(self.rank, self.world_size)
+        records = itertools.islice(self.stream(self.num_records, self.seed), self.rank, None, self.world_size)
+        open_batches: tuple[list[Draw], list[Draw]] = ([], [])
+        kinds = self.kinds.tolist()
+        for position, record in zip(positions, records):
+            batch = open_batches[kinds[record]]
+            batch.append(Draw(position, record))
+            if len(batch) == self.batch_size:
+                yield batch.copy()
+                batch.clear()
+
+
+def inference_share(num_records: int, rank: int, world_size: int) -> range:
+    """The records of one rank: contiguous shares, the first ones one longer if they cannot be equal.
+
+    Example:
+        >>> [list(inference_share(5, rank, 2)) for rank in range(2)]
+        [[0, 1, 2], [3, 4]]
+    """
+    share, longer = divmod(num_records, world_size)
+    begin = rank * share + min(rank, longer)
+    return range(begin, begin + share + (rank < longer))
+
+
+def inference_batches(indices: Sequence[int], kinds: Sequence[object], batch_size: int) -> list[list[int]]:
+    """Every index once, in batches of one kind (a padded size): full ones as they fill up, the others at the end.
+
+    Args:
+        indices: record indices.
+        kinds: kind of each of these records; equal kinds may share a batch.
+        batch_size: most records a batch.
+
+    Example:
+        >>> inference_batches([4, 5, 6, 7], ["a", "b", "a", "a"], batch_size=2)
+        [[4, 6], [5], [7]]
+    """
+    batches, open_batches = [], {}
+    for index, kind in zip(indices, kinds, strict=True):
+        batch = open_batches.setdefault(kind, [])
+        batch.append(index)
+        if len(batch) == batch_size:
+            batches.append(open_batches.pop(kind))
+    return [*batches, *open_batches.values()]

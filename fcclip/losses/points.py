@@ -1,0 +1,85 @@
+"""Where the mask losses look: sampled points instead of whole pictures (Kirillov et al., PointRend; Mask2Former section
+3.3).
+
+Points are (x, y), 0..1 over the padded network input, so one set of points serves maps of any resolution.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fcclip.structures import Targets
+
+
+def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
+    """Bilinear values of maps at points; 0 outside.
+
+    Args:
+        maps: (n, C, h, w) float.
+        points: (n, P, 2) float, (x, y), 0..1.
+
+    Returns:
+        (n, C, P) float.
+    """
+    grid = (2 * points - 1)[:, None]  # (n, 1, P, 2)
+    return F.grid_sample(maps, grid.to(maps.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)[:, :, 0]
+
+
+def sample_targets(targets: Targets, segments: Tensor, points: Tensor, padded_size: tuple[int, int]) -> Tensor:
+    """Bilinear values of segment masks at points, read off the id map: no mask is ever expanded.
+
+    Args:
+        targets: the segments of one picture.
+        segments: (n,) int64, which segments, with repetitions.
+        points: (n, P, 2) or (1, P, 2) float, (x, y), 0..1 over `padded_size`.
+        padded_size: (height, width) of the network input; the part beyond the picture belongs to no segment.
+
+    Returns:
+        (n, P) float32, 0..1; equal to sampling the zero-padded 0/1 mask.
+    """
+    height, width = targets.image_size
+    x = points[..., 0].float() * padded_size[1] - 0.5
+    y = points[..., 1].float() * padded_size[0] - 0.5
+    left, top = x.floor(), y.floor()
+    right_share, bottom_share = x - left, y - top
+    left, top = left.long(), top.long()
+    values = torch.zeros(len(segments), points.shape[1], device=points.device)
+    for dy, row_share in ((0, 1 - bottom_share), (1, bottom_share)):
+        for dx, column_share in ((0, 1 - right_share), (1, right_share)):
+            row, column = top + dy, left + dx
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)  # (n or 1, P)
+            if targets.masks is None:
+                hit = targets.id_map.flatten()[index] == targets.ids.to(targets.id_map.dtype)[segments][:, None]
+            else:
+                hit = targets.masks.flatten(1)[segments].gather(1, index.expand(len(segments), -1)) > 0
+            values = values + (hit & inside) * row_share * column_share
+    return values
+
+
+def uncertain_points(
+    mask_logits: Tensor, num_points: int, oversample_ratio: float, importance_ratio: float, draw
+) -> Tensor:
+    """Points of which a share lies where the prediction is least certain (PointRend section 3.2).
+
+    Args:
+        mask_logits: (n, h, w) float, before the sigmoid.
+        num_points: P.
+        oversample_ratio: candidates drawn per wanted point, at least 1.
+        importance_ratio: share of P taken from the most uncertain candidates, 0..1; the rest is uniform.
+        draw: function (count) -> (n, count, 2) uniform points in 0..1.
+
+    Returns:
+        (n, P, 2) float, without gradient.
+    """
+    with torch.no_grad():
+        candidates = draw(int(num_points * oversample_ratio))
+        values = sample_maps(mask_logits.float()[:, None], candidates)[:, 0]  # (n, candidates)
+        num_uncertain = int(importance_ratio * num_points)
+        chosen = (-values.abs()).topk(num_uncertain, dim=1).indices
+        points = candidates.gather(1, chosen[..., None].expand(-1, -1, 2))
+        if num_points > num_uncertain:
+            points = torch.cat([points, draw(num_points - num_uncertain)], dim=1)
+        return points

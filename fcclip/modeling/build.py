@@ -1,0 +1,217 @@
+"""The last place that sees the config: names become parts, keys become plain values."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+from fcclip.config import lookup, resolve_device
+from fcclip.data.vocabularies import dataset_vocabulary
+from fcclip.losses import SetCriterion
+from fcclip.modeling.clip import CLIPBackbone, build_clip
+from fcclip.modeling.fcclip import FCCLIP, FCCLIPHead, InferenceSettings
+from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
+from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
+from fcclip.modeling.text import TextEncoder, default_cache_dir
+from fcclip.ops import select_engine
+from fcclip.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+
+def build_model(
+    cfg: CfgNode, *, train_vocabulary: Vocabulary | None = None, test_vocabulary: Vocabulary | None = None
+) -> FCCLIP:
+    """The model that a config describes, on its device, in evaluation mode, with freshly initialised heads.
+
+    Args:
+        cfg: a full config.
+        train_vocabulary: classes of the training labels; default: the vocabulary of DATASETS.TRAIN[0]. It may be
+            smaller than NUM_CLASSES; that the two agree is checked when training starts.
+        test_vocabulary: classes to use when a call brings none; default: the vocabulary of DATASETS.TEST[0].
+
+    Raises:
+        ValueError: a name that nothing is called, values that cannot work together; the message gives the full key.
+    """
+    folder = cfg.MODEL.FC_CLIP.VOCABULARIES
+    if train_vocabulary is None and cfg.DATASETS.TRAIN:
+        train_vocabulary = dataset_vocabulary(cfg.DATASETS.TRAIN[0], folder)
+    if test_vocabulary is None and cfg.DATASETS.TEST:
+        test_vocabulary = dataset_vocabulary(cfg.DATASETS.TEST[0], folder)
+    build = lookup("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
+    model = build(cfg, train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary)
+    return model.to(resolve_device(cfg.MODEL.DEVICE)).eval()
+
+
+def test_modes(cfg: CfgNode) -> dict[str, tuple[float, float]]:
+    """(alpha, beta) of the three values of TEST.MODE; `ensemble` has the config's."""
+    fc_clip = cfg.MODEL.FC_CLIP
+    return {
+        "ensemble": (fc_clip.GEOMETRIC_ENSEMBLE_ALPHA, fc_clip.GEOMETRIC_ENSEMBLE_BETA),
+        "in_vocabulary": (0.0, 0.0),
+        "out_of_vocabulary": (1.0, 1.0),
+    }
+
+
+test_modes.__test__ = False  # no test, whatever its name looks like
+
+
+def build_fcclip(cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None) -> FCCLIP:
+    """FC-CLIP from its config."""
+    former = cfg.MODEL.MASK_FORMER
+    backbone = lookup("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONES)(cfg)
+    if backbone.embed_dim != cfg.MODEL.FC_CLIP.EMBED_DIM:
+        raise ValueError(
+            f"MODEL.FC_CLIP.EMBED_DIM is {cfg.MODEL.FC_CLIP.EMBED_DIM}, but CLIP "
+            f"'{cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}' has a joint space of "
+            f"{backbone.embed_dim}"
+        )
+    head = lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS)(cfg, backbone)
+    cache = cfg.MODEL.FC_CLIP.TEXT_CACHE_DIR
+    return FCCLIP(
+        backbone=backbone,
+        sem_seg_head=head,
+        criterion=build_criterion(cfg),
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+        size_divisibility=former.SIZE_DIVISIBILITY,
+        settings=build_inference_settings(cfg),
+        text_encoder=TextEncoder(
+            backbone.clip_model, cache_dir=Path(cache).expanduser() if cache else default_cache_dir()
+        ),
+        train_vocabulary=train_vocabulary,
+        test_vocabulary=test_vocabulary,
+    )
+
+
+def build_inference_settings(cfg: CfgNode) -> InferenceSettings:
+    """What TEST.MODE, MODEL.MASK_FORMER.TEST and the ensemble's keys ask for."""
+    test = cfg.MODEL.MASK_FORMER.TEST
+    alpha, beta = lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg))
+    return InferenceSettings(
+        alpha=alpha,
+        beta=beta,
+        ensemble_on_valid_mask=cfg.MODEL.FC_CLIP.ENSEMBLE_ON_VALID_MASK,
+        semantic_on=test.SEMANTIC_ON,
+        instance_on=test.INSTANCE_ON,
+        panoptic_on=test.PANOPTIC_ON,
+        object_mask_threshold=test.OBJECT_MASK_THRESHOLD,
+        overlap_threshold=test.OVERLAP_THRESHOLD,
+        topk=cfg.TEST.DETECTIONS_PER_IMAGE,
+        postprocess_masks_first=test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE,
+        zero_boxes=cfg.MODEL.FC_CLIP.ZERO_BOXES,
+    )
+
+
+def build_criterion(cfg: CfgNode) -> SetCriterion:
+    """The losses with their weights."""
+    former = cfg.MODEL.MASK_FORMER
+    lookup("SOLVER.CE_NORM", cfg.SOLVER.CE_NORM, dict.fromkeys(("rank", "global")))
+    return SetCriterion(
+        num_classes=cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        class_weight=former.CLASS_WEIGHT,
+        mask_weight=former.MASK_WEIGHT,
+        dice_weight=former.DICE_WEIGHT,
+        no_object_weight=former.NO_OBJECT_WEIGHT,
+        num_points=former.TRAIN_NUM_POINTS,
+        oversample_ratio=former.OVERSAMPLE_RATIO,
+        importance_ratio=former.IMPORTANCE_SAMPLE_RATIO,
+        deep_supervision=former.DEEP_SUPERVISION,
+        global_class_norm=cfg.SOLVER.CE_NORM == "global",
+    )
+
+
+def build_clip_backbone(cfg: CfgNode) -> CLIPBackbone:
+    """The frozen CLIP."""
+    fc_clip = cfg.MODEL.FC_CLIP
+    return build_clip(fc_clip.CLIP_MODEL_NAME, fc_clip.CLIP_PRETRAINED_WEIGHTS, quick_gelu=fc_clip.QUICK_GELU)
+
+
+def build_fcclip_head(cfg: CfgNode, backbone: CLIPBackbone) -> FCCLIPHead:
+    """Pixel decoder and masked decoder on the backbone's levels."""
+    decoder = lookup(
+        "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
+        cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME,
+        TRANSFORMER_DECODERS,
+    )
+    pixel_decoder = lookup(
+        "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME, PIXEL_DECODERS
+    )
+    lookup(
+        "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE",
+        cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE,
+        {"multi_scale_pixel_decoder": None},
+    )
+    return FCCLIPHead(pixel_decoder=pixel_decoder(cfg, backbone), predictor=decoder(cfg, backbone))
+
+
+def build_pixel_decoder(cfg: CfgNode, backbone: CLIPBackbone) -> MSDeformAttnPixelDecoder:
+    """The deformable pixel decoder on the levels that the config names."""
+    head = cfg.MODEL.SEM_SEG_HEAD
+    for key, names in (
+        ("IN_FEATURES", head.IN_FEATURES),
+        ("DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES),
+    ):
+        for name in names:
+            lookup(f"backbone level in MODEL.SEM_SEG_HEAD.{key}", name, backbone.channels)
+    used = sorted(set(head.IN_FEATURES), key=backbone.strides.get)
+    encoder = [name for name in used if name in head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES]
+    if len(encoder) != MultiScaleMaskedTransformerDecoder.num_levels:
+        raise ValueError(
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES must name three of IN_FEATURES, which "
+            "the decoder "
+            f"looks at in turn; got {encoder}"
+        )
+    if head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS != NUM_POINTS:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS is "
+            f"{head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS}, but "
+            f"{NUM_POINTS} points are built, as published"
+        )
+    finer = [name for name in used if head.COMMON_STRIDE <= backbone.strides[name] < backbone.strides[encoder[0]]]
+    if not finer or backbone.strides[finer[0]] != head.COMMON_STRIDE:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {head.COMMON_STRIDE}, but IN_FEATURES has no level of that stride "
+            f"finer than "
+            f"{encoder[0]}; the levels have strides { ({name: backbone.strides[name] for name in used}) }"
+        )
+    return MSDeformAttnPixelDecoder(
+        in_channels=backbone.channels,
+        encoder_levels=encoder,
+        top_down_levels=finer,
+        dim=head.CONVS_DIM,
+        mask_dim=head.MASK_DIM,
+        heads=cfg.MODEL.MASK_FORMER.NHEADS,
+        num_layers=head.TRANSFORMER_ENC_LAYERS,
+        feedforward=head.TRANSFORMER_ENC_DIM_FEEDFORWARD,
+        dropout=cfg.MODEL.MASK_FORMER.DROPOUT,
+        norm=head.NORM,
+        engine=select_engine(cfg.MODEL.MSDA_ENGINE),
+    )
+
+
+def build_mask_decoder(cfg: CfgNode, backbone: CLIPBackbone) -> MultiScaleMaskedTransformerDecoder:
+    """The masked transformer decoder."""
+    former = cfg.MODEL.MASK_FORMER
+    return MultiScaleMaskedTransformerDecoder(
+        in_channels=cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM,
+        dim=former.HIDDEN_DIM,
+        mask_dim=cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
+        embed_dim=backbone.embed_dim,
+        num_queries=former.NUM_OBJECT_QUERIES,
+        num_layers=former.DEC_LAYERS - 1,
+        heads=former.NHEADS,
+        feedforward=former.DIM_FEEDFORWARD,
+        pre_norm=former.PRE_NORM,
+        enforce_input_proj=former.ENFORCE_INPUT_PROJ,
+    )
+
+
+# Published names; one line adds a part.
+META_ARCHITECTURES = {"FCCLIP": build_fcclip}
+BACKBONES = {"CLIP": build_clip_backbone}
+SEM_SEG_HEADS = {"FCCLIPHead": build_fcclip_head}
+PIXEL_DECODERS = {"MSDeformAttnPixelDecoder": build_pixel_decoder}
+TRANSFORMER_DECODERS = {"MultiScaleMaskedTransformerDecoder": build_mask_decoder}

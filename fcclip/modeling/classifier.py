@@ -1,0 +1,107 @@
+"""The two classifiers of FC-CLIP and what joins them (FC-CLIP, section 3.2 and equations 4 to 8).
+
+Legend: B images, Q queries, D embedding, K classes, W words.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fcclip.structures import WordEmbeddings
+
+
+def mask_pool(features: Tensor, mask_logits: Tensor) -> Tensor:
+    """The mean feature inside each mask; no gradient flows into the masks.
+
+    Args:
+        features: (B, C, h, w) float.
+        mask_logits: (B, Q, ·, ·) float, resized to (h, w) where they differ; above 0 means inside.
+
+    Returns:
+        (B, Q, C) float; zeros for an empty mask.
+    """
+    inside = (resize_masks(mask_logits.detach(), features.shape[-2:]) > 0).to(features.dtype).flatten(2)  # (B, Q, hw)
+    share = inside / (inside.sum(-1, keepdim=True, dtype=torch.float32) + 1e-8).to(features.dtype)
+    return share @ features.flatten(2).transpose(1, 2)
+
+
+def resize_masks(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, Q, ·, ·) -> (B, Q, *size), bilinear; the input itself when the size is already right."""
+    if tuple(mask_logits.shape[-2:]) == tuple(size):
+        return mask_logits
+    return F.interpolate(mask_logits, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def word_logits(embeddings: Tensor, words: WordEmbeddings, logit_scale: Tensor) -> Tensor:
+    """Scaled cosine similarity to every class, a class scoring as its best word; always fp32.
+
+    Args:
+        embeddings: (B, Q, D) float, of any length.
+        words: the classes, void included where it is wanted.
+        logit_scale: scalar, logarithm of the scale; the scale is at most 100.
+
+    Returns:
+        (B, Q, words.num_classes) float32.
+    """
+    with torch.autocast(embeddings.device.type, enabled=False):
+        scaled = logit_scale.float().exp().clamp(max=100) * F.normalize(embeddings.float(), dim=-1)
+        scores = scaled @ words.vectors.float().T  # (B, Q, W)
+        logits = scores.new_full((*scores.shape[:-1], words.num_classes), -torch.inf)
+        return logits.scatter_reduce(-1, words.class_of_word.expand_as(scores), scores, "amax")
+
+
+def with_void(words: WordEmbeddings, void: Tensor) -> WordEmbeddings:
+    """The vocabulary with one more class, void, as the last.
+
+    Args:
+        words: K classes.
+        void: (1, D) float, of any length; gradients flow into it.
+    """
+    void = F.normalize(void.float(), dim=-1)
+    last = words.class_of_word.new_tensor([words.num_classes])
+    return WordEmbeddings(
+        vectors=torch.cat([words.vectors.to(void.device), void]),
+        class_of_word=torch.cat([words.class_of_word.to(void.device), last.to(void.device)]),
+        num_classes=words.num_classes + 1,
+    )
+
+
+def geometric_ensemble(
+    in_logits: Tensor,
+    out_logits: Tensor,
+    seen: Tensor,
+    *,
+    alpha: float,
+    beta: float,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Joins the two classifiers by a weighted geometric mean (FC-CLIP, equation 8), in log space, so nothing underflows
+    to NaN.
+
+    Void always comes from the decoder.
+
+    Args:
+        in_logits: (B, Q, K + 1) of the decoder, void last.
+        out_logits: (B, Q, K) of the frozen CLIP.
+        seen: (K,) bool, classes of the training vocabulary.
+        alpha, beta: weight of the frozen CLIP for seen and for unseen classes, 0..1.
+        valid: (B, Q) bool, queries to which the ensemble applies; the others keep the decoder's opinion. None: all.
+
+    Returns:
+        (B, Q, K + 1) float32, logarithms of probabilities (plus 1e-8) that sum to 1.
+
+    Raises:
+        ValueError: a weight outside 0..1.
+    """
+    if not (0 <= alpha <= 1 and 0 <= beta <= 1):
+        raise ValueError(f"the ensemble's alpha and beta must lie in 0..1, got {alpha} and {beta}")
+    log_in = in_logits[..., :-1].float().log_softmax(-1)
+    weight = torch.where(seen.to(log_in.device), alpha, beta).to(log_in.dtype)
+    joined = (1 - weight) * log_in + weight * out_logits.float().log_softmax(-1)
+    if valid is not None:
+        joined = torch.where(valid[..., None], joined, log_in)
+    void = in_logits.float().softmax(-1)[..., -1:]
+    probabilities = torch.cat([joined.softmax(-1) * (1 - void), void], dim=-1)
+    return (probabilities + 1e-8).log()

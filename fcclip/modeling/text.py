@@ -1,0 +1,174 @@
+"""Words become vectors through CLIP's text tower, once (FC-CLIP, section 3.2; prompts of ViLD)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fcclip.structures import WordEmbeddings
+from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
+
+logger = logging.getLogger(__name__)
+
+_CHUNK = 256  # prompts encoded at once; a memory knob
+_KEEP = 16  # vocabularies held in memory
+_SLICED = threading.Lock()  # the text tower runs with sliced positions, one thread at a time
+
+
+class TextEncoder:
+    """Encodes vocabularies with one CLIP; results are kept in memory and, with a folder, on disk.
+
+    Both caches know the text tower's weights: loading other weights, or moving them, never serves old vectors.
+
+    Args:
+        clip_model: an open_clip model; it is not copied.
+        cache_dir: folder for vectors on disk; None keeps them in memory only.
+    """
+
+    def __init__(self, clip_model: nn.Module, *, cache_dir: Path | None = None) -> None:
+        self.clip_model = clip_model
+        self.cache_dir = cache_dir
+        self._memory: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._weights: tuple[tuple, str] | None = None
+
+    def encode(self, vocabulary: Vocabulary) -> WordEmbeddings:
+        """One unit vector a synonym: the mean of its fourteen unit-length prompt embeddings, normalised; fp32, no
+        gradient.
+        """
+        words = [word for synonyms in vocabulary.synonyms for word in synonyms]
+        counts = torch.tensor([len(synonyms) for synonyms in vocabulary.synonyms])
+        device = self.clip_model.text_projection.device
+        key = (self._version(), tuple(words))
+        vectors = self._memory.get(key)
+        if vectors is None:
+            unique = list(dict.fromkeys(words))
+            rows = self._encode_or_read(unique)
+            position = {word: index for index, word in enumerate(unique)}
+            vectors = rows[[position[word] for word in words]].to(device)
+            self._memory[key] = vectors
+            while len(self._memory) > _KEEP:
+                self._memory.popitem(last=False)
+        classes = torch.repeat_interleave(torch.arange(len(vocabulary)), counts).to(device)
+        return WordEmbeddings(vectors, classes, len(vocabulary))
+
+    def _encode_or_read(self, words: list[str]) -> Tensor:
+        path = self._cache_path(words)
+        if path is not None and path.is_file():
+            try:
+                return load_file(path)["vectors"]
+            except (SafetensorError, KeyError, OSError) as error:
+                logger.warning("text cache %s is unreadable (%s); encoding %d words again", path, error, len(words))
+        vectors = encode_words(self.clip_model, words).cpu()
+        if path is not None:
+            _write(path, vectors)
+        return vectors
+
+    def _version(self) -> tuple:
+        """Changes whenever a text weight is written, replaced or moved."""
+        return tuple((weight.data_ptr(), weight._version) for _, weight in _text_weights(self.clip_model))
+
+    def _cache_path(self, words: list[str]) -> Path | None:
+        if self.cache_dir is None:
+            return None
+        version = self._version()
+        if self._weights is None or self._weights[0] != version:
+            self._weights = (version, text_weights_hash(self.clip_model))
+        digest = hashlib.sha256("\n".join([self._weights[1], *TEMPLATES, *words]).encode()).hexdigest()
+        return self.cache_dir / f"text-{digest[:32]}.safetensors"
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for text features: $XDG_CACHE_HOME/fcclip, else ~/.cache/fcclip."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "fcclip"
+
+
+def text_weights_hash(clip_model: nn.Module) -> str:
+    """SHA-256 of everything a text embedding depends on: weights, activation and depth of the text tower."""
+    digest = hashlib.sha256(repr([type(module).__name__ for module in clip_model.transformer.modules()]).encode())
+    for name, weight in _text_weights(clip_model):
+        digest.update(name.encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _text_weights(clip_model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, weight) for name, weight in clip_model.named_parameters() if not name.startswith("visual.")]
+
+
+@torch.no_grad()
+def encode_words(clip_model: nn.Module, words: Sequence[str]) -> Tensor:
+    """(len(words), D) float32, unit length, on the model's device; see `TextEncoder.encode`."""
+    device = clip_model.text_projection.device
+    tokens = open_clip.tokenize(prompts(words), context_length=int(clip_model.positional_embedding.shape[0]))
+    with torch.autocast(device.type, enabled=False):
+        chunks = [encode_tokens(clip_model, chunk.to(device)) for chunk in tokens.split(_CHUNK)]
+        embeddings = torch.cat(chunks).float()
+        embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
+        means = embeddings.unflatten(0, (len(words), len(TEMPLATES))).mean(dim=1)
+        return F.normalize(means, dim=-1, eps=0)
+
+
+class _EncodeText(nn.Module):
+    """`encode_text` as a module's forward, so that `functional_call` can lend it sliced positions."""
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.clip.encode_text(tokens)
+
+
+def encode_tokens(clip_model: nn.Module, tokens: Tensor) -> Tensor:
+    """CLIP's text embeddings, not normalised; positions behind the last end of text of the batch are left out.
+
+    Attention is causal and the embedding is read at the end of text, so what follows cannot change it.
+
+    Args:
+        clip_model: an open_clip model.
+        tokens: (n, context length) int64, the end of text being the largest id of a row.
+
+    Returns:
+        (n, D) float.
+    """
+    length = int(tokens.argmax(dim=-1).max()) + 1
+    lent = {
+        "clip.positional_embedding": clip_model.positional_embedding[:length],
+        "clip.attn_mask": clip_model.attn_mask[:length, :length],
+    }
+    with _SLICED:
+        return torch.func.functional_call(_EncodeText(clip_model), lent, (tokens[:, :length],))
+
+
+def _write(path: Path, vectors: Tensor) -> None:
+    """Whole or not at all; a folder that cannot be written costs only the cache."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file({"vectors": vectors.contiguous()}, temporary)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+    except OSError as error:
+        logger.warning(
+            "text features could not be kept in %s (%s); they will be computed again next time", path.parent, error
+        )

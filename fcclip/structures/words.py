@@ -1,0 +1,26 @@
+"""A vocabulary as vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class WordEmbeddings:
+    """A vocabulary of K classes, each with one or more synonyms, as vectors.
+
+    Args:
+        vectors: (W, D) float, unit length, one row per synonym, classes in order.
+        class_of_word: (W,) int64, the class each row belongs to, 0..K-1, ascending.
+        num_classes: K.
+    """
+
+    vectors: Tensor
+    class_of_word: Tensor
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if len(self.vectors) != len(self.class_of_word):
+            raise ValueError(f"{len(self.vectors)} vectors for {len(self.class_of_word)} words")

@@ -1,0 +1,10 @@
+"""Words: classes, their synonyms and the prompts made of them. Names are data: one JSON a label set in `names/`.
+
+vocabulary.py  Vocabulary and ClassEntry: reading, parsing, comparing
+templates.py   TEMPLATES and prompts: the sentences that CLIP's text tower reads
+"""
+
+from fcclip.vocabulary.templates import TEMPLATES, prompts
+from fcclip.vocabulary.vocabulary import ClassEntry, Vocabulary, builtin_names
+
+__all__ = ["TEMPLATES", "ClassEntry", "Vocabulary", "builtin_names", "prompts"]

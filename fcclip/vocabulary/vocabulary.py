@@ -1,0 +1,244 @@
+"""Classes and their synonyms, from words, from our JSON or from the published text files."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fcclip.config import lookup
+
+_NAMES = Path(__file__).resolve().parent / "names"
+_PLACEHOLDER = "invalid_class_id"
+# SHA-256 of the prompt-engineered vocabulary files with which the published numbers were obtained.
+_PUBLISHED = {
+    "3204c154e2c524ce2575f873838893fc25d68c5c4f7973f2d4ee76d7e24bb781": "ade20k_150_with_prompt_eng.txt",
+    "173d44806d8b3ca94cfb8947f459e6ecdb90770387b3a4116fdd78e8e111d732": "ade20k_847_with_prompt_eng.txt",
+    "e4afc7fb7776a05213822333a48ad708448a0fd25eb819b2ea7ef253af164b43": "cityscapes_with_prompt_eng.txt",
+    "560169ea22202460c3b9427df387f8d1778e94dadecd38554da683e2097cda9f": "coco_panoptic_with_prompt_eng.txt",
+    "af860dc8362af7c7fed556b79014cfbf775b7ece2279b11317a16260cdca9bcb": "coco_stuff_with_prompt_eng.txt",
+    "7108477b1bdfca7c95d17f7b9e992250be9a6bd6dc704fcb4592484ac626dffd": "lvis_1203_with_prompt_eng.txt",
+    "67d04273ba43538b4ae8c5c809951422982e3abd6eb2ee6ab2a2d063916e9c10": "mapillary_vistas_with_prompt_eng.txt",
+    "574ae7e3dc9decff20366696309c36d40502cda90204f7e94c96251559be5197": "pascal_ctx_459_with_prompt_eng.txt",
+    "0bf48d67f93b15d331cbf36e112777cc3a407084e94e395b98fad8c67e50149a": "pascal_ctx_59_with_prompt_eng.txt",
+    "9acddc0dc82ebb9167e23ac93b197c91794603ec320f5e30053f983d4fa23c21": "pascal_voc_21_with_prompt_eng.txt",
+}
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """One class.
+
+    Args:
+        id: the data set's own id of the class (a COCO category id, a Cityscapes label id); the position where there is
+            none.
+        name: the canonical name, used in tables and pictures.
+        synonyms: every word that stands for the class, the name first; never empty.
+        thing: countable, in contrast to stuff.
+    """
+
+    id: int
+    name: str
+    synonyms: tuple[str, ...]
+    thing: bool = True
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """K classes in order; a class's position is its contiguous index.
+
+    Raises:
+        ValueError: no class at all, or a class without a word.
+    """
+
+    name: str
+    classes: tuple[ClassEntry, ...]
+    version: str = "1"
+    source_sha256: str = ""  # of the file it was read from
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise ValueError(
+                f"vocabulary '{self.name}' has no classes; give at least one, e.g. \"cat; dog; grass:stuff\""
+            )
+        for index, entry in enumerate(self.classes):
+            if not entry.synonyms:
+                raise ValueError(f"vocabulary '{self.name}': class {index} has no word")
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The canonical name of each class."""
+        return tuple(entry.name for entry in self.classes)
+
+    @property
+    def synonyms(self) -> tuple[tuple[str, ...], ...]:
+        """The words of each class, its name first."""
+        return tuple(entry.synonyms for entry in self.classes)
+
+    @property
+    def thing_classes(self) -> tuple[int, ...]:
+        """Contiguous indices of the thing classes, ascending."""
+        return tuple(index for index, entry in enumerate(self.classes) if entry.thing)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of the words and thing marks, independent of the file they came from."""
+        content = json.dumps([[list(entry.synonyms), entry.thing] for entry in self.classes], ensure_ascii=False)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def is_published(self) -> bool:
+        """Whether it was read from one of the published prompt-engineered files."""
+        return self.source_sha256 in _PUBLISHED
+
+    def seen_by(self, training: Vocabulary) -> Tensor:
+        """(K,) bool: the class shares a word with any class of `training` (exact, case-sensitive comparison)."""
+        known = {word for words in training.synonyms for word in words}
+        return torch.tensor([not known.isdisjoint(words) for words in self.synonyms])
+
+    def with_things(self, things: Iterable[int]) -> Vocabulary:
+        """The same words with the thing classes given by contiguous index."""
+        wanted = _check_things(things, len(self), self.name)
+        classes = tuple(
+            ClassEntry(entry.id, entry.name, entry.synonyms, index in wanted)
+            for index, entry in enumerate(self.classes)
+        )
+        return Vocabulary(self.name, classes, self.version, self.source_sha256)
+
+    @classmethod
+    def from_names(
+        cls, entries: str | Sequence[str], things: Iterable[int] | None = None, *, name: str = "words"
+    ) -> Vocabulary:
+        """A vocabulary of the user's own words.
+
+        Args:
+            entries: one entry a class, or one string in which `;` separates entries. An entry is `"class, synonym, …"`,
+                with an optional `:thing` or `:stuff` at its end, which wins over `things`.
+            things: contiguous indices of the thing classes; None: every unmarked class is a thing.
+
+        Raises:
+            ValueError: no entries, an entry without a word, an index in `things` that is no class.
+
+        Example:
+            >>> Vocabulary.from_names("surfboard, surf board; sand:stuff").thing_classes
+            (0,)
+        """
+        parts = entries.split(";") if isinstance(entries, str) else list(entries)
+        if isinstance(entries, str):
+            parts = [part for part in parts if part.strip()]
+        if not parts:
+            raise ValueError('no words given; give at least one class, e.g. "cat; dog, puppy; grass:stuff"')
+        marked = None if things is None else _check_things(things, len(parts), name)
+        classes = []
+        for index, part in enumerate(parts):
+            text, thing = part.strip(), marked is None or index in marked
+            for mark, value in ((":thing", True), (":stuff", False)):
+                if text.endswith(mark):
+                    text, thing = text[: -len(mark)], value
+            words = _split(text)
+            if not words:
+                raise ValueError(f'entry {index} ({part!r}) has no word; write it as "class, synonym" or remove it')
+            classes.append(ClassEntry(index, words[0], words, thing))
+        return cls(name, tuple(classes))
+
+    @classmethod
+    def from_file(cls, path: str | Path, things: Iterable[int] | None = None) -> Vocabulary:
+        """A vocabulary from our JSON, or from the published text format (`id:name,synonym,…`, one class a line).
+
+        The text format is split at the first colon; lines named `invalid_class_id` are dropped; the order of the lines
+        is the order of the classes. It does not know things: they come from `things`, and without it every class is a
+        thing.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: neither format, naming the line.
+        """
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"vocabulary file '{path}' does not exist")
+        content = path.read_bytes()
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"vocabulary file '{path}' is not UTF-8 text: {error}") from error
+        digest = hashlib.sha256(content).hexdigest()
+        parse = _parse_json if text.lstrip().startswith("{") else _parse_text
+        name, version, classes = parse(text, path)
+        vocabulary = cls(name, tuple(classes), version, digest)
+        return vocabulary if things is None else vocabulary.with_things(things)
+
+    @classmethod
+    def builtin(cls, name: str) -> Vocabulary:
+        """A vocabulary that comes with the package.
+
+        Raises:
+            ValueError: unknown name, with the nearest known one.
+        """
+        return _builtin(name)
+
+
+@functools.lru_cache(maxsize=32)
+def _builtin(name: str) -> Vocabulary:
+    return Vocabulary.from_file(lookup("vocabulary", name, {one: _NAMES / f"{one}.json" for one in builtin_names()}))
+
+
+def builtin_names() -> tuple[str, ...]:
+    """The names of the vocabularies that come with the package."""
+    return tuple(sorted(path.stem for path in _NAMES.glob("*.json")))
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _check_things(things: Iterable[int], num_classes: int, name: str) -> set[int]:
+    wanted = set(things)
+    wrong = sorted(index for index in wanted if not 0 <= index < num_classes)
+    if wrong:
+        raise ValueError(f"vocabulary '{name}': thing indices {wrong} are no classes (0..{num_classes - 1})")
+    return wanted
+
+
+def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"vocabulary file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
+    unknown = set(data) - {"name", "version", "classes"}
+    if unknown or not isinstance(data.get("classes"), list):
+        raise ValueError(
+            f"vocabulary file '{path}': expected an object with name, version and a list of classes, got the keys "
+            f"{sorted(data)}"
+        )
+    classes = []
+    for index, entry in enumerate(data["classes"]):
+        words = (str(entry.get("name", "")).strip(), *(word.strip() for word in entry.get("synonyms", ())))
+        words = tuple(word for word in words if word)
+        if not words:
+            raise ValueError(f"vocabulary file '{path}': class {index} has no name")
+        classes.append(ClassEntry(int(entry.get("id", index)), words[0], words, bool(entry.get("thing", True))))
+    return str(data.get("name", path.stem)), str(data.get("version", "1")), classes
+
+
+def _parse_text(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
+    classes = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        identifier, colon, words_text = line.partition(":")
+        words = _split(words_text)
+        if words == (_PLACEHOLDER,):
+            continue
+        if not colon or not identifier.strip().isdigit() or not words:
+            raise ValueError(f"vocabulary file '{path}', line {number}: expected 'id:name,synonym,…', got {line!r}")
+        classes.append(ClassEntry(int(identifier), words[0], words))
+    return path.stem, "1", classes

@@ -1,0 +1,69 @@
+"""What tests of every room share: a model that is built and run in a moment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fvcore.common.config import CfgNode
+
+from fcclip.config import load_config
+from fcclip.modeling import FCCLIP, build_model
+from fcclip.vocabulary import Vocabulary
+
+DATA = Path(__file__).parent / "data"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """Text features are kept in a folder of the test session, never in the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def tiny_cfg() -> CfgNode:
+    """The shapes config made tiny: random ConvNeXt CLIP, width 32, 8 queries, 64 points, on the CPU; change it after
+    `defrost()`.
+    """
+    overrides = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.FC_CLIP.CLIP_MODEL_NAME": str(DATA / "tiny_convnext.json"),
+        "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS": "",
+        "MODEL.FC_CLIP.EMBED_DIM": 16,
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+        "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
+        "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+        "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
+        "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
+        "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
+        "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+        "MODEL.MASK_FORMER.NHEADS": 2,
+        "DATALOADER.NUM_WORKERS": 0,
+        "INPUT.IMAGE_SIZE": 64,
+        "SOLVER.AMP.ENABLED": False,
+        "SEED": 0,
+    }
+    cfg = load_config("shapes/fcclip_shapes.yaml", [word for pair in overrides.items() for word in pair])
+    cfg.defrost()
+    return cfg
+
+
+@pytest.fixture
+def tiny_model(tiny_cfg) -> Callable[..., FCCLIP]:
+    """Function (words=…, train_words=…, cfg=…) -> a seeded model; words as in `Vocabulary.from_names`."""
+
+    def build(
+        words: str = "cat, kitty; dog; grass:stuff",
+        train_words: str = "cat; person; grass:stuff",
+        cfg: CfgNode = tiny_cfg,
+        seed: int = 0,
+    ) -> FCCLIP:
+        torch.manual_seed(seed)
+        train = Vocabulary.from_names(train_words, name="train")
+        return build_model(cfg, train_vocabulary=train, test_vocabulary=Vocabulary.from_names(words, name="test"))
+
+    return build

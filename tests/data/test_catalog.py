@@ -1,0 +1,104 @@
+from pathlib import Path
+
+import pytest
+
+from fcclip.config import configs_dir, load_config
+from fcclip.data import DATASETS, get_dataset, root_folder
+from fcclip.vocabulary import Vocabulary
+
+# name without split: (classes, things, ignore label, evaluator type), as published
+PUBLISHED = {
+    "openvocab_coco_2017_{}_panoptic_with_sem_seg": (133, 80, 255, "coco_panoptic_seg"),
+    "openvocab_ade20k_panoptic_{}": (150, 100, 255, "ade20k_panoptic_seg"),
+    "openvocab_cityscapes_fine_panoptic_{}": (19, 8, 255, "cityscapes_panoptic_seg"),
+    "openvocab_mapillary_vistas_panoptic_{}": (65, 37, 65, "mapillary_vistas_panoptic_seg"),
+    "openvocab_ade20k_full_sem_seg_{}": (847, 0, 65535, "sem_seg"),
+    "openvocab_pascal_ctx59_sem_seg_{}": (59, 0, 255, "sem_seg"),
+    "openvocab_pascal_ctx459_sem_seg_{}": (459, 0, 65535, "sem_seg"),
+    "openvocab_pascal20_sem_seg_{}": (20, 0, 255, "sem_seg"),
+    "openvocab_pascal21_sem_seg_{}": (21, 0, 255, "sem_seg"),
+}
+EVERY = sorted(DATASETS)
+
+
+@pytest.mark.parametrize("template", PUBLISHED)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_published_name_has_the_published_classes(template, split):
+    metadata = get_dataset(template.format(split)).metadata
+    found = (len(metadata["stuff_classes"]), len(metadata["thing_classes"]), metadata["ignore_label"])
+    assert (*found, metadata["evaluator_type"]) == PUBLISHED[template]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_ids_and_names_follow_the_vocabulary(name):
+    dataset = get_dataset(name)
+    vocabulary = Vocabulary.builtin(dataset.vocabulary)
+    metadata = dataset.metadata
+    assert dataset.name == name
+    assert tuple(metadata["stuff_classes"]) == vocabulary.class_names
+    assert sorted(metadata["stuff_dataset_id_to_contiguous_id"].values()) == list(range(len(vocabulary)))
+    assert tuple(metadata["thing_dataset_id_to_contiguous_id"].values()) == vocabulary.thing_classes
+    assert metadata["ignore_label"] not in range(len(vocabulary))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_getting_a_data_set_looks_for_no_file_and_its_records_name_the_missing_one(name, tmp_path):
+    dataset = get_dataset(name, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=rf"data set '{name}': .*nowhere.* does not exist.*DETECTRON2_DATASETS"):
+        dataset.records()
+
+
+def test_every_data_set_of_a_fcclip_config_is_registered():
+    for path in sorted(configs_dir().rglob("fcclip_*.yaml")):
+        cfg = load_config(path)
+        unknown = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} - set(DATASETS)
+        assert not unknown, f"{path.name}: {unknown}"
+
+
+def test_things_of_ade20k_are_interleaved_with_stuff():
+    things = get_dataset("openvocab_ade20k_panoptic_val").metadata["thing_dataset_id_to_contiguous_id"]
+    assert list(things.items())[:4] == [(7, 7), (8, 8), (10, 10), (12, 12)]
+
+
+def test_cityscapes_ids_become_train_ids():
+    metadata = get_dataset("openvocab_cityscapes_fine_panoptic_val", "/data").metadata
+    expected = {24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+    assert metadata["thing_dataset_id_to_contiguous_id"] == expected
+    assert metadata["stuff_dataset_id_to_contiguous_id"][7] == 0
+    assert Path(metadata["gt_dir"]) == Path("/data/cityscapes/gtFine/val")
+
+
+def test_label_values_of_the_pascal_sets_are_the_published_ones():
+    def ids(name):
+        return get_dataset(name).metadata["stuff_dataset_id_to_contiguous_id"]
+
+    assert ids("openvocab_pascal20_sem_seg_val") == {index + 1: index for index in range(20)}
+    assert ids("openvocab_pascal21_sem_seg_val") == {index: index for index in range(21)}
+    assert ids("openvocab_pascal_ctx59_sem_seg_val") == {index: index for index in range(59)}
+
+
+def test_an_unknown_name_is_answered_with_its_neighbour():
+    with pytest.raises(ValueError, match=r"unknown data set 'shapes_vall'\. Did you mean 'shapes_val'\?"):
+        get_dataset("shapes_vall")
+
+
+def test_the_root_is_the_argument_then_the_variable_then_datasets(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("DETECTRON2_DATASETS", "~/pictures")
+    assert root_folder("~/here") == Path("/home/someone/here")
+    assert root_folder() == Path("/home/someone/pictures")
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    assert root_folder() == Path("datasets")
+    assert get_dataset("shapes_val").metadata["image_root"] == "datasets/shapes/val"
+
+
+def test_shapes_train_knows_the_seen_classes_only():
+    train, val = get_dataset("shapes_train"), get_dataset("shapes_val")
+    assert (train.vocabulary, val.vocabulary) == ("shapes_seen", "shapes")
+    unseen = set(val.metadata["stuff_classes"]) - set(train.metadata["stuff_classes"])
+    assert 0 < len(unseen) == len(val.metadata["stuff_classes"]) - len(train.metadata["stuff_classes"])
+    names = {
+        one: val.metadata["stuff_classes"][i] for one, i in val.metadata["stuff_dataset_id_to_contiguous_id"].items()
+    }
+    for dataset_id, index in train.metadata["stuff_dataset_id_to_contiguous_id"].items():
+        assert names[dataset_id] == train.metadata["stuff_classes"][index]

@@ -1,0 +1,198 @@
+"""The whole model, tiny."""
+
+import copy
+import threading
+
+import pytest
+import torch
+
+from fcclip.modeling import build_model, test_modes
+from fcclip.structures import Targets
+from fcclip.vocabulary import Vocabulary
+
+
+def picture(height=64, width=96, seed=0, **extra):
+    image = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return {"image": image, **extra}
+
+
+def training_sample(seed=0, labels=(0, 2, 1)):
+    sample = picture(64, 64, seed)
+    blocks = torch.randint(1, 5, (4, 4), generator=torch.Generator().manual_seed(seed))
+    id_map = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1).int()
+    sample["targets"] = Targets(
+        labels=torch.tensor(labels, dtype=torch.long), id_map=id_map, ids=torch.arange(1, len(labels) + 1)
+    )
+    return sample
+
+
+def test_outputs_have_the_contracted_form(tiny_model):
+    model = tiny_model()
+    [output] = model([picture(height=50, width=70)])
+    assert output["sem_seg"].shape == (3, 50, 70)
+    [output] = model([{**picture(60, 90), "height": 50, "width": 70}])
+    assert output["sem_seg"].shape == (3, 50, 70) and output["sem_seg"].dtype == torch.float32
+    id_map, segments = output["panoptic_seg"]
+    assert id_map.shape == (50, 70) and id_map.dtype == torch.int32
+    assert set(id_map.unique().tolist()) - {0} == {one["id"] for one in segments}
+    assert all(set(one) == {"id", "isthing", "category_id", "score", "area"} for one in segments)
+    instances = output["instances"]
+    assert instances.pred_masks.shape[1:] == (50, 70) and instances.pred_boxes.shape == (len(instances), 4)
+    assert not any(tensor.requires_grad for tensor in (output["sem_seg"], instances.scores))
+
+
+def test_any_words_can_be_used_at_any_call(tiny_model):
+    model = tiny_model()
+    [output] = model([picture()], vocabulary=Vocabulary.from_names("a; b; c; d:stuff; e:stuff"))
+    assert len(output["sem_seg"]) == 5
+    assert len(model([picture()])[0]["sem_seg"]) == 3
+    model.set_vocabulary(Vocabulary.from_names("one thing"))
+    assert len(model([picture()])[0]["sem_seg"]) == 1
+
+
+def test_semantic_maps_come_as_scores_labels_or_not_at_all(tiny_model):
+    model = tiny_model()
+    scores = model([picture()])[0]["sem_seg"]
+    labels = model([picture()], semantic="labels")[0]["sem_seg"]
+    assert labels.dtype == torch.int64 and torch.equal(labels, scores.argmax(0))
+    assert "sem_seg" not in model([picture()], semantic=None)[0]
+    with pytest.raises(ValueError, match="semantic must be"):
+        model([picture()], semantic="argmax")
+
+
+def test_all_modes_come_from_one_pass_and_equal_their_own_passes(tiny_cfg, tiny_model):
+    model = tiny_model()
+    passes = []
+    model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
+    together = model([picture()], modes=test_modes(tiny_cfg))
+    assert len(passes) == 1
+    for mode in ("ensemble", "in_vocabulary", "out_of_vocabulary"):
+        tiny_cfg.TEST.MODE = mode
+        alone = tiny_model(cfg=tiny_cfg)
+        alone.load_state_dict(model.state_dict())
+        assert torch.equal(alone([picture()])[0]["sem_seg"], together[mode][0]["sem_seg"])
+    assert not torch.equal(together["in_vocabulary"][0]["sem_seg"], together["out_of_vocabulary"][0]["sem_seg"])
+
+
+def test_pictures_of_one_size_give_the_same_alone_and_together(tiny_model):
+    model, pictures = tiny_model(), [picture(seed=1), picture(seed=2)]
+    together = model(pictures)
+    for one, output in zip(pictures, together):
+        torch.testing.assert_close(model([one])[0]["sem_seg"], output["sem_seg"], atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_are_padded_with_zeros_after_normalisation(tiny_model):
+    model = tiny_model()
+    images, sizes = model.preprocess([picture(50, 70), picture(64, 33)])
+    assert images.shape == (2, 3, 64, 96) and sizes == [(50, 70), (64, 33)]
+    assert images[0, :, 50:].abs().max() == 0 and images[1, :, :, 33:].abs().max() == 0
+    model.size_divisibility = -1
+    assert model.preprocess([picture(50, 70)])[0].shape == (1, 3, 50, 70)
+
+
+def test_turned_off_outputs_are_absent_and_pure_semantic_resizes_scores(tiny_cfg, tiny_model):
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test.PANOPTIC_ON = test.INSTANCE_ON = False
+    after = tiny_model(cfg=tiny_cfg)
+    [output] = after([{**picture(50, 70), "height": 25, "width": 35}])
+    assert set(output) == {"sem_seg"} and output["sem_seg"].shape == (3, 25, 35)
+    test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = True
+    before = tiny_model(cfg=tiny_cfg)
+    before.load_state_dict(after.state_dict())
+    [first] = before([{**picture(50, 70), "height": 25, "width": 35}])
+    assert not torch.equal(first["sem_seg"], output["sem_seg"])
+    torch.testing.assert_close(first["sem_seg"], output["sem_seg"], atol=0.3, rtol=0.3)
+    test.SEMANTIC_ON = False
+    with pytest.raises(ValueError, match="nothing would be computed"):
+        tiny_model(cfg=tiny_cfg)
+
+
+def test_training_gives_weighted_losses_and_a_gradient_for_every_trainable_parameter(tiny_model):
+    model = tiny_model().train()
+    losses = model([training_sample(0), training_sample(1, labels=(1,))])
+    assert set(losses) == {f"loss_{kind}{suffix}" for kind in ("ce", "mask", "dice") for suffix in ("", "_0", "_1")}
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (not name.startswith("backbone.")), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_pictures_without_segments_train_too(tiny_model):
+    model = tiny_model().train()
+    losses = model([training_sample(labels=())])
+    assert all(value.isfinite() for value in losses.values())
+    sum(losses.values()).backward()
+
+
+def test_seeded_points_repeat_the_losses(tiny_model):
+    model = tiny_model().train()
+    sample = {**training_sample(), "point_seed": 7}
+    assert all(torch.equal(one, other) for one, other in zip(model([sample]).values(), model([sample]).values()))
+
+
+def test_a_training_vocabulary_smaller_than_num_classes_builds_and_runs(tiny_cfg, tiny_model):
+    assert tiny_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 36
+    model = tiny_model().train()
+    assert model.criterion.empty_weight.shape == (37,)
+    assert model([training_sample()])["loss_ce"].isfinite()
+
+
+def test_what_is_missing_is_said(tiny_model):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="empty list"):
+        model([])
+    with pytest.raises(ValueError, match=r"picture 0 must be a \(3, H, W\) tensor, got \(64, 64\)"):
+        model([{"image": torch.zeros(64, 64)}])
+    model.test_vocabulary = None
+    with pytest.raises(ValueError, match="no words to segment with"):
+        model([picture()])
+    model.train()
+    with pytest.raises(ValueError, match=r"pictures \[1\] of this batch have none"):
+        model([training_sample(), picture()])
+    model.train_vocabulary = None
+    with pytest.raises(ValueError, match="no training vocabulary"):
+        model([training_sample()])
+
+
+def test_threads_with_different_words_do_not_disturb_each_other(tiny_model):
+    model = tiny_model()
+    lists = ["a; b", "c; d; e", "f", "g; h; i; j"]
+    expected = [model([picture()], vocabulary=Vocabulary.from_names(words))[0]["sem_seg"] for words in lists]
+    fresh, found = copy.deepcopy(model), [None] * len(lists)
+    fresh.text_encoder._memory.clear()
+
+    def work(index):
+        found[index] = fresh([picture()], vocabulary=Vocabulary.from_names(lists[index]))[0]["sem_seg"]
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(lists))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(expected, found):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.META_ARCHITECTURE", "FCCLIPP", "unknown MODEL.META_ARCHITECTURE 'FCCLIPP'. Did you mean 'FCCLIP'"),
+        ("MODEL.BACKBONE.NAME", "D2SwinTransformer", "unknown MODEL.BACKBONE.NAME"),
+        ("MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "res5", "TRANSFORMER_IN_FEATURE 'res5'"),
+        ("MODEL.FC_CLIP.EMBED_DIM", 768, "EMBED_DIM is 768, but CLIP .* has a joint space of 16"),
+        ("MODEL.SEM_SEG_HEAD.IN_FEATURES", ["res2", "res3", "res6"], "unknown backbone level .* 'res6'"),
+        (
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES",
+            ["res4", "res5"],
+            "must name three of IN_FEATURES",
+        ),
+        ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS", 8, "N_POINTS is 8, but 4 points are built"),
+        ("MODEL.SEM_SEG_HEAD.COMMON_STRIDE", 2, "COMMON_STRIDE is 2"),
+        ("TEST.MODE", "both", "unknown TEST.MODE 'both'"),
+        ("SOLVER.CE_NORM", "world", "unknown SOLVER.CE_NORM 'world'"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_by_key(tiny_cfg, key, value, message):
+    tiny_cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
+        build_model(tiny_cfg)

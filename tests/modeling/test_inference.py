@@ -1,0 +1,111 @@
+"""Post-processing by hand on small masks; the recordings are in test_parity.py."""
+
+import pytest
+import torch
+
+from fcclip.modeling.inference import (
+    instance_inference,
+    panoptic_inference,
+    postprocess_masks,
+    semantic_inference,
+    semantic_labels,
+)
+
+BIG = 12.0  # a logit whose sigmoid and softmax are 1 to fp32
+
+
+def one_hot_logits(*labels, num_classes=3):
+    logits = torch.zeros(len(labels), num_classes + 1)
+    logits[torch.arange(len(labels)), list(labels)] = BIG
+    return logits
+
+
+def masks(*rows):
+    return torch.tensor(rows, dtype=torch.float32)[:, None] * BIG  # (Q, 1, w)
+
+
+def panoptic(class_logits, mask_logits, things=(0,), threshold=0.0, overlap=0.8):
+    id_map, segments = panoptic_inference(
+        class_logits, mask_logits, thing_classes=things, object_mask_threshold=threshold, overlap_threshold=overlap
+    )
+    return id_map.tolist(), [(one["id"], one["category_id"], one["isthing"], one["area"]) for one in segments]
+
+
+def test_semantic_scores_sum_class_times_mask_probability():
+    class_logits, mask_logits = torch.randn(3, 5), torch.randn(3, 2, 4)
+    scores = semantic_inference(class_logits, mask_logits)
+    expected = sum(class_logits.softmax(-1)[q, :4, None, None] * mask_logits[q].sigmoid() for q in range(3))
+    torch.testing.assert_close(scores, expected)
+
+
+def test_labels_are_the_argmax_of_the_scores_whatever_the_chunks(monkeypatch):
+    class_logits, mask_logits = torch.randn(9, 8), torch.randn(9, 11, 13)
+    expected = semantic_inference(class_logits, mask_logits).argmax(0)
+    assert torch.equal(semantic_labels(class_logits, mask_logits), expected)
+    monkeypatch.setattr("fcclip.modeling.inference._LABEL_BUDGET", 200)
+    assert torch.equal(semantic_labels(class_logits, mask_logits), expected)
+
+
+def test_things_get_a_segment_each_and_stuff_of_a_class_shares_one():
+    class_logits = one_hot_logits(0, 0, 2, 2)
+    id_map, segments = panoptic(
+        class_logits, masks([1, -1, -1, -1, -1], [-1, 1, -1, -1, -1], [-1, -1, 1, -1, -1], [-1, -1, -1, 1, -1])
+    )
+    assert id_map == [[1, 2, 3, 3, 0]]
+    assert segments == [(1, 0, True, 1), (2, 0, True, 1), (3, 2, False, 2)]
+
+
+def test_a_mask_that_lost_too_much_of_itself_is_dropped():
+    class_logits = one_hot_logits(0, 1)
+    class_logits[1, 1] = 4  # the weaker of the two
+    overlapping = masks([1, 1, -1, -1], [1, 1, 1, -1])
+    assert panoptic(class_logits, overlapping, overlap=0.8)[1] == [(1, 0, True, 2)]
+    assert panoptic(class_logits, overlapping, overlap=0.3)[1] == [(1, 0, True, 2), (2, 1, False, 1)]
+
+
+def test_exactly_half_probability_is_inside_and_a_share_equal_to_the_threshold_stays():
+    class_logits = one_hot_logits(0)
+    id_map, _ = panoptic(class_logits, torch.tensor([[[0.0, -0.1]]]), overlap=1.0)
+    assert id_map == [[1, 0]]
+
+
+def test_void_low_and_undefined_scores_leave_nothing():
+    empty = ([[0, 0]], [])
+    mask = torch.tensor([[[BIG, BIG]]])
+    assert panoptic(one_hot_logits(3), mask) == empty
+    assert panoptic(torch.zeros(1, 4), mask, threshold=0.25) == empty
+    assert panoptic(torch.full((1, 4), torch.nan), mask) == empty
+
+
+def test_instances_are_the_things_among_the_best_pairs():
+    class_logits = one_hot_logits(0, 1, 3)
+    mask_logits = masks([1, 1, -1], [-1, -1, 1], [1, 1, 1])
+    found = instance_inference(class_logits, mask_logits, thing_classes=[0], topk=2)
+    assert found.pred_classes.tolist() == [0]
+    assert found.pred_masks.dtype == torch.bool and found.pred_masks.tolist() == [[[True, True, False]]]
+    assert found.pred_boxes.tolist() == [[0, 0, 2, 1]]
+    assert float(found.scores[0]) == pytest.approx(1, abs=1e-4)
+
+
+def test_one_query_may_appear_with_several_classes_and_topk_may_exceed_the_pairs():
+    class_logits = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
+    found = instance_inference(class_logits, masks([1, -1]), thing_classes=[0, 1, 2], topk=100)
+    assert sorted(found.pred_classes.tolist()) == [0, 1, 2]
+
+
+def test_an_empty_mask_scores_zero_and_no_things_give_no_instances():
+    found = instance_inference(one_hot_logits(0), masks([-1, -1]), thing_classes=[0], topk=1)
+    assert found.scores.tolist() == [0.0] and found.pred_boxes.tolist() == [[0, 0, 0, 0]]
+    assert len(instance_inference(one_hot_logits(0), masks([1, 1]), thing_classes=[], topk=5)) == 0
+
+
+def test_the_published_zero_boxes_come_on_request():
+    found = instance_inference(one_hot_logits(0), masks([1, -1]), thing_classes=[0], topk=1, zero_boxes=True)
+    assert found.pred_boxes.tolist() == [[0, 0, 0, 0]]
+
+
+def test_masks_are_enlarged_cropped_and_resized():
+    maps = torch.arange(16.0).view(1, 4, 4)
+    out = postprocess_masks(maps, (16, 16), (8, 12), (4, 6))
+    assert out.shape == (1, 4, 6)
+    assert float(out.max()) < 12  # rows of the padding are gone

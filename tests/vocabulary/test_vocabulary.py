@@ -1,0 +1,127 @@
+"""Words, files and what is seen."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fcclip.vocabulary import TEMPLATES, Vocabulary, builtin_names, prompts
+
+
+def test_an_entry_is_a_class_with_synonyms_and_an_optional_mark():
+    vocabulary = Vocabulary.from_names("red circle; blue star,  azure star ;sand:stuff; ")
+    assert vocabulary.class_names == ("red circle", "blue star", "sand")
+    assert vocabulary.synonyms == (("red circle",), ("blue star", "azure star"), ("sand",))
+    assert vocabulary.thing_classes == (0, 1)
+
+
+def test_a_mark_wins_over_the_given_things():
+    vocabulary = Vocabulary.from_names(["cat", "dog:stuff", "sky", "sea:thing"], things=[0, 1])
+    assert vocabulary.thing_classes == (0, 3)
+
+
+@pytest.mark.parametrize("words", ["", " ; ;", [], ["cat", " , "], ["cat", ":stuff"]])
+def test_entries_without_a_word_are_refused(words):
+    with pytest.raises(ValueError, match="word"):
+        Vocabulary.from_names(words)
+
+
+def test_thing_indices_outside_the_classes_are_refused():
+    with pytest.raises(ValueError, match=r"thing indices \[2\] are no classes \(0..1\)"):
+        Vocabulary.from_names("a; b", things=[0, 2])
+
+
+def test_the_published_text_format_is_read_by_one_rule(tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text(
+        "0:invalid_class_id\n1: person, child,,girl \n3:traffic light: red,lamp\n\n2:invalid_class_id\n7:sky\n"
+    )
+    vocabulary = Vocabulary.from_file(path, things=[0])
+    assert vocabulary.synonyms == (("person", "child", "girl"), ("traffic light: red", "lamp"), ("sky",))
+    assert [entry.id for entry in vocabulary.classes] == [1, 3, 7]
+    assert vocabulary.thing_classes == (0,)
+    assert not vocabulary.is_published
+
+
+def test_our_json_is_read(tmp_path):
+    path = tmp_path / "pets.json"
+    classes = [
+        {"id": 4, "name": "cat", "synonyms": ["kitty"], "thing": True},
+        {"id": 9, "name": "grass", "thing": False},
+    ]
+    path.write_text(json.dumps({"name": "pets", "version": "2", "classes": classes}))
+    vocabulary = Vocabulary.from_file(path)
+    assert (vocabulary.name, vocabulary.version, len(vocabulary)) == ("pets", "2", 2)
+    assert vocabulary.synonyms == (("cat", "kitty"), ("grass",))
+    assert vocabulary.thing_classes == (0,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0:cat\nno colon\n", "line 2: expected 'id:name"),
+        ("x:cat\n", "line 1"),
+        ("1:\n", "line 1"),
+        ("", "has no classes"),
+        ('{"name": "a", "classes": [}', "broken JSON at line 1"),
+        ('{"name": "a", "words": []}', "expected an object with name, version and a list of classes"),
+        ('{"name": "a", "classes": [{"id": 0}]}', "class 0 has no name"),
+    ],
+)
+def test_a_broken_file_is_refused_by_name_and_line(tmp_path, text, message):
+    path = tmp_path / "words.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Vocabulary.from_file(path)
+    with pytest.raises(FileNotFoundError, match=r"gone\.json"):
+        Vocabulary.from_file(tmp_path / "gone.json")
+
+
+def test_a_class_is_seen_if_any_synonym_is_a_training_word_exactly():
+    training = Vocabulary.from_names("person, child; sky")
+    test = Vocabulary.from_names("man, child; Sky; skyline; clouds, sky")
+    assert test.seen_by(training).tolist() == [True, False, False, True]
+
+
+def test_the_hash_knows_words_order_and_things_but_not_the_file():
+    one, same = Vocabulary.from_names("a, b; c"), Vocabulary.from_names("a,b;c", name="other")
+    assert one.hash == same.hash
+    assert len({one.hash, Vocabulary.from_names("c; a, b").hash, Vocabulary.from_names("a, b; c:stuff").hash}) == 3
+
+
+def test_there_are_fourteen_templates_filled_word_by_word():
+    assert len(TEMPLATES) == 14
+    filled = prompts(["cat", "dog"])
+    assert (filled[0], filled[1], filled[14]) == ("a photo of a cat.", "This is a photo of a cat", "a photo of a dog.")
+    assert filled[13] == "There is a large cat in the scene."
+
+
+def test_builtin_vocabularies_are_found_by_name():
+    assert {"coco_panoptic", "ade20k_150", "pascal_voc_20", "shapes", "shapes_seen"} <= set(builtin_names())
+    assert len(Vocabulary.builtin("coco_panoptic").thing_classes) == 80
+    with pytest.raises(ValueError, match="Did you mean 'coco_panoptic'"):
+        Vocabulary.builtin("coco_panoptik")
+
+
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "vocabularies"
+COUNTS = {  # classes, synonyms, classes seen by COCO panoptic
+    "coco_panoptic": (133, 254, 133),
+    "ade20k_150": (150, 403, 64),
+    "ade20k_847": (847, 1342, 101),
+    "cityscapes": (19, 60, 17),
+    "mapillary_vistas": (65, 153, 26),
+    "pascal_ctx_59": (59, 160, 51),
+    "pascal_ctx_459": (459, 559, 85),
+    "pascal_voc_21": (21, 153, 21),
+    "coco_stuff": (171, 328, 135),
+}
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published vocabulary files are not here")
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_published_files_give_the_published_counts(name):
+    training = Vocabulary.from_file(PUBLISHED / "coco_panoptic_with_prompt_eng.txt")
+    vocabulary = Vocabulary.from_file(PUBLISHED / f"{name}_with_prompt_eng.txt")
+    words = sum(len(synonyms) for synonyms in vocabulary.synonyms)
+    assert (len(vocabulary), words, int(vocabulary.seen_by(training).sum())) == COUNTS[name]
+    assert vocabulary.is_published
