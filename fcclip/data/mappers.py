@@ -40,7 +40,8 @@ class PanopticJitterMapper:
         self.channel_order = channel_order
 
     def __call__(self, record: dict, rng: np.random.Generator | np.random.RandomState) -> dict[str, Any]:
-        """-> `image` (3, S, S) uint8, `targets` with an id map, and the record's names and (original) size."""
+        """-> `image` (3, S, S) uint8, `targets` with an id map, `point_seed`, which fixes where the losses look, and the
+        record's names and (original) size."""
         image = _read_image(record)
         id_map = _read_id_map(record, image.shape[:2])
         geometry = self.jitter.draw(*image.shape[:2], rng)
@@ -51,7 +52,8 @@ class PanopticJitterMapper:
             ids=torch.tensor([segment["id"] for segment in segments], dtype=torch.int64),
         )
         image_tensor = _to_tensor(geometry.apply_image(image), self.channel_order)
-        return {**_kept(record, image), "image": image_tensor, "targets": targets}
+        point_seed = int.from_bytes(rng.bytes(8), "little") >> 1  # 0..2^63 - 1, drawn last
+        return {**_kept(record, image), "image": image_tensor, "targets": targets, "point_seed": point_seed}
 
 
 class ShortestEdgeMapper:

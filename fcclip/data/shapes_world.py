@@ -1,8 +1,8 @@
 """The shapes world: pictures of coloured, textured shapes (things) on textured grounds (stuff).
 
-`render_picture(seed, rule_name, index)` is a pure function: the same three values give the same picture in any process. Lengths are in pixels of the
-256 x 256 picture, colours are RGB in 0..1 while rendering, areas are counted in pixels. A shape never touches the picture's border, so its own area
-is the area of the whole shape and its visible part is what later shapes left of it.
+`render_picture(seed, rule_name, index)` is a pure function: the same three values give the same picture in any process.
+Lengths are in pixels of the 256 x 256 picture, colours are RGB in 0..1 while rendering, areas are counted in pixels. A
+shape never crosses the picture's border: its visible part is what later shapes left of it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,28 @@ import cv2
 import numpy as np
 
 __all__ = [
-    "COLOURS", "GROUNDS", "PICTURE_SIZE", "RULES", "SETS", "SHAPES", "WORLD_VERSION", "Piece", "Picture", "WorldClass", "render_picture", "vocabulary_json",
+    "COLOURS",
+    "GROUNDS",
+    "PICTURE_SIZE",
+    "RULES",
+    "SETS",
+    "SHAPES",
+    "WORLD_VERSION",
+    "Picture",
+    "Piece",
+    "Rule",
+    "WorldClass",
+    "render_picture",
+    "vocabulary_json",
     "world_classes",
-]  # fmt: skip
+]
 
 WORLD_VERSION = 1  # another number means other pictures for the same seed
 PICTURE_SIZE = 256
-MIN_AREA_SHARE, MAX_AREA_SHARE = 0.0205, 0.115  # of the picture, for the whole shape; the visible part obeys the lower bound as well
+MIN_AREA_SHARE, MAX_AREA_SHARE = (
+    0.0205,
+    0.115,
+)  # of the picture, for the whole shape; the visible part obeys the lower bound as well
 MAX_EXTENT_PX = 88  # before turning and stretching
 MIN_VISIBLE_SHARE = 0.45  # of the shape
 MIN_GROUND_SHARE = 0.02  # of the picture
@@ -39,8 +54,22 @@ COLOURS: dict[str, tuple[tuple[float, float, float], str]] = {  # name: (RGB, sy
     "pink": ((0.98, 0.52, 0.76), "rose"),
     "white": ((0.95, 0.95, 0.95), "ivory"),
 }
-SHAPES: dict[str, str] = {"circle": "disc", "square": "box", "triangle": "", "star": "", "heart": "", "cross": "plus"}  # name: synonym or nothing
-GROUNDS: dict[str, str] = {"sand": "beach", "grass": "lawn", "water": "sea", "brick": "bricks", "wood": "planks", "gravel": "pebbles"}
+SHAPES: dict[str, str] = {
+    "circle": "disc",
+    "square": "box",
+    "triangle": "",
+    "star": "",
+    "heart": "",
+    "cross": "plus",
+}  # name: synonym or nothing
+GROUNDS: dict[str, str] = {
+    "sand": "beach",
+    "grass": "lawn",
+    "water": "sea",
+    "brick": "bricks",
+    "wood": "planks",
+    "gravel": "pebbles",
+}
 UNSEEN_GROUNDS = ("water", "gravel")
 
 
@@ -60,7 +89,8 @@ class WorldClass:
 def world_classes() -> tuple[WorldClass, ...]:
     """All classes in the order of their ids.
 
-    Every third colour-shape pair along the diagonals is unseen: two shapes of each colour and two or three colours of each shape.
+    Every third colour-shape pair along the diagonals is unseen: two shapes of each colour, two or three colours of
+    each shape.
 
     Example:
         >>> classes = world_classes()
@@ -73,7 +103,11 @@ def world_classes() -> tuple[WorldClass, ...]:
     for (row, (colour, (_, colour_synonym))), (column, (shape, shape_synonym)) in itertools.product(
         enumerate(COLOURS.items()), enumerate(SHAPES.items())
     ):
-        synonyms = (f"{colour_synonym} {shape}", f"{colour} {shape_synonym}") if shape_synonym else (f"{colour_synonym} {shape}",)
+        synonyms = (
+            (f"{colour_synonym} {shape}", f"{colour} {shape_synonym}")
+            if shape_synonym
+            else (f"{colour_synonym} {shape}",)
+        )
         seen = (row + column) % 3 != 1
         classes.append(WorldClass(len(classes) + 1, f"{colour} {shape}", synonyms, True, seen, colour, shape))
     for ground, synonym in GROUNDS.items():
@@ -140,7 +174,7 @@ def render_picture(seed: int, rule_name: str, index: int) -> Picture:
             return picture
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------- scene
+# ---------------------------------------------------------------------------------------------------------------- scene
 
 
 def _render(rng: np.random.Generator, rule: Rule) -> Picture | None:
@@ -202,7 +236,7 @@ def _place_shape(
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------------------- shapes
+# --------------------------------------------------------------------------------------------------------------- shapes
 
 
 def _outline(shape: str) -> np.ndarray:
@@ -225,12 +259,18 @@ def _outline(shape: str) -> np.ndarray:
         return np.stack([x / 15.5, -(y + 2.5) / 15.0], 1)
     if shape == "cross":
         a, b = 0.36, 1.05
-        return np.array([[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]])
+        return np.array(
+            [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]]
+        )
     raise ValueError(f"unknown shape '{shape}'; known: {', '.join(SHAPES)}")
 
 
 def _shape_coverage(rng: np.random.Generator, shape: str) -> tuple[np.ndarray, np.ndarray]:
-    """A shape of random size, turn and stretch: coverage (n, n) float 0..1 with soft edges, and each pixel's place (n, n, 2) along the shape's own axes."""
+    """A shape of random size, turn and stretch.
+
+    Returns:
+        Coverage (n, n) float 0..1 with soft edges, and the place of every pixel along the shape's own axes (n, n, 2).
+    """
     corners = _outline(shape)
     x, y = corners.T
     unit_area = 0.5 * abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1)))
@@ -241,7 +281,7 @@ def _shape_coverage(rng: np.random.Generator, shape: str) -> tuple[np.ndarray, n
     rotation = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
     corners = corners * (radius * stretch, radius / stretch) @ rotation.T
     corners -= (corners.min(0) + corners.max(0)) / 2
-    size = min(int(math.ceil(2 * np.abs(corners).max())) + 3, PICTURE_SIZE)
+    size = min(math.ceil(2 * np.abs(corners).max()) + 3, PICTURE_SIZE)
     fine = 4
     canvas = np.zeros((size * fine, size * fine), np.uint8)
     cv2.fillPoly(canvas, [np.round((corners + size / 2) * fine * 16 - 8).astype(np.int32)], 255, shift=4)
@@ -251,23 +291,37 @@ def _shape_coverage(rng: np.random.Generator, shape: str) -> tuple[np.ndarray, n
     return coverage, grid
 
 
-def _paint_shape(rng: np.random.Generator, colour: str, canvas: np.ndarray, coverage: np.ndarray, local: np.ndarray, top: int, left: int) -> None:
+def _paint_shape(
+    rng: np.random.Generator,
+    colour: str,
+    canvas: np.ndarray,
+    coverage: np.ndarray,
+    local: np.ndarray,
+    top: int,
+    left: int,
+) -> None:
     size = coverage.shape[0]
     _cast_shadow(canvas, coverage, top, left)
     rgb = np.array(COLOURS[colour][0], np.float32)
     rgb = np.clip(rgb + rng.normal(0, 0.02, 3).astype(np.float32), 0, 1) * np.float32(rng.uniform(0.9, 1.03))
     shade = 1 + np.float32(rng.uniform(0.08, 0.16)) * _shape_texture(rng, local)
     light = rng.uniform(0, 2 * math.pi)
-    shade *= 1 + np.float32(rng.uniform(0.0, 0.12)) * (local @ np.array([math.cos(light), math.sin(light)], np.float32)) * (2 / size)
+    shade *= 1 + np.float32(rng.uniform(0.0, 0.12)) * (
+        local @ np.array([math.cos(light), math.sin(light)], np.float32)
+    ) * (2 / size)
     depth = cv2.distanceTransform((coverage > 0.5).astype(np.uint8), cv2.DIST_L2, 3)
-    shade *= 1 - 0.38 * np.clip(1.6 - 0.5 * depth, 0, 1)  # a dark rim, so that equal shapes stay apart where they overlap
+    shade *= 1 - 0.38 * np.clip(
+        1.6 - 0.5 * depth, 0, 1
+    )  # a dark rim, so that equal shapes stay apart where they overlap
     window = canvas[top : top + size, left : left + size]
     window += coverage[..., None] * (np.clip(rgb * shade[..., None], 0, 1) - window)
 
 
 def _cast_shadow(canvas: np.ndarray, coverage: np.ndarray, top: int, left: int) -> None:
     size = coverage.shape[0]
-    shadow = cv2.GaussianBlur(np.pad(coverage, 8), (0, 0), 2.5)[5 : 5 + size + 11, 5 : 5 + size + 11]  # reaches 3 px to the right and down
+    shadow = cv2.GaussianBlur(np.pad(coverage, 8), (0, 0), 2.5)[
+        5 : 5 + size + 11, 5 : 5 + size + 11
+    ]  # reaches 3 px to the right and down
     bottom, right = min(top + size + 11, PICTURE_SIZE), min(left + size + 11, PICTURE_SIZE)
     canvas[top:bottom, left:right] *= 1 - 0.35 * shadow[: bottom - top, : right - left, None]
 
@@ -288,7 +342,7 @@ def _shape_texture(rng: np.random.Generator, local: np.ndarray) -> np.ndarray:
     return _noise(rng, local.shape[0], int(rng.integers(5, 9)))
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- grounds
+# -------------------------------------------------------------------------------------------------------------- grounds
 
 
 def _draw_grounds(rng: np.random.Generator, grounds: list[WorldClass]) -> tuple[np.ndarray, np.ndarray]:
@@ -300,7 +354,9 @@ def _draw_grounds(rng: np.random.Generator, grounds: list[WorldClass]) -> tuple[
         angle = direction + (rng.uniform(-0.4, 0.4) if index == 1 else math.pi + rng.uniform(-0.5, 0.5))
         offset = rng.uniform(-30, 30) if len(grounds) == 2 else rng.uniform(22, 55)
         along, across = _axes(angle)
-        wave = 9 * np.sin(along / rng.uniform(14, 30) + rng.uniform(0, 6)) + 5 * np.sin(along / rng.uniform(6, 12) + rng.uniform(0, 6))
+        wave = 9 * np.sin(along / rng.uniform(14, 30) + rng.uniform(0, 6)) + 5 * np.sin(
+            along / rng.uniform(6, 12) + rng.uniform(0, 6)
+        )
         distance = across - np.float32(offset) + wave  # about pixels from the border line
         cover = np.clip(distance + 0.5, 0, 1)[..., None]
         canvas += cover * (_GROUND_PAINTERS[ground.name](rng) - canvas)
@@ -361,7 +417,10 @@ def _brick(rng: np.random.Generator) -> np.ndarray:
     column = np.floor(shifted)
     table = rng.uniform(-0.16, 0.16, (64, 64)).astype(np.float32)
     tone = table[row.astype(int) % 64, column.astype(int) % 64]
-    edge = np.minimum(np.minimum(across / height - row, 1 - across / height + row) * height, np.minimum(shifted - column, 1 - shifted + column) * width)
+    edge = np.minimum(
+        np.minimum(across / height - row, 1 - across / height + row) * height,
+        np.minimum(shifted - column, 1 - shifted + column) * width,
+    )
     mortar = np.clip(2.1 - edge, 0, 1)[..., None]
     bricks = _tint(rng, (0.52, 0.30, 0.25), 1 + tone + 0.08 * _noise(rng, PICTURE_SIZE, 3))
     return bricks + mortar * (np.float32(0.66) - bricks)
@@ -399,5 +458,7 @@ def _develop(rng: np.random.Generator, canvas: np.ndarray) -> np.ndarray:
     along, _ = _axes(rng.uniform(0, 2 * math.pi))
     light = rng.uniform(0.88, 1.08) + rng.uniform(0.0, 0.14) * along / (PICTURE_SIZE / 2)
     sigma = rng.uniform(MIN_NOISE_SIGMA, MAX_NOISE_SIGMA)
-    noisy = canvas * light[..., None].astype(np.float32) + np.float32(sigma) * rng.standard_normal(canvas.shape, dtype=np.float32)
+    noisy = canvas * light[..., None].astype(np.float32) + np.float32(sigma) * rng.standard_normal(
+        canvas.shape, dtype=np.float32
+    )
     return np.round(np.clip(noisy, 0, 1) * 255).astype(np.uint8)

@@ -22,7 +22,8 @@ def rng(seed=0):
 def test_a_training_sample_has_picture_targets_and_names(cfg, record):
     sample = build_train_mapper(cfg)(record, rng())
     assert set(sample) == {
-        *("image", "targets", "file_name", "image_id", "height", "width", "pan_seg_file_name", "sem_seg_file_name")
+        *("image", "targets", "file_name", "image_id", "height", "width", "pan_seg_file_name", "sem_seg_file_name"),
+        "point_seed",
     }
     assert (sample["image"].dtype, sample["image"].shape) == (torch.uint8, (3, 32, 32))
     assert (sample["height"], sample["width"], sample["image_id"]) == (24, 36, 100)

@@ -1,0 +1,93 @@
+"""Training: from losses to weights on disk.
+
+optimizer.py    AdamW and SGD with the published parameter groups, gradient clipping
+schedule.py     the learning rate as a function of the iteration; scaling to the number of processes
+trainer.py      Trainer: the loop; build_trainer: the loop of a config
+checkpoint.py   checkpoints and weights: atomic writing, safe and strict reading
+distributed.py  launch: several processes; rank, barrier, gather
+metrics.py      log.txt, metrics.json, TensorBoard, progress bar
+environment.py  versions and device; random seeds and states
+
+Evaluation is handed in by the script on top (`train_net.py`), never imported.
+"""
+
+from fcclip.engine.checkpoint import (
+    Checkpointer,
+    clip_fingerprint,
+    load_checkpoint,
+    load_state,
+    load_weights,
+    model_weights,
+    save_checkpoint,
+    save_weights,
+    unwrap,
+    write_atomically,
+)
+from fcclip.engine.distributed import (
+    ProcessFailedError,
+    all_gather_object,
+    barrier,
+    broadcast_object,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    launch,
+    mean_over_processes,
+)
+from fcclip.engine.environment import (
+    apply_numeric_settings,
+    draw_seed,
+    environment_report,
+    git_state,
+    random_state,
+    seed_everything,
+    set_random_state,
+)
+from fcclip.engine.metrics import build_writers, close_logging, duration, log_exception, setup_logging
+from fcclip.engine.optimizer import build_clip, build_optimizer, parameter_groups
+from fcclip.engine.schedule import build_lr_scheduler, build_multiplier, scale_to_world_size
+from fcclip.engine.trainer import NonFiniteError, Trainer, build_trainer, check_training
+
+__all__ = [
+    "Checkpointer",
+    "NonFiniteError",
+    "ProcessFailedError",
+    "Trainer",
+    "all_gather_object",
+    "apply_numeric_settings",
+    "barrier",
+    "broadcast_object",
+    "build_clip",
+    "build_lr_scheduler",
+    "build_multiplier",
+    "build_optimizer",
+    "build_trainer",
+    "build_writers",
+    "check_training",
+    "clip_fingerprint",
+    "close_logging",
+    "draw_seed",
+    "duration",
+    "environment_report",
+    "get_rank",
+    "get_world_size",
+    "git_state",
+    "is_main_process",
+    "launch",
+    "load_checkpoint",
+    "load_state",
+    "load_weights",
+    "log_exception",
+    "mean_over_processes",
+    "model_weights",
+    "parameter_groups",
+    "random_state",
+    "save_checkpoint",
+    "save_weights",
+    "scale_to_world_size",
+    "seed_everything",
+    "set_random_state",
+    "setup_logging",
+    "unwrap",
+    "write_atomically",
+]

@@ -1,0 +1,157 @@
+"""Which parameters learn how fast, and how far one step may go: parameter groups, AdamW and SGD, gradient clipping.
+
+The published recipe makes one group per tensor. Groups with the same learning rate and weight decay are merged here:
+the updates are the same, and the fused kernels see a few long lists instead of hundreds of short ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor, nn
+
+from fcclip.config import lookup
+
+# Layers whose affine parameters take WEIGHT_DECAY_NORM.
+NORM_LAYERS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.GroupNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.LayerNorm,
+    nn.LocalResponseNorm,
+)
+# Parts of parameter names that are never decayed, whatever layer owns them.
+_UNDECAYED = ("relative_position_bias_table", "absolute_pos_embed")
+# Devices on which torch updates a whole group in one kernel.
+_FUSED_DEVICES = ("cpu", "cuda", "mps")
+
+Clip = Callable[[Sequence[nn.Parameter]], "Tensor | None"]
+
+
+def parameter_groups(
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    weight_decay_norm: float,
+    weight_decay_embed: float,
+    backbone_multiplier: float,
+) -> list[dict]:
+    """The trainable parameters of a model in groups of equal learning rate and weight decay.
+
+    Frozen parameters are left out and shared ones are taken once. Of the rules, later ones win: everything decays by
+    `weight_decay`; a module whose path contains "backbone" learns at `lr * backbone_multiplier`; position tables do
+    not decay; norm layers and embeddings decay by their own values. Biases decay like weights.
+
+    Returns:
+        torch optimiser groups in module order, each with `params` as (name, parameter) pairs, `lr` and `weight_decay`.
+
+    Raises:
+        ValueError: nothing in the model is trainable.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        >>> decay = {"weight_decay": 0.05, "weight_decay_norm": 0.0, "weight_decay_embed": 0.0}
+        >>> groups = parameter_groups(model, lr=1e-4, backbone_multiplier=0.1, **decay)
+        >>> [([name for name, _ in group["params"]], group["weight_decay"]) for group in groups]
+        [(['0.weight', '0.bias'], 0.05), (['1.weight', '1.bias'], 0.0)]
+    """
+    groups: dict[tuple[float, float], dict] = {}
+    taken: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or parameter in taken:
+                continue
+            taken.add(parameter)
+            own_lr = lr * backbone_multiplier if "backbone" in path else lr
+            decay = weight_decay
+            if any(part in name for part in _UNDECAYED):
+                decay = 0.0
+            if isinstance(module, NORM_LAYERS):
+                decay = weight_decay_norm
+            if isinstance(module, nn.Embedding):
+                decay = weight_decay_embed
+            group = groups.setdefault((own_lr, decay), {"params": [], "lr": own_lr, "weight_decay": decay})
+            group["params"].append((f"{path}.{name}" if path else name, parameter))
+    if not groups:
+        raise ValueError("the model has no trainable parameter: every one has requires_grad False")
+    return list(groups.values())
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimiser of SOLVER.* for the trainable parameters of `model`.
+
+    Raises:
+        ValueError: unknown SOLVER.OPTIMIZER, or nothing to train.
+    """
+    solver = cfg.SOLVER
+    build = lookup("SOLVER.OPTIMIZER", solver.OPTIMIZER, {"ADAMW": _adamw, "SGD": _sgd})
+    groups = parameter_groups(
+        model,
+        lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        weight_decay_embed=solver.WEIGHT_DECAY_EMBED,
+        backbone_multiplier=solver.BACKBONE_MULTIPLIER,
+    )
+    devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
+    return build(groups, solver, fused=devices <= set(_FUSED_DEVICES))
+
+
+def _adamw(groups: list[dict], solver: CfgNode, *, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=fused or None)
+
+
+def _sgd(groups: list[dict], solver: CfgNode, *, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, fused=fused or None
+    )
+
+
+def build_clip(cfg: CfgNode) -> Clip:
+    """The gradient clipping of SOLVER.CLIP_GRADIENTS, to be called on unscaled gradients just before the step.
+
+    Returns:
+        A function of the trainable parameters that clips their gradients in place and returns the 2-norm of all
+        gradients before clipping as a scalar tensor, or None where the type does not compute it.
+
+    Raises:
+        ValueError: unknown CLIP_TYPE, or a negative CLIP_VALUE.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    known = {"full_model": _clip_full_model, "norm": _clip_each_norm, "value": _clip_each_value}
+    chosen = lookup("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, known)
+    if clip.CLIP_VALUE < 0:
+        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must not be negative, got {clip.CLIP_VALUE}")
+    if not clip.ENABLED or (clip.CLIP_TYPE == "full_model" and clip.CLIP_VALUE == 0):
+        return _no_clip
+    return lambda parameters: chosen(parameters, value=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+
+
+def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Every parameter the optimiser updates, in group order."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _clip_full_model(parameters: Iterable[nn.Parameter], *, value: float, norm_type: float) -> Tensor:
+    return nn.utils.clip_grad_norm_(parameters, value)  # always the 2-norm; the published code ignores NORM_TYPE here
+
+
+def _clip_each_norm(parameters: Iterable[nn.Parameter], *, value: float, norm_type: float) -> None:
+    for parameter in parameters:
+        nn.utils.clip_grad_norm_(parameter, value, norm_type=norm_type)
+
+
+def _clip_each_value(parameters: Iterable[nn.Parameter], *, value: float, norm_type: float) -> None:
+    nn.utils.clip_grad_value_(parameters, value)
+
+
+def _no_clip(parameters: Iterable[nn.Parameter]) -> None:
+    return None

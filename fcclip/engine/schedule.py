@@ -1,0 +1,186 @@
+"""How the learning rate changes with the iteration: the published schedules as functions of an integer."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+from fvcore.common.config import CfgNode
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from fcclip.config import lookup
+
+logger = logging.getLogger(__name__)
+
+Multiplier = Callable[[int], float]
+
+
+def multi_step(*, max_iter: int, steps: Sequence[int], gamma: float) -> Multiplier:
+    """`gamma` to the power of the number of steps reached; a step changes the rate at the iteration it names.
+
+    Example:
+        >>> rate = multi_step(max_iter=10, steps=(4, 8), gamma=0.5)
+        >>> [rate(iteration) for iteration in (0, 3, 4, 7, 8, 9)]
+        [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    """
+    if list(steps) != sorted(steps):
+        raise ValueError(f"SOLVER.STEPS must ascend, got {tuple(steps)}")
+    reached = [step for step in steps if step < max_iter]
+    if len(reached) < len(steps):
+        logger.warning(
+            "SOLVER.STEPS %s at or above SOLVER.MAX_ITER %d are ignored", tuple(steps)[len(reached) :], max_iter
+        )
+    return lambda iteration: float(gamma ** bisect.bisect_right(reached, iteration))
+
+
+def cosine(*, max_iter: int, end: float) -> Multiplier:
+    """From 1 to `end` along half a cosine over `max_iter` iterations."""
+    if not 0 <= end <= 1:
+        raise ValueError(f"SOLVER.BASE_LR_END must lie between 0 and SOLVER.BASE_LR, got {end} times BASE_LR")
+    return lambda iteration: end + 0.5 * (1 - end) * (1 + math.cos(math.pi * min(iteration / max_iter, 1.0)))
+
+
+def poly(*, max_iter: int, power: float) -> Multiplier:
+    """(1 - iteration / max_iter) ** power."""
+    return lambda iteration: max(1.0 - iteration / max_iter, 0.0) ** power
+
+
+def warm_up_to(
+    schedule: Multiplier, *, max_iter: int, iters: int, factor: float, method: str, rescale_interval: bool = False
+) -> Multiplier:
+    """`schedule` with its first `iters` iterations replaced by a warm-up.
+
+    Linear warm-up rises from `factor * schedule(0)` to the value that `schedule` has when the warm-up ends; constant
+    warm-up stays at `factor * schedule(0)`.
+
+    Args:
+        schedule: multiplier per iteration.
+        max_iter: length of the training.
+        iters: length of the warm-up.
+        factor: share of the first rate.
+        method: "linear" or "constant".
+        rescale_interval: squeeze the whole schedule into the iterations after the warm-up instead of cutting its
+            beginning.
+    """
+    iters = min(iters, max_iter)
+    shapes = {
+        "linear": lambda start, end, share: end * share + start * (1 - share),
+        "constant": lambda start, *_: start,
+    }
+    shape = lookup("SOLVER.WARMUP_METHOD", method, shapes)
+    start, end = factor * schedule(0), schedule(0 if rescale_interval else iters)
+
+    def multiplier(iteration: int) -> float:
+        if iteration < iters:
+            return shape(start, end, iteration / iters)
+        if rescale_interval and iters < max_iter:
+            return schedule((iteration - iters) * max_iter / (max_iter - iters))
+        return schedule(iteration)
+
+    return multiplier
+
+
+def scaled_by_warm_up(
+    schedule: Multiplier, *, iters: int, factor: float, method: str, constant_ending: float = 0.0
+) -> Multiplier:
+    """DeepLab's poly rule: the schedule runs from iteration 0 and the warm-up scales it; it never falls below the
+    ending."""
+    shapes = {"linear": lambda share: factor * (1 - share) + share, "constant": lambda share: factor}
+    shape = lookup("SOLVER.WARMUP_METHOD", method, shapes)
+
+    def multiplier(iteration: int) -> float:
+        if iteration < iters:
+            return shape(iteration / iters) * schedule(iteration)
+        return max(schedule(iteration), constant_ending)
+
+    return multiplier
+
+
+def build_multiplier(cfg: CfgNode) -> Multiplier:
+    """The factor on every group's learning rate at each iteration (0-based), by SOLVER.LR_SCHEDULER_NAME.
+
+    Raises:
+        ValueError: unknown schedule or warm-up method, MAX_ITER below 1, steps that do not ascend.
+    """
+    solver = cfg.SOLVER
+    if solver.MAX_ITER < 1:
+        raise ValueError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
+    known = {"WarmupMultiStepLR": _multi_step, "WarmupCosineLR": _cosine, "WarmupPolyLR": _poly}
+    return lookup("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, known)(solver)
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LambdaLR:
+    """The schedule of the config on `optimizer`; call `step()` once per iteration."""
+    return LambdaLR(optimizer, build_multiplier(cfg))
+
+
+def _multi_step(solver: CfgNode) -> Multiplier:
+    return _warm_up(multi_step(max_iter=solver.MAX_ITER, steps=solver.STEPS, gamma=solver.GAMMA), solver)
+
+
+def _cosine(solver: CfgNode) -> Multiplier:
+    return _warm_up(cosine(max_iter=solver.MAX_ITER, end=solver.BASE_LR_END / solver.BASE_LR), solver)
+
+
+def _poly(solver: CfgNode) -> Multiplier:
+    return scaled_by_warm_up(
+        poly(max_iter=solver.MAX_ITER, power=solver.POLY_LR_POWER),
+        iters=solver.WARMUP_ITERS,
+        factor=solver.WARMUP_FACTOR,
+        method=solver.WARMUP_METHOD,
+        constant_ending=solver.POLY_LR_CONSTANT_ENDING,
+    )
+
+
+def _warm_up(schedule: Multiplier, solver: CfgNode) -> Multiplier:
+    return warm_up_to(
+        schedule,
+        max_iter=solver.MAX_ITER,
+        iters=solver.WARMUP_ITERS,
+        factor=solver.WARMUP_FACTOR,
+        method=solver.WARMUP_METHOD,
+        rescale_interval=solver.RESCALE_INTERVAL,
+    )
+
+
+def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
+    """The config with batch, learning rate and lengths scaled from SOLVER.REFERENCE_WORLD_SIZE to `world_size`
+    processes.
+
+    With a reference of 0 (the default) or equal to `world_size` the config is returned as it is.
+
+    Raises:
+        ValueError: IMS_PER_BATCH is not divisible by the reference.
+    """
+    reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if reference in (0, world_size):
+        return cfg
+    if cfg.SOLVER.IMS_PER_BATCH % reference:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
+            f"{reference}"
+        )
+    scale = world_size / reference
+    cfg = cfg.clone()
+    cfg.defrost()
+    solver = cfg.SOLVER
+    solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
+    solver.BASE_LR *= scale
+    solver.MAX_ITER = round(solver.MAX_ITER / scale)
+    solver.WARMUP_ITERS = round(solver.WARMUP_ITERS / scale)
+    solver.STEPS = tuple(round(step / scale) for step in solver.STEPS)
+    solver.CHECKPOINT_PERIOD = round(solver.CHECKPOINT_PERIOD / scale)
+    solver.REFERENCE_WORLD_SIZE = world_size
+    cfg.TEST.EVAL_PERIOD = round(cfg.TEST.EVAL_PERIOD / scale)
+    cfg.freeze()
+    logger.info(
+        "scaled to %d processes: batch %d, learning rate %g, %d iterations",
+        world_size,
+        solver.IMS_PER_BATCH,
+        solver.BASE_LR,
+        solver.MAX_ITER,
+    )
+    return cfg

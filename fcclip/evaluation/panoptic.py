@@ -1,0 +1,426 @@
+"""Panoptic quality by the rules of panopticapi, from files or from id maps in memory.
+
+Every pixel belongs to one segment of the ground truth and one of the prediction; all that counts is the joint histogram
+of those two ids, taken once per picture. g and p are such ids, 0 is void.
+
+    n      pixels with ground-truth id g and predicted id p
+    union  pixels of p + JSON area of g - n - pixels of p on void
+
+The area of a ground-truth segment is what its JSON says, not a count: data sets differ there (ADE20K measures stuff
+before things are pasted over it), and the published numbers depend on it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fcclip.data import read_id_map
+from fcclip.engine.checkpoint import write_atomically
+from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
+from fcclip.evaluation.pictures import Evaluator, Picture
+
+_ID_LIMIT = 1 << 24  # three bytes of a PNG
+
+
+class ClassCounts(NamedTuple):
+    """Segments of one class: matched, wrongly predicted, missed; and the sum of the IoUs of the matched ones."""
+
+    tp: int = 0
+    fp: int = 0
+    fn: int = 0
+    iou: float = 0.0
+
+
+class ClassQuality(NamedTuple):
+    """Panoptic, segmentation and recognition quality of one class, 0..1; NaN when it has no segment at all."""
+
+    pq: float
+    sq: float
+    rq: float
+
+
+def compare_segments(
+    truth_map: np.ndarray,
+    truth_segments: Sequence[Mapping],
+    predicted_map: np.ndarray,
+    predicted_segments: Sequence[Mapping],
+    *,
+    categories: Container[int],
+    name: str = "the picture",
+) -> dict[int, ClassCounts]:
+    """Matches the segments of one picture.
+
+    Args:
+        truth_map: (h, w) int, segment ids; 0 is void.
+        truth_segments: `id, category_id, area, iscrowd` of each segment. An id of the map that is not listed is
+            background.
+        predicted_map: (h, w) int, segment ids below 2**24; 0 is void.
+        predicted_segments: `id, category_id` of each segment; exactly the ids in the map.
+        categories: the category ids a prediction may have.
+        name: what errors call the picture.
+
+    Returns:
+        Counts of each category that has a segment in the picture, in ascending order of the category id.
+
+    Raises:
+        ValueError: maps of different size, ids in the map and in the list that differ, an unknown category.
+    """
+    truth = {segment["id"]: segment for segment in truth_segments}  # a repeated id: the last entry counts
+    predicted = {segment["id"]: segment for segment in predicted_segments}
+    histogram = _joint_histogram(truth_map, predicted_map, name)
+    g_row, p_row = _rows(histogram.truth_id, list(truth)), _rows(histogram.predicted_id, list(predicted))
+    pixels = histogram.pixels
+
+    def pixels_per_prediction(chosen: np.ndarray) -> np.ndarray:
+        return np.bincount(p_row[chosen], pixels[chosen], len(predicted)).astype(np.int64)  # exact: far below 2**53
+
+    area = pixels_per_prediction(p_row >= 0)
+    _check_prediction(predicted, area, histogram.predicted_id[p_row < 0], categories, name)
+    on_void = pixels_per_prediction((p_row >= 0) & (histogram.truth_id == 0))
+
+    truth_area = _field(truth, "area", name)
+    crowd = _field(truth, "iscrowd", name) == 1
+    classes, class_of = np.unique(
+        [segment["category_id"] for segment in (*truth.values(), *predicted.values())], return_inverse=True
+    )
+    truth_class, predicted_class = class_of[: len(truth)], class_of[len(truth) :]
+
+    both = (g_row >= 0) & (p_row >= 0)
+    g, p, n = g_row[both], p_row[both], pixels[both]
+    union = area[p] + truth_area[g] - n - on_void[p]
+    match = ~crowd[g] & (truth_class[g] == predicted_class[p]) & (union > 0) & (2 * n > union)
+    iou = n[match] / union[match]
+
+    missed = ~crowd
+    missed[g[match]] = False
+
+    # A prediction that lies mostly on void or on a crowd of its own class is not wrong. Of several crowds of one class
+    # the protocol knows the last.
+    crowd_of_class = np.full(len(classes), -1)
+    crowd_of_class[truth_class[crowd]] = np.flatnonzero(crowd)
+    on_crowd = g == crowd_of_class[predicted_class[p]]
+    excused = on_void + np.bincount(p[on_crowd], n[on_crowd], len(predicted)).astype(np.int64)
+    wrong = 2 * excused <= area
+    wrong[p[match]] = False
+
+    columns = (
+        np.bincount(truth_class[g[match]], minlength=len(classes)),
+        np.bincount(predicted_class[wrong], minlength=len(classes)),
+        np.bincount(truth_class[missed], minlength=len(classes)),
+        np.bincount(truth_class[g[match]], iou, len(classes)),
+    )
+    return {
+        category: ClassCounts(*counts)
+        for category, *counts in zip(classes.tolist(), *(column.tolist() for column in columns))
+    }
+
+
+def sum_counts(pictures: Mapping[Hashable, Mapping[int, ClassCounts]]) -> dict[int, ClassCounts]:
+    """Counts per category over all pictures, added in the order of the picture ids whatever the order they came in."""
+    total: dict[int, ClassCounts] = {}
+    for image_id in sorted(pictures, key=lambda image_id: (isinstance(image_id, str), image_id)):
+        for category, counts in pictures[image_id].items():
+            before = total.get(category, ClassCounts())
+            total[category] = ClassCounts(*(one + other for one, other in zip(before, counts)))
+    return total
+
+
+def class_quality(counts: ClassCounts) -> ClassQuality:
+    """The three qualities of one class.
+
+    Example:
+        >>> class_quality(ClassCounts(tp=2, fp=1, fn=1, iou=1.5))
+        ClassQuality(pq=0.5, sq=0.75, rq=0.6666666666666666)
+    """
+    if counts.tp + counts.fp + counts.fn == 0:
+        return ClassQuality(math.nan, math.nan, math.nan)
+    segments = counts.tp + 0.5 * counts.fp + 0.5 * counts.fn
+    return ClassQuality(
+        pq=counts.iou / segments, sq=counts.iou / counts.tp if counts.tp else 0.0, rq=counts.tp / segments
+    )
+
+
+def panoptic_quality(
+    gt_json: str | os.PathLike,
+    pred_json: str | os.PathLike,
+    gt_dir: str | os.PathLike | None = None,
+    pred_dir: str | os.PathLike | None = None,
+) -> dict[str, dict]:
+    """Panoptic quality of predictions on disk, in COCO panoptic format.
+
+    Args:
+        gt_json: ground truth with `categories` and `annotations`.
+        pred_json: predictions; only `annotations` is read. Entries for pictures without ground truth are ignored, and
+            of several for one picture the last counts.
+        gt_dir, pred_dir: folders of the id PNGs; None: the JSON's path without `.json`.
+
+    Returns:
+        `All`, `Things`, `Stuff`: {"pq", "sq", "rq", "n"}, unweighted means over the n classes with a segment in the
+        ground truth or in the predictions, 0..1, NaN when n is 0. `per_class`: category id -> {"pq", "sq", "rq"}, zeros
+        for a class without any segment.
+
+    Raises:
+        FileNotFoundError: a JSON or a PNG does not exist.
+        ValueError: a file that is not in the format, no ground truth, a picture without prediction, and what
+            `compare_segments` refuses.
+    """
+    truth, predictions = _read_json(gt_json, ("categories", "annotations")), _read_json(pred_json, ("annotations",))
+    gt_dir, pred_dir = _png_dir(gt_json, gt_dir), _png_dir(pred_json, pred_dir)
+    if not truth["annotations"]:
+        raise ValueError(f"{gt_json} has no annotations; there is nothing to evaluate")
+    categories = {category["id"]: category.get("isthing") == 1 for category in truth["categories"]}
+    prediction_of = {annotation["image_id"]: annotation for annotation in predictions["annotations"]}
+    missing = [one["image_id"] for one in truth["annotations"] if one["image_id"] not in prediction_of]
+    if missing:
+        raise ValueError(
+            f"{pred_json} has no prediction for {len(missing)} of {len(truth['annotations'])} pictures of {gt_json}: "
+            f"image_id {_some(missing)}. Ids are compared with their JSON type: the string '7' is not the number 7."
+        )
+    pictures = {}
+    for number, annotation in enumerate(truth["annotations"]):
+        image_id = annotation["image_id"]
+        prediction = prediction_of[image_id]
+        # The number keeps the pictures apart should the file list one twice.
+        pictures[isinstance(image_id, str), image_id, number] = compare_segments(
+            read_id_map(gt_dir / annotation["file_name"]),
+            annotation["segments_info"],
+            read_id_map(pred_dir / prediction["file_name"]),
+            prediction["segments_info"],
+            categories=categories,
+            name=f"picture {image_id!r} of {pred_json}",
+        )
+    total = sum_counts(pictures)
+    quality = {category: class_quality(total.get(category, ClassCounts())) for category in categories}
+    return {
+        "All": _group(quality.values()),
+        "Things": _group(quality[category] for category, isthing in categories.items() if isthing),
+        "Stuff": _group(quality[category] for category, isthing in categories.items() if not isthing),
+        "per_class": {
+            category: {key: 0.0 if math.isnan(value) else value for key, value in one._asdict().items()}
+            for category, one in quality.items()
+        },
+    }
+
+
+class PanopticEvaluator(Evaluator):
+    """Panoptic quality of id maps as they come, the same numbers as `panoptic_quality` of the files.
+
+    Keeps counts per picture, so several processes merge to exactly what one would have found.
+
+    Args:
+        class_names: name of each of the K classes, by contiguous index.
+        thing_classes: contiguous indices of the countable ones.
+        seen: (K,) whether training knew the class; None when unknown.
+    """
+
+    def __init__(
+        self, *, class_names: Sequence[str], thing_classes: Iterable[int], seen: Sequence[bool] | None = None
+    ) -> None:
+        self.class_names = tuple(class_names)
+        self.thing_classes = frozenset(thing_classes)
+        self.seen = None if seen is None else tuple(seen)
+        self.pictures: dict[Hashable, dict[int, ClassCounts]] = {}  # image id -> category -> counts
+
+    def add(
+        self,
+        image_id: int | str,
+        truth_map: np.ndarray,
+        truth_segments: Sequence[Mapping],
+        predicted_map: np.ndarray,
+        predicted_segments: Sequence[Mapping],
+    ) -> None:
+        """Counts one picture; arguments as for `compare_segments`, categories as contiguous indices."""
+        if image_id in self.pictures:
+            raise ValueError(f"picture {image_id!r} came twice; each picture may be evaluated once")
+        self.pictures[image_id] = compare_segments(
+            truth_map,
+            truth_segments,
+            predicted_map,
+            predicted_segments,
+            categories=range(len(self.class_names)),
+            name=f"picture {image_id!r}",
+        )
+
+    def process(self, picture: Picture, output: Mapping) -> None:
+        predicted_map, segments = output["panoptic_seg"]
+        self.add(picture.image_id, picture.id_map, picture.segments, predicted_map.cpu().numpy(), segments)
+
+    def state(self) -> dict[Hashable, dict[int, ClassCounts]]:
+        return self.pictures
+
+    def merge(self, state: Mapping[Hashable, dict[int, ClassCounts]]) -> None:
+        twice = self.pictures.keys() & state.keys()
+        if twice:
+            raise ValueError(f"pictures {_some(twice)} came twice; each picture may be evaluated once")
+        self.pictures.update(state)
+
+    def results(self) -> dict[str, dict[str, float]]:
+        total = sum_counts(self.pictures)
+        quality = [class_quality(total.get(index, ClassCounts())) for index in range(len(self.class_names))]
+        groups = {
+            "": _group(quality),
+            "_th": _group(one for index, one in enumerate(quality) if index in self.thing_classes),
+            "_st": _group(one for index, one in enumerate(quality) if index not in self.thing_classes),
+        }
+        metrics = {
+            f"{key}{suffix}": 100 * group[key.lower()] for suffix, group in groups.items() for key in ("PQ", "SQ", "RQ")
+        }
+        for key in ("PQ", "SQ", "RQ"):
+            metrics |= seen_and_unseen(key, [100 * getattr(one, key.lower()) for one in quality], self.seen)
+        metrics |= {f"PQ-{name}": 100 * one.pq for name, one in zip(self.class_names, quality)}
+        return {"panoptic_seg": metrics}
+
+
+class PanopticWriter(Evaluator):
+    """Saves panoptic predictions in COCO format: `predictions.json` and a PNG for each picture in `predictions/`.
+
+    Args:
+        folder: where to write; made when missing.
+        dataset_ids: contiguous index -> the data set's category id.
+        header: what `predictions.json` says besides its annotations: the ground truth's `images` and `categories`.
+    """
+
+    def __init__(self, *, folder: str | os.PathLike, dataset_ids: Mapping[int, int], header: Mapping) -> None:
+        self.folder = Path(folder)
+        self.dataset_ids = dict(dataset_ids)
+        self.header = dict(header)
+        self.annotations: list[dict] = []
+        (self.folder / "predictions").mkdir(parents=True, exist_ok=True)
+
+    def process(self, picture: Picture, output: Mapping) -> None:
+        id_map, segments = output["panoptic_seg"]
+        file_name = Path(picture.file_name).stem + ".png"
+        write_id_map(self.folder / "predictions" / file_name, id_map.cpu().numpy())
+        rows = [
+            {key: value for key, value in segment.items() if key != "isthing"}
+            | {"category_id": self.dataset_ids[segment["category_id"]]}
+            for segment in segments
+        ]
+        self.annotations.append({"image_id": picture.image_id, "file_name": file_name, "segments_info": rows})
+
+    def state(self) -> list[dict]:
+        return self.annotations
+
+    def merge(self, state: Iterable[dict]) -> None:
+        self.annotations.extend(state)
+
+    def results(self) -> dict:
+        return {}
+
+    def save(self) -> None:
+        content = json.dumps(self.header | {"annotations": self.annotations}).encode()
+        write_atomically(self.folder / "predictions.json", lambda file: file.write(content))
+
+
+def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
+    """Writes (h, w) ids below 2**24 as a COCO panoptic PNG: id = R + 256 G + 65536 B."""
+    planes = np.ascontiguousarray(ids, dtype="<u4").view(np.uint8).reshape(*ids.shape, 4)
+    Image.fromarray(np.ascontiguousarray(planes[..., :3])).save(path)
+
+
+class _Histogram(NamedTuple):
+    """Pairs of ids that share a pixel, in ascending (g, p) order."""
+
+    truth_id: np.ndarray
+    predicted_id: np.ndarray
+    pixels: np.ndarray
+
+
+def _joint_histogram(truth_map: np.ndarray, predicted_map: np.ndarray, name: str) -> _Histogram:
+    if truth_map.ndim != 2 or truth_map.shape != predicted_map.shape or not truth_map.size:
+        raise ValueError(
+            f"{name}: the prediction is {_size(predicted_map)} (height x width), the ground truth {_size(truth_map)}; "
+            "predict at the size of the ground truth"
+        )
+    if predicted_map.min() < 0 or predicted_map.max() >= _ID_LIMIT:
+        raise ValueError(
+            f"{name}: predicted ids must be 0..{_ID_LIMIT - 1}, got {predicted_map.min()}..{predicted_map.max()}"
+        )
+    # Neighbours mostly belong to the same pair: only the first pixel of each run is looked at.
+    g, p = truth_map.ravel(), predicted_map.ravel()
+    starts = np.flatnonzero(np.concatenate(([True], (g[1:] != g[:-1]) | (p[1:] != p[:-1]))))
+    lengths = np.diff(starts, append=g.size)
+    pair = g[starts].astype(np.int64) << 24 | p[starts].astype(np.int64)
+    order = np.argsort(pair)
+    pair = pair[order]
+    first = np.flatnonzero(np.concatenate(([True], pair[1:] != pair[:-1])))
+    pair = pair[first]
+    return _Histogram(pair >> 24, pair & (_ID_LIMIT - 1), np.add.reduceat(lengths[order], first))
+
+
+def _rows(ids: np.ndarray, listed: Sequence[int]) -> np.ndarray:
+    """Position of each id in `listed`, -1 where it is not listed."""
+    if not listed:
+        return np.full(len(ids), -1)
+    known = np.asarray(listed)
+    order = np.argsort(known)
+    row = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
+    return np.where(known[row] == ids, row, -1)
+
+
+def _field(segments: Mapping[int, Mapping], key: str, name: str) -> np.ndarray:
+    try:
+        return np.asarray([segment[key] for segment in segments.values()])
+    except KeyError:
+        lacking = [identifier for identifier, segment in segments.items() if key not in segment]
+        raise ValueError(f"{name}: ground-truth segments {_some(lacking)} have no '{key}'") from None
+
+
+def _check_prediction(
+    segments: Mapping[int, Mapping], area: np.ndarray, unlisted: np.ndarray, categories: Container[int], name: str
+) -> None:
+    unlisted = sorted(set(unlisted.tolist()) - {0})
+    if unlisted:
+        raise ValueError(f"{name}: ids {_some(unlisted)} are in the predicted map but not in its segments_info")
+    absent = [identifier for identifier, pixels in zip(segments, area.tolist()) if pixels == 0]
+    if absent:
+        raise ValueError(
+            f"{name}: ids {_some(absent)} are in the prediction's segments_info but not in its map; remove them"
+        )
+    unknown = sorted({one["category_id"] for one in segments.values() if one["category_id"] not in categories})
+    if unknown:
+        raise ValueError(f"{name}: predicted category ids {_some(unknown)} are not among the data set's categories")
+
+
+def _group(quality: Iterable[ClassQuality]) -> dict[str, float]:
+    averaged = [one for one in quality if not math.isnan(one.pq)]
+    means = {key: mean_of_defined(getattr(one, key) for one in averaged) for key in ClassQuality._fields}
+    return means | {"n": len(averaged)}
+
+
+def _read_json(path: str | os.PathLike, keys: Sequence[str]) -> dict:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"panoptic file '{path}' does not exist") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"panoptic file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
+    for key in keys:
+        if not isinstance(content, dict) or key not in content:
+            raise ValueError(f"panoptic file '{path}' has no '{key}'; expected the COCO panoptic format")
+    for number, annotation in enumerate(content["annotations"]):
+        lacking = {"image_id", "file_name", "segments_info"} - annotation.keys()
+        if lacking:
+            raise ValueError(f"panoptic file '{path}': annotation {number} has no {', '.join(sorted(lacking))}")
+    return content
+
+
+def _png_dir(json_path: str | os.PathLike, folder: str | os.PathLike | None) -> Path:
+    return Path(json_path).with_suffix("") if folder is None else Path(folder)
+
+
+def _size(array: np.ndarray) -> str:
+    return " x ".join(map(str, array.shape))
+
+
+def _some(items: Iterable) -> str:
+    items = list(items)
+    return ", ".join(map(repr, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -1,0 +1,245 @@
+"""Three lines from a picture and words to its segments.
+
+    from fcclip import Segmenter
+    segmenter = Segmenter.from_pretrained("shapes")
+    result = segmenter("photo.jpg", words="red circle; blue star, azure star; sand:stuff")
+
+h x w are pixels of the picture.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
+
+from fcclip.config import load_config, lookup, resolve_device, resolve_file
+from fcclip.data import build_test_mapper, read_image, resize_image
+from fcclip.engine.checkpoint import load_weights, write_atomically
+from fcclip.modeling import build_model
+from fcclip.structures import Segment
+from fcclip.visualization import draw_panoptic
+from fcclip.vocabulary import Vocabulary
+
+Picture = str | Path | np.ndarray | Image.Image
+
+PRETRAINED = {  # name -> config file, weights
+    "shapes": ("shapes/fcclip_shapes.yaml", "shapes_fcclip.safetensors"),
+}
+
+
+@dataclass(frozen=True)
+class NamedSegment(Segment):
+    """A segment that knows what it is called.
+
+    Args:
+        name: canonical name of its class, the first word of the entry.
+    """
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What was found in one picture.
+
+    Args:
+        picture: (h, w, 3) uint8 RGB, upright.
+        panoptic_map: (h, w) int32, segment id of each pixel; 0 where nothing was found.
+        segments: largest score first.
+        class_names: K names, by `category_id`.
+        file_name: of the picture; "" if it was given as pixels.
+    """
+
+    picture: np.ndarray
+    panoptic_map: np.ndarray
+    segments: tuple[NamedSegment, ...]
+    class_names: tuple[str, ...]
+    file_name: str = ""
+
+    def draw(self, *, scores: bool = True) -> np.ndarray:
+        """The picture with masks, outlines, names and scores: (H, W, 3) uint8 RGB; small pictures are enlarged."""
+        return draw_panoptic(self.picture, self.panoptic_map, self.segments, self.class_names, scores=scores)
+
+    def mask(self, segment: Segment) -> np.ndarray:
+        """(h, w) bool, the pixels of one segment."""
+        return self.panoptic_map == segment.id
+
+    def to_json(self) -> str:
+        """Name and size of the picture, class names, and of each segment id, name, score, area, box and mask.
+
+        Boxes are (x, y, width, height) in pixels. Masks are compressed run lengths as in COCO files, which
+        `pycocotools.mask.decode` reads.
+        """
+        height, width = self.panoptic_map.shape
+        content = {
+            "file_name": self.file_name,
+            "height": height,
+            "width": width,
+            "class_names": list(self.class_names),
+            "segments": [self._segment_record(segment) for segment in self.segments],
+        }
+        return json.dumps(content, ensure_ascii=False, indent=1)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the drawing (.png, .jpg, .webp, …) or, to a .json file, what `to_json` gives.
+
+        Missing folders are made. The file appears whole or not at all.
+
+        Raises:
+            ValueError: an extension that is no picture format.
+            OSError: the folder cannot be made or written to.
+        """
+        path = Path(path).expanduser()
+        kind = Image.registered_extensions().get(path.suffix.lower())
+        if path.suffix.lower() == ".json":
+            content = (self.to_json() + "\n").encode()
+        elif kind in Image.SAVE:
+            content = io.BytesIO()
+            Image.fromarray(self.draw()).save(content, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
+            content = content.getvalue()
+        else:
+            raise ValueError(f"cannot save '{path}': '{path.suffix}' is no picture format; use .png, .jpg or .json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: file.write(content))
+        return path
+
+    def _segment_record(self, segment: NamedSegment) -> dict:
+        code = coco_mask.encode(np.asfortranarray(self.mask(segment).astype(np.uint8)))
+        return {
+            "id": segment.id,
+            "name": segment.name,
+            "category_id": segment.category_id,
+            "isthing": segment.isthing,
+            "score": round(segment.score, 4),
+            "area": segment.area,
+            "bbox": [int(side) for side in coco_mask.toBbox(code)],
+            "segmentation": {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode("ascii")},
+        }
+
+
+class Segmenter:
+    """Segments pictures with any words.
+
+    Holds a model, no words: they come with every call, so one segmenter may serve threads with different words.
+
+    Args:
+        cfg: the whole config.
+        weights: a checkpoint or a shipped asset; None: the config's MODEL.WEIGHTS; "random": none, only useful to try
+            out whether a config builds.
+        device: a torch device, or "auto"; None: the config's MODEL.DEVICE.
+
+    Raises:
+        FileNotFoundError: the weights do not exist.
+        ValueError: no weights given, weights of another config, or a device that this machine does not have.
+    """
+
+    def __init__(self, cfg: CfgNode, *, weights: str | Path | None = None, device: str | None = None) -> None:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
+        cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = True  # whatever the config evaluates, a segmenter wants segments only
+        cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False
+        cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+        cfg.freeze()
+        weights = weights or cfg.MODEL.WEIGHTS
+        if not weights:
+            raise ValueError(
+                "no weights: the config's MODEL.WEIGHTS is empty, and an untrained segmenter finds nothing. Give "
+                'the path of a checkpoint; "random" builds the model without one.'
+            )
+        self._mapper = build_test_mapper(cfg)
+        path = None if str(weights) == "random" else resolve_file(weights, what="weights")
+        self.model = build_model(cfg).eval()
+        if path is not None:
+            load_weights(self.model, path)
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, device: str | None = None) -> Segmenter:
+        """A segmenter with weights that come with the package.
+
+        Args:
+            name: one of `PRETRAINED`: "shapes", the small world of coloured shapes.
+            device: as for the constructor.
+        """
+        config_file, weights = lookup("pretrained segmenter", name, PRETRAINED)
+        return cls(load_config(config_file), weights=weights, device=device)
+
+    def __call__(
+        self,
+        picture: Picture | Sequence[Picture],
+        words: str | Sequence[str] | Vocabulary | None = None,
+        *,
+        min_score: float = 0.0,
+    ) -> Segmentation | list[Segmentation]:
+        """Finds the segments of a picture.
+
+        Args:
+            picture: a path, an RGB array (h, w, 3) uint8, a PIL picture, or a list of these.
+            words: the only classes that can be found. `;` separates classes, `,` the words of a class; `:stuff` or
+                `:thing` at the end of a class says whether its instances are one segment or many (unmarked: many). A
+                list has one string a class. None: the vocabulary of the config's first test set.
+            min_score: things with a lower score are left out (their pixels become 0); stuff always stays.
+
+        Returns:
+            One result, or for a list of pictures a list of results in the same order.
+
+        Raises:
+            FileNotFoundError: there is no such picture.
+            ValueError: a picture that cannot be read or is no RGB array, no words, or `min_score` outside 0..1.
+        """
+        if not 0 <= min_score <= 1:
+            raise ValueError(f"min_score must be in 0..1, got {min_score}")
+        vocabulary = self._vocabulary(words)
+        if isinstance(picture, (list, tuple)):
+            return [self._segment(one, vocabulary, min_score) for one in picture]
+        return self._segment(picture, vocabulary, min_score)
+
+    def _vocabulary(self, words: str | Sequence[str] | Vocabulary | None) -> Vocabulary:
+        if words is not None:
+            return words if isinstance(words, Vocabulary) else Vocabulary.from_names(words)
+        if self.model.test_vocabulary is None:
+            raise ValueError("no words given, and the config names no test set (DATASETS.TEST) to take classes from")
+        return self.model.test_vocabulary
+
+    @torch.no_grad()
+    def _segment(self, picture: Picture, vocabulary: Vocabulary, min_score: float) -> Segmentation:
+        image = _read(picture)
+        height, width = image.shape[:2]
+        resized = resize_image(image, *self._mapper.resized(height, width))
+        if self._mapper.channel_order == "BGR":
+            resized = resized[..., ::-1]
+        channels = torch.from_numpy(resized.transpose(2, 0, 1).copy())
+        sample = {"image": channels, "height": height, "width": width}
+        (output,) = self.model([sample], vocabulary=vocabulary, semantic=None)
+        ids, found = output["panoptic_seg"]
+        panoptic_map = ids.cpu().numpy().astype(np.int32)
+        segments = [NamedSegment(**one, name=vocabulary.class_names[one["category_id"]]) for one in found]
+        dropped = [one.id for one in segments if one.isthing and one.score < min_score]
+        panoptic_map[np.isin(panoptic_map, dropped)] = 0
+        kept = sorted((one for one in segments if one.id not in dropped), key=lambda one: -one.score)
+        file_name = str(picture) if isinstance(picture, (str, Path)) else ""
+        return Segmentation(image, panoptic_map, tuple(kept), vocabulary.class_names, file_name)
+
+
+def _read(picture: Picture) -> np.ndarray:
+    """(h, w, 3) uint8 RGB, upright."""
+    if isinstance(picture, Image.Image):
+        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+    if isinstance(picture, (str, Path)):
+        path = Path(picture).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"picture '{picture}' does not exist (looked at {path.absolute()})")
+        return read_image(path)
+    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        got = f"{picture.shape} {picture.dtype}" if isinstance(picture, np.ndarray) else type(picture).__name__
+        raise ValueError(f"a picture is a path, a PIL picture or an RGB array (h, w, 3) uint8, got {got}")
+    return picture

@@ -1,0 +1,80 @@
+"""Pictures next to each other: picture, ground truth, prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw
+
+from fcclip.visualization.draw import _font
+
+GAP_PX = 8
+PAPER = (255, 255, 255)
+
+
+def side_by_side(
+    picture: np.ndarray,
+    ground_truth: np.ndarray,
+    prediction: np.ndarray,
+    *,
+    titles: Sequence[str] = ("picture", "ground truth", "prediction"),
+) -> np.ndarray:
+    """One row of a contact sheet.
+
+    Args:
+        picture: (h, w, 3) uint8 RGB.
+        ground_truth: (H, W, 3) uint8 RGB, drawn by `draw_panoptic` or `draw_labels`.
+        prediction: likewise.
+        titles: a title above each of the three.
+    """
+    return contact_sheet([[picture, ground_truth, prediction]], titles=titles)
+
+
+def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, titles: Sequence[str] = ()) -> np.ndarray:
+    """A table of pictures on white paper.
+
+    Pictures are scaled to the width of the widest; a row is as high as its highest picture.
+
+    Args:
+        rows: rows of the same length, each a list of (h, w, 3) uint8 RGB arrays.
+        titles: one title per column, or none.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ValueError: no picture, rows of different length, or a number of titles that is not the number of columns.
+    """
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(f"rows of a sheet must have the same number of pictures, at least one, got {sorted(lengths)}")
+    (columns,) = lengths
+    if titles and len(titles) != columns:
+        raise ValueError(f"{len(titles)} titles for {columns} columns")
+    width = max(one.shape[1] for row in rows for one in row)
+    scaled = [[_to_width(one, width) for one in row] for row in rows]
+    size_px = max(14, width // 32)
+    head_px = round(1.8 * size_px) if titles else 0
+    heights = [max(one.shape[0] for one in row) for row in scaled]
+    sheet = Image.new(
+        "RGB", (columns * (width + GAP_PX) + GAP_PX, head_px + sum(heights) + GAP_PX * (len(rows) + 1)), PAPER
+    )
+    pen = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        centre = GAP_PX + column * (width + GAP_PX) + width // 2
+        pen.text((centre, GAP_PX + head_px // 2), title, font=_font(size_px), fill=(0, 0, 0), anchor="mm")
+    top = head_px + GAP_PX
+    for row, height in zip(scaled, heights):
+        for column, one in enumerate(row):
+            sheet.paste(Image.fromarray(one), (GAP_PX + column * (width + GAP_PX), top))
+        top += height + GAP_PX
+    return np.asarray(sheet)
+
+
+def _to_width(picture: np.ndarray, width: int) -> np.ndarray:
+    height = max(1, round(picture.shape[0] * width / picture.shape[1]))
+    if picture.shape[1] == width:
+        return picture
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC)

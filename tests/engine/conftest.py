@@ -1,0 +1,120 @@
+"""A model with the shape of FC-CLIP's state dict and none of its cost, and what a trainer needs around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fcclip.config import get_cfg
+from fcclip.engine import Checkpointer, Trainer, build_clip, build_lr_scheduler, build_optimizer
+
+CLASSES = 3
+
+
+class _Block(nn.Module):
+    """A module whose children have the given names."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+class ToyModel(nn.Module):
+    """Keys as FC-CLIP names them; the loss is the distance of a projected picture to its target."""
+
+    def __init__(self, queries: int = 4, dim: int = 8, channels: int = 6, layers: int = 2, embed: int = 5) -> None:
+        super().__init__()
+        clip = _Block(visual=nn.Linear(channels, embed), ln_final=nn.LayerNorm(embed))
+        self.backbone = _Block(clip_model=clip.requires_grad_(False))
+        decoder = _Block(
+            input_proj=nn.Sequential(nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(2, dim))),
+        )
+        decoder.level_embed = nn.Parameter(torch.zeros(3, dim))
+        predictor = _Block(
+            query_feat=nn.Embedding(queries, dim),
+            transformer_ffn_layers=nn.Sequential(*(_Block(linear1=nn.Linear(dim, 2 * dim)) for _ in range(layers))),
+        )
+        predictor.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.sem_seg_head = _Block(pixel_decoder=decoder, predictor=predictor)
+        self.void_embedding = nn.Embedding(1, embed)
+        self.criterion = _Block()
+        self.criterion.register_buffer("empty_weight", torch.tensor([1.0] * CLASSES + [0.1]))
+        self.register_buffer("pixel_mean", torch.zeros(3), persistent=False)
+
+    def forward(self, batch: list[dict]) -> dict[str, Tensor]:
+        """Every trainable parameter takes part; a sample is {"x": (channels,), "y": scalar}."""
+        x = torch.stack([sample["x"] for sample in batch])
+        features = self.sem_seg_head.pixel_decoder.input_proj(x[..., None, None])[..., 0, 0]
+        predictor = self.sem_seg_head.predictor
+        out = (features @ predictor.query_feat.weight.T).mean(1) * predictor.logit_scale
+        extra = sum((layer.linear1(features) ** 2).mean() for layer in predictor.transformer_ffn_layers)
+        extra = extra + self.sem_seg_head.pixel_decoder.level_embed.sum() + self.void_embedding.weight.sum()
+        wanted = torch.stack([sample["y"] for sample in batch])
+        return {"loss_ce": 0.01 * extra, "loss_mask": ((out - wanted) ** 2).mean()}
+
+
+def make_batch(position: int, size: int = 4) -> list[dict]:
+    """The batch at a position of an endless stream."""
+    generator = torch.Generator().manual_seed(position)
+    return [
+        {
+            "x": torch.randn(6, generator=generator),
+            "y": torch.randn((), generator=generator),
+            "file_name": f"{position}_{index}.jpg",
+        }
+        for index in range(size)
+    ]
+
+
+def toy_batches(start: int):
+    """Endless batches from a position on."""
+    while True:
+        yield make_batch(start)
+        start += 1
+
+
+@pytest.fixture
+def toy() -> Callable[..., ToyModel]:
+    """Seeded models; arguments as of ToyModel."""
+
+    def build(seed: int = 0, **sizes: int) -> ToyModel:
+        torch.manual_seed(seed)
+        return ToyModel(**sizes)
+
+    return build
+
+
+@pytest.fixture
+def toy_batch() -> Callable[..., list[dict]]:
+    """(position, size=4) -> the batch of toy models at that position."""
+    return make_batch
+
+
+@pytest.fixture
+def toy_trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    """Trainers of toy models that write into a folder of the test; keywords override the Trainer's."""
+
+    def build(model: nn.Module, *, max_iter: int = 6, folder: Path = tmp_path, **changes) -> Trainer:
+        cfg = get_cfg()
+        cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.BASE_LR = max_iter, (4,), 2, 0.01
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED, cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = True, "full_model"
+        optimizer = build_optimizer(cfg, model)
+        parts = {
+            "model": model,
+            "optimizer": optimizer,
+            "scheduler": build_lr_scheduler(cfg, optimizer),
+            "batches": toy_batches,
+            "max_iter": max_iter,
+            "device": torch.device("cpu"),
+            "clip": build_clip(cfg),
+            "checkpointer": Checkpointer(folder),
+            "checkpoint_period": 2,
+        }
+        return Trainer(**(parts | changes))
+
+    return build

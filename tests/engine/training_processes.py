@@ -1,0 +1,133 @@
+"""What two CPU processes do with a model in test_distributed.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from fcclip.config import load_config
+from fcclip.engine import all_gather_object, barrier, build_trainer, get_rank, get_world_size
+from fcclip.modeling import build_model
+from fcclip.structures import Targets
+from fcclip.vocabulary import Vocabulary
+
+WORDS = Vocabulary.from_names("cat; dog; bird; sand:stuff")
+SEGMENTS = (1, 4, 0, 2)  # of the four pictures: unequal over the pictures and over two processes
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.FC_CLIP.CLIP_MODEL_NAME": "shapes_convnext.json",
+    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS": "",
+    "MODEL.FC_CLIP.EMBED_DIM": 64,
+    "MODEL.SEM_SEG_HEAD.NUM_CLASSES": len(WORDS),
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 64,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 128,
+    "DATASETS.TRAIN": (),
+    "DATASETS.TEST": (),
+    "SOLVER.IMS_PER_BATCH": 4,
+    "SOLVER.MAX_ITER": 3,
+    "SOLVER.STEPS": (),
+}
+
+
+def small_cfg(**changes) -> CfgNode:
+    """A small FC-CLIP on random CLIP weights."""
+    values = SMALL | changes
+    return load_config(
+        "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml",
+        [word for pair in values.items() for word in pair],
+    )
+
+
+def small_model(cfg: CfgNode) -> nn.Module:
+    """The same weights in every process."""
+    torch.manual_seed(0)
+    return build_model(cfg, train_vocabulary=WORDS).train()
+
+
+def pictures() -> list[dict]:
+    """Four pictures of 64 x 64 whose points are seeded per picture."""
+    generator = torch.Generator().manual_seed(1)
+    samples = []
+    for index, count in enumerate(SEGMENTS):
+        id_map = (
+            torch.randint(0, max(count, 1), (8, 8), generator=generator).repeat_interleave(8, 0).repeat_interleave(8, 1)
+        )
+        ids = torch.arange(count)
+        targets = Targets(labels=ids % len(WORDS), id_map=id_map.to(torch.int32), ids=ids)
+        image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+        samples.append({"image": image, "targets": targets, "point_seed": 100 + index, "file_name": f"{index}.jpg"})
+    return samples
+
+
+def my_pictures() -> list[dict]:
+    """This process's share of the four."""
+    share = len(SEGMENTS) // get_world_size()
+    return pictures()[get_rank() * share : (get_rank() + 1) * share]
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Of every trainable parameter, by name without the wrapper's prefix."""
+    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def trainer_on_my_pictures(cfg: CfgNode, folder: str | None = None, samples=my_pictures):
+    """A trainer that sees the same batch at every iteration."""
+
+    def batches(start: int):
+        while True:
+            yield samples()
+
+    return build_trainer(
+        cfg, small_model(cfg), batches=batches, device=torch.device("cpu"), vocabulary=WORDS, output_dir=folder
+    )
+
+
+def save_gradients(folder: str, ce_norm: str) -> None:
+    """Gradients of each process alone, and those that the trainer's wrapped model ends with."""
+    cfg = small_cfg(**{"SOLVER.CE_NORM": ce_norm})
+    alone = small_model(cfg)
+    sum(alone(my_pictures()).values()).backward()
+    of_each = all_gather_object(gradients(alone))
+    wrapped = trainer_on_my_pictures(cfg).model.train()
+    sum(wrapped(my_pictures()).values()).backward()
+    torch.save({"alone": of_each, "together": gradients(wrapped)}, Path(folder, f"{ce_norm}_{get_rank()}.pth"))
+
+
+def train(folder: str) -> None:
+    """Three iterations; weights of both processes, and the first losses that rank 0 saw."""
+    trainer = trainer_on_my_pictures(small_cfg(), folder)
+    trainer.train()
+    torch.save(trainer.model.module.state_dict(), Path(folder, f"weights_{get_rank()}.pth"))
+
+
+def break_one_loss(folder: str) -> None:
+    """A picture of rank 1 has a broken value."""
+
+    def samples() -> list[dict]:
+        mine = my_pictures()
+        if get_rank() == 1:
+            mine[0]["image"] = torch.full((3, 64, 64), torch.nan)
+        return mine
+
+    try:
+        trainer_on_my_pictures(small_cfg(), samples=samples).train()
+    except RuntimeError as error:
+        Path(folder, f"broken_{get_rank()}.txt").write_text(str(error))
+        barrier()
+
+
+def everything(folder: str) -> None:
+    """All of the above in one start of two processes; each leaves files in the folder."""
+    save_gradients(folder, "rank")
+    save_gradients(folder, "global")
+    train(folder)
+    break_one_loss(folder)

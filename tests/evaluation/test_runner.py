@@ -1,0 +1,240 @@
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fcclip
+from fcclip.data import read_id_map
+from fcclip.evaluation import EVALUATORS, Picture, build_evaluators, panoptic_quality, runner
+from fcclip.structures import Instances
+from fcclip.vocabulary import Vocabulary
+
+PROGRAM = Path(__file__).with_name("tiny_world.py")
+SPEC = importlib.util.spec_from_file_location("tiny_world", PROGRAM)
+tiny_world = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tiny_world)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny_world")
+    tiny_world.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_processes(folder, tmp_path_factory):
+    """Path stem of the files that two processes wrote, which evaluated the pictures and then a broken copy of them."""
+    broken, output = tmp_path_factory.mktemp("broken_world"), tmp_path_factory.mktemp("two") / "process"
+    tiny_world.write(broken)
+    Image.fromarray(np.full((40, 60), 77, np.uint8)).save(broken / "semantic" / "6.png")  # in the share of the second
+    environment = os.environ | {"PYTHONPATH": str(Path(fcclip.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, PROGRAM, folder, broken, str(rank), "2", output],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return str(output)
+
+
+def test_two_processes_give_exactly_the_numbers_of_one(folder, two_processes):
+    (first, _), (second, _) = (json.loads(Path(f"{two_processes}.{rank}").read_text()) for rank in range(2))
+    alone = tiny_world.run(folder)
+    assert first == repr(alone)
+    assert second == "{}"
+    for mode, tasks in alone.items():  # each process wrote the PNGs of its share, the first all JSON
+        predictions = Path(f"{two_processes}.files/tiny_val/{mode}/predictions.json")
+        quality = panoptic_quality(folder / "panoptic.json", predictions, gt_dir=folder / "panoptic")
+        assert 100 * quality["All"]["pq"] == tasks["panoptic_seg"]["PQ"]
+
+
+def test_a_process_that_fails_stops_the_others(two_processes):
+    (_, first), (_, second) = (json.loads(Path(f"{two_processes}.{rank}").read_text()) for rank in range(2))
+    assert first.startswith("RuntimeError: evaluation stopped because process 1 failed: ValueError")
+    assert second.startswith("ValueError") and "semantic/6.png: ground-truth class 77" in second
+
+
+def test_every_mode_gets_every_task_from_one_pass(folder):
+    cfg = tiny_world.config()
+    model = tiny_world.GreyModel().train()
+    results = tiny_world.evaluate(
+        model,
+        cfg,
+        tiny_world.dataset(folder),
+        modes=tiny_world.MODES,
+        training_vocabulary=tiny_world.TRAINING,
+        vocabulary=tiny_world.VOCABULARY,
+        progress=False,
+    )
+    assert model.calls == tiny_world.NUM_PICTURES and model.training
+    assert list(results) == ["ensemble", "in_vocabulary", "out_of_vocabulary"]
+    for tasks in results.values():
+        assert tasks.keys() == {"panoptic_seg", "segm", "bbox", "sem_seg"}
+        groups = ("PQ", "SQ", "RQ")
+        wanted = {key + suffix for key in groups for suffix in ("", "_th", "_st", "_seen", "_unseen")}
+        assert wanted | {"PQ-cup", "PQ-sand", "PQ-ball", "PQ-sea"} == tasks["panoptic_seg"].keys()
+        areas = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AP_seen", "AP_unseen", "AP-cup", "AP-ball"}
+        assert tasks["segm"].keys() == tasks["bbox"].keys() == areas
+        assert {"mIoU", "mIoU_union", "fwIoU", "mACC", "pACC", "mIoU_seen", "IoU-sea"} <= tasks["sem_seg"].keys()
+        assert 5 < tasks["sem_seg"]["mIoU"] < 100 and 0 < tasks["panoptic_seg"]["PQ"] < 100
+    quality = results["in_vocabulary"]["panoptic_seg"]
+    assert quality["PQ_seen"] == pytest.approx((quality["PQ-cup"] + quality["PQ-sea"]) / 2)
+    assert quality["PQ"] > results["out_of_vocabulary"]["panoptic_seg"]["PQ"]
+
+
+def test_the_ground_truth_itself_scores_a_hundred(folder):
+    dataset = tiny_world.dataset(folder)
+    (evaluators,) = build_evaluators(tiny_world.config(), dataset, modes=["ensemble"]).values()
+    for record in dataset.records():
+        picture = Picture(record)
+        things = [segment for segment in picture.segments if segment["isthing"] and not segment["iscrowd"]]
+        left, top, width, height = torch.tensor([segment["bbox"] for segment in things]).T
+        instances = Instances(
+            scores=torch.ones(len(things)),
+            pred_classes=torch.tensor([segment["category_id"] for segment in things]),
+            pred_masks=torch.from_numpy(np.stack([picture.id_map == segment["id"] for segment in things])),
+            pred_boxes=torch.stack([left, top, left + width, top + height], 1),
+        )
+        output = {
+            "panoptic_seg": (torch.from_numpy(picture.id_map), picture.segments),
+            "sem_seg": torch.from_numpy(picture.labels % 255).long(),
+            "instances": instances,
+        }
+        for evaluator in evaluators:
+            evaluator.process(picture, output)
+    results = {task: metrics for evaluator in evaluators for task, metrics in evaluator.results().items()}
+    defined = {key: value for metrics in results.values() for key, value in metrics.items() if not math.isnan(value)}
+    assert {"PQ", "PQ_th", "PQ_st", "AP", "AP75", "mIoU", "mIoU_union", "pACC"} <= defined.keys()
+    assert defined == pytest.approx(dict.fromkeys(defined, 100.0))
+
+
+def test_without_modes_the_config_names_the_only_one(folder):
+    results = tiny_world.run(folder, modes=None, training_vocabulary=None)
+    assert list(results) == ["ensemble"]
+    assert "PQ_seen" not in results["ensemble"]["panoptic_seg"]
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_the_batch_size_changes_nothing(folder, batch_size):
+    cfg = tiny_world.config()
+    cfg.TEST.BATCH_SIZE = batch_size
+    options = {"modes": tiny_world.MODES, "vocabulary": tiny_world.VOCABULARY, "progress": False}
+    model = tiny_world.GreyModel()
+    batched = tiny_world.evaluate(model, cfg, tiny_world.dataset(folder), **options)
+    assert model.calls == math.ceil(tiny_world.NUM_PICTURES / batch_size)
+    assert repr(batched) == repr(tiny_world.run(folder, training_vocabulary=None))
+
+
+def test_files_of_several_modes_lie_apart(folder, tmp_path):
+    tiny_world.run(folder, output_dir=tmp_path)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
+        f"tiny_val/{mode}/coco_instances_results.json" for mode in sorted(tiny_world.MODES)
+    ]
+
+
+def test_saved_predictions_hold_the_ids_of_the_data_set(folder, tmp_path):
+    results = tiny_world.run(folder, modes=None, output_dir=tmp_path, save_predictions=True)
+    saved = json.loads((tmp_path / "tiny_val" / "predictions.json").read_text())
+    assert saved["categories"] == json.loads((folder / "panoptic.json").read_text())["categories"]
+    first = saved["annotations"][0]
+    ids = np.unique(read_id_map(tmp_path / "tiny_val" / "predictions" / first["file_name"]))
+    assert ids.tolist() == [segment["id"] for segment in first["segments_info"]]
+    assert {segment["category_id"] for segment in first["segments_info"]} <= {2, 4, 5, 9}
+    assert "isthing" not in first["segments_info"][0]
+    quality = panoptic_quality(folder / "panoptic.json", tmp_path / "tiny_val" / "predictions.json")
+    assert 100 * quality["Things"]["pq"] == results["ensemble"]["panoptic_seg"]["PQ_th"]
+
+
+def test_only_the_first_pictures_are_evaluated_when_asked(folder, tmp_path):
+    tiny_world.run(folder, modes=None, max_images=2, output_dir=tmp_path, save_predictions=True)
+    saved = json.loads((tmp_path / "tiny_val" / "predictions.json").read_text())
+    assert [one["image_id"] for one in saved["annotations"]] == [1, 4]
+
+
+def test_progress_tells_the_speed_and_where_the_time_goes(folder, caplog):
+    with caplog.at_level(logging.INFO, logger="fcclip"):
+        tiny_world.run(folder, progress=True)
+    (line,) = [record.getMessage() for record in caplog.records if "tiny_val" in record.getMessage()]
+    assert "evaluated tiny_val: 7 pictures in" in line
+    for part in ("pictures/s", "data", "network", "evaluation"):
+        assert part in line
+
+
+def test_lines_tell_the_progress_where_there_is_no_terminal(folder, caplog, monkeypatch):
+    monkeypatch.setattr(runner, "_LINE_SECONDS", 0)
+    with caplog.at_level(logging.INFO, logger="fcclip"):
+        tiny_world.run(folder, progress=True)
+    assert "evaluate tiny_val: 3/7 pictures, " in caplog.text
+
+
+@pytest.mark.parametrize(("columns", "split"), [("80", False), ("140", True)])
+def test_a_bar_tells_the_progress_on_a_terminal(folder, monkeypatch, columns, split):
+    monkeypatch.setenv("COLUMNS", columns)
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    tiny_world.run(folder, progress=True)
+    assert all(part in terminal.getvalue() for part in ("evaluate tiny_val", "7/7", "pictures/s"))
+    assert ("evaluation" in terminal.getvalue()) == split
+
+
+def test_things_are_those_of_the_data_set(folder):
+    unmarked = Vocabulary.from_names([entry.name for entry in tiny_world.VOCABULARY.classes])  # all things
+    assert repr(tiny_world.run(folder, vocabulary=unmarked)) == repr(tiny_world.run(folder))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocabulary": Vocabulary.from_names("cup; sand")}, "has 2 classes, 'tiny_val' has 4; .* in the order"),
+        ({"max_images": 0}, "'tiny_val' has no pictures to evaluate"),
+        ({"save_predictions": True}, "save_predictions needs output_dir"),
+    ],
+)
+def test_a_call_that_cannot_work_is_refused(folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_world.run(folder, **options)
+
+
+def test_a_kind_of_data_set_that_has_no_evaluators_is_named(folder):
+    dataset = tiny_world.dataset(folder, evaluator_type="cityscapes_instance")
+    with pytest.raises(ValueError, match=r"unknown evaluator type 'cityscapes_instance'.* Known: .*coco_panoptic"):
+        build_evaluators(tiny_world.config(), dataset, modes=["ensemble"])
+
+
+def test_only_heads_that_are_on_are_evaluated(folder):
+    cfg = tiny_world.config()
+    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+    dataset = tiny_world.dataset(folder, json_file=None)
+    built = build_evaluators(cfg, dataset, modes=["ensemble"])
+    assert [type(one).__name__ for one in built["ensemble"]] == ["SemanticEvaluator"]
+    cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False
+    with pytest.raises(ValueError, match=r"nothing to evaluate on data set 'tiny_val' .*PANOPTIC_ON"):
+        build_evaluators(cfg, dataset, modes=["ensemble"])
+
+
+def test_a_data_set_without_instances_file_is_refused_for_ap(folder):
+    dataset = tiny_world.dataset(folder, json_file=None)
+    with pytest.raises(ValueError, match=r"'tiny_val' has no instances file.*INSTANCE_ON False"):
+        build_evaluators(tiny_world.config(), dataset, modes=["ensemble"])
+
+
+def test_semantic_data_sets_are_evaluated_for_classes_alone():
+    assert EVALUATORS["sem_seg"] == ("semantic",)
+    assert set(EVALUATORS["coco_panoptic_seg"]) == {"panoptic", "instance", "semantic"}

@@ -1,0 +1,174 @@
+"""A data set of a few pictures on disk and a model without weights, for tests of the runner.
+
+Also the program of one of several processes: `tiny_world.py FOLDER BROKEN_FOLDER RANK WORLD_SIZE OUTPUT`.
+"""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pycocotools.mask
+import torch
+import torch.distributed
+from PIL import Image
+from torch import nn
+
+from fcclip.config import get_cfg
+from fcclip.data import Dataset
+from fcclip.data.datasets.metadata import class_metadata
+from fcclip.data.datasets.panoptic import read_panoptic_json
+from fcclip.evaluation import evaluate, write_id_map
+from fcclip.structures import Instances
+from fcclip.vocabulary import ClassEntry, Vocabulary
+
+NUM_PICTURES, HEIGHT, WIDTH = 7, 40, 60
+VOCABULARY = Vocabulary(
+    "tiny",
+    tuple(
+        ClassEntry(identifier, name, (name,), thing)
+        for identifier, name, thing in ((4, "cup", True), (9, "sand", False), (5, "ball", True), (2, "sea", False))
+    ),
+)
+TRAINING = Vocabulary.from_names("cup; sea:stuff; car")
+MODES = {"ensemble": (0.4, 0.8), "in_vocabulary": (0.0, 0.0), "out_of_vocabulary": (1.0, 1.0)}
+
+
+def config():
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.MODEL.DEVICE = "cpu"
+    test = cfg.MODEL.MASK_FORMER.TEST
+    test.PANOPTIC_ON = test.INSTANCE_ON = test.SEMANTIC_ON = True
+    return cfg
+
+
+def write(folder: Path) -> None:
+    """Pictures whose grey value says the class, with ground truth in every format."""
+    rng = np.random.default_rng(0)
+    panoptic, instances = [], []
+    for sub in ("images", "panoptic", "semantic"):
+        (folder / sub).mkdir(parents=True)
+    for number in range(NUM_PICTURES):
+        image_id = 3 * number + 1
+        classes = np.kron(rng.integers(0, 4, (4, 6)), np.ones((10, 10), int))
+        void = rng.random((HEIGHT, WIDTH)) < 0.05
+        ids, segments = np.zeros((HEIGHT, WIDTH), int), []
+        for index, entry in enumerate(VOCABULARY.classes):
+            mask = (classes == index) & ~void
+            if not mask.any():
+                continue
+            segment_id = 300 + index
+            ids[mask] = segment_id
+            code = pycocotools.mask.encode(np.asfortranarray(mask, np.uint8))
+            box = pycocotools.mask.toBbox(code).tolist()
+            area = int(mask.sum())
+            common = {"category_id": entry.id, "area": area, "bbox": box, "iscrowd": int(rng.random() < 0.1)}
+            segments.append({"id": segment_id, **common})
+            if entry.thing:
+                code["counts"] = code["counts"].decode()
+                instances.append({"id": len(instances) + 1, "image_id": image_id, "segmentation": code, **common})
+        grey = (classes * 64 + 32 + rng.integers(-30, 31, classes.shape)).astype(np.uint8)
+        Image.fromarray(np.stack([grey] * 3, -1)).save(folder / "images" / f"{number}.jpg", quality=80)
+        write_id_map(folder / "panoptic" / f"{number}.png", ids)
+        Image.fromarray(np.where(void, 255, classes).astype(np.uint8)).save(folder / "semantic" / f"{number}.png")
+        panoptic.append({"image_id": image_id, "file_name": f"{number}.png", "segments_info": segments})
+    common = {
+        "images": [{"id": one["image_id"], "height": HEIGHT, "width": WIDTH} for one in panoptic],
+        "categories": [{"id": one.id, "name": one.name, "isthing": int(one.thing)} for one in VOCABULARY.classes],
+    }
+    (folder / "panoptic.json").write_text(json.dumps({**common, "annotations": panoptic}))
+    things = [category for category in common["categories"] if category["isthing"]]
+    (folder / "instances.json").write_text(json.dumps({**common, "categories": things, "annotations": instances}))
+
+
+def files(folder: Path, annotation: dict) -> dict:
+    stem = Path(annotation["file_name"]).stem
+    return {
+        "file_name": str(folder / "images" / f"{stem}.jpg"),
+        "pan_seg_file_name": str(folder / "panoptic" / f"{stem}.png"),
+        "sem_seg_file_name": str(folder / "semantic" / f"{stem}.png"),
+    }
+
+
+def dataset(folder: Path, **metadata) -> Dataset:
+    load = partial(
+        read_panoptic_json,
+        "tiny_val",
+        folder / "panoptic.json",
+        vocabulary=VOCABULARY,
+        image_id=int,
+        files=partial(files, folder),
+    )
+    standard = {
+        **class_metadata(VOCABULARY),
+        "evaluator_type": "coco_panoptic_seg",
+        "ignore_label": 255,
+        "panoptic_json": str(folder / "panoptic.json"),
+        "json_file": str(folder / "instances.json"),
+    }
+    return Dataset("tiny_val", standard | metadata, load, vocabulary="none")
+
+
+class GreyModel(nn.Module):
+    """Reads the class off the grey value, worse with a larger alpha, and counts how often it is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, inputs, *, vocabulary=None, semantic="scores", modes=None):
+        assert not self.training and not torch.is_grad_enabled() and semantic == "labels"
+        self.calls += 1
+        if modes is None:
+            return [self.find(one["image"], vocabulary, 0.1) for one in inputs]
+        return {
+            name: [self.find(one["image"], vocabulary, alpha) for one in inputs] for name, (alpha, _) in modes.items()
+        }
+
+    def find(self, image, vocabulary, alpha):
+        labels = ((image[0].long() + int(30 * alpha)) // 64).clamp(max=len(vocabulary) - 1)
+        id_map, segments, found = torch.zeros_like(labels, dtype=torch.int32), [], []
+        for label in labels.unique().tolist():
+            mask = labels == label
+            thing, area = label in vocabulary.thing_classes, int(mask.sum())
+            segments.append(
+                {"id": len(segments) + 1, "isthing": thing, "category_id": label, "score": 0.5, "area": area}
+            )
+            id_map[mask] = segments[-1]["id"]
+            if thing:
+                rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+                box = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+                found.append((label, mask, [float(side) for side in box], area / mask.numel()))
+        masks = [mask for _, mask, *_ in found]
+        instances = Instances(
+            scores=torch.tensor([score for *_, score in found]),
+            pred_classes=torch.tensor([label for label, *_ in found], dtype=torch.int64),
+            pred_masks=torch.stack(masks) if masks else torch.zeros(0, *labels.shape, dtype=torch.bool),
+            pred_boxes=torch.tensor([box for *_, box, _ in found]).reshape(-1, 4),
+        )
+        return {"sem_seg": labels, "panoptic_seg": (id_map, segments), "instances": instances}
+
+
+def run(folder: Path, **options):
+    settings = {"modes": MODES, "training_vocabulary": TRAINING, "vocabulary": VOCABULARY, "progress": False}
+    return evaluate(GreyModel().train(), config(), dataset(folder), **settings | options)
+
+
+def main(folder: str, broken: str, rank: str, world_size: str, output: str) -> None:
+    """Evaluates both data sets; writes what came of it to `OUTPUT.RANK`: results of the first, error of the second."""
+    processes = {"rank": int(rank), "world_size": int(world_size)}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{output}.rendezvous", **processes)
+    results = run(Path(folder), output_dir=f"{output}.files", save_predictions=True, **processes)
+    try:
+        error = repr(run(Path(broken), **processes))
+    except Exception as failure:
+        error = f"{type(failure).__name__}: {failure}"
+    Path(f"{output}.{rank}").write_text(json.dumps([repr(results), error]))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

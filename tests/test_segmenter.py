@@ -1,0 +1,266 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch import nn
+
+import fcclip.segmenter
+from fcclip import Segmenter
+from fcclip.config import get_cfg, load_config
+from fcclip.engine import save_weights
+from fcclip.segmenter import NamedSegment, Segmentation
+from fcclip.vocabulary import Vocabulary
+
+HEIGHT, WIDTH = 40, 60
+
+
+class HalvesModel(nn.Module):
+    """Finds the first class in the upper half of every picture and the last class in the lower half."""
+
+    def __init__(self):
+        super().__init__()
+        self.test_vocabulary = Vocabulary.from_names("shape; ground:stuff")
+        self.seen = []
+
+    def forward(self, inputs, *, vocabulary=None, semantic="scores"):
+        assert not torch.is_grad_enabled()
+        vocabulary = vocabulary or self.test_vocabulary
+        self.seen.append((inputs, vocabulary, semantic))
+        return [{"sem_seg": None, "panoptic_seg": self.halves(one, vocabulary)} for one in inputs]
+
+    def halves(self, sample, vocabulary):
+        height, width = sample["height"], sample["width"]
+        ids = torch.ones(height, width, dtype=torch.int32)
+        ids[height // 2 :] = 2
+        last = len(vocabulary) - 1
+        return ids, [
+            {
+                "id": number,
+                "category_id": index,
+                "isthing": index in vocabulary.thing_classes,
+                "score": score,
+                "area": height // 2 * width,
+            }
+            for number, index, score in ((1, 0, 0.4), (2, last, 0.6))
+        ]
+
+
+@pytest.fixture
+def segmenter(monkeypatch):
+    monkeypatch.setattr(fcclip.segmenter, "build_model", lambda cfg: HalvesModel())
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TEST = 80
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.DEVICE = "cpu"
+    return Segmenter(cfg, weights="random")
+
+
+@pytest.fixture
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+
+
+def test_segments_carry_the_names_of_the_users_words_and_no_other(segmenter, picture):
+    result = segmenter(picture, words="red circle, crimson circle; blue star; sand:stuff")
+    assert result.class_names == ("red circle", "blue star", "sand")
+    assert [(one.name, one.isthing) for one in result.segments] == [("sand", False), ("red circle", True)]
+    assert result.panoptic_map.shape == (HEIGHT, WIDTH)
+    assert result.panoptic_map.dtype == np.int32
+    assert result.mask(result.segments[0]).sum() == HEIGHT * WIDTH // 2
+
+
+def test_words_may_be_a_list_or_a_vocabulary(segmenter, picture):
+    expected = segmenter(picture, words="cat; grass:stuff").segments
+    assert segmenter(picture, words=["cat", "grass:stuff"]).segments == expected
+    assert segmenter(picture, words=Vocabulary.from_names("cat; grass:stuff")).segments == expected
+
+
+def test_without_words_the_config_names_the_classes(segmenter, picture):
+    assert segmenter(picture).class_names == ("shape", "ground")
+
+
+def test_without_words_and_without_a_test_set_there_is_nothing_to_look_for(segmenter, picture):
+    segmenter.model.test_vocabulary = None
+    with pytest.raises(ValueError, match="no words given, and the config names no test set"):
+        segmenter(picture)
+
+
+def test_the_network_gets_the_picture_resized_by_the_test_rule_and_no_semantic_map_is_asked_for(segmenter, picture):
+    segmenter(picture)
+    ((sample,), _, semantic) = segmenter.model.seen[-1]
+    assert sample["image"].shape == (3, 80, 120)
+    assert sample["image"].dtype == torch.uint8
+    assert (sample["height"], sample["width"]) == (HEIGHT, WIDTH)
+    assert semantic is None
+
+
+@pytest.mark.parametrize(("channel_order", "first"), [("RGB", 200), ("BGR", 10)])
+def test_the_network_gets_the_channels_in_the_order_of_the_config(monkeypatch, channel_order, first):
+    monkeypatch.setattr(fcclip.segmenter, "build_model", lambda cfg: HalvesModel())
+    cfg = get_cfg()
+    cfg.INPUT.FORMAT = channel_order
+    segmenter = Segmenter(cfg, weights="random", device="cpu")
+    segmenter(np.full((HEIGHT, WIDTH, 3), (200, 90, 10), np.uint8), words="cat")
+    ((sample,), _, _) = segmenter.model.seen[-1]
+    assert (sample["image"][0] == first).all()
+
+
+def test_paths_arrays_and_pil_pictures_give_the_same_result(segmenter, picture, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(picture).save(path)
+    results = segmenter([str(path), path, picture, Image.fromarray(picture)], words="cat")
+    for result in results:
+        np.testing.assert_array_equal(result.picture, picture)
+        assert result.segments == results[0].segments
+    assert [result.file_name for result in results] == [str(path), str(path), "", ""]
+
+
+def test_pictures_stored_sideways_are_turned_upright(segmenter, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by 90 degrees
+    Image.fromarray(picture).save(tmp_path / "a.png", exif=exif)
+    stored = Image.open(tmp_path / "a.png")
+    for result in segmenter([tmp_path / "a.png", stored], words="cat"):
+        assert result.panoptic_map.shape == (WIDTH, HEIGHT)
+
+
+def test_things_below_min_score_are_left_out_and_stuff_stays(segmenter, picture):
+    result = segmenter(picture, words="cat; grass:stuff", min_score=0.7)
+    assert [one.name for one in result.segments] == ["grass"]
+    assert (result.panoptic_map[: HEIGHT // 2] == 0).all()
+    assert (result.panoptic_map[HEIGHT // 2 :] == 2).all()
+
+
+def test_the_json_holds_names_scores_and_masks(segmenter, picture):
+    result = segmenter(picture, words="песок:stuff; cat")
+    content = json.loads(result.to_json())
+    assert content["class_names"] == ["песок", "cat"]
+    assert (content["height"], content["width"]) == (HEIGHT, WIDTH)
+    (first, second) = content["segments"]
+    assert (first["name"], first["score"], first["isthing"]) == ("cat", 0.6, True)
+    assert first["bbox"] == [0, HEIGHT // 2, WIDTH, HEIGHT // 2]
+    assert second["area"] == HEIGHT // 2 * WIDTH
+    np.testing.assert_array_equal(coco_mask.decode(first["segmentation"]), result.panoptic_map == first["id"])
+
+
+def test_saving_writes_the_drawing_or_the_json_by_the_extension_and_makes_folders(segmenter, picture, tmp_path):
+    result = segmenter(picture, words="cat")
+    result.save(tmp_path / "new" / "a.png")
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "new" / "a.png")), result.draw())
+    result.save(tmp_path / "new" / "a.json")
+    assert json.loads((tmp_path / "new" / "a.json").read_text(encoding="utf-8")) == json.loads(result.to_json())
+    assert sorted(one.name for one in (tmp_path / "new").iterdir()) == ["a.json", "a.png"]
+
+
+def test_an_unknown_extension_is_refused_and_nothing_is_written(segmenter, picture, tmp_path):
+    with pytest.raises(ValueError, match=r"'\.xyz' is no picture format; use \.png"):
+        segmenter(picture, words="cat").save(tmp_path / "a.xyz")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_result_without_segments_can_be_drawn_and_written(picture):
+    result = Segmentation(picture, np.zeros((HEIGHT, WIDTH), np.int32), (), ("cat",))
+    assert json.loads(result.to_json())["segments"] == []
+    assert result.draw().dtype == np.uint8
+
+
+@pytest.mark.parametrize("words", ["", "  ; ;", [], ["cat", ""], ":stuff"])
+def test_empty_words_are_refused(segmenter, picture, words):
+    with pytest.raises(ValueError, match="word"):
+        segmenter(picture, words=words)
+
+
+def test_a_missing_picture_is_named(segmenter, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"picture '.*none\.jpg' does not exist"):
+        segmenter(tmp_path / "none.jpg", words="cat")
+
+
+def test_an_unreadable_picture_is_named(segmenter, tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"text\.jpg"):
+        segmenter(tmp_path / "text.jpg", words="cat")
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), torch.zeros(3, 4, 4), None])
+def test_something_that_is_no_picture_is_refused(segmenter, wrong):
+    with pytest.raises(ValueError, match=r"RGB array \(h, w, 3\) uint8, got"):
+        segmenter(wrong, words="cat")
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.1, float("nan")])
+def test_a_score_outside_its_range_is_refused(segmenter, picture, score):
+    with pytest.raises(ValueError, match="min_score must be in"):
+        segmenter(picture, words="cat", min_score=score)
+
+
+def test_a_config_without_weights_is_refused(monkeypatch):
+    monkeypatch.setattr(fcclip.segmenter, "build_model", lambda cfg: HalvesModel())
+    with pytest.raises(ValueError, match=r"no weights: the config's MODEL\.WEIGHTS is empty"):
+        Segmenter(get_cfg())
+
+
+def test_missing_weights_are_named_before_the_model_is_built(monkeypatch, tmp_path):
+    monkeypatch.setattr(fcclip.segmenter, "build_model", lambda cfg: pytest.fail("built"))
+    with pytest.raises(FileNotFoundError, match=r"weights '.*none\.pth' not found"):
+        Segmenter(get_cfg(), weights=tmp_path / "none.pth")
+
+
+def test_an_unknown_pretrained_name_is_refused_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"unknown pretrained segmenter 'shape'\. Did you mean 'shapes'\?"):
+        Segmenter.from_pretrained("shape")
+
+
+def test_the_given_config_is_not_changed_and_only_the_panoptic_head_is_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fcclip.segmenter, "build_model", lambda cfg: seen.append(cfg) or HalvesModel())
+    cfg = get_cfg()
+    before = cfg.dump()
+    Segmenter(cfg, weights="random", device="cpu")
+    assert cfg.dump() == before
+    test = seen[0].MODEL.MASK_FORMER.TEST
+    assert (test.PANOPTIC_ON, test.SEMANTIC_ON, test.INSTANCE_ON) == (True, False, False)
+    assert seen[0].MODEL.DEVICE == "cpu"
+
+
+def test_a_named_segment_is_a_segment_with_a_name():
+    segment = NamedSegment(id=1, category_id=0, isthing=True, score=0.5, area=3, name="cat")
+    assert replace(segment, score=1.0).name == "cat"
+
+
+def test_a_folder_that_cannot_be_made_is_named(segmenter, picture, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        segmenter(picture, words="cat").save(tmp_path / "file" / "a.png")
+
+
+def test_a_real_model_gives_a_map_of_the_pictures_size_that_holds_only_its_segments(tiny_cfg, picture):
+    torch.manual_seed(0)
+    tiny_cfg.MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD = 0.0
+    result = Segmenter(tiny_cfg, weights="random")(picture, words="red circle; blue star, azure star; sand:stuff")
+    assert result.panoptic_map.shape == (HEIGHT, WIDTH)
+    assert set(np.unique(result.panoptic_map)) - {0} == {one.id for one in result.segments}
+    assert {one.name for one in result.segments} <= {"red circle", "blue star", "sand"}
+    for segment in result.segments:
+        assert 0 < segment.area == result.mask(segment).sum()
+        assert 0 <= segment.score <= 1
+
+
+def test_weights_of_another_config_are_refused(tiny_cfg, tmp_path):
+    save_weights(Segmenter(tiny_cfg, weights="random").model, tmp_path / "a.safetensors")
+    Segmenter(tiny_cfg, weights=tmp_path / "a.safetensors")
+    tiny_cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = 9
+    with pytest.raises(ValueError, match=r"(?s)do not fit the model.*NUM_OBJECT_QUERIES 8"):
+        Segmenter(tiny_cfg, weights=tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("suffix", ["ade20k_r50", "coco"], ids=["RN50", "ConvNeXt-L"])
+def test_published_configs_build_with_random_clip_weights_and_segment_a_picture_on_the_cpu(suffix, picture):
+    name = f"coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_{suffix}.yaml"
+    cfg = load_config(name, ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "INPUT.MIN_SIZE_TEST", "64"])
+    result = Segmenter(cfg, weights="random", device="cpu")(picture, words="red circle; sand:stuff")
+    assert result.panoptic_map.shape == (HEIGHT, WIDTH)
+    assert set(np.unique(result.panoptic_map)) <= {0, *(one.id for one in result.segments)}
