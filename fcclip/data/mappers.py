@@ -40,7 +40,7 @@ class PanopticJitterMapper:
         self.channel_order = channel_order
 
     def __call__(self, record: dict, rng: np.random.Generator | np.random.RandomState) -> dict[str, Any]:
-        """-> `image` (3, S, S) uint8, `targets` with an id map, `point_seed`, which fixes where the losses look, and the
+        """-> `image` (3, S, S) uint8, `targets` with an id map, `point_seed`, which fixes where losses look, and the
         record's names and (original) size."""
         image = _read_image(record)
         id_map = _read_id_map(record, image.shape[:2])

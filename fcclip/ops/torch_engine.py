@@ -21,6 +21,6 @@ def ms_deform_attn_torch(
     output = value.new_zeros(batch * heads, channels, queries)
     for level, (height, width), grid, weight in zip(levels, spatial_shapes, grids, weights):
         maps = level.permute(0, 2, 3, 1).reshape(batch * heads, channels, height, width)
-        sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)  # (B*M, D, P, N)
-        output = output + (sampled * weight[:, None]).sum(2)
+        sampled = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        output = output + (sampled * weight[:, None]).sum(2)  # (B*M, D, P, N) -> (B*M, D, N)
     return output.view(batch, heads * channels, queries).transpose(1, 2)

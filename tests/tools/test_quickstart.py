@@ -1,0 +1,68 @@
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcclip.config import load_config
+from fcclip.data import DATASETS
+from fcclip.segmenter import Segmentation
+from fcclip.vocabulary import Vocabulary
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def quickstart():
+    spec = importlib.util.spec_from_file_location("quickstart", REPOSITORY / "tools" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_failing_script_ends_the_quickstart_and_the_stage_is_named(quickstart, tmp_path):
+    seconds, script = {}, tmp_path / "script.py"
+    script.write_text("import sys; sys.exit(2)")
+    with pytest.raises(SystemExit, match=r"failed in stage 'train'.*status 2"), quickstart.stage("train", seconds):
+        quickstart.call(str(script))
+    assert seconds == {}
+
+
+def test_a_stage_notes_its_seconds(quickstart, capsys):
+    seconds = {}
+    with quickstart.stage("render", seconds):
+        pass
+    assert 0 <= seconds["render"] < 5
+    assert capsys.readouterr().out.startswith("== render\n")
+
+
+def test_what_the_quickstart_names_exists(quickstart):
+    assert set(quickstart.SETS) <= set(DATASETS)
+    cfg = load_config(REPOSITORY / quickstart.CONFIG, list(quickstart.SHORT_TRAIN))
+    assert cfg.SOLVER.MAX_ITER < load_config(REPOSITORY / quickstart.CONFIG).SOLVER.MAX_ITER
+
+
+def test_a_sheet_shows_picture_ground_truth_and_prediction_of_the_first_pictures(quickstart, monkeypatch, tmp_path):
+    picture, ids = tmp_path / "1.png", tmp_path / "ids.png"
+    Image.new("RGB", (64, 64), (90, 120, 30)).save(picture)
+    Image.new("RGB", (64, 64), (7, 0, 0)).save(ids)
+    segment = {"id": 7, "category_id": 1, "isthing": True, "area": 4096}
+    record = {"file_name": str(picture), "pan_seg_file_name": str(ids), "segments_info": [segment]}
+
+    words = Vocabulary.from_names("red circle; blue star")
+
+    class TenPictures:
+        def records(self):
+            return [record] * 10
+
+    class NothingFound:
+        def __call__(self, image, words):
+            return Segmentation(image, np.zeros(image.shape[:2], np.int32), (), words.class_names)
+
+    monkeypatch.setattr(quickstart, "get_dataset", lambda name: TenPictures())
+    monkeypatch.setattr(quickstart, "dataset_vocabulary", lambda dataset: words)
+    sheet = np.array(Image.open(quickstart.draw_set(NothingFound(), "some_set", tmp_path / "new")))
+    height, width = sheet.shape[:2]
+    assert width > 3 * 768
+    assert height > quickstart.ROWS_DRAWN * 768

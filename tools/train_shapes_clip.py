@@ -1,0 +1,556 @@
+"""Trains the small CLIP of the shapes world on captioned crops, and checks that it is good enough to be built upon.
+
+    python tools/train_shapes_clip.py --output fcclip/assets/shapes_clip.safetensors --iterations 6000
+    python tools/train_shapes_clip.py --gate-only
+
+A crop's caption names shapes and grounds that are in the crop, in many wordings, for all classes of the world; nothing
+but pairs of crop and caption teaches the network. Captions that say the same are positives of each other's crops, and a
+caption that is true of another crop is no negative of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fcclip.data.shapes_world import COLOURS, GROUNDS, PICTURE_SIZE, SHAPES, render_picture, world_classes
+from fcclip.vocabulary import TEMPLATES, prompts
+
+ASSETS = Path(__file__).resolve().parents[1] / "fcclip" / "assets"
+PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's, RGB in 0..255
+PIXEL_STD = (68.5005327, 66.6321579, 70.32316305)
+MAX_LOGIT_SCALE = math.log(100)
+CLASSES = world_classes()
+NUM_THINGS = sum(c.thing for c in CLASSES)
+FACTS = (*(c.name for c in CLASSES), *COLOURS, *SHAPES)
+WORDS = (
+    *((c.name, *c.synonyms) for c in CLASSES),
+    *((f"{colour} shape", f"{synonym} shape") for colour, (_, synonym) in COLOURS.items()),
+    *((shape, synonym) if synonym else (shape,) for shape, synonym in SHAPES.items()),
+)  # how to say each fact, its usual name first
+FACTS_OF_CLASS = np.array(
+    [[fact in (c.name, c.colour, c.shape) for fact in FACTS] for c in CLASSES]
+)  # (54, F) what a class implies
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+def build_clip(architecture: Path) -> nn.Module:
+    """The open_clip model of a JSON file, with random weights."""
+    config = json.loads(architecture.read_text(encoding="utf-8"))
+    return open_clip.model.CLIP(**config)
+
+
+def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
+    """Unit text vectors (N, E); cut after the last end of text, which is exact because attention looks backwards."""
+    length = int(tokens.argmax(1).max()) + 1
+    tokens = tokens[:, :length]
+    x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
+    x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
+    x = x[torch.arange(len(x)), tokens.argmax(1)] @ clip.text_projection
+    return F.normalize(x, dim=-1)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W), channels last."""
+    mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
+    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rendered pictures to cut crops from."""
+
+    images: np.ndarray  # (N, 256, 256, 3) uint8
+    piece_maps: np.ndarray  # (N, 256, 256) uint8, the piece at every pixel; grounds come first
+    piece_classes: list[np.ndarray]  # per picture, (pieces,) class index
+    piece_areas: list[np.ndarray]  # per picture, (pieces,) visible pixels
+    piece_centres: list[np.ndarray]  # per picture, (pieces, 2) row and column of the middle of the box around the piece
+
+
+def _render_for_pool(task: tuple[int, str, int]) -> tuple[np.ndarray, ...]:
+    picture = render_picture(*task)
+    _, jpeg = cv2.imencode(".jpg", picture.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1]
+    places = [np.nonzero(picture.piece_map == i) for i in range(len(picture.pieces))]
+    centres = np.array(
+        [[(rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2] for rows, columns in places]
+    )
+    classes = np.array([piece.category_id - 1 for piece in picture.pieces])
+    return image, picture.piece_map, classes, np.array([piece.visible_area for piece in picture.pieces]), centres
+
+
+def render_pool(*, seed: int, rule_name: str, num_pictures: int, workers: int) -> Pool:
+    tasks = [(seed, rule_name, i) for i in range(num_pictures)]
+    if workers > 1:
+        with multiprocessing.get_context("spawn").Pool(workers) as processes:
+            rendered = processes.map(_render_for_pool, tasks, chunksize=16)
+    else:
+        rendered = [_render_for_pool(task) for task in tasks]
+    images, piece_maps, *lists = (list(x) for x in zip(*rendered, strict=True))
+    return Pool(np.stack(images), np.stack(piece_maps), *lists)
+
+
+# --------------------------------------------------------------------------------------------------- crops and captions
+
+
+@dataclass(frozen=True)
+class CropBatch:
+    """Crops and what is said about them; a fact is a class, a colour or a shape (F of them, see FACTS)."""
+
+    images: Tensor  # (N, S, S, 3) uint8
+    captions: list[str]  # C of them, at least one for each crop
+    crop_of_caption: Tensor  # (C,) int64
+    mentioned: Tensor  # (C, F) bool, what the caption says
+    present: Tensor  # (N, F) bool, what is true of the crop
+
+
+def sample_crops(
+    rng: np.random.Generator,
+    pool: Pool,
+    *,
+    size_px: int,
+    num_crops: int,
+    scale: float,
+    plain: float = 0.0,
+    attributes: float = 0.0,
+) -> CropBatch:
+    """Random crops that are `size_px` wide after enlarging the pictures by about `scale`.
+
+    A share `plain` of them shows mainly one shape and tells of that one only; a share `attributes` of these gets a
+    second caption about form or colour alone.
+    """
+    images, captions, crop_of_caption, mentioned, present = [], [], [], [], []
+    while len(images) < num_crops:
+        index = int(rng.integers(len(pool.images)))
+        window_px = min(round(size_px / (scale * math.exp(rng.uniform(-0.2, 0.2)))), PICTURE_SIZE)
+        is_plain = rng.random() < plain
+        crop = _choose_window(rng, pool, index, window_px, around_shape=0.88 if is_plain else 0.55)
+        classes = pool.piece_classes[index]
+        inside = np.bincount(pool.piece_maps[index][crop].ravel(), minlength=len(classes))
+        shares = np.bincount(classes, inside / window_px**2, minlength=len(CLASSES))
+        whole = classes[(classes < NUM_THINGS) & (inside > 0.75 * pool.piece_areas[index])]
+        statements = _tell(rng, shares, set(whole.tolist()), is_plain, attributes)
+        if not statements:
+            continue
+        image = cv2.resize(pool.images[index][crop], (size_px, size_px), interpolation=cv2.INTER_LINEAR)
+        images.append(image[:, ::-1] if rng.random() < 0.5 else image)
+        present.append(FACTS_OF_CLASS[shares > 0.003].any(0))
+        for named in statements:
+            captions.append(write_caption(rng, named))
+            mentioned.append(np.isin(np.arange(len(FACTS)), named))
+            crop_of_caption.append(len(images) - 1)
+    return CropBatch(
+        torch.from_numpy(np.stack(images)),
+        captions,
+        torch.tensor(crop_of_caption),
+        torch.from_numpy(np.stack(mentioned)),
+        torch.from_numpy(np.stack(present)),
+    )
+
+
+def _choose_window(
+    rng: np.random.Generator, pool: Pool, index: int, window_px: int, *, around_shape: float
+) -> tuple[slice, slice]:
+    """Most windows are laid around a shape, some on bare ground, the others anywhere."""
+    last = PICTURE_SIZE - window_px
+    top, left = rng.integers(0, last + 1, size=2)
+    kind = rng.random()
+    if kind < around_shape:
+        piece = rng.choice(np.flatnonzero(pool.piece_classes[index] < NUM_THINGS))
+        corner = pool.piece_centres[index][piece] - window_px / 2 + window_px * rng.uniform(-0.25, 0.25, 2)
+        top, left = np.clip(corner, 0, last).astype(int)
+    elif kind < 0.6 * around_shape + 0.4:
+        num_grounds = (pool.piece_classes[index] >= NUM_THINGS).sum()
+        for _ in range(20):
+            if (pool.piece_maps[index][top : top + window_px, left : left + window_px] >= num_grounds).mean() < 0.03:
+                break
+            top, left = rng.integers(0, last + 1, size=2)
+    return np.s_[top : top + window_px, left : left + window_px]
+
+
+def _tell(
+    rng: np.random.Generator, shares: np.ndarray, whole: set[int], is_plain: bool, attributes: float
+) -> list[list[int]]:
+    """The facts of each caption of a crop, in the order of telling; no caption when there is nothing sure to tell."""
+    things = sorted((c for c in whole if shares[c] > 0.02), key=lambda c: -shares[c])
+    grounds = [int(c) for c in rng.permutation(np.arange(NUM_THINGS, len(CLASSES))) if shares[c] > 0.15]
+    covered = shares[:NUM_THINGS].sum()
+    if not things:
+        return [grounds] if grounds and covered < 0.3 else []
+    if is_plain:
+        if shares[things[0]] < 0.65 * covered:
+            return []
+        told = [[things[0]]]
+        if rng.random() < attributes:
+            entry = CLASSES[things[0]]
+            told.append([FACTS.index(entry.shape if rng.random() < 0.8 else entry.colour)])
+        return told
+    if len(things) > 1 and shares[things[0]] > 2.5 * shares[things[1]] and rng.random() < 0.6:
+        things = things[:1]
+    if covered > 1.6 * shares[things].sum():  # too much that would not be told
+        return [grounds] if grounds and covered < 0.3 else []
+    things = [int(c) for c in rng.permutation(things)][:4]
+    if grounds and covered < 0.35 and rng.random() < 0.5:
+        return [things, grounds]
+    return [things + grounds] if rng.random() < 0.3 else [things]
+
+
+def write_caption(rng: np.random.Generator, named: list[int]) -> str:
+    """A sentence about facts: shapes first, then what they lie on."""
+    words = [rng.choice([WORDS[fact][0], *WORDS[fact]]) for fact in named]
+    things = [w for w, fact in zip(words, named, strict=True) if FACTS[fact] not in GROUNDS]
+    grounds = [w for w, fact in zip(words, named, strict=True) if FACTS[fact] in GROUNDS]
+    article = "a " if rng.random() < 0.5 else ""
+    phrase = _list([things[0], *(article + t for t in things[1:])]) if things else _list(grounds)
+    if things and grounds:
+        phrase += (" on " if rng.random() < 0.7 else " and ") + _list(grounds)
+    return phrase if rng.random() < 0.15 else TEMPLATES[rng.integers(len(TEMPLATES))].format(phrase)
+
+
+def _list(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def contrastive_loss(logits: Tensor, batch: CropBatch) -> Tensor:
+    """Softmax in both directions over crops x captions (N, C).
+
+    A caption that says the same as one of the crop's own is a positive; any other that is true of the crop is left out.
+    """
+    same = (batch.mentioned[:, None] == batch.mentioned[None]).all(-1).float()  # (C, C)
+    owner = F.one_hot(batch.crop_of_caption, len(logits)).float().T  # (N, C)
+    positive = owner @ same > 0
+    also_true = (~batch.present).float() @ batch.mentioned.float().T == 0  # (N, C)
+    logits = logits.masked_fill(also_true & ~positive, -1e4)
+    rows = torch.log_softmax(logits, 1).masked_fill(~positive, 0).sum(1) / positive.sum(1)
+    columns = torch.log_softmax(logits, 0).masked_fill(~positive, 0).sum(0) / positive.sum(0)
+    return -(rows.mean() + columns.mean()) / 2
+
+
+def start_weights(clip: nn.Module) -> None:
+    """Makes a small ConvNeXt learn at once: weights that keep the variance, and layer scales of 0.5 instead of 1e-6."""
+    for name, parameter in clip.visual.named_parameters():
+        if name.endswith("gamma"):
+            nn.init.constant_(parameter, 0.5)
+        elif parameter.ndim >= 2:
+            nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
+BUCKETS = ((64, 0.35), (96, 0.3), (128, 0.2), (256, 0.15))  # crop sides in pixels, and how often
+
+
+def train(
+    clip: nn.Module,
+    pool: Pool,
+    *,
+    seed: int,
+    iterations: int,
+    pixels_per_batch: int,
+    learning_rate: float,
+    text_learning_rate: float = 1e-3,
+    scale: float = 1.0,
+    log_every: int = 100,
+    on_log: Callable[[nn.Module], None] | None = None,
+) -> list[float]:
+    """Trains in place; returns the losses.
+
+    The first quarter shows small plain crops only, and tells of colour and form apart as well: without that, forms are
+    learnt much later than colours.
+    """
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    rng = np.random.default_rng([seed, 1])
+    optimizer = build_optimizer(clip, learning_rate, text_learning_rate)
+    sizes, chances = zip(*BUCKETS, strict=True)
+    clip.train()
+    clip.visual.to(memory_format=torch.channels_last)
+    losses, start = [], time.time()
+    for iteration in range(iterations):
+        done = iteration / iterations
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * min(1.0, (iteration + 1) / 50) * (0.5 + 0.5 * math.cos(math.pi * done))
+        size_px = sizes[0] if done < 0.25 else int(rng.choice(sizes, p=chances))
+        batch = sample_crops(
+            rng,
+            pool,
+            size_px=size_px,
+            num_crops=max(2, pixels_per_batch // size_px**2),
+            scale=scale,
+            plain=float(np.interp(done, (0.1, 0.5), (1.0, 0.4))),
+            attributes=float(np.interp(done, (0.2, 0.5), (1.0, 0.2))),
+        )
+        image_vectors = F.normalize(clip.visual(normalise(batch.images)), dim=-1)
+        text_vectors = encode_text(clip, tokenizer(batch.captions))
+        loss = contrastive_loss(clip.logit_scale.exp() * image_vectors @ text_vectors.T, batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            clip.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        losses.append(loss.item())
+        if (iteration + 1) % log_every == 0:
+            figures = f"loss {np.mean(losses[-log_every:]):.3f}  scale {clip.logit_scale.exp().item():.1f}"
+            print(f"iteration {iteration + 1}/{iterations}  {figures}  {time.time() - start:.0f} s", flush=True)
+            if on_log is not None:
+                on_log(clip)
+                clip.train()
+    return losses
+
+
+def build_optimizer(clip: nn.Module, learning_rate: float, text_learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW; the text tower learns slower, and only matrices outside the embeddings decay."""
+    groups = []
+    for visual, rate in ((True, learning_rate), (False, text_learning_rate)):
+        chosen = [(n, p) for n, p in clip.named_parameters() if n.startswith("visual.") == visual]
+        decays = [p.ndim >= 2 and "embedding" not in n for n, p in chosen]
+        groups.append(
+            {
+                "params": [p for (_, p), d in zip(chosen, decays, strict=True) if d],
+                "full_lr": rate,
+                "weight_decay": 0.05,
+            }
+        )
+        groups.append(
+            {
+                "params": [p for (_, p), d in zip(chosen, decays, strict=True) if not d],
+                "full_lr": rate,
+                "weight_decay": 0.0,
+            }
+        )
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
+
+
+def save_clip(clip: nn.Module, path: Path, metadata: dict) -> None:
+    tensors = {k: v.detach().half().contiguous() for k, v in clip.state_dict().items()}
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(tensors, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------- gate
+
+
+@torch.no_grad()
+def word_vectors(clip: nn.Module) -> tuple[Tensor, Tensor]:
+    """One vector per synonym of the 54 classes (W, E), and the class of each (W,)."""
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    vectors, owners = [], []
+    for index, entry in enumerate(CLASSES):
+        for name in (entry.name, *entry.synonyms):
+            vectors.append(F.normalize(encode_text(clip, tokenizer(prompts([name]))).mean(0), dim=0))
+            owners.append(index)
+    return torch.stack(vectors), torch.tensor(owners)
+
+
+def class_logits(image_vectors: Tensor, words: Tensor, owners: Tensor, logit_scale: Tensor) -> Tensor:
+    scores = F.normalize(image_vectors, dim=-1) @ words.T * logit_scale.exp().clamp(max=100)
+    logits = scores.new_full((len(scores), len(CLASSES)), -torch.inf)
+    return logits.scatter_reduce(1, owners.expand_as(scores), scores, "amax")
+
+
+def enlarge(images: np.ndarray, size_px: int) -> Tensor:
+    if size_px != images.shape[1]:
+        images = np.stack([cv2.resize(i, (size_px, size_px), interpolation=cv2.INTER_LINEAR) for i in images])
+    return normalise(torch.from_numpy(images))
+
+
+@torch.no_grad()
+def gate(clip: nn.Module, *, singles: Pool, tune: Pool, input_px: int) -> dict[str, float]:
+    """Percentages right, and mean confidences, for the names of MEANINGS."""
+    clip.eval()
+    trunk, head = clip.visual.trunk, clip.visual.head
+    words, owners = word_vectors(clip)
+    figures: dict[str, list[tuple[bool, float]]] = {
+        k: [] for k in ("single", "crop", "seen", "unseen", "grounds", "seen_grounds", "unseen_grounds")
+    }
+    for begin in range(0, len(singles.images), 32):
+        images = singles.images[begin : begin + 32]
+        logits = class_logits(clip.visual(enlarge(images, input_px)), words, owners, clip.logit_scale)[:, :48]
+        for row, classes in zip(logits, singles.piece_classes[begin : begin + 32], strict=True):
+            figures["single"].append((int(row.argmax()) == int(classes[-1]), float(row.softmax(0).max())))
+    scale = input_px / PICTURE_SIZE
+    for image, classes, centres in zip(singles.images, singles.piece_classes, singles.piece_centres, strict=True):
+        side = 112
+        top, left = np.clip(centres[-1] - side / 2, 0, PICTURE_SIZE - side).astype(int)
+        crop = image[None, top : top + side, left : left + side]
+        logits = class_logits(
+            clip.visual(enlarge(crop, round(side * scale / 32) * 32)), words, owners, clip.logit_scale
+        )[0, :48]
+        figures["crop"].append((int(logits.argmax()) == int(classes[-1]), float(logits.softmax(0).max())))
+    for begin in range(0, len(tune.images), 16):
+        features = trunk.forward_features(enlarge(tune.images[begin : begin + 16], input_px))
+        for offset in range(len(features)):
+            piece_map, classes = tune.piece_maps[begin + offset], tune.piece_classes[begin + offset]
+            masks = torch.from_numpy(piece_map[None] == np.arange(len(classes))[:, None, None]).float() * 2 - 1
+            cells = F.interpolate(masks[None], size=features.shape[-2:], mode="bilinear", align_corners=False)[0] > 0
+            cells = cells.flatten(1).float()
+            pooled = cells @ features[offset].flatten(1).T / (cells.sum(1, keepdim=True) + 1e-8)
+            logits = class_logits(head(trunk.head(pooled[..., None, None])), words, owners, clip.logit_scale)
+            for row, truth in zip(logits, classes, strict=True):
+                entry = CLASSES[truth]
+                result = (int(row.argmax()) == int(truth), float(row.softmax(0).max()))
+                figures[("seen" if entry.seen else "unseen") if entry.thing else "grounds"].append(result)
+                if not entry.thing:
+                    figures["seen_grounds" if entry.seen else "unseen_grounds"].append(result)
+    return {k: 100 * float(np.mean([right for right, _ in v])) for k, v in figures.items()} | {
+        f"{k}_confidence": 100 * float(np.mean([c for _, c in v])) for k, v in figures.items()
+    }
+
+
+FLOORS = {"single": 95.0, "unseen": 70.0, "grounds": 85.0}
+MEANINGS = {
+    "single": "single-shape pictures, whole picture, 48 classes",
+    "crop": "single-shape pictures, crop around the shape, 48 classes",
+    "seen": "ground-truth masks on tune, seen things, 54 classes",
+    "unseen": "ground-truth masks on tune, unseen things, 54 classes",
+    "grounds": "ground-truth masks on tune, grounds, 54 classes",
+    "unseen_grounds": "ground-truth masks on tune, unseen grounds, 54 classes",
+}
+
+
+def format_gate(figures: dict[str, float], *, input_px: int) -> str:
+    """A table of what the gate measured and what it asks for."""
+    lines = [f"gate at input {input_px} px", f"{'measured on':<58} {'right':>7} {'floor':>7} {'confidence':>11}"]
+    for name, meaning in MEANINGS.items():
+        floor = f"{FLOORS[name]:6.1f}%" if name in FLOORS else ""
+        lines.append(f"{meaning:<58} {figures[name]:6.1f}% {floor:>7} {figures[name + '_confidence']:10.1f}%")
+    return "\n".join(lines)
+
+
+def passes(figures: dict[str, float]) -> bool:
+    return all(figures[name] >= floor for name, floor in FLOORS.items())
+
+
+@torch.no_grad()
+def forward_seconds(clip: nn.Module, *, input_px: int, batch: int = 8, repeats: int = 5) -> float:
+    """Median time of the visual trunk for one batch."""
+    images = torch.randn(batch, 3, input_px, input_px).to(memory_format=torch.channels_last)
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        clip.visual.trunk.forward_features(images)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def load_clip(architecture: Path, weights: Path) -> nn.Module:
+    """The CLIP of a JSON with the weights of a file, in float32."""
+    for path, meaning in ((architecture, "architecture (--architecture)"), (weights, "weights (--output)")):
+        if not path.is_file():
+            raise ValueError(f"no {meaning} at {path}")
+    clip = build_clip(architecture)
+    clip.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
+    return clip.eval()
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Trains the CLIP of the shapes world and checks it.")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=ASSETS / "shapes_clip.safetensors",
+        help="weights file to write, or to check with --gate-only",
+    )
+    parser.add_argument(
+        "--architecture", type=Path, default=ASSETS / "shapes_convnext.json", help="open_clip model description"
+    )
+    parser.add_argument("--gate-only", action="store_true", help="check the weights, train nothing")
+    parser.add_argument(
+        "--input",
+        type=int,
+        nargs="+",
+        default=[256],
+        help="widths to which the gate enlarges the pictures; the first one decides",
+    )
+    parser.add_argument(
+        "--gate-seed", type=int, default=0, help="world of the gate (default 0, the one that is shipped)"
+    )
+    parser.add_argument(
+        "--gate-pictures", type=int, default=200, help="pictures of the set tune, and twice as many with a single shape"
+    )
+    parser.add_argument("--seed", type=int, default=90001, help="world to train on; must not be the gate's")
+    parser.add_argument("--pictures", type=int, default=5000, help="pictures to cut crops from")
+    parser.add_argument("--iterations", type=int, default=6000)
+    parser.add_argument("--pixels-per-batch", type=int, default=393_216, help="crops of a batch times their area")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--workers", type=int, default=2, help="processes that render")
+    parser.add_argument("--threads", type=int, default=2, help="threads that compute")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    try:
+        if not options.gate_only:
+            if options.seed == options.gate_seed:
+                raise ValueError(f"--seed and --gate-seed are both {options.seed}: the gate needs pictures of its own")
+            run_training(options)
+        return 0 if run_gate(options) else 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run_training(options: argparse.Namespace) -> None:
+    if not options.output.parent.is_dir():
+        raise ValueError(f"--output {options.output}: there is no folder {options.output.parent}")
+    print(f"rendering {options.pictures} pictures, seed {options.seed}", flush=True)
+    pool = render_pool(seed=options.seed, rule_name="clip", num_pictures=options.pictures, workers=options.workers)
+    torch.manual_seed(options.seed)
+    clip = build_clip(options.architecture)
+    start_weights(clip)
+    recipe = {"iterations": options.iterations, "pixels_per_batch": options.pixels_per_batch}
+    recipe |= {"seed": options.seed, "learning_rate": options.learning_rate}
+    architecture = json.loads(options.architecture.read_text(encoding="utf-8"))
+    metadata = {"architecture": architecture, "training": {**recipe, "pictures": options.pictures}}
+    train(clip, pool, **recipe, on_log=lambda so_far: save_clip(so_far, options.output, metadata))
+    save_clip(clip, options.output, metadata)
+    print(f"wrote {options.output} ({options.output.stat().st_size / 2**20:.1f} MiB)")
+
+
+def run_gate(options: argparse.Namespace) -> bool:
+    clip = load_clip(options.architecture, options.output)
+    singles = render_pool(
+        seed=options.gate_seed, rule_name="single", num_pictures=2 * options.gate_pictures, workers=options.workers
+    )
+    tune = render_pool(
+        seed=options.gate_seed, rule_name="tune", num_pictures=options.gate_pictures, workers=options.workers
+    )
+    results = []
+    for input_px in options.input:
+        figures = gate(clip, singles=singles, tune=tune, input_px=input_px)
+        results.append(passes(figures))
+        print(format_gate(figures, input_px=input_px))
+        seconds = forward_seconds(clip, input_px=input_px)
+        print(
+            f"{'passed' if results[-1] else 'FAILED'}; trunk, 8 pictures, {options.threads} threads: {seconds:.3f} s\n",
+            flush=True,
+        )
+    return results[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
