@@ -309,7 +309,13 @@ def evaluate_all(model: nn.Module, cfg: CfgNode, training: Vocabulary) -> Result
             continue
         results[name] = found
         content = json.dumps(
-            {"vocabulary": vocabulary.name, "sha256": vocabulary.hash, "results": _without_nan(found)}, indent=2
+            {
+                "vocabulary": vocabulary.name,
+                "sha256": vocabulary.hash,
+                "published_vocabulary": vocabulary.is_published,
+                "results": _without_nan(found),
+            },
+            indent=2,
         )
         (folder / name).mkdir(parents=True, exist_ok=True)
         write_atomically(folder / name / "results.json", lambda file, content=content: file.write(content.encode()))

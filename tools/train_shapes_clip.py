@@ -45,7 +45,7 @@ WORDS = (
 )  # how to say each fact, its usual name first
 FACTS_OF_CLASS = np.array(
     [[fact in (c.name, c.colour, c.shape) for fact in FACTS] for c in CLASSES]
-)  # (54, F) what a class implies
+)  # (classes, F) what a class implies
 
 # ---------------------------------------------------------------------------------------------------------------- model
 
@@ -257,7 +257,7 @@ def start_weights(clip: nn.Module) -> None:
             nn.init.trunc_normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
-BUCKETS = ((64, 0.35), (96, 0.3), (128, 0.2), (256, 0.15))  # crop sides in pixels, and how often
+BUCKETS = ((64, 0.3), (96, 0.25), (128, 0.2), (192, 0.1), (256, 0.15))  # crop sides in pixels, and how often
 
 
 def train(
@@ -354,7 +354,7 @@ def save_clip(clip: nn.Module, path: Path, metadata: dict) -> None:
 
 @torch.no_grad()
 def word_vectors(clip: nn.Module) -> tuple[Tensor, Tensor]:
-    """One vector per synonym of the 54 classes (W, E), and the class of each (W,)."""
+    """One vector per synonym of the all classes (W, E), and the class of each (W,)."""
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
     vectors, owners = [], []
     for index, entry in enumerate(CLASSES):
@@ -423,10 +423,10 @@ FLOORS = {"single": 95.0, "unseen": 70.0, "grounds": 85.0}
 MEANINGS = {
     "single": "single-shape pictures, whole picture, 48 classes",
     "crop": "single-shape pictures, crop around the shape, 48 classes",
-    "seen": "ground-truth masks on tune, seen things, 54 classes",
-    "unseen": "ground-truth masks on tune, unseen things, 54 classes",
-    "grounds": "ground-truth masks on tune, grounds, 54 classes",
-    "unseen_grounds": "ground-truth masks on tune, unseen grounds, 54 classes",
+    "seen": "ground-truth masks on tune, seen things, all classes",
+    "unseen": "ground-truth masks on tune, unseen things, all classes",
+    "grounds": "ground-truth masks on tune, grounds, all classes",
+    "unseen_grounds": "ground-truth masks on tune, unseen grounds, all classes",
 }
 
 

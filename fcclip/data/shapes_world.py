@@ -69,8 +69,18 @@ GROUNDS: dict[str, str] = {
     "brick": "bricks",
     "wood": "planks",
     "gravel": "pebbles",
+    "tiles": "tiling",
+    "carpet": "rug",
+    "snow": "ice",
+    "mud": "soil",
+    "marble": "veined stone",
+    "hay": "straw",
 }
-UNSEEN_GROUNDS = ("water", "gravel")
+UNSEEN_GROUNDS = ("water", "gravel", "tiles", "carpet")
+# Training shows these colours on circles only, and no white cross. Pairs scattered evenly over the table would be guessed
+# by composing colour and shape: a decoder named 88 of 100 of them right without ever having seen one.
+CIRCLES_ONLY = ("orange", "green", "purple")
+ALSO_UNSEEN = ("white", "cross")
 
 
 @dataclass(frozen=True)
@@ -89,26 +99,23 @@ class WorldClass:
 def world_classes() -> tuple[WorldClass, ...]:
     """All classes in the order of their ids.
 
-    Every third colour-shape pair along the diagonals is unseen: two shapes of each colour, two or three colours of
-    each shape.
+    A third of the colour-shape pairs is unseen; every colour and every shape is seen in other pairs.
 
     Example:
         >>> classes = world_classes()
         >>> len(classes), sum(c.thing for c in classes), sum(c.thing and not c.seen for c in classes)
-        (54, 48, 16)
+        (60, 48, 16)
         >>> classes[0].name, classes[0].synonyms
         ('red circle', ('crimson circle', 'red disc'))
     """
     classes = []
-    for (row, (colour, (_, colour_synonym))), (column, (shape, shape_synonym)) in itertools.product(
-        enumerate(COLOURS.items()), enumerate(SHAPES.items())
-    ):
+    for (colour, (_, colour_synonym)), (shape, shape_synonym) in itertools.product(COLOURS.items(), SHAPES.items()):
         synonyms = (
             (f"{colour_synonym} {shape}", f"{colour} {shape_synonym}")
             if shape_synonym
             else (f"{colour_synonym} {shape}",)
         )
-        seen = (row + column) % 3 != 1
+        seen = shape == "circle" if colour in CIRCLES_ONLY else (colour, shape) != ALSO_UNSEEN
         classes.append(WorldClass(len(classes) + 1, f"{colour} {shape}", synonyms, True, seen, colour, shape))
     for ground, synonym in GROUNDS.items():
         classes.append(WorldClass(len(classes) + 1, ground, (synonym,), False, ground not in UNSEEN_GROUNDS))
@@ -133,7 +140,7 @@ class Rule:
     unseen_things: float | None = None  # chance of an unseen class for each shape; None: all classes alike
     at_least_one_unseen: bool = False
     unseen_grounds: bool = True
-    num_grounds: tuple[int, ...] = (1, 1, 2, 2, 3)
+    num_grounds: tuple[int, ...] = (1, 2, 2, 2, 3)
 
 
 _MANY = (3, 4, 4, 5, 5, 6, 7)
@@ -144,7 +151,7 @@ SETS: dict[str, Rule] = {
     "val_seen": Rule(_MANY, unseen_things=0.0, unseen_grounds=False),
     "val_unseen": Rule(_MANY, unseen_things=0.5, at_least_one_unseen=True),
 }
-RULES: dict[str, Rule] = SETS | {"clip": Rule((1, 2, *_MANY)), "single": Rule((1,), num_grounds=(1,))}
+RULES: dict[str, Rule] = SETS | {"clip": Rule((1, 1, 1, 2, 3, 4, 4, 5, 6, 7)), "single": Rule((1,), num_grounds=(1,))}
 
 
 @dataclass(frozen=True)
@@ -443,6 +450,56 @@ def _gravel(rng: np.random.Generator) -> np.ndarray:
     return _tint(rng, (0.47, 0.48, 0.50), 0.45 + 0.6 * stones + 0.18 * noise)
 
 
+def _tiles(rng: np.random.Generator) -> np.ndarray:
+    size = rng.uniform(24, 34)
+    along, across = _axes(rng.choice([0.0, math.pi / 4]) + rng.uniform(-0.1, 0.1))
+    row, column = np.floor(across / size), np.floor(along / size)
+    dark = (row + column) % 2
+    edge = np.minimum(
+        np.minimum(across / size - row, 1 - across / size + row),
+        np.minimum(along / size - column, 1 - along / size + column),
+    )
+    joint = np.clip(1.5 - edge * size, 0, 1)
+    shade = 1.12 - 0.34 * dark + 0.05 * _noise(rng, PICTURE_SIZE, 5)
+    return _tint(rng, (0.62, 0.58, 0.66), shade * (1 - 0.5 * joint))
+
+
+def _carpet(rng: np.random.Generator) -> np.ndarray:
+    along, across = _axes(rng.uniform(-0.2, 0.2))
+    period = 2 * math.pi / rng.uniform(8, 11)
+    weave = np.sin(across * period) * np.sin(along * period)
+    diamonds = np.abs(((along + across) / 34) % 2 - 1) + np.abs(((along - across) / 34) % 2 - 1)
+    canvas = _tint(rng, (0.45, 0.20, 0.30), 1 + 0.22 * weave + 0.06 * _noise(rng, PICTURE_SIZE, 3))
+    ornament = np.clip(6 * (0.55 - diamonds), 0, 1)[..., None]
+    return np.clip(canvas + ornament * np.array((0.22, 0.20, 0.08), np.float32), 0, 1)
+
+
+def _snow(rng: np.random.Generator) -> np.ndarray:
+    drifts = _noise(rng, PICTURE_SIZE, (22, 60)) + 0.5 * _noise(rng, PICTURE_SIZE, (11, 26))
+    canvas = _tint(rng, (0.80, 0.86, 0.93), 0.97 + 0.13 * drifts)
+    sparkle = rng.random((PICTURE_SIZE, PICTURE_SIZE), dtype=np.float32) > 0.985
+    return np.clip(canvas + 0.25 * sparkle[..., None], 0, 1)
+
+
+def _mud(rng: np.random.Generator) -> np.ndarray:
+    clods = _noise(rng, PICTURE_SIZE, 15) + 0.6 * _noise(rng, PICTURE_SIZE, 6)
+    relief = clods - np.roll(clods, (2, 2), (0, 1))  # lit from the upper left
+    return _tint(rng, (0.31, 0.23, 0.18), 1 + 0.9 * relief + 0.12 * clods)
+
+
+def _marble(rng: np.random.Generator) -> np.ndarray:
+    _, across = _axes(rng.uniform(0.3, 1.2))
+    bend = _noise(rng, PICTURE_SIZE, 44) + 0.5 * _noise(rng, PICTURE_SIZE, 18)
+    veins = 1 - np.abs(np.sin(across / rng.uniform(16, 24) + 3.5 * bend))
+    return _tint(rng, (0.78, 0.77, 0.73), 1.02 - 0.55 * veins**5 + 0.05 * bend)
+
+
+def _hay(rng: np.random.Generator) -> np.ndarray:
+    stalks = _noise(rng, PICTURE_SIZE, (3, 22)) + 0.8 * _noise(rng, PICTURE_SIZE, (2, 14))
+    crossed = _noise(rng, PICTURE_SIZE, (14, 3))
+    return _tint(rng, (0.66, 0.55, 0.22), 1 + 0.26 * stalks + 0.14 * crossed)
+
+
 _GROUND_PAINTERS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "sand": _sand,
     "grass": _grass,
@@ -450,6 +507,12 @@ _GROUND_PAINTERS: dict[str, Callable[[np.random.Generator], np.ndarray]] = {
     "brick": _brick,
     "wood": _wood,
     "gravel": _gravel,
+    "tiles": _tiles,
+    "carpet": _carpet,
+    "snow": _snow,
+    "mud": _mud,
+    "marble": _marble,
+    "hay": _hay,
 }
 
 

@@ -77,8 +77,11 @@ def dataset_vocabulary(
 
 
 def _said(dataset: Dataset, vocabulary: Vocabulary) -> Vocabulary:
-    kind = "published" if vocabulary.is_published else "fcclip, not the published one"
     logger.info(
-        "data set '%s': vocabulary '%s' (%s), sha256 %s", dataset.name, vocabulary.name, kind, vocabulary.hash[:12]
+        "data set '%s': vocabulary: %s, '%s', sha256 %s",
+        dataset.name,
+        "the published one" if vocabulary.is_published else "fcclip (not the published one)",
+        vocabulary.name,
+        vocabulary.hash[:12],
     )
     return vocabulary

@@ -90,7 +90,7 @@ def test_an_unknown_data_set_is_named_with_its_neighbour(train_net, capsys, conf
 
 def test_a_class_list_of_another_length_is_refused(train_net, capsys, config):
     text = refusal(train_net, capsys, config, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 7)
-    assert "'shapes_seen' has 36 classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 7. Set it to 36" in text
+    assert "'shapes_seen' has 40 classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 7. Set it to 40" in text
 
 
 def test_a_batch_that_processes_cannot_share_is_refused_before_they_start(train_net, capsys, config):

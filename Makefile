@@ -1,0 +1,42 @@
+# The commands of a checkout. Everything runs in an environment of its own, $(VENV), which is made once and reused while
+# pyproject.toml and setup.py do not change.
+#
+#   make quickstart   render the shapes world, train, evaluate, draw, print the table
+#   make test         the test suite
+#   make demo         segment pictures of the shapes world with the shipped weights
+#   make lint         ruff
+#
+# PYTHON=python3.12 chooses the interpreter; QUICKSTART_ARGS and PYTEST_ARGS are handed on.
+
+PYTHON ?= python3
+VENV ?= .venv
+QUICKSTART_ARGS ?=
+PYTEST_ARGS ?=
+
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.complete
+
+.PHONY: quickstart test demo lint
+
+quickstart: $(STAMP)
+	$(RUN) tools/quickstart.py $(QUICKSTART_ARGS)
+
+test: $(STAMP)
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(RUN) -m ruff check .
+
+demo: $(STAMP)
+	$(RUN) demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \
+		--input demo/pictures --output output/demo
+	$(RUN) demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \
+		--input demo/pictures/shapes_1.jpg --words "red circle; blue star, azure star; sand:stuff" \
+		--output output/demo/words
+
+# The stamp is written last, so an interrupted installation is taken up again instead of being used half-made.
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, $(PYTHON) is " + sys.version.split()[0] + "; choose one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,289 @@
+"""Renders the shapes world and writes it as a COCO panoptic data set.
+
+    python datasets/prepare_shapes.py --seed 0 --pictures 2000 --out datasets
+
+`--out` is the folder of all data sets ($DETECTRON2_DATASETS); the world becomes its subfolder `shapes`: five sets, each
+with pictures, id PNGs, panoptic and instances JSON and semantic PNGs. The folder appears when everything in it is
+complete; an interrupted run leaves nothing that counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from fcclip.data.shapes_world import PICTURE_SIZE, SETS, WORLD_VERSION, WorldClass, render_picture, world_classes
+
+PICTURES_PER_EVALUATION_SET = 200
+JPEG_QUALITY = 95
+IGNORE_LABEL = 255
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        prepare(out=options.out, seed=options.seed, num_pictures=options.pictures, num_workers=options.workers)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Renders the shapes world and writes it as a COCO panoptic data set.")
+    parser.add_argument("--seed", type=int, default=0, help="every seed is another world of the same kind (default 0)")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=2000,
+        help=f"training pictures (default 2000); each other set has {PICTURES_PER_EVALUATION_SET}",
+    )
+    root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    parser.add_argument(
+        "--out", type=Path, default=root, help="folder of all data sets (default $DETECTRON2_DATASETS, else datasets)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes; they change nothing but the time"
+    )
+    return parser.parse_args(arguments)
+
+
+def prepare(
+    *, out: Path, seed: int, num_pictures: int, num_workers: int, num_evaluation: int = PICTURES_PER_EVALUATION_SET
+) -> Path:
+    """Writes `out`/shapes, or finds it there already; returns it."""
+    for name, value, least in (("seed", seed, 0), ("pictures", num_pictures, 1), ("workers", num_workers, 1)):
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    out = out.expanduser()
+    target = out / "shapes"
+    recipe = {
+        "world_version": WORLD_VERSION,
+        "seed": seed,
+        "pictures": num_pictures,
+        "evaluation_pictures": num_evaluation,
+    }
+    if is_complete(target, recipe):
+        print(f"{target} is complete already (seed {seed}, {num_pictures} training pictures)")
+        return target
+    remove_leftovers(out)
+    partial_folder = out / f".shapes.partial-{os.getpid()}"
+    try:
+        partial_folder.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot write into {out}: {error.strerror or error}. Choose another folder with --out."
+        ) from error
+    try:
+        start = time.time()
+        statistics = {}
+        with (
+            multiprocessing.get_context("spawn").Pool(num_workers) if num_workers > 1 else InThisProcess() as processes
+        ):
+            for set_name in SETS:
+                count = num_pictures if set_name == "train" else num_evaluation
+                statistics[set_name] = write_set(
+                    partial_folder, set_name, seed=seed, num_pictures=count, processes=processes
+                )
+                print(f"{target}: {format_statistics(set_name, statistics[set_name])}", flush=True)
+        (partial_folder / "world.json").write_text(
+            json.dumps({**recipe, "statistics": statistics}, indent=2) + "\n", encoding="utf-8"
+        )
+        partial_folder.replace(target)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    print(f"wrote {target} in {time.time() - start:.0f} s")
+    return target
+
+
+class InThisProcess:
+    """Stands in for a pool of one process."""
+
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def imap(self, function, tasks, chunksize=1):
+        return map(function, tasks)
+
+
+def is_complete(target: Path, recipe: dict) -> bool:
+    """Whether `target` holds this very world; a folder that holds anything else is an error."""
+    if not target.exists():
+        return False
+    record = target / "world.json"
+    if not record.is_file():
+        raise ValueError(
+            f"{target} exists but has no world.json: half-written, or not a shapes world. "
+            "Delete it or choose another folder with --out."
+        )
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        found = {key: found[key] for key in recipe}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{record} cannot be read ({error!r}). Delete {target} or choose another folder with --out."
+        ) from error
+    if found != recipe:
+        raise ValueError(
+            f"{target} holds another world: expected {recipe}, got {found}. "
+            "Delete it or choose another folder with --out."
+        )
+    return True
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what interrupted runs left behind; folders of running processes stay."""
+    for folder in out.glob(".shapes.partial-*") if out.is_dir() else ():
+        pid = folder.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(folder)
+            print(f"removed {folder}, left by an interrupted run")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return pid != os.getpid()
+
+
+# ----------------------------------------------------------------------------------------------------------------- sets
+
+
+def set_classes(set_name: str) -> tuple[WorldClass, ...]:
+    """The classes of a set's own vocabulary: the training set knows the seen ones only."""
+    return tuple(c for c in world_classes() if c.seen or set_name != "train")
+
+
+def write_set(folder: Path, set_name: str, *, seed: int, num_pictures: int, processes) -> dict[str, float]:
+    """Writes one set below `folder`; returns its statistics."""
+    for name in (set_name, f"panoptic_{set_name}", f"panoptic_semseg_{set_name}", "annotations"):
+        (folder / name).mkdir(exist_ok=True)
+    written = list(processes.imap(partial(write_picture, folder, set_name, seed), range(num_pictures), chunksize=8))
+    classes = set_classes(set_name)
+    images = [
+        {"id": i + 1, "file_name": f"{stem(i)}.jpg", "height": PICTURE_SIZE, "width": PICTURE_SIZE, "license": 1}
+        for i in range(num_pictures)
+    ]
+    head = {
+        "info": {"description": f"shapes world, set {set_name}", "version": str(WORLD_VERSION), "seed": seed},
+        "licenses": [{"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}],
+        "images": images,
+    }
+    categories = [
+        {"id": c.id, "name": c.name, "supercategory": c.shape if c.thing else "ground", "isthing": int(c.thing)}
+        for c in classes
+    ]
+    panoptic = [
+        {"image_id": i + 1, "file_name": f"{stem(i)}.png", "segments_info": segments}
+        for i, (segments, _, _) in enumerate(written)
+    ]
+    instances = [{"image_id": i + 1, **instance} for i, (_, found, _) in enumerate(written) for instance in found]
+    instances = [{"id": number, **instance} for number, instance in enumerate(instances, start=1)]
+    thing_categories = [{k: v for k, v in c.items() if k != "isthing"} for c in categories if c["isthing"]]
+    _write_json(
+        folder / "annotations" / f"panoptic_{set_name}.json",
+        {**head, "annotations": panoptic, "categories": categories},
+    )
+    _write_json(
+        folder / "annotations" / f"instances_{set_name}.json",
+        {**head, "annotations": instances, "categories": thing_categories},
+    )
+    measured = np.array([numbers for _, _, numbers in written], dtype=float)
+    names = (
+        "shapes_per_picture",
+        "grounds_per_picture",
+        "pictures_with_occlusion",
+        "pictures_with_unseen_shape",
+        "covered_by_shapes",
+    )
+    return {
+        "pictures": num_pictures,
+        **{name: round(float(value), 4) for name, value in zip(names, measured.mean(0), strict=True)},
+    }
+
+
+def write_picture(
+    folder: Path, set_name: str, seed: int, index: int
+) -> tuple[list[dict], list[dict], tuple[float, ...]]:
+    """Writes the three files of one picture; returns its segments, its instances and its numbers for the statistics."""
+    picture = render_picture(seed, set_name, index)
+    rng = np.random.default_rng([seed, zlib.crc32(set_name.encode()), index, 2**31])
+    ids = rng.choice(2**24 - 1, size=len(picture.pieces), replace=False) + 1
+    contiguous = {c.id: i for i, c in enumerate(set_classes(set_name))}
+    id_map = ids[picture.piece_map]
+    semantic = np.array([contiguous[p.category_id] for p in picture.pieces], np.uint8)[picture.piece_map]
+    id_colours = np.stack([id_map % 256, id_map // 256 % 256, id_map // 65536], -1).astype(np.uint8)
+    _write_image(
+        folder / set_name / f"{stem(index)}.jpg", picture.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    )
+    _write_image(folder / f"panoptic_{set_name}" / f"{stem(index)}.png", id_colours[..., ::-1])
+    _write_image(folder / f"panoptic_semseg_{set_name}" / f"{stem(index)}.png", semantic)
+    segments, instances = [], []
+    for number, piece in enumerate(picture.pieces):
+        mask = picture.piece_map == number
+        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        common = {
+            "category_id": piece.category_id,
+            "area": int(mask.sum()),
+            "bbox": [int(v) for v in coco_mask.toBbox(rle)],
+            "iscrowd": 0,
+        }
+        segments.append({"id": int(ids[number]), **common})
+        if piece.thing:
+            instances.append({**common, "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")}})
+    return segments, instances, _numbers(picture)
+
+
+def _numbers(picture) -> tuple[float, ...]:
+    seen = {c.id: c.seen for c in world_classes()}
+    shapes = [p for p in picture.pieces if p.thing]
+    occluded = any(p.visible_area < 0.95 * p.full_area for p in shapes)
+    unseen = any(not seen[p.category_id] for p in shapes)
+    covered = sum(p.visible_area for p in shapes) / PICTURE_SIZE**2
+    return len(shapes), len(picture.pieces) - len(shapes), occluded, unseen, covered
+
+
+def format_statistics(set_name: str, statistics: dict[str, float]) -> str:
+    return (
+        f"{set_name:<10} {statistics['pictures']:>5} pictures, {statistics['shapes_per_picture']:.2f} shapes "
+        f"and {statistics['grounds_per_picture']:.2f} grounds each, "
+        f"{statistics['covered_by_shapes']:.0%} covered by shapes, "
+        f"{statistics['pictures_with_occlusion']:.0%} with an occlusion, "
+        f"{statistics['pictures_with_unseen_shape']:.0%} with an unseen shape"
+    )
+
+
+def stem(index: int) -> str:
+    return f"{index + 1:012d}"
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
+
+
+def _write_image(path: Path, image: np.ndarray, parameters: list[int] | None = None) -> None:
+    if not cv2.imwrite(str(path), np.ascontiguousarray(image), parameters or []):
+        raise OSError(f"cannot write {path}: is the disk full, or the folder not writable?")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
