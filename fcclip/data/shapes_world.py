@@ -77,8 +77,8 @@ GROUNDS: dict[str, str] = {
     "hay": "straw",
 }
 UNSEEN_GROUNDS = ("water", "gravel", "tiles", "carpet")
-# Training shows these colours on circles only, and no white cross. Pairs scattered evenly over the table would be guessed
-# by composing colour and shape: a decoder named 88 of 100 of them right without ever having seen one.
+# Training shows these colours on circles only, and no white cross: harder to compose than pairs scattered evenly
+# over the table of colours and shapes.
 CIRCLES_ONLY = ("orange", "green", "purple")
 ALSO_UNSEEN = ("white", "cross")
 
