@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table.add_row(
             f"{alpha:g}", *(f"{cell['PQ']:.1f} / {cell['PQ_seen']:.1f} / {cell['PQ_unseen']:.1f}" for cell in cells)
         )
-    Console().print(table)
+    Console(width=20 + 24 * len(args.betas)).print(table)
     best = max(quality, key=lambda pair: quality[pair]["PQ"])
     print(
         f"best PQ {quality[best]['PQ']:.2f}: MODEL.FC_CLIP.GEOMETRIC_ENSEMBLE_ALPHA {best[0]:g} "
