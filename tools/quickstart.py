@@ -52,7 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
     weights, results_file = output / "train" / "model_final.pth", output / "results.json"
     short_render, short_train = (SHORT_RENDER, SHORT_TRAIN) if args.short else ((), ())
-    gpus = str(max(1, torch.cuda.device_count()))
     seconds: dict[str, float] = {}
 
     with stage("render", seconds):
@@ -60,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for old in (weights, results_file):  # of an earlier run, so that nothing old is taken for new
             old.unlink(missing_ok=True)
         call("datasets/prepare_shapes.py", "--seed", str(SEED), "--out", str(output / "datasets"), *short_render)
+    batch, devices = cfg.SOLVER.IMS_PER_BATCH, max(1, torch.cuda.device_count())
+    gpus = str(max(count for count in range(1, devices + 1) if batch % count == 0))
     with stage("train", seconds):
         overrides = ("OUTPUT_DIR", str(output / "train"), "DATASETS.TEST", "()", *short_train)  # no evaluation yet
         call("train_net.py", "--config-file", CONFIG, "--num-gpus", gpus, *overrides)

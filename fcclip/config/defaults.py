@@ -223,9 +223,9 @@ def _solver() -> CfgNode:
     solver.CHECKPOINT_KEEP = 3  # newest periodic checkpoints kept
     solver.CHECKPOINT_FULL = False  # store the frozen CLIP too
     solver.REFERENCE_WORLD_SIZE = 0  # processes that batch and learning rate were chosen for; 0: no scaling
-    solver.ACCUMULATE = 1  # micro-batches per step
+    solver.ACCUMULATE = 1  # micro-batches per step, each with its own normalisers
     solver.CE_NORM = "rank"  # class loss divided by the weights of the rank (published), or "global"
-    solver.NON_FINITE = "raise"  # or skip:N, rollback
+    solver.NON_FINITE = "raise"  # stop with an error that names the loss and the pictures
     solver.CLIP_GRADIENTS = CN()
     solver.CLIP_GRADIENTS.ENABLED = False
     solver.CLIP_GRADIENTS.CLIP_TYPE = (
@@ -289,3 +289,12 @@ WITHOUT_EFFECT = {
     "SOLVER.BIAS_LR_FACTOR": "biases learn like weights",
     "TEST.PRECISE_BN": "no batch norm is trained",
 }
+
+# Keys whose feature does not exist yet: every value but the default is refused, rather than silently ignored.
+NOT_YET = (
+    "MODEL.COMPILE",
+    "SOLVER.BEST.DATASET",
+    "TEST.QUERY_CHUNK",
+    "TEST.CLASS_CHUNK",
+    "TEST.AUG.ENABLED",
+)

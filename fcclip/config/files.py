@@ -72,7 +72,7 @@ def resolve_device(name: str) -> torch.device:
     """
     if name == "auto":
         if torch.cuda.is_available():
-            return torch.device("cuda", torch.cuda.current_device())
+            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     device = torch.device(name)
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
@@ -80,4 +80,6 @@ def resolve_device(name: str) -> torch.device:
         raise ValueError(
             f"MODEL.DEVICE is '{name}', but torch {torch.__version__} sees no such device here. Use 'auto' or 'cpu'."
         )
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"MODEL.DEVICE is '{name}', but this machine has {torch.cuda.device_count()} GPU(s)")
     return device

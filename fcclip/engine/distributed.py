@@ -201,7 +201,7 @@ def _start(entry: Callable[..., Any], device_type: str, args: tuple, failures: s
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     try:
-        return entry(*args)
+        result = entry(*args)
     except Exception as error:
         # Noted before the connections close: the others then fail too, later and for no reason of their own.
         if failures:
@@ -209,9 +209,9 @@ def _start(entry: Callable[..., Any], device_type: str, args: tuple, failures: s
             Path(failures, f"{get_rank()}.json").write_text(json.dumps(note | {"trace": traceback.format_exc()}))
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 time.sleep(1)  # a lost connection: the launcher shall see the process that died first
-        raise
-    finally:
-        dist.destroy_process_group()
+        raise  # without leaving the group, which could wait for processes that wait for this one
+    dist.destroy_process_group()
+    return result
 
 
 def _check(num_processes: int, num_machines: int, machine_rank: int, dist_url: str, device_type: str) -> str:

@@ -361,7 +361,7 @@ class _Losses:
         self._host = vectors.to("cpu", non_blocking=True)
         if self._device.type == "cuda":
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self._device))
 
     def mean(self) -> dict[str, float]:
         """The mean over the processes, and `total_loss`, their sum."""

@@ -60,7 +60,7 @@ def with_void(words: WordEmbeddings, void: Tensor) -> WordEmbeddings:
         void: (1, D) float, of any length; gradients flow into it.
     """
     void = F.normalize(void.float(), dim=-1)
-    last = words.class_of_word.new_tensor([words.num_classes])
+    last = words.class_of_word.new_full((1,), words.num_classes)
     return WordEmbeddings(
         vectors=torch.cat([words.vectors.to(void.device), void]),
         class_of_word=torch.cat([words.class_of_word.to(void.device), last.to(void.device)]),

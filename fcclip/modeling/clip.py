@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 LEVELS = ("stem", "res2", "res3", "res4", "res5")
 DENSE = "clip_vis_dense"
+_NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # constants that some files hold
 
 
 class CLIPBackbone(nn.Module, abc.ABC):
@@ -177,6 +178,13 @@ def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> 
         raise ValueError(f"MODEL.FC_CLIP.QUICK_GELU must be 'auto', 'on' or 'off', got '{quick_gelu}'")
     state = None if not pretrained else _pretrained_state(name, pretrained)
     openai = pretrained == "openai" or (state is not None and state.openai)
+    from_file = state is not None and pretrained not in open_clip.list_pretrained_tags_by_model(name)
+    resnet = isinstance(architecture["vision_cfg"].get("layers"), (list, tuple))
+    if resnet and from_file and not openai and not quick and quick_gelu == "auto":
+        raise ValueError(
+            f"nothing says whether the ResNet weights in '{pretrained}' are OpenAI's, whose text tower has QuickGELU: "
+            "set MODEL.FC_CLIP.QUICK_GELU to 'on' (OpenAI's weights) or 'off' (all others)"
+        )
     quick = {"on": True, "off": False}.get(quick_gelu, quick or openai)
     model = open_clip.model.CLIP(**architecture, quick_gelu=quick)
     if state is None:
@@ -270,9 +278,9 @@ def _read_weights(path: Path) -> _State:
                 f"are refused; "
                 "convert it to .safetensors where you trust it."
             ) from error
-        unneeded = ("input_resolution", "context_length", "vocab_size")
-        tensors = {key: value for key, value in archive.state_dict().items() if key not in unneeded}
-        return _State(tensors, openai=True)
+        return _State(archive.state_dict(), openai=True)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
     for wrapper in ("state_dict", "model"):
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -284,7 +292,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], *, source: str, name: st
     tensors = {
         key: value.float() if value.is_floating_point() else value
         for key, value in tensors.items()
-        if key != "attn_mask"
+        if key not in _NO_WEIGHTS
     }
     missing = sorted(set(wanted) - set(tensors))
     unexpected = sorted(set(tensors) - set(wanted))

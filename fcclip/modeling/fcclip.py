@@ -25,7 +25,7 @@ from fcclip.modeling.inference import (
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder, QueryPredictions
 from fcclip.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from fcclip.modeling.text import TextEncoder
-from fcclip.structures import WordEmbeddings
+from fcclip.structures import Targets, WordEmbeddings
 from fcclip.vocabulary import Vocabulary
 
 Modes = Mapping[str, tuple[float, float]]
@@ -192,6 +192,8 @@ class FCCLIP(nn.Module):
         missing = [index for index, sample in enumerate(inputs) if "targets" not in sample]
         if missing:
             raise ValueError(f"training needs 'targets' in every picture; pictures {missing} of this batch have none")
+        for index, sample in enumerate(inputs):
+            self._check_targets(index, sample["targets"], tuple(sample["image"].shape[-2:]))
         images, _ = self.preprocess(inputs)
         targets = [sample["targets"].to(self.device) for sample in inputs]
         features = self.backbone(images)
@@ -206,6 +208,19 @@ class FCCLIP(nn.Module):
             padded_size=tuple(images.shape[-2:]),
             point_seeds=None if None in seeds else seeds,
         )
+
+    def _check_targets(self, index: int, targets: Targets, image_size: tuple[int, int]) -> None:
+        """Refuses targets that would be read at a wrong scale or as void; on the CPU, so that no GPU is waited for."""
+        if targets.image_size != image_size:
+            raise ValueError(
+                f"picture {index}: its targets are {targets.image_size} (height, width), but the image is {image_size}"
+            )
+        num_classes = len(self.train_vocabulary)
+        if len(targets) and not 0 <= int(targets.labels.min()) <= int(targets.labels.max()) < num_classes:
+            raise ValueError(
+                f"picture {index}: labels must lie in 0..{num_classes - 1}, the classes of the training vocabulary "
+                f"'{self.train_vocabulary.name}', got {sorted(set(targets.labels.tolist()))}"
+            )
 
     @torch.no_grad()
     def predict(

@@ -5,6 +5,7 @@ Legend: B images, d width, S = sum of H_l * W_l over the encoder's levels, M hea
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -63,7 +64,7 @@ class MSDeformAttn(nn.Module):
         values = self.value_proj(value).unflatten(-1, (self.heads, -1))
         offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
         weights = self.attention_weights(query).view(batch, queries, self.heads, -1).softmax(-1)
-        sizes = torch.tensor([(width, height) for height, width in shapes], dtype=offsets.dtype, device=offsets.device)
+        sizes = _level_sizes(tuple(shapes), offsets.device)
         locations = reference[:, None, None, None] + offsets / sizes[:, None]
         weights = weights.view(batch, queries, self.heads, self.levels, self.points)
         return self.output_proj(ms_deform_attn(values, shapes, locations, weights, engine=self.engine))
@@ -228,6 +229,15 @@ class MSDeformAttnPixelDecoder(nn.Module):
             return self.mask_features(x), pyramid[:3]
 
 
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # what is kept must serve training too
+def _level_sizes(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """(L, 2) float32 width and height of each level; made once per size, because a copy to a GPU stops it."""
+    return torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32, device=device)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)
 def _cell_centres(height: int, width: int, device: torch.device) -> Tensor:
     """(height * width, 2) x and y of every cell centre, 0..1, row-major."""
     y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height

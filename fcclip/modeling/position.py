@@ -10,6 +10,7 @@ from torch import Tensor
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(mode=False)  # what is kept must serve training too
 def sine_positions(height: int, width: int, channels: int, device: torch.device) -> Tensor:
     """The embedding of every cell of a grid; computed once per size and device, so do not write into it.
 

@@ -42,28 +42,29 @@ class TextEncoder:
     def __init__(self, clip_model: nn.Module, *, cache_dir: Path | None = None) -> None:
         self.clip_model = clip_model
         self.cache_dir = cache_dir
-        self._memory: OrderedDict[tuple, Tensor] = OrderedDict()
+        self._memory: OrderedDict[tuple, WordEmbeddings] = OrderedDict()
         self._weights: tuple[tuple, str] | None = None
 
+    @torch.inference_mode(mode=False)  # what is kept must serve training too
     def encode(self, vocabulary: Vocabulary) -> WordEmbeddings:
         """One unit vector a synonym: the mean of its fourteen unit-length prompt embeddings, normalised; fp32, no
         gradient.
         """
-        words = [word for synonyms in vocabulary.synonyms for word in synonyms]
-        counts = torch.tensor([len(synonyms) for synonyms in vocabulary.synonyms])
-        device = self.clip_model.text_projection.device
-        key = (self._version(), tuple(words))
-        vectors = self._memory.get(key)
-        if vectors is None:
+        words = tuple(word for synonyms in vocabulary.synonyms for word in synonyms)
+        counts = tuple(len(synonyms) for synonyms in vocabulary.synonyms)
+        key = (self._version(), words, counts)
+        found = self._memory.get(key)
+        if found is None:
             unique = list(dict.fromkeys(words))
             rows = self._encode_or_read(unique)
             position = {word: index for index, word in enumerate(unique)}
+            device = self.clip_model.text_projection.device
             vectors = rows[[position[word] for word in words]].to(device)
-            self._memory[key] = vectors
+            classes = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
+            found = self._memory[key] = WordEmbeddings(vectors, classes, len(counts))
             while len(self._memory) > _KEEP:
                 self._memory.popitem(last=False)
-        classes = torch.repeat_interleave(torch.arange(len(vocabulary)), counts).to(device)
-        return WordEmbeddings(vectors, classes, len(vocabulary))
+        return found
 
     def _encode_or_read(self, words: list[str]) -> Tensor:
         path = self._cache_path(words)

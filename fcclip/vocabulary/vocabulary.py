@@ -167,7 +167,7 @@ class Vocabulary:
             raise FileNotFoundError(f"vocabulary file '{path}' does not exist")
         content = path.read_bytes()
         try:
-            text = content.decode("utf-8")
+            text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"vocabulary file '{path}' is not UTF-8 text: {error}") from error
         digest = hashlib.sha256(content).hexdigest()
@@ -221,6 +221,10 @@ def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
         )
     classes = []
     for index, entry in enumerate(data["classes"]):
+        if not isinstance(entry, dict) or not isinstance(entry.get("synonyms", []), list):
+            raise ValueError(
+                f"vocabulary file '{path}': class {index} must be an object whose synonyms are a list, got {entry!r}"
+            )
         words = (str(entry.get("name", "")).strip(), *(word.strip() for word in entry.get("synonyms", ())))
         words = tuple(word for word in words if word)
         if not words:

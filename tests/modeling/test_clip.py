@@ -122,6 +122,14 @@ def test_weights_of_a_local_file_are_taken(tmp_path):
             assert loaded.state_dict()[key].dtype == value.dtype
 
 
+def test_resnet_weights_that_do_not_tell_their_activation_are_refused(tmp_path):
+    state = build_clip(TINY["resnet"]).clip_model.state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "clip.safetensors")
+    with pytest.raises(ValueError, match="set MODEL.FC_CLIP.QUICK_GELU to 'on'"):
+        build_clip(TINY["resnet"], str(tmp_path / "clip.safetensors"))
+    build_clip(TINY["resnet"], str(tmp_path / "clip.safetensors"), quick_gelu="off")
+
+
 def test_weights_that_do_not_fit_are_refused_by_key(tmp_path):
     state = build_clip(TINY["convnext"]).clip_model.state_dict()
     state.pop("ln_final.bias")

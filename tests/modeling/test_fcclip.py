@@ -154,6 +154,23 @@ def test_what_is_missing_is_said(tiny_model):
         model([training_sample()])
 
 
+def test_targets_of_another_size_or_class_list_are_refused(tiny_model):
+    model = tiny_model().train()
+    with pytest.raises(ValueError, match=r"picture 0: its targets are \(64, 64\) .* the image is \(64, 96\)"):
+        model([{**training_sample(), "image": picture(64, 96)["image"]}])
+    with pytest.raises(ValueError, match=r"picture 1: labels must lie in 0\.\.2, .* got \[3\]"):
+        model([training_sample(), training_sample(labels=(3,))])
+
+
+def test_a_model_that_has_predicted_in_inference_mode_can_still_be_trained(tiny_model):
+    words = "cat; person; grass:stuff"
+    model = tiny_model(words=words, train_words=words)
+    with torch.inference_mode():
+        model([picture(64, 64)])
+    sum(model.train()([training_sample()]).values()).backward()
+    assert model.void_embedding.weight.grad.isfinite().all()
+
+
 def test_threads_with_different_words_do_not_disturb_each_other(tiny_model):
     model = tiny_model()
     lists = ["a; b", "c; d; e", "f", "g; h; i; j"]

@@ -66,6 +66,11 @@ def test_our_json_is_read(tmp_path):
         ('{"name": "a", "classes": [}', "broken JSON at line 1"),
         ('{"name": "a", "words": []}', "expected an object with name, version and a list of classes"),
         ('{"name": "a", "classes": [{"id": 0}]}', "class 0 has no name"),
+        (
+            '{"name": "a", "classes": [{"name": "cat", "synonyms": "kitty"}]}',
+            "class 0 must be an object whose synonyms",
+        ),
+        ('{"name": "a", "classes": ["cat"]}', "class 0 must be an object"),
     ],
 )
 def test_a_broken_file_is_refused_by_name_and_line(tmp_path, text, message):
@@ -75,6 +80,11 @@ def test_a_broken_file_is_refused_by_name_and_line(tmp_path, text, message):
         Vocabulary.from_file(path)
     with pytest.raises(FileNotFoundError, match=r"gone\.json"):
         Vocabulary.from_file(tmp_path / "gone.json")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_words(tmp_path):
+    (tmp_path / "words.txt").write_bytes(b"\xef\xbb\xbf0:cat\n")
+    assert Vocabulary.from_file(tmp_path / "words.txt").class_names == ("cat",)
 
 
 def test_a_class_is_seen_if_any_synonym_is_a_training_word_exactly():
