@@ -51,8 +51,8 @@ from fcclip.engine import (
     setup_logging,
     write_atomically,
 )
-from fcclip.evaluation import copypaste_lines, evaluate, format_table, unmet_expectations
-from fcclip.modeling import build_model, test_modes
+from fcclip.evaluation import copypaste_lines, evaluate, evaluate_augmented, format_table, unmet_expectations
+from fcclip.modeling import build_model, build_variants, test_modes
 from fcclip.vocabulary import Vocabulary
 
 logger = logging.getLogger("fcclip.train_net")
@@ -148,9 +148,12 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.eval_only:
         world_size = max(args.num_gpus, 1) * args.num_machines
         check_training(scale_to_world_size(cfg, world_size), training_vocabulary(cfg), world_size=world_size)
-    elif not cfg.DATASETS.TEST:
+        return
+    if cfg.TEST.AUG.ENABLED:
+        build_variants(cfg)
+    if not cfg.DATASETS.TEST:
         raise ValueError("--eval-only needs DATASETS.TEST, the data sets to evaluate on")
-    elif not cfg.MODEL.WEIGHTS and checkpoint is None:
+    if not cfg.MODEL.WEIGHTS and checkpoint is None:
         raise ValueError(
             "--eval-only needs MODEL.WEIGHTS (or --resume with a checkpoint in OUTPUT_DIR); there is nothing to "
             "evaluate"
@@ -179,8 +182,10 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> Results:
     model = build_model(cfg, train_vocabulary=vocabulary, test_vocabulary=None)
     log_parameters(model)
     if cfg.MODEL.WEIGHTS and last is None:
-        load_weights(model, cfg.MODEL.WEIGHTS)
+        load_weights(model, cfg.MODEL.WEIGHTS, initialise=True)
         logger.info("starting from the weights in %s", cfg.MODEL.WEIGHTS)
+    if cfg.TEST.AUG.ENABLED:
+        logger.info("TEST.AUG.ENABLED: test-time augmentation belongs to --eval-only, not to evaluations in training")
     dataset, results = training_set(cfg), {}
 
     def batches(start: int):
@@ -219,6 +224,10 @@ def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> Results:
     load_weights(model, weights)
     logger.info("evaluating the weights in %s", weights)
     results = evaluate_all(model, cfg, vocabulary)
+    if cfg.TEST.AUG.ENABLED:
+        for name, modes in evaluate_all(model, cfg, vocabulary, augmented=True).items():
+            for mode, tasks in modes.items():
+                results[name][mode] |= tasks
     check_expectations(cfg, results)
     return results
 
@@ -286,15 +295,17 @@ def training_vocabulary(cfg: CfgNode) -> Vocabulary:
     return dataset_vocabulary(training_set(cfg), cfg.MODEL.FC_CLIP.VOCABULARIES)
 
 
-def evaluate_all(model: nn.Module, cfg: CfgNode, training: Vocabulary) -> Results:
-    """Evaluates each data set of DATASETS.TEST with its own vocabulary, in the three modes; rank 0 writes and
-    prints."""
+def evaluate_all(model: nn.Module, cfg: CfgNode, training: Vocabulary, *, augmented: bool = False) -> Results:
+    """Evaluates each data set of DATASETS.TEST with its own vocabulary, in the three modes; rank 0 writes and prints.
+
+    With `augmented`, the mean semantic maps of TEST.AUG's variants, in a folder and under task names of their own.
+    """
     results: Results = {}
-    folder = Path(cfg.OUTPUT_DIR) / "inference"
+    folder = Path(cfg.OUTPUT_DIR) / ("inference_TTA" if augmented else "inference")
     for name in cfg.DATASETS.TEST:
         dataset = get_dataset(name)
         vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES)
-        found = evaluate(
+        found = (evaluate_augmented if augmented else evaluate)(
             model,
             cfg,
             dataset,
@@ -322,7 +333,8 @@ def evaluate_all(model: nn.Module, cfg: CfgNode, training: Vocabulary) -> Result
         for line in copypaste_lines(found[cfg.TEST.MODE]):
             logger.info("%s %s", name, line)
     if results:
-        logger.info("results in percent, files in %s\n%s", folder, format_table(results))
+        title = "test-time augmentation" if augmented else "results"
+        logger.info("%s in percent, files in %s\n%s", title, folder, format_table(_without_suffix(results)))
     return results
 
 
@@ -374,7 +386,8 @@ def log_parameters(model: nn.Module) -> None:
 def is_users(kind: str, trace: str) -> bool:
     """Whether an error is one that the user can fix: raised with a clear text by this project, or by the file
     system."""
-    if kind in ("FileNotFoundError", "PermissionError", "ConnectionError", "OSError", NonFiniteError.__name__):
+    own_errors = (NonFiniteError.__name__, "UnsafeFileError")
+    if kind in ("FileNotFoundError", "PermissionError", "ConnectionError", "OSError", *own_errors):
         return True
     files = re.findall(r'File "([^"]+)", line', trace)
     own = bool(files) and Path(files[-1]).resolve().is_relative_to(_HERE)
@@ -388,6 +401,16 @@ def short_message(text: str) -> str:
     first = text.split("Caught ", 1)[0]
     last = re.split(r"\n\w+(?:Error|Exception): ", text)[-1]
     return f"{first}{last}".strip()
+
+
+def _without_suffix(results: Results) -> Results:
+    """Tasks under the names that a table knows."""
+    return {
+        name: {
+            mode: {task.removesuffix("_TTA"): found for task, found in tasks.items()} for mode, tasks in modes.items()
+        }
+        for name, modes in results.items()
+    }
 
 
 def _without_nan(results: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,11 +22,8 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture
-def tiny_cfg() -> CfgNode:
-    """The shapes config made tiny: random ConvNeXt CLIP, width 32, 8 queries, 64 points, on the CPU; change it after
-    `defrost()`.
-    """
+def tiny_config() -> CfgNode:
+    """The shapes config made tiny: random ConvNeXt CLIP, width 32, 8 queries, 64 points, on the CPU; not frozen."""
     overrides = {
         "MODEL.DEVICE": "cpu",
         "MODEL.FC_CLIP.CLIP_MODEL_NAME": str(DATA / "tiny_convnext.json"),
@@ -50,6 +47,12 @@ def tiny_cfg() -> CfgNode:
     cfg = load_config("shapes/fcclip_shapes.yaml", [word for pair in overrides.items() for word in pair])
     cfg.defrost()
     return cfg
+
+
+@pytest.fixture
+def tiny_cfg() -> CfgNode:
+    """`tiny_config`, to be changed at will."""
+    return tiny_config()
 
 
 @pytest.fixture

@@ -250,7 +250,7 @@ def test_a_real_model_gives_a_map_of_the_pictures_size_that_holds_only_its_segme
 
 
 def test_weights_of_another_config_are_refused(tiny_cfg, tmp_path):
-    save_weights(Segmenter(tiny_cfg, weights="random").model, tmp_path / "a.safetensors")
+    save_weights(Segmenter(tiny_cfg, weights="random").model, tmp_path / "a.safetensors", full=True)
     Segmenter(tiny_cfg, weights=tmp_path / "a.safetensors")
     tiny_cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = 9
     with pytest.raises(ValueError, match=r"(?s)do not fit the model.*NUM_OBJECT_QUERIES 8"):

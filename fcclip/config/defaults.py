@@ -252,10 +252,10 @@ def _test() -> CfgNode:
     test.QUERY_CHUNK = 0  # queries upsampled at once; 0: chosen by memory
     test.CLASS_CHUNK = 0  # classes scored at once; 0: chosen by memory
     test.AUG = CN()
-    test.AUG.ENABLED = False
-    test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)
-    test.AUG.MAX_SIZE = 4000
-    test.AUG.FLIP = True
+    test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each picture
+    test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels
+    test.AUG.MAX_SIZE = 4000  # limit of the longer side
+    test.AUG.FLIP = True  # each size mirrored too
     test.PRECISE_BN = CN()
     test.PRECISE_BN.ENABLED = False
     test.PRECISE_BN.NUM_ITER = 200
@@ -296,5 +296,4 @@ NOT_YET = (
     "SOLVER.BEST.DATASET",
     "TEST.QUERY_CHUNK",
     "TEST.CLASS_CHUNK",
-    "TEST.AUG.ENABLED",
 )

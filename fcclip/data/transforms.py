@@ -139,6 +139,8 @@ def shortest_edge_size(height: int, width: int, *, min_size: int, max_size: int)
         (800, 1067)
         >>> shortest_edge_size(100, 400, min_size=800, max_size=1333)
         (333, 1333)
+        >>> shortest_edge_size(1, 10_000, min_size=800, max_size=1333)
+        (1, 1333)
     """
     if min_size == 0:
         return height, width
@@ -147,7 +149,7 @@ def shortest_edge_size(height: int, width: int, *, min_size: int, max_size: int)
     if max(new_height, new_width) > max_size:
         scale = max_size / max(new_height, new_width)
         new_height, new_width = new_height * scale, new_width * scale
-    return int(new_height + 0.5), int(new_width + 0.5)
+    return max(int(new_height + 0.5), 1), max(int(new_width + 0.5), 1)
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:

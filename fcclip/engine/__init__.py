@@ -14,6 +14,8 @@ Evaluation is handed in by the script on top (`train_net.py`), never imported.
 from fcclip.engine.checkpoint import (
     Checkpointer,
     clip_fingerprint,
+    initialise_from,
+    is_mask2former,
     load_checkpoint,
     load_state,
     load_weights,
@@ -22,6 +24,7 @@ from fcclip.engine.checkpoint import (
     save_weights,
     unwrap,
     write_atomically,
+    write_safetensors,
 )
 from fcclip.engine.distributed import (
     ProcessFailedError,
@@ -72,7 +75,9 @@ __all__ = [
     "get_rank",
     "get_world_size",
     "git_state",
+    "initialise_from",
     "is_main_process",
+    "is_mask2former",
     "launch",
     "load_checkpoint",
     "load_state",
@@ -90,4 +95,5 @@ __all__ = [
     "setup_logging",
     "unwrap",
     "write_atomically",
+    "write_safetensors",
 ]

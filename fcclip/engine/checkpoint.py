@@ -1,128 +1,213 @@
 """Files that hold a training: written so that a crash never leaves half of one, read so that nothing is misunderstood.
 
-A checkpoint holds the model's own weights and buffers, not the frozen CLIP, which is named by a fingerprint. `.pth`
-files are read with `torch.load(weights_only=True)` and nothing else; `.safetensors` files hold weights to share.
+A checkpoint holds the model's own weights and buffers, not the frozen CLIP, which is named by a fingerprint. What files
+may look like is the business of `modeling/weight_files.py`; here is what their weights mean to a model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fcclip.config import resolve_file
+from fcclip.modeling.clip import FROZEN_PREFIX, set_quick_gelu
+from fcclip.modeling.fingerprint import adopt_activation, check_fingerprint, clip_fingerprint
+from fcclip.modeling.weight_files import read_plain_data, read_weight_file
 
 logger = logging.getLogger(__name__)
 
-FROZEN_PREFIX = "backbone.clip_model."  # files may hold any subset of these keys
+PIXEL_DECODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predictor."
 # Keys that files may hold and that never come from a file: constants, and the class weights that the config decides.
-_IGNORED = {"pixel_mean", "pixel_std", "criterion.empty_weight", FROZEN_PREFIX + "attn_mask"}
+_CLIP_CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
+_IGNORED = {"pixel_mean", "pixel_std", "criterion.empty_weight", *(FROZEN_PREFIX + name for name in _CLIP_CONSTANTS)}
+_COUNTER = ".num_batches_tracked"  # of batch normalisation; nothing reads it in evaluation mode
+_IMAGE_TOWER = FROZEN_PREFIX + "visual."
 _PERIODIC = re.compile(r"model_(\d{7})\.pth")
 _TEMPORARY = ".{}.writing"
-_SHOWN = 4  # keys named in an error, per kind
+_SHOWN = 4  # keys named in a message, per kind
+_CLIP_KEY = "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"
 
 
 # ---- weights ----
 
 
-def load_weights(model: nn.Module, path: str | Path) -> dict[str, Any]:
+def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False) -> dict[str, Any]:
     """Loads a file of weights into a model, all of it or nothing.
 
     Every key of the model must be in the file with the same shape, and the other way round, apart from the frozen CLIP
-    (`backbone.clip_model.*`), of which a file may hold any part. Class weights of the loss stay as the config built
-    them.
+    (`backbone.clip_model.*`), of which a file may hold any part, and constants. Class weights of the loss stay as the
+    config built them. The CLIP that the file was trained with must be the one the model has.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper.
-        path: a `.pth` or `.safetensors` file, or the name of a shipped asset; a state dict, or a checkpoint with one
-            under "model".
+        path: a file of any kind that `read_weight_file` reads, or the name of a shipped asset.
+        initialise: a file of Mask2Former is taken too, as a start for a training (see `initialise_from`).
 
     Returns:
         What else the file says: a checkpoint's other entries, or the metadata of a safetensors file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: unreadable or unsafe file, or weights of another model; names the keys and the likely cause.
+        ValueError: unreadable or unsafe file, weights of another model or on another CLIP; names the keys and the
+            likely cause.
     """
-    file = resolve_file(path, what="weights file")
-    weights, rest = read_weights(file)
-    load_state(model, weights, source=str(path))
-    trained_on = rest.get("clip")
-    if trained_on and not any(key.startswith(FROZEN_PREFIX) for key in weights):
-        here = clip_fingerprint(model)
-        if here != trained_on:
-            logger.warning(
-                "%s was trained on another CLIP than the one this model has (fingerprint %s, here %s): check "
-                "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, or expect poor results",
-                path,
-                trained_on[:12],
-                here[:12],
-            )
-    return rest
+    file = read_weight_file(resolve_file(path, what="weights file"))
+    if initialise and is_mask2former(file.tensors):
+        start = initialise_from(model, file.tensors, versions=file.versions, source=str(path))
+        logger.info("%s", start.report())
+    else:
+        load_state(model, file.tensors, source=str(path), fingerprint=file.rest.get("clip"))
+    return file.rest
 
 
-def load_state(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
-    """Copies weights into a model under the rules of `load_weights`; `source` names them in errors."""
+def load_state(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    source: str,
+    fingerprint: Mapping[str, Any] | str | None = None,
+) -> None:
+    """Copies weights into a model under the rules of `load_weights`.
+
+    Args:
+        model, weights: the model, or its DistributedDataParallel wrapper, and a state dict.
+        source: names the weights in messages.
+        fingerprint: of the CLIP they were trained with; None or nothing: it is not known.
+
+    Raises:
+        ValueError: weights of another model, or on another CLIP; the model is as it was.
+    """
     model = unwrap(model)
     wanted = {key: value for key, value in model.state_dict().items() if key not in _IGNORED}
     weights = {key: value for key, value in weights.items() if key not in _IGNORED}
+    _check_fit(weights, wanted, source)
+    clip = {key: value for key, value in weights.items() if key.startswith(FROZEN_PREFIX)}
+    if clip:
+        _load_clip(model, clip, wanted, source=source, fingerprint=fingerprint)
+    else:
+        if fingerprint:
+            check_fingerprint(fingerprint, model, source=source, holds_clip=False)
+        elif _has_random_clip(model):
+            logger.warning(
+                "%s holds no CLIP, and that of the model has random weights: set %s to the CLIP it was trained with, "
+                "or expect nothing of the results",
+                source,
+                _CLIP_KEY,
+            )
+    _copy({key: value for key, value in weights.items() if key not in clip}, model)
+
+
+def _copy(weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Loads some of the keys by torch's own method, since a model's may refuse a part (integrations/detectron2)."""
+    nn.Module.load_state_dict(model, weights, strict=False)
+
+
+def _check_fit(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str) -> None:
     missing = [key for key in wanted if key not in weights and not key.startswith(FROZEN_PREFIX)]
     unexpected = [key for key in weights if key not in wanted]
-    wrong_shape = [key for key in weights if key in wanted and weights[key].shape != wanted[key].shape]
-    if missing or unexpected or wrong_shape:
-        shapes = [f"{key} (file {_shape(weights[key])}, model {_shape(wanted[key])})" for key in wrong_shape]
+    both = [key for key in weights if key in wanted]
+    wrong_shape = [
+        f"{key} (file {_shape(weights[key])}, model {_shape(wanted[key])})"
+        for key in both
+        if weights[key].shape != wanted[key].shape
+    ]
+    wrong_type = [
+        f"{key} ({str(weights[key].dtype).removeprefix('torch.')})"
+        for key in both
+        if wanted[key].is_floating_point() and not weights[key].is_floating_point()
+    ]
+    if missing or unexpected or wrong_shape or wrong_type:
         lines = [
             f"the weights in '{source}' do not fit the model:",
-            *_list("wrong shape", shapes),
+            *_list("wrong shape", wrong_shape),
             *_list("missing from the file", missing),
             *_list("unknown to the model", unexpected),
+            *_list("not floating-point", wrong_type),
             f"  likely cause: {_likely_cause(weights, wanted)}",
         ]
         raise ValueError("\n".join(lines))
-    model.load_state_dict(weights, strict=False)
+    broken = [key for key in both if weights[key].is_floating_point() and not weights[key].isfinite().all()]
+    if broken:
+        lines = [f"the weights in '{source}' are broken:", *_list("with NaN or infinity", broken)]
+        raise ValueError(
+            "\n".join([*lines, "  likely cause: the training diverged, or the conversion to half overflowed"])
+        )
+
+
+def _load_clip(
+    model: nn.Module,
+    clip: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    *,
+    source: str,
+    fingerprint: Mapping[str, Any] | str | None,
+) -> None:
+    """Loads what a file holds of the frozen CLIP; on an error the CLIP is as it was."""
+    frozen = [key for key in wanted if key.startswith(FROZEN_PREFIX) and not key.endswith(_COUNTER)]
+    absent = [key for key in frozen if key not in clip]
+    if absent and _has_random_clip(model):
+        raise ValueError(
+            f"'{source}' holds a part of the CLIP only, {len(clip)} tensors, and the model's CLIP has random weights: "
+            f"{len(absent)} would stay random (e.g. {absent[0]}). Set {_CLIP_KEY} to the CLIP it was trained with."
+        )
+    changed = [key for key, value in clip.items() if not _about_equal(value, wanted[key])] if absent else []
+    if changed:
+        logger.warning(
+            "%s holds %d of the %d tensors of the CLIP, and %d of them differ from those of %s (e.g. %s): the CLIP is "
+            "now a mixture of both, right only if the file was trained so",
+            source,
+            len(clip),
+            len(clip) + len(absent),
+            len(changed),
+            _CLIP_KEY,
+            changed[0],
+        )
+    backbone = getattr(model, "backbone", None)
+    before = {key: wanted[key].clone() for key in clip} if fingerprint else {}
+    activation = (getattr(backbone, "quick_gelu", None), getattr(backbone, "activation_source", ""))
+    if any(not key.startswith((_IMAGE_TOWER, FROZEN_PREFIX + "logit_scale")) for key in clip):
+        adopt_activation(fingerprint, model, source=source)
+    _copy(clip, model)
+    try:
+        if fingerprint:
+            check_fingerprint(fingerprint, model, source=source, holds_clip=not absent)
+    except ValueError:
+        _copy(before, model)
+        if getattr(backbone, "quick_gelu", None) != activation[0]:
+            set_quick_gelu(backbone, activation[0], source=activation[1])
+        raise
+    if not absent and _has_random_clip(model):
+        backbone.pretrained = Path(source).name
+
+
+def _has_random_clip(model: nn.Module) -> bool:
+    return getattr(getattr(model, "backbone", None), "pretrained", None) == ""
+
+
+def _about_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same to half precision."""
+    return torch.allclose(one.float(), other.float().cpu(), rtol=2**-10, atol=1e-6)
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state dict of a file, without a common `module.` prefix, and everything else in the file.
 
     Raises:
-        ValueError: not a file of weights, damaged, or not safe to open.
+        FileNotFoundError, ValueError: as `read_weight_file`.
     """
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix == ".pkl":
-        raise ValueError(
-            f"'{path}' is a pickle file, and opening one can run any program. Open it where you trust it and save its "
-            "weights as .safetensors or with torch.save(state_dict)."
-        )
-    content = load_checkpoint(path)
-    weights = content.pop("model", None)
-    if weights is None:
-        weights, content = content, {}
-    if (
-        not isinstance(weights, Mapping)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        raise ValueError(
-            f"'{path}' holds neither a state dict nor one under the key 'model'; its keys are {_some(weights)}"
-        )
-    if all(key.startswith("module.") for key in weights):
-        weights = {key.removeprefix("module."): value for key, value in weights.items()}
-    return dict(weights), content
+    file = read_weight_file(path)
+    return file.tensors, file.rest
 
 
 def save_weights(
@@ -130,7 +215,7 @@ def save_weights(
     path: str | Path,
     metadata: Mapping[str, Any] | None = None,
     *,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | None = torch.float16,
     full: bool = False,
 ) -> None:
     """Writes the weights of a model as a safetensors file to share.
@@ -140,15 +225,28 @@ def save_weights(
         path: the file; replaced when the new one is complete.
         metadata: JSON values by name, stored beside the weights; `load_weights` returns them. The CLIP's fingerprint is
             added.
-        dtype: of the stored floating-point weights.
+        dtype: of the stored floating-point weights; None keeps each as it is.
         full: store the frozen CLIP too.
     """
     weights = {
-        key: value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous().clone()
+        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
         for key, value in model_weights(model, full=full).items()
     }
-    notes = {"clip": clip_fingerprint(model), **(metadata or {})}
-    content = safetensors.torch.save(weights, {name: json.dumps(value) for name, value in notes.items()})
+    write_safetensors(path, weights, {"clip": clip_fingerprint(model), **(metadata or {})})
+
+
+def write_safetensors(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes tensors bit for bit, and JSON values beside them, as a safetensors file that appears whole or not at all.
+
+    `read_weight_file` gives the same values back. `format` is written as it is, because other programs look for "pt".
+
+    Raises:
+        OSError: the disk is full, the folder cannot be written.
+    """
+    content = safetensors.torch.save(
+        {key: value.detach().cpu().contiguous().clone() for key, value in weights.items()},
+        {name: value if name == "format" else json.dumps(value) for name, value in metadata.items()},
+    )
     write_atomically(Path(path), lambda file: file.write(content))
 
 
@@ -159,23 +257,116 @@ def model_weights(model: nn.Module, *, full: bool = False) -> dict[str, Tensor]:
     }
 
 
-def clip_fingerprint(model: nn.Module) -> str:
-    """A hash that tells one set of CLIP weights from another ("" for a model without a CLIP).
-
-    Reads names, shapes and at most 64 values of each tensor, so it costs milliseconds; halving the precision keeps it.
-    """
-    digest = hashlib.sha256()
-    frozen = {key: value for key, value in unwrap(model).state_dict().items() if key.startswith(FROZEN_PREFIX)}
-    for key, value in sorted(frozen.items()):
-        flat = value.detach().flatten()
-        sample = flat[:: max(flat.numel() // 64, 1)][:64].to("cpu", torch.float16)
-        digest.update(f"{key}{tuple(value.shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest() if frozen else ""
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a DistributedDataParallel wrapper, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+# ---- Mask2Former as a start ----
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training took from the weights of another model.
+
+    Args:
+        source: the file.
+        taken: names, as the model has them.
+        left: reason -> names in the file that were not taken.
+        fresh: names of the model's own parts that stay freshly initialised.
+    """
+
+    source: str
+    taken: tuple[str, ...]
+    left: dict[str, tuple[str, ...]]
+    fresh: tuple[str, ...]
+
+    def report(self) -> str:
+        """Counts and names, a line per kind; names with a common beginning are put together."""
+        kinds = {"taken": self.taken, **{f"left, {reason}": names for reason, names in self.left.items()}}
+        kinds["freshly initialised"] = self.fresh
+        lines = [f"  {kind} ({len(names)}): {', '.join(_grouped(names))}" for kind, names in kinds.items() if names]
+        return "\n".join([f"starting from the Mask2Former weights in '{self.source}':", *lines])
+
+
+def is_mask2former(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are weights of Mask2Former: its decoder, and a class layer for a fixed list of classes."""
+    decoder = any(key.startswith(PREDICTOR + "transformer_") for key in weights)
+    return decoder and PREDICTOR + "class_embed.weight" in weights
+
+
+def initialise_from(
+    model: nn.Module, weights: Mapping[str, Tensor], *, versions: Mapping[str, Any], source: str
+) -> Start:
+    """Starts a model from Mask2Former's weights: takes every tensor of its pixel decoder and decoder that fits.
+
+    Backbone, class head, void embedding and losses stay as they are, and so does what another backbone or another
+    number of queries has given another shape.
+
+    Args:
+        model: the model, or its DistributedDataParallel wrapper.
+        weights: the state dict, with the names of any version of Mask2Former.
+        versions: what torch keeps beside a state dict; a module that is not in it counts as old.
+        source: names the weights in messages.
+
+    Raises:
+        ValueError: nothing fits; the model is as it was.
+    """
+    model = unwrap(model)
+    parts = (PIXEL_DECODER, PREDICTOR)
+    wanted = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
+    taken: dict[str, Tensor] = {}
+    left: dict[str, list[str]] = {}
+    for key, value in published_names(weights, versions).items():
+        if not key.startswith(parts):
+            reason = "outside pixel decoder and mask decoder"
+        elif key.startswith(PREDICTOR + "class_embed."):
+            reason = "head of a fixed list of classes"
+        elif key not in wanted:
+            reason = "unknown to the model"
+        elif value.shape != wanted[key].shape:
+            reason, key = "of another shape", f"{key} (file {_shape(value)}, model {_shape(wanted[key])})"
+        else:
+            taken[key] = value
+            continue
+        left.setdefault(reason, []).append(key)
+    if not taken:
+        raise ValueError(
+            "\n".join(
+                [
+                    f"no weights of '{source}' fit the model, so it is no start for a training:",
+                    *(line for reason, names in left.items() for line in _list(reason, names)),
+                ]
+            )
+        )
+    _copy(taken, model)
+    fresh = [key for key in model_weights(model) if key not in taken and key not in _IGNORED]
+    return Start(source, tuple(taken), {reason: tuple(names) for reason, names in left.items()}, tuple(fresh))
+
+
+def published_names(weights: Mapping[str, Tensor], versions: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Mask2Former's weights under its present names, which are also FC-CLIP's.
+
+    Its head had the pixel decoder's parts directly inside before version 2, and its decoder called the queries'
+    features `static_query`. Weights that already have the present names keep them, whatever version they claim.
+    """
+
+    def is_old(module: str) -> bool:
+        version = (versions.get(module) or {}).get("version")
+        return not isinstance(version, int) or version < 2
+
+    def present(key: str) -> str:
+        if (
+            is_old("sem_seg_head")
+            and key.startswith("sem_seg_head.")
+            and not key.startswith((PIXEL_DECODER, PREDICTOR))
+        ):
+            return PIXEL_DECODER + key.removeprefix("sem_seg_head.")
+        if is_old("sem_seg_head.predictor") and key.startswith(PREDICTOR):
+            return key.replace("static_query", "query_feat")
+        return key
+
+    return {present(key): value for key, value in weights.items()}
 
 
 # ---- training state ----
@@ -199,23 +390,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         ValueError: damaged, or holding objects that only an unsafe reader could make.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint '{path}' does not exist")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except (RuntimeError, EOFError, UnpicklingError, ValueError, KeyError, OSError) as error:
-        if isinstance(error, UnpicklingError) and (zipfile.is_zipfile(path) or _is_pickle(path)):
-            raise ValueError(
-                f"'{path}' holds Python objects besides tensors and plain data; opening it could run any program, so "
-                f"it is refused. Save only its state dict and use that file. ({_first_line(error)})"
-            ) from error
-        raise ValueError(
-            f"'{path}' cannot be read: it is damaged, cut off or no checkpoint ({path.stat().st_size} bytes). Copy or "
-            "download it again, or use an earlier checkpoint."
-        ) from error
+    content = read_plain_data(path, what="checkpoint")
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, expected a mapping of names to tensors")
     return content
@@ -330,27 +505,7 @@ def _remove(path: Path) -> None:
         logger.warning("could not remove %s: %s", path, error)
 
 
-# ---- reading and explaining ----
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-            notes = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"'{path}' cannot be read as safetensors: it is damaged or cut off ({path.stat().st_size} bytes; {error}). "
-            "Copy or download it again."
-        ) from error
-    return weights, {name: _from_json(value) for name, value in notes.items()}
-
-
-def _from_json(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
+# ---- explaining ----
 
 
 def _likely_cause(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
@@ -361,13 +516,18 @@ def _likely_cause(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
         pair = (weights[key].shape[dim], wanted[key].shape[dim]) if both else None
         return pair if pair and pair[0] != pair[1] else None
 
-    predictor, decoder = "sem_seg_head.predictor.", "sem_seg_head.pixel_decoder."
+    predictor, decoder = PREDICTOR, PIXEL_DECODER
     if not any(key.startswith("sem_seg_head.") for key in weights):
         if any(".resblocks." in key or "visual." in key for key in weights):
             return "a CLIP, not a segmenter: it belongs in MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, not in MODEL.WEIGHTS."
         return "this is not a file of FC-CLIP weights: no key starts with 'sem_seg_head.'."
+    if is_mask2former(weights):
+        return (
+            "weights of a closed-vocabulary Mask2Former, which has another class head than FC-CLIP. They can be the "
+            "start of a training (MODEL.WEIGHTS without --eval-only), not more."
+        )
     if predictor + "class_embed.weight" in weights:
-        return "weights of a closed-vocabulary MaskFormer or Mask2Former, which has another class head than FC-CLIP."
+        return "weights of a closed-vocabulary MaskFormer, which has another decoder and class head than FC-CLIP."
     if pair := sizes(predictor + "query_feat.weight", 1):
         return f"the file was trained with MODEL.MASK_FORMER.HIDDEN_DIM (CONVS_DIM, MASK_DIM) {pair[0]}, not {pair[1]}."
     backbone = "use the YAML it was trained with (MODEL.FC_CLIP.CLIP_MODEL_NAME)."
@@ -406,20 +566,16 @@ def _list(kind: str, entries: list[str]) -> list[str]:
     return [f"  {kind} ({len(entries)}): {', '.join(entries[:_SHOWN])}{more}"]
 
 
+def _grouped(names: Iterable[str]) -> list[str]:
+    """Names up to their first number or last part, with counts; outside the head up to their first part."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        end = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        end = end if name.startswith("sem_seg_head.") else 1
+        groups.setdefault(name if "(" in name else ".".join(parts[:end]), []).append(name)
+    return [one[0] if len(one) == 1 else f"{group}.* ({len(one)})" for group, one in groups.items()]
+
+
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
-
-
-def _some(content: Any) -> str:
-    names = list(content) if isinstance(content, Mapping) else [type(content).__name__]
-    return ", ".join(map(str, names[:6])) + (", …" if len(names) > 6 else "") if names else "none"
-
-
-def _is_pickle(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1) == b"\x80"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    return lines[0][:200] if lines else type(error).__name__

@@ -303,12 +303,7 @@ class Trainer:
                 f"'{path}' holds no state of a training (missing: {', '.join(missing)}); a training can start from its "
                 "weights with MODEL.WEIGHTS, without --resume"
             )
-        load_state(self.model, weights, source=str(path))
-        if state.get("clip", "") not in ("", clip_fingerprint(self.model)):
-            raise ValueError(
-                f"the training in '{path}' used another CLIP than the one that MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS "
-                "loads now; a run can only be resumed with its own"
-            )
+        load_state(self.model, weights, source=str(path), fingerprint=state.get("clip"))
         self._check_groups(state["optimizer"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

@@ -3,7 +3,8 @@
 panoptic.py   panoptic_quality of files, PanopticEvaluator of id maps; PanopticWriter saves predictions
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
 instances.py  InstanceEvaluator: COCO average precision of masks and boxes
-runner.py     evaluate: a model over a data set in several modes; EVALUATORS: what a kind of data set is evaluated for
+runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation;
+              EVALUATORS: what a kind of data set is evaluated for
 results.py    tables, lines to paste and results.json
 pictures.py   Picture and Evaluator: what the runner hands over and expects; reader of label maps
 averages.py   unweighted means over classes, over seen and unseen ones
@@ -28,7 +29,7 @@ from fcclip.evaluation.results import (
     unmet_expectations,
     write_results,
 )
-from fcclip.evaluation.runner import EVALUATORS, build_evaluators, evaluate
+from fcclip.evaluation.runner import EVALUATORS, build_evaluators, evaluate, evaluate_augmented
 from fcclip.evaluation.semantic import SemanticEvaluator
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "current_commit",
     "encode_masks",
     "evaluate",
+    "evaluate_augmented",
     "format_table",
     "format_value",
     "headlines",

@@ -27,6 +27,7 @@ from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth
 from fcclip.evaluation.panoptic import PanopticEvaluator, PanopticWriter
 from fcclip.evaluation.pictures import Evaluator, Picture
 from fcclip.evaluation.semantic import SemanticEvaluator
+from fcclip.modeling.augmentation import AugmentedModel, build_augmented
 from fcclip.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ EVALUATORS: dict[str, tuple[str, ...]] = {
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | AugmentedModel,
     cfg: Any,
     dataset: Dataset,
     *,
@@ -62,7 +63,7 @@ def evaluate(
     pictures, and the numbers are exactly those of one process.
 
     Args:
-        model: what `build_model` returns; its training flag is restored.
+        model: what `build_model` returns, or anything that is called like it; its training flag is restored.
         cfg: the config; decides which heads are evaluated and how pictures are read.
         dataset: what `get_dataset` returns.
         modes: name -> (alpha, beta) of the geometric ensemble; None: the config's TEST.MODE alone.
@@ -130,6 +131,43 @@ def evaluate(
             results[mode] |= evaluator.results()
             evaluator.save()
     return results
+
+
+def evaluate_augmented(
+    model: nn.Module, cfg: Any, dataset: Dataset, **options: Any
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Evaluates the mean semantic maps of the variants of each picture that TEST.AUG asks for.
+
+    The published second pass beside `evaluate`, whatever TEST.AUG.ENABLED says. Only semantic maps have a mean, so the
+    panoptic and instance heads are neither run nor evaluated.
+
+    Args:
+        model: what `build_model` returns; its training flag is restored.
+        cfg: the config.
+        dataset: what `get_dataset` returns.
+        options: as for `evaluate`.
+
+    Returns:
+        mode -> `sem_seg_TTA` -> metric -> value in percent, NaN where undefined; {} on other ranks than 0.
+
+    Raises:
+        ValueError: semantic maps turned off, no sizes in TEST.AUG, and what `evaluate` refuses.
+        RuntimeError: another process failed.
+    """
+    augmented = build_augmented(cfg, model)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+    cfg.freeze()
+    logger.info(
+        "test-time augmentation: each picture of %s in %d variants, shorter side %s%s",
+        dataset.name,
+        len(augmented.variants),
+        ", ".join(map(str, augmented.variants.min_sizes)),
+        ", each mirrored too" if augmented.variants.flip else "",
+    )
+    found = evaluate(augmented, cfg, dataset, **options)
+    return {mode: {f"{task}_TTA": metrics for task, metrics in tasks.items()} for mode, tasks in found.items()}
 
 
 def build_evaluators(
@@ -309,7 +347,7 @@ class _Meter:
 
 
 @contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def _evaluation_mode(model: nn.Module | AugmentedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:

@@ -71,6 +71,7 @@ class SetCriterion(nn.Module):
         *,
         padded_size: tuple[int, int],
         point_seeds: Sequence[int] | None = None,
+        segment_counts: Sequence[int] | None = None,
     ) -> dict[str, Tensor]:
         """The weighted losses of S prediction sets, the final one last.
 
@@ -82,6 +83,8 @@ class SetCriterion(nn.Module):
             padded_size: (height, width) of the network input in pixels.
             point_seeds: a seed a picture, which makes its points independent of the batch and of other processes; None
                 draws from torch's global generator.
+            segment_counts: number of segments of each picture of the whole batch that this one is a part of; the losses
+                of the parts then add up to those of the whole. None: this batch is whole.
 
         Returns:
             scalars `loss_ce`, `loss_mask`, `loss_dice` of the last set and, with deep supervision, the same with suffix
@@ -97,12 +100,13 @@ class SetCriterion(nn.Module):
                 targets,
                 padded_size,
                 _point_sources(point_seeds, len(targets), mask_features.device),
+                [len(target) for target in targets] if segment_counts is None else segment_counts,
             )
 
-    def _losses(self, class_logits, embeddings, features, targets, padded_size, sources) -> dict[str, Tensor]:
+    def _losses(self, class_logits, embeddings, features, targets, padded_size, sources, counts) -> dict[str, Tensor]:
         assignments = self.assign(class_logits, embeddings, features, targets, padded_size, sources)
-        num_masks = _world_mean(features.new_tensor(float(sum(len(target) for target in targets)))).clamp(min=1)
-        class_losses = self._class_losses(class_logits, targets, assignments)  # (S,)
+        num_masks = _world_mean(features.new_tensor(float(sum(counts)))).clamp(min=1)
+        class_losses = self._class_losses(class_logits, targets, assignments, counts)  # (S,)
         mask_losses, dice_losses = self._mask_losses(embeddings, features, targets, assignments, padded_size, sources)
         num_sets = len(class_logits)
         losses = {}
@@ -140,7 +144,7 @@ class SetCriterion(nn.Module):
             )
         return match(costs)
 
-    def _class_losses(self, class_logits: Tensor, targets: Sequence[Targets], assignments) -> Tensor:
+    def _class_losses(self, class_logits: Tensor, targets: Sequence[Targets], assignments, counts) -> Tensor:
         """(S,) cross entropy; queries without a segment are void, the last class."""
         num_sets, batch, queries, num_logits = class_logits.shape
         wanted = torch.full((num_sets, batch, queries), num_logits - 1, dtype=torch.long)
@@ -154,7 +158,9 @@ class SetCriterion(nn.Module):
         weight[-1] = self.empty_weight[-1]
         nll = -class_logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
         query_weight = weight[wanted]  # (S, B, Q)
-        total = query_weight.sum(dim=(1, 2))
+        # the sum of all weights of the whole batch: matched queries count 1, as many as there are segments to match
+        matched = sum(min(count, queries) for count in counts)
+        total = matched + (len(counts) * queries - matched) * weight[-1]
         return (nll * query_weight).sum(dim=(1, 2)) / (_world_mean(total) if self.global_class_norm else total)
 
     def _mask_losses(self, embeddings, features, targets, assignments, padded_size, sources) -> tuple[Tensor, Tensor]:

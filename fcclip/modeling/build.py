@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from fvcore.common.config import CfgNode
 
@@ -58,32 +60,56 @@ def test_modes(cfg: CfgNode) -> dict[str, tuple[float, float]]:
 test_modes.__test__ = False  # no test, whatever its name looks like
 
 
+class Levels(Protocol):
+    """What a head must know of the backbone it is built on; every `CLIPBackbone` says it.
+
+    Attributes:
+        channels, strides: of each level, by name.
+        embed_dim: width of the joint image-text space.
+    """
+
+    channels: Mapping[str, int]
+    strides: Mapping[str, int]
+    embed_dim: int
+
+
 def build_fcclip(cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None) -> FCCLIP:
     """FC-CLIP from its config."""
-    former = cfg.MODEL.MASK_FORMER
     backbone = lookup("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONES)(cfg)
+    check_embed_dim(cfg, backbone)
+    head = lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS)(cfg, backbone)
+    return FCCLIP(
+        backbone=backbone,
+        sem_seg_head=head,
+        **fcclip_arguments(cfg, backbone),
+        train_vocabulary=train_vocabulary,
+        test_vocabulary=test_vocabulary,
+    )
+
+
+def check_embed_dim(cfg: CfgNode, backbone: CLIPBackbone) -> None:
+    """Refuses a MODEL.FC_CLIP.EMBED_DIM that is not the width of this CLIP's joint space."""
     if backbone.embed_dim != cfg.MODEL.FC_CLIP.EMBED_DIM:
         raise ValueError(
             f"MODEL.FC_CLIP.EMBED_DIM is {cfg.MODEL.FC_CLIP.EMBED_DIM}, but CLIP "
             f"'{cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}' has a joint space of "
             f"{backbone.embed_dim}"
         )
-    head = lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS)(cfg, backbone)
+
+
+def fcclip_arguments(cfg: CfgNode, backbone: CLIPBackbone) -> dict[str, Any]:
+    """What `FCCLIP` takes besides its backbone, its head and its vocabularies."""
     cache = cfg.MODEL.FC_CLIP.TEXT_CACHE_DIR
-    return FCCLIP(
-        backbone=backbone,
-        sem_seg_head=head,
-        criterion=build_criterion(cfg),
-        pixel_mean=cfg.MODEL.PIXEL_MEAN,
-        pixel_std=cfg.MODEL.PIXEL_STD,
-        size_divisibility=former.SIZE_DIVISIBILITY,
-        settings=build_inference_settings(cfg),
-        text_encoder=TextEncoder(
+    return {
+        "criterion": build_criterion(cfg),
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+        "size_divisibility": cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY,
+        "settings": build_inference_settings(cfg),
+        "text_encoder": TextEncoder(
             backbone.clip_model, cache_dir=Path(cache).expanduser() if cache else default_cache_dir()
         ),
-        train_vocabulary=train_vocabulary,
-        test_vocabulary=test_vocabulary,
-    )
+    }
 
 
 def build_inference_settings(cfg: CfgNode) -> InferenceSettings:
@@ -129,7 +155,7 @@ def build_clip_backbone(cfg: CfgNode) -> CLIPBackbone:
     return build_clip(fc_clip.CLIP_MODEL_NAME, fc_clip.CLIP_PRETRAINED_WEIGHTS, quick_gelu=fc_clip.QUICK_GELU)
 
 
-def build_fcclip_head(cfg: CfgNode, backbone: CLIPBackbone) -> FCCLIPHead:
+def build_fcclip_head(cfg: CfgNode, backbone: Levels) -> FCCLIPHead:
     """Pixel decoder and masked decoder on the backbone's levels."""
     decoder = lookup(
         "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
@@ -139,16 +165,26 @@ def build_fcclip_head(cfg: CfgNode, backbone: CLIPBackbone) -> FCCLIPHead:
     pixel_decoder = lookup(
         "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME, PIXEL_DECODERS
     )
+    check_decoder_input(cfg)
+    return FCCLIPHead(pixel_decoder=pixel_decoder(cfg, backbone), predictor=decoder(cfg, backbone))
+
+
+def check_decoder_input(cfg: CfgNode) -> None:
+    """Refuses a MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE that the decoder cannot look at."""
     lookup(
         "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE",
         cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE,
         {"multi_scale_pixel_decoder": None},
     )
-    return FCCLIPHead(pixel_decoder=pixel_decoder(cfg, backbone), predictor=decoder(cfg, backbone))
 
 
-def build_pixel_decoder(cfg: CfgNode, backbone: CLIPBackbone) -> MSDeformAttnPixelDecoder:
+def build_pixel_decoder(cfg: CfgNode, backbone: Levels) -> MSDeformAttnPixelDecoder:
     """The deformable pixel decoder on the levels that the config names."""
+    return MSDeformAttnPixelDecoder(**pixel_decoder_arguments(cfg, backbone))
+
+
+def pixel_decoder_arguments(cfg: CfgNode, backbone: Levels) -> dict[str, Any]:
+    """What `MSDeformAttnPixelDecoder` takes."""
     head = cfg.MODEL.SEM_SEG_HEAD
     for key, names in (
         ("IN_FEATURES", head.IN_FEATURES),
@@ -177,36 +213,41 @@ def build_pixel_decoder(cfg: CfgNode, backbone: CLIPBackbone) -> MSDeformAttnPix
             f"finer than "
             f"{encoder[0]}; the levels have strides { ({name: backbone.strides[name] for name in used}) }"
         )
-    return MSDeformAttnPixelDecoder(
-        in_channels=backbone.channels,
-        encoder_levels=encoder,
-        top_down_levels=finer,
-        dim=head.CONVS_DIM,
-        mask_dim=head.MASK_DIM,
-        heads=cfg.MODEL.MASK_FORMER.NHEADS,
-        num_layers=head.TRANSFORMER_ENC_LAYERS,
-        feedforward=head.TRANSFORMER_ENC_DIM_FEEDFORWARD,
-        dropout=cfg.MODEL.MASK_FORMER.DROPOUT,
-        norm=head.NORM,
-        engine=select_engine(cfg.MODEL.MSDA_ENGINE),
-    )
+    return {
+        "in_channels": backbone.channels,
+        "encoder_levels": encoder,
+        "top_down_levels": finer,
+        "dim": head.CONVS_DIM,
+        "mask_dim": head.MASK_DIM,
+        "heads": cfg.MODEL.MASK_FORMER.NHEADS,
+        "num_layers": head.TRANSFORMER_ENC_LAYERS,
+        "feedforward": head.TRANSFORMER_ENC_DIM_FEEDFORWARD,
+        "dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
+        "norm": head.NORM,
+        "engine": select_engine(cfg.MODEL.MSDA_ENGINE),
+    }
 
 
-def build_mask_decoder(cfg: CfgNode, backbone: CLIPBackbone) -> MultiScaleMaskedTransformerDecoder:
+def build_mask_decoder(cfg: CfgNode, backbone: Levels) -> MultiScaleMaskedTransformerDecoder:
     """The masked transformer decoder."""
+    return MultiScaleMaskedTransformerDecoder(**mask_decoder_arguments(cfg, embed_dim=backbone.embed_dim))
+
+
+def mask_decoder_arguments(cfg: CfgNode, *, embed_dim: int) -> dict[str, Any]:
+    """What `MultiScaleMaskedTransformerDecoder` takes."""
     former = cfg.MODEL.MASK_FORMER
-    return MultiScaleMaskedTransformerDecoder(
-        in_channels=cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM,
-        dim=former.HIDDEN_DIM,
-        mask_dim=cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
-        embed_dim=backbone.embed_dim,
-        num_queries=former.NUM_OBJECT_QUERIES,
-        num_layers=former.DEC_LAYERS - 1,
-        heads=former.NHEADS,
-        feedforward=former.DIM_FEEDFORWARD,
-        pre_norm=former.PRE_NORM,
-        enforce_input_proj=former.ENFORCE_INPUT_PROJ,
-    )
+    return {
+        "in_channels": cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM,
+        "dim": former.HIDDEN_DIM,
+        "mask_dim": cfg.MODEL.SEM_SEG_HEAD.MASK_DIM,
+        "embed_dim": embed_dim,
+        "num_queries": former.NUM_OBJECT_QUERIES,
+        "num_layers": former.DEC_LAYERS - 1,
+        "heads": former.NHEADS,
+        "feedforward": former.DIM_FEEDFORWARD,
+        "pre_norm": former.PRE_NORM,
+        "enforce_input_proj": former.ENFORCE_INPUT_PROJ,
+    }
 
 
 # Published names; one line adds a part.

@@ -7,8 +7,11 @@ image-text space.
 from __future__ import annotations
 
 import abc
+import copy
 import json
 import logging
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,15 +19,20 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
 
 from fcclip.config import resolve_file
 from fcclip.modeling.classifier import mask_pool
+from fcclip.modeling.weight_files import read_weight_file
 
 logger = logging.getLogger(__name__)
 
+FROZEN_PREFIX = "backbone.clip_model."  # of the CLIP's keys in the state dict of a whole model
 LEVELS = ("stem", "res2", "res3", "res4", "res5")
 DENSE = "clip_vis_dense"
+# Tags of supported architectures whose weights were trained with QuickGELU; newer versions of open_clip say so.
+_QUICK_GELU_TAGS = ("openai", "yfcc15m", "cc12m")
 _NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # constants that some files hold
 
 
@@ -35,9 +43,13 @@ class CLIPBackbone(nn.Module, abc.ABC):
         channels: channels of each level; strides: pixels between its cells.
         embed_dim: D, the width of the joint space.
         pooling: name of the out-of-vocabulary classifier's pooling.
+        architecture, pretrained: what the config called them; pretrained "" means random weights.
+        quick_gelu: whether the text tower has QuickGELU; activation_source: who said so, "default" for nobody.
+        needs_activation: whether weights of this family exist with either activation.
     """
 
     pooling: ClassVar[str]
+    needs_activation: ClassVar[bool]
     strides: ClassVar[dict[str, int]]
 
     def __init__(self, clip_model: nn.Module, *, channels: dict[str, int]) -> None:
@@ -45,6 +57,10 @@ class CLIPBackbone(nn.Module, abc.ABC):
         self.clip_model = clip_model.requires_grad_(False).eval()
         self.channels = channels
         self.embed_dim = int(clip_model.text_projection.shape[-1])
+        self.architecture, self.pretrained = "", ""
+        self.quick_gelu = has_quick_gelu(clip_model)
+        self.activation_source = "default"
+        self._cast: tuple[tuple, nn.Module] | None = None  # in a tuple, so that it is no part of the state dict
 
     def train(self, mode: bool = True) -> CLIPBackbone:
         """Marks the module as training; the CLIP inside stays in evaluation mode."""
@@ -62,11 +78,31 @@ class CLIPBackbone(nn.Module, abc.ABC):
         """Normalised images (B, 3, H, W) -> maps by level name, and `clip_vis_dense`, the features that region
         embeddings pool.
         """
-        return self.tap(images)
+        return self.tap(self._tower(images.device), images)
 
     @abc.abstractmethod
-    def tap(self, images: Tensor) -> dict[str, Tensor]:
-        """The maps of one family."""
+    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """The maps of one family from its image tower."""
+
+    def _tower(self, device: torch.device) -> nn.Module:
+        """The image tower; in training under autocast a copy whose convolutions and products have that type already.
+
+        Autocast would cast the same frozen weights again in every iteration. The copy rounds them once, to the same
+        values; norms stay in fp32. It follows the weights, and evaluation has the original.
+        """
+        visual = self.clip_model.visual
+        if not (self.training and torch.is_autocast_enabled(device.type)):
+            return visual
+        dtype = torch.get_autocast_dtype(device.type)
+        version = (dtype, *((weight.data_ptr(), weight._version) for weight in visual.parameters()))
+        if self._cast is None or self._cast[0] != version:
+            self._cast = None  # the old one goes before the new one comes
+            cast = copy.deepcopy(visual)
+            for module in cast.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.to(dtype)
+            self._cast = (version, cast)
+        return self._cast[1]
 
     @abc.abstractmethod
     def region_embeddings(self, dense: Tensor, mask_logits: Tensor) -> Tensor:
@@ -77,6 +113,7 @@ class ConvNeXtCLIP(CLIPBackbone):
     """CLIP with a timm ConvNeXt of any size; regions are averages of the last stage (`mask_pool`)."""
 
     pooling = "mask_pool"
+    needs_activation = False
     strides: ClassVar[dict[str, int]] = {"stem": 4, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
     def __init__(self, clip_model: nn.Module) -> None:
@@ -84,9 +121,9 @@ class ConvNeXtCLIP(CLIPBackbone):
         widths = [trunk.stem[0].out_channels, *(info["num_chs"] for info in trunk.feature_info)]
         super().__init__(clip_model, channels=dict(zip(LEVELS, widths, strict=True)))
 
-    def tap(self, images: Tensor) -> dict[str, Tensor]:
+    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """Stem and the four stages."""
-        trunk = self.clip_model.visual.trunk
+        trunk = visual.trunk
         x = trunk.stem(images)
         maps = {"stem": x.contiguous()}
         for name, stage in zip(LEVELS[1:], trunk.stages):
@@ -108,6 +145,7 @@ class ResNetCLIP(CLIPBackbone):
     """CLIP with OpenAI's modified ResNet; regions go through its attention pool, masked (`masked_attention_pool`)."""
 
     pooling = "masked_attention_pool"
+    needs_activation = True  # OpenAI's towers, and those trained like them, have QuickGELU; others have not
     strides: ClassVar[dict[str, int]] = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
     def __init__(self, clip_model: nn.Module) -> None:
@@ -116,9 +154,8 @@ class ResNetCLIP(CLIPBackbone):
         widths = [visual.conv3.out_channels, *(layer[-1].conv3.out_channels for layer in layers)]
         super().__init__(clip_model, channels=dict(zip(LEVELS, widths, strict=True)))
 
-    def tap(self, images: Tensor) -> dict[str, Tensor]:
+    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """The stem before its average pool, and the four layers."""
-        visual = self.clip_model.visual
         x = visual.act1(visual.bn1(visual.conv1(images)))
         x = visual.act2(visual.bn2(visual.conv2(x)))
         x = visual.act3(visual.bn3(visual.conv3(x)))
@@ -164,35 +201,48 @@ def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> 
 
     Args:
         name: an open_clip architecture ("convnext_large_d_320", "RN50"), or the path of an open_clip model JSON.
-        pretrained: an open_clip tag, the path of a weights file, or "" for random weights.
-        quick_gelu: "auto", "on" or "off" (MODEL.FC_CLIP.QUICK_GELU).
+        pretrained: an open_clip tag; the path of a weights file: a state dict (.pt, .pth, .bin, .safetensors), OpenAI's
+            TorchScript archive, or a checkpoint of a whole model with its CLIP inside; or "" for random weights.
+        quick_gelu: "auto", "on" or "off" (MODEL.FC_CLIP.QUICK_GELU). "auto" asks, in this order: the architecture's
+            name or JSON, the tag, the file. OpenAI's ResNets have QuickGELU whatever open_clip builds by itself.
 
     Raises:
-        ValueError: unknown architecture or tag, a family that is not supported, weights of another architecture.
+        ValueError: unknown architecture or tag, a family that is not supported, weights of another architecture, or a
+            ResNet file of which nothing says what activation it was trained with.
         FileNotFoundError: a path that does not exist.
         ConnectionError: a tag whose weights are not on this machine and cannot be downloaded.
     """
     architecture = _architecture(name)
-    quick = bool(architecture.pop("quick_gelu", False))
+    named_quick = bool(architecture.pop("quick_gelu", False))
     if quick_gelu not in ("auto", "on", "off"):
         raise ValueError(f"MODEL.FC_CLIP.QUICK_GELU must be 'auto', 'on' or 'off', got '{quick_gelu}'")
-    state = None if not pretrained else _pretrained_state(name, pretrained)
-    openai = pretrained == "openai" or (state is not None and state.openai)
-    from_file = state is not None and pretrained not in open_clip.list_pretrained_tags_by_model(name)
-    resnet = isinstance(architecture["vision_cfg"].get("layers"), (list, tuple))
-    if resnet and from_file and not openai and not quick and quick_gelu == "auto":
+    weights = _pretrained_weights(name, pretrained) if pretrained else None
+    if quick_gelu != "auto":
+        quick, source = quick_gelu == "on", f"MODEL.FC_CLIP.QUICK_GELU is '{quick_gelu}'"
+    elif named_quick:
+        quick, source = True, f"the architecture '{name}' says so"
+    elif weights is not None and weights.quick_gelu is not None:
+        quick, source = weights.quick_gelu, f"'{pretrained}' says so"
+    else:
+        quick, source = False, "default"
+    backbone = as_backbone(open_clip.model.CLIP(**architecture, quick_gelu=quick), name=name)
+    if backbone.quick_gelu != quick:
+        raise RuntimeError(
+            f"open_clip {version('open_clip_torch')} built the text tower of '{name}' "
+            f"{'with' if backbone.quick_gelu else 'without'} QuickGELU although it was asked for the other"
+        )
+    if weights is not None and source == "default" and backbone.needs_activation:
         raise ValueError(
             f"nothing says whether the ResNet weights in '{pretrained}' are OpenAI's, whose text tower has QuickGELU: "
             "set MODEL.FC_CLIP.QUICK_GELU to 'on' (OpenAI's weights) or 'off' (all others)"
         )
-    quick = {"on": True, "off": False}.get(quick_gelu, quick or openai)
-    model = open_clip.model.CLIP(**architecture, quick_gelu=quick)
-    if state is None:
+    backbone.architecture, backbone.pretrained, backbone.activation_source = name, pretrained, source
+    if weights is None:
         logger.info("CLIP '%s': random weights (MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS is empty)", name)
     else:
-        _load(model, state.tensors, source=f"'{pretrained}'", name=name)
-        logger.info("CLIP '%s': weights from '%s'%s", name, pretrained, ", QuickGELU" if quick else "")
-    return as_backbone(model, name=name)
+        _load(backbone.clip_model, weights.tensors, source=f"'{pretrained}'", name=name)
+        logger.info("CLIP '%s': weights from '%s', %s (%s)", name, pretrained, "QuickGELU" if quick else "GELU", source)
+    return backbone
 
 
 def as_backbone(clip_model: nn.Module, *, name: str = "CLIP") -> CLIPBackbone:
@@ -210,8 +260,7 @@ def as_backbone(clip_model: nn.Module, *, name: str = "CLIP") -> CLIPBackbone:
     kind = type(trunk if trunk is not None else visual).__name__
     raise ValueError(
         f"CLIP '{name}' has the image tower {kind}; supported are timm's ConvNeXt (convnext_*) and OpenAI's ResNets "
-        f"(RN50, RN101, "
-        "RN50x4, RN50x16, RN50x64). FC-CLIP needs a convolutional tower."
+        "(RN50, RN101, RN50x4, RN50x16, RN50x64). FC-CLIP needs a convolutional tower."
     )
 
 
@@ -222,10 +271,11 @@ def _architecture(name: str) -> dict:
     else:
         config = open_clip.get_model_config(name)
         if config is None:
-            import_names = sorted(one for one in open_clip.list_models() if one.startswith(("convnext", "RN")))
+            convolutional = sorted(one for one in open_clip.list_models() if one.startswith(("convnext", "RN")))
             raise ValueError(
-                f"MODEL.FC_CLIP.CLIP_MODEL_NAME: open_clip {open_clip.__version__} knows no architecture '{name}'. "
-                f"Known convolutional ones: {', '.join(import_names)}; or give the path of an open_clip model JSON."
+                f"MODEL.FC_CLIP.CLIP_MODEL_NAME: open_clip {version('open_clip_torch')} knows no architecture "
+                f"'{name}'. Known convolutional ones: {', '.join(convolutional)}; or give the path of an open_clip "
+                "model JSON."
             )
     config = dict(config)
     if config.pop("custom_text", False) or "hf_model_name" in config.get("text_cfg", {}):
@@ -233,58 +283,76 @@ def _architecture(name: str) -> dict:
     return config
 
 
-class _State:
-    """Tensors of a weights file, and whether they are OpenAI's."""
+def has_quick_gelu(clip_model: nn.Module) -> bool:
+    """Whether the text tower of an open_clip model has QuickGELU, x * sigmoid(1.702 x), instead of the exact GELU.
 
-    def __init__(self, tensors: dict[str, Tensor], openai: bool) -> None:
-        self.tensors, self.openai = tensors, openai
+    Raises:
+        ValueError: any other activation, or different ones in different blocks.
+    """
+    kinds = {type(block.mlp.gelu) for block in clip_model.transformer.resblocks}
+    if len(kinds) != 1 or not kinds <= {nn.GELU, QuickGELU}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise ValueError(f"the text tower of CLIP must have GELU or QuickGELU in every block, got {names}")
+    return kinds == {QuickGELU}
 
 
-def _pretrained_state(name: str, pretrained: str) -> _State:
-    looks_like_a_path = Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors") or "/" in pretrained
-    if looks_like_a_path:
-        return _read_weights(resolve_file(pretrained, what="MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"))
+def set_quick_gelu(backbone: CLIPBackbone, quick: bool, *, source: str) -> None:
+    """Gives the text tower the activation its weights were trained with; `source` says who knows."""
+    for block in backbone.clip_model.transformer.resblocks:
+        block.mlp.gelu = QuickGELU() if quick else nn.GELU()
+    backbone.quick_gelu, backbone.activation_source = quick, source
+    logger.info("CLIP '%s': %s (%s)", backbone.architecture, "QuickGELU" if quick else "GELU", source)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Tensors of a CLIP, and whether its text tower has QuickGELU; None: nothing says so."""
+
+    tensors: dict[str, Tensor]
+    quick_gelu: bool | None
+
+
+def _pretrained_weights(name: str, pretrained: str) -> _Weights:
+    if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors", ".pkl") or "/" in pretrained:
+        return _clip_weights(resolve_file(pretrained, what="MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"))
     known = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in known:
         raise ValueError(
             f"MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS: '{pretrained}' is no open_clip tag of '{name}' (its tags: "
             f"{', '.join(known) or 'none'}) and no weights file (.pt, .pth, .bin, .safetensors)"
         )
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
     try:
-        path = open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, pretrained))
+        path = open_clip.download_pretrained(tag)
     except Exception as error:  # every downloader behind open_clip has errors of its own
         raise ConnectionError(
             f"the weights '{pretrained}' of CLIP '{name}' are not on this machine and could not be downloaded "
-            f"({type(error).__name__}: {error}). Download them where there is a network and give the path of the "
-            f"file as "
-            "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, or '' for random weights."
+            f"({type(error).__name__}: {error}). Download them where there is a network and give the path of the file "
+            "as MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, or '' for random weights."
         ) from error
-    return _read_weights(Path(path))
+    return _Weights(_clip_weights(Path(path)).tensors, tag_has_quick_gelu(name, pretrained))
 
 
-def _read_weights(path: Path) -> _State:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def tag_has_quick_gelu(name: str, tag: str) -> bool:
+    """Whether the weights behind an open_clip tag were trained with QuickGELU; open_clip before 2.27 does not say."""
+    return bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) or tag in _QUICK_GELU_TAGS
 
-        return _State(load_file(path), openai=False)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        try:
-            archive = torch.jit.load(path, map_location="cpu")  # OpenAI publishes TorchScript archives
-        except RuntimeError:
-            raise ValueError(
-                f"{path} holds no plain tensors ({type(error).__name__}: {error}). Files that need code to be read "
-                f"are refused; "
-                "convert it to .safetensors where you trust it."
-            ) from error
-        return _State(archive.state_dict(), openai=True)
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a state dict")
-    for wrapper in ("state_dict", "model"):
-        if isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    return _State({key.removeprefix("module."): value for key, value in content.items()}, openai=False)
+
+def _clip_weights(path: Path) -> _Weights:
+    """The CLIP in a file: bare, or inside a whole model."""
+    file = read_weight_file(path, what="CLIP weights")
+    tensors, notes = file.tensors, file.rest.get("clip")
+    if any(key.startswith(FROZEN_PREFIX) for key in tensors):
+        tensors = {
+            key.removeprefix(FROZEN_PREFIX): value for key, value in tensors.items() if key.startswith(FROZEN_PREFIX)
+        }
+    elif any(key.startswith("sem_seg_head.") for key in tensors):
+        raise ValueError(
+            f"'{path}' holds a segmenter without its CLIP: it belongs in MODEL.WEIGHTS, not in "
+            "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"
+        )
+    said = notes.get("quick_gelu") if isinstance(notes, dict) else None
+    return _Weights(tensors, True if file.kind == "torchscript" else said)  # OpenAI alone publishes TorchScript
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor], *, source: str, name: str) -> None:

@@ -4,7 +4,7 @@ outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,26 @@ class InferenceSettings:
             )
 
 
+@dataclass(frozen=True)
+class ScoredMasks:
+    """What one pass of the network found in one picture.
+
+    Args:
+        class_logits: mode name -> (Q, K + 1), void last.
+        mask_logits: (Q, ·, ·) at the stride of the mask features, over the padded picture.
+        vocabulary: its K classes.
+        padded_size, image_size, output_size: (height, width) of the network input with and without padding, and of the
+            outputs.
+    """
+
+    class_logits: dict[str, Tensor]
+    mask_logits: Tensor
+    vocabulary: Vocabulary
+    padded_size: tuple[int, int]
+    image_size: tuple[int, int]
+    output_size: tuple[int, int]
+
+
 class FCCLIPHead(nn.Module):
     """Pixel decoder and masked decoder under their published names."""
 
@@ -85,8 +105,7 @@ class FCCLIP(nn.Module):
     """Segments pictures with any words.
 
     The model keeps no words besides the two vocabularies it was given: the one it is trained with, and the one that is
-        used when a call
-    brings none.
+    used when a call brings none.
 
     Args:
         backbone: the frozen CLIP.
@@ -142,56 +161,82 @@ class FCCLIP(nn.Module):
         vocabulary: Vocabulary | None = None,
         semantic: str | None = "scores",
         modes: Modes | None = None,
+        segment_counts: Sequence[int] | None = None,
     ) -> dict[str, Tensor] | list[dict] | dict[str, list[dict]]:
         """Losses while training, else predictions.
 
         Args:
             inputs: a mapping a picture: `image` (3, H, W) uint8 or float, 0..255, channels as the pixel statistics;
-                optionally `height` and `width`, the size of the outputs (default: the picture's); in training `targets`
-                (`structures.Targets`) and optionally `point_seed`, an int that fixes where its losses look.
-            vocabulary: classes for this call; default: `set_vocabulary`'s.
+                optionally `height` and `width`, the size of the outputs (default: the picture's), and `vocabulary`,
+                classes for this picture alone; in training `targets` (`structures.Targets`) and optionally
+                `point_seed`, an int that fixes where its losses look.
+            vocabulary: classes for the pictures that bring none; default: `set_vocabulary`'s.
             semantic: "scores" for (K, h, w) float, "labels" for (h, w) int64, None for no semantic map.
             modes: name -> (alpha, beta), to score one pass of the network in several ways.
+            segment_counts: in training, when these pictures are a part of a batch: the number of segments of each
+                picture of the whole batch. The losses of the parts then add up to those of the whole.
 
         Returns:
-            In training: weighted losses by name. Else a mapping a picture with `sem_seg`, `panoptic_seg` = (int32 (h,
-                w), segment records) and
-            `instances` (`structures.Instances`), as far as they are turned on; with `modes` a list of such mappings by
-            mode name.
+            In training: weighted losses by name. Else a mapping a picture with `sem_seg`, `panoptic_seg` = (int32
+            (h, w), segment records) and `instances` (`structures.Instances`), as far as they are turned on; with
+            `modes` a list of such mappings by mode name.
 
         Raises:
             ValueError: no vocabulary, no targets in training, pictures of another form.
         """
         if self.training:
-            return self.losses(inputs)
+            return self.losses(inputs, segment_counts=segment_counts)
         return self.predict(inputs, vocabulary=vocabulary, semantic=semantic, modes=modes)
 
     def preprocess(self, inputs: Sequence[Mapping]) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalised pictures padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
-        if not inputs:
-            raise ValueError("the model needs at least one picture, got an empty list")
+        self.check_pictures(inputs)
         images = []
-        for index, sample in enumerate(inputs):
-            image = sample["image"]
-            if image.dim() != 3 or image.shape[0] != len(self.pixel_mean):
-                raise ValueError(
-                    f"picture {index} must be a ({len(self.pixel_mean)}, H, W) tensor, got {tuple(image.shape)}"
-                )
-            image = image.to(self.device, non_blocking=True).float()
+        for sample in inputs:
+            image = sample["image"].to(self.device, non_blocking=True).float()
             images.append((image - self.pixel_mean) / self.pixel_std)
         sizes = [tuple(image.shape[-2:]) for image in images]
-        step = max(1, self.size_divisibility)
-        height, width = (-(-max(one) // step) * step for one in zip(*sizes))
+        height, width = self.padded_size(sizes)
         padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes)]
         return torch.stack(padded), sizes
 
-    def losses(self, inputs: Sequence[Mapping]) -> dict[str, Tensor]:
+    def check_pictures(self, inputs: Sequence[Mapping]) -> None:
+        """Refuses what is no list of pictures.
+
+        Raises:
+            ValueError: an empty list, or a sample whose `image` is missing or no (3, H, W) tensor.
+        """
+        if not inputs:
+            raise ValueError("the model needs at least one picture, got an empty list")
+        wanted = f"({len(self.pixel_mean)}, H, W)"
+        for index, sample in enumerate(inputs):
+            image = sample.get("image")
+            if not isinstance(image, Tensor):
+                got = "nothing" if image is None else type(image).__name__
+                raise ValueError(f"picture {index} must bring its pixels under 'image', a {wanted} tensor; got {got}")
+            if image.dim() != 3 or image.shape[0] != len(self.pixel_mean):
+                raise ValueError(f"picture {index} must be a {wanted} tensor, got {tuple(image.shape)}")
+
+    def padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        """(height, width) of the network input for a batch of pictures of these sizes."""
+        step = max(1, self.size_divisibility)
+        height, width = (-(-max(sides) // step) * step for sides in zip(*sizes))
+        return height, width
+
+    def losses(self, inputs: Sequence[Mapping], *, segment_counts: Sequence[int] | None = None) -> dict[str, Tensor]:
         """The weighted losses of a batch; see `SetCriterion`."""
         if self.train_vocabulary is None:
             raise ValueError("the model has no training vocabulary; build it with build_model(cfg, train_vocabulary=…)")
+        self.check_pictures(inputs)
         missing = [index for index, sample in enumerate(inputs) if "targets" not in sample]
         if missing:
             raise ValueError(f"training needs 'targets' in every picture; pictures {missing} of this batch have none")
+        worded = [index for index, sample in enumerate(inputs) if sample.get("vocabulary") is not None]
+        if worded:
+            raise ValueError(
+                f"pictures {worded} bring a 'vocabulary', but labels in training mean the classes of the training "
+                f"vocabulary '{self.train_vocabulary.name}'; leave the key out"
+            )
         for index, sample in enumerate(inputs):
             self._check_targets(index, sample["targets"], tuple(sample["image"].shape[-2:]))
         images, _ = self.preprocess(inputs)
@@ -207,6 +252,7 @@ class FCCLIP(nn.Module):
             targets,
             padded_size=tuple(images.shape[-2:]),
             point_seeds=None if None in seeds else seeds,
+            segment_counts=segment_counts,
         )
 
     def _check_targets(self, index: int, targets: Targets, image_size: tuple[int, int]) -> None:
@@ -234,26 +280,78 @@ class FCCLIP(nn.Module):
         """Predictions; arguments and result as in `forward`."""
         if semantic not in ("scores", "labels", None):
             raise ValueError(f"semantic must be 'scores', 'labels' or None, got {semantic!r}")
-        vocabulary = vocabulary or self.test_vocabulary
-        if vocabulary is None:
-            raise ValueError("no words to segment with: pass vocabulary=… or call set_vocabulary first")
-        images, sizes = self.preprocess(inputs)
-        features = self.backbone(images)
-        words = self.text_encoder.encode(vocabulary)
-        found = self.sem_seg_head(features, with_void(words, self.void_embedding.weight), all_sets=False)
-        mask_logits = found.mask_logits()
-        wanted = modes or {"": (self.settings.alpha, self.settings.beta)}
-        scored = self.classify(found.class_logits[-1], mask_logits, features[DENSE], words, vocabulary, wanted)
-        padded_size = tuple(images.shape[-2:])
+        wanted = self._modes(modes)
         results: dict[str, list[dict]] = {name: [] for name in wanted}
-        for index, (sample, size) in enumerate(zip(inputs, sizes)):
-            output_size = (int(sample.get("height", size[0])), int(sample.get("width", size[1])))
-            masks = enlarge(mask_logits[index], padded_size)
-            if self._masks_first:
-                masks = crop_and_resize(masks, size, output_size)
-            for name, class_logits in scored.items():
-                results[name].append(self._outputs(class_logits[index], masks, vocabulary, semantic, size, output_size))
+        for found in self._scored_masks(inputs, vocabulary, wanted):
+            masks = self._masks(found)
+            for name, class_logits in found.class_logits.items():
+                results[name].append(self._outputs(found, class_logits, masks, semantic))
         return results if modes else results[""]
+
+    def semantic_scores(
+        self, inputs: Sequence[Mapping], *, vocabulary: Vocabulary | None = None, modes: Modes | None = None
+    ) -> Iterator[tuple[int, str, Tensor]]:
+        """The semantic maps of `predict` and nothing else, each computed when it is asked for, so that only one is
+        held.
+
+        Args:
+            inputs, vocabulary, modes: as in `forward`.
+
+        Yields:
+            index of the picture, mode name ("" without `modes`), scores (K, h, w); picture after picture.
+
+        Raises:
+            ValueError: as `forward`, or semantic maps are turned off.
+        """
+        if not self.settings.semantic_on:
+            raise ValueError("semantic maps are turned off; set MODEL.MASK_FORMER.TEST.SEMANTIC_ON True")
+        for index, found in enumerate(self._scored_masks(inputs, vocabulary, self._modes(modes))):
+            masks = self._masks(found)
+            for name, class_logits in found.class_logits.items():
+                yield index, name, self._semantic(found, class_logits, masks)
+
+    def _modes(self, modes: Modes | None) -> Modes:
+        return modes or {"": (self.settings.alpha, self.settings.beta)}
+
+    @torch.no_grad()
+    def _scored_masks(
+        self, inputs: Sequence[Mapping], vocabulary: Vocabulary | None, modes: Modes
+    ) -> list[ScoredMasks]:
+        """One pass of the network, whatever the number of modes and of vocabularies; one record a picture."""
+        images, sizes = self.preprocess(inputs)
+        groups: dict[Vocabulary, list[int]] = {}  # the pictures of each vocabulary
+        for index, sample in enumerate(inputs):
+            groups.setdefault(self._words_of(sample, vocabulary), []).append(index)
+        words = [self.text_encoder.encode(one) for one in groups]
+        features = self.backbone(images)
+        found = self.sem_seg_head(features, with_void(_joined(words), self.void_embedding.weight), all_sets=False)
+        in_logits, mask_logits, dense = found.class_logits[-1], found.mask_logits(), features[DENSE]
+        results: list[ScoredMasks | None] = [None] * len(inputs)
+        start = 0
+        for (one, pictures), own_words in zip(groups.items(), words):
+            # words do not see each other before the softmax, so a vocabulary's logits can be cut out of all
+            end = start + own_words.num_classes
+            own_logits = torch.cat([in_logits[..., start:end], in_logits[..., -1:]], dim=-1)
+            rows = slice(None) if len(groups) == 1 else pictures
+            scored = self.classify(own_logits[rows], mask_logits[rows], dense[rows], own_words, one, modes)
+            for row, index in enumerate(pictures):
+                size = sizes[index]
+                results[index] = ScoredMasks(
+                    class_logits={name: class_logits[row] for name, class_logits in scored.items()},
+                    mask_logits=mask_logits[index],
+                    vocabulary=one,
+                    padded_size=tuple(images.shape[-2:]),
+                    image_size=size,
+                    output_size=(int(inputs[index].get("height", size[0])), int(inputs[index].get("width", size[1]))),
+                )
+            start = end
+        return results
+
+    def _words_of(self, sample: Mapping, vocabulary: Vocabulary | None) -> Vocabulary:
+        for one in (sample.get("vocabulary"), vocabulary, self.test_vocabulary):
+            if one is not None:
+                return one
+        raise ValueError("no words to segment with: pass vocabulary=… or call set_vocabulary first")
 
     def classify(
         self,
@@ -295,17 +393,28 @@ class FCCLIP(nn.Module):
         settings = self.settings
         return settings.postprocess_masks_first or settings.panoptic_on or settings.instance_on
 
-    def _outputs(self, class_logits, masks, vocabulary, semantic, image_size, output_size) -> dict:
+    @torch.no_grad()
+    def _masks(self, found: ScoredMasks) -> Tensor:
+        """(Q, ·, ·) mask logits at the padded size, or at the output size where masks are resized first."""
+        masks = enlarge(found.mask_logits, found.padded_size)
+        return crop_and_resize(masks, found.image_size, found.output_size) if self._masks_first else masks
+
+    @torch.no_grad()
+    def _semantic(self, found: ScoredMasks, class_logits: Tensor, masks: Tensor) -> Tensor:
+        """(K, h, w) scores."""
+        scores = semantic_inference(class_logits, masks)
+        return scores if self._masks_first else crop_and_resize(scores, found.image_size, found.output_size)
+
+    def _outputs(self, found: ScoredMasks, class_logits: Tensor, masks: Tensor, semantic: str | None) -> dict:
         settings, outputs = self.settings, {}
-        things = vocabulary.thing_classes
-        if settings.semantic_on and semantic is not None:
-            if not self._masks_first:
-                scores = crop_and_resize(semantic_inference(class_logits, masks), image_size, output_size)
-                outputs["sem_seg"] = scores.argmax(0) if semantic == "labels" else scores
-            elif semantic == "labels":
+        things = found.vocabulary.thing_classes
+        if settings.semantic_on and semantic == "labels":
+            if self._masks_first:
                 outputs["sem_seg"] = semantic_labels(class_logits, masks)
             else:
-                outputs["sem_seg"] = semantic_inference(class_logits, masks)
+                outputs["sem_seg"] = self._semantic(found, class_logits, masks).argmax(0)
+        elif settings.semantic_on and semantic == "scores":
+            outputs["sem_seg"] = self._semantic(found, class_logits, masks)
         if settings.panoptic_on:
             outputs["panoptic_seg"] = panoptic_inference(
                 class_logits,
@@ -319,3 +428,15 @@ class FCCLIP(nn.Module):
                 class_logits, masks, thing_classes=things, topk=settings.topk, zero_boxes=settings.zero_boxes
             )
         return outputs
+
+
+def _joined(words: Sequence[WordEmbeddings]) -> WordEmbeddings:
+    """Several vocabularies as one, their classes one after the other."""
+    if len(words) == 1:
+        return words[0]
+    starts = [sum(one.num_classes for one in words[:index]) for index in range(len(words))]
+    return WordEmbeddings(
+        vectors=torch.cat([one.vectors for one in words]),
+        class_of_word=torch.cat([one.class_of_word + start for one, start in zip(words, starts)]),
+        num_classes=sum(one.num_classes for one in words),
+    )

@@ -152,7 +152,7 @@ def test_keys_without_effect_are_told_with_the_reason(tmp_path):
         ("TEST:\n  AUG:\n    FLIP: 1\n", [], "'TEST.AUG.FLIP' takes a bool .*got int 1"),
         ("SOLVER: 3\n", [], "'SOLVER' is a group of keys"),
         ("", ["SEED"], "pairs KEY VALUE"),
-        ("TEST:\n  AUG:\n    ENABLED: True\n", [], "'TEST.AUG.ENABLED' is True, but this feature does not exist yet"),
+        ("TEST:\n  CLASS_CHUNK: 3\n", [], "'TEST.CLASS_CHUNK' is 3, but this feature does not exist yet"),
         ("- 1\n", [], "expected a mapping"),
         ("SEED: !!python/object/apply:os.getpid []\n", [], "not a plain YAML file"),
         ("_BASE_: a.yaml\n", [], "leads back to itself"),

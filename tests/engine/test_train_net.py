@@ -83,6 +83,12 @@ def test_evaluating_without_weights_is_refused(train_net, capsys, config):
     assert "--eval-only needs MODEL.WEIGHTS" in refusal(train_net, capsys, config, "--eval-only")
 
 
+def test_augmentation_without_semantic_maps_is_refused(train_net, capsys, config):
+    words = ("--eval-only", "TEST.AUG.ENABLED", True, "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False)
+    text = refusal(train_net, capsys, config, *words)
+    assert "TEST.AUG.ENABLED" in text and "MODEL.MASK_FORMER.TEST.SEMANTIC_ON" in text
+
+
 def test_an_unknown_data_set_is_named_with_its_neighbour(train_net, capsys, config):
     text = refusal(train_net, capsys, config, "DATASETS.TEST", "('shapes_vall',)")
     assert "unknown data set 'shapes_vall'. Did you mean 'shapes_val'" in text
@@ -178,6 +184,16 @@ def test_six_pictures_are_trained_on_resumed_and_evaluated(train_net, config, ca
     assert not (tmp_path / "other" / "metrics.json").exists()
     again = json.loads((tmp_path / "other" / "inference" / "shapes_val" / "results.json").read_text())
     assert again == json.loads((out / "inference" / "shapes_val" / "results.json").read_text())
+
+    augmentation = ("TEST.AUG.ENABLED", True, "TEST.AUG.MIN_SIZES", "(64, 96)")
+    assert run(train_net, config, "--eval-only", *weights, "OUTPUT_DIR", tmp_path / "augmented", *augmentation) == 0
+    plain, augmented = (
+        json.loads((tmp_path / "augmented" / folder / "shapes_val" / "results.json").read_text())["results"]
+        for folder in ("inference", "inference_TTA")
+    )
+    assert plain == again["results"]
+    assert {mode: set(tasks) for mode, tasks in augmented.items()} == {mode: {"sem_seg_TTA"} for mode in plain}
+    assert "Task: sem_seg_TTA" in capsys.readouterr().out
 
     text = refusal(
         train_net, capsys, config, "--eval-only", *weights, *other, "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 5

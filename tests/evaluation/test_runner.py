@@ -14,8 +14,13 @@ import torch
 from PIL import Image
 
 import fcclip
-from fcclip.data import read_id_map
-from fcclip.evaluation import EVALUATORS, Picture, build_evaluators, panoptic_quality, runner
+from fcclip.data import Dataset, build_test_loader, read_id_map
+from fcclip.data.datasets.metadata import class_metadata
+from fcclip.evaluation import EVALUATORS, Picture, SemanticEvaluator, build_evaluators, panoptic_quality, runner
+from fcclip.evaluation.runner import evaluate_augmented
+from fcclip.modeling import fcclip as assembly
+from fcclip.modeling import text
+from fcclip.modeling.augmentation import build_augmented
 from fcclip.structures import Instances
 from fcclip.vocabulary import Vocabulary
 
@@ -139,6 +144,156 @@ def test_the_batch_size_changes_nothing(folder, batch_size):
     batched = tiny_world.evaluate(model, cfg, tiny_world.dataset(folder), **options)
     assert model.calls == math.ceil(tiny_world.NUM_PICTURES / batch_size)
     assert repr(batched) == repr(tiny_world.run(folder, training_vocabulary=None))
+
+
+class SizeSensitiveModel(tiny_world.GreyModel):
+    """Sees the padding of a batch, as a network does."""
+
+    def forward(self, inputs, **options):
+        padded = [max(-(-one["image"].shape[side] // 32) for one in inputs) for side in (1, 2)]
+        shift = 10 * (3 * padded[0] + padded[1])
+        return super().forward([{**one, "image": one["image"].int() + shift} for one in inputs], **options)
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+def test_only_pictures_of_equal_padded_size_share_a_batch_so_that_the_batch_size_changes_nothing(tmp_path, batch_size):
+    tiny_world.write(tmp_path, sizes=[(40, 60), (40, 80), (60, 40), (80, 40)])
+    cfg, results, calls = tiny_world.config(), [], []
+    for cfg.TEST.BATCH_SIZE in (1, batch_size):
+        model = SizeSensitiveModel()
+        options = {"modes": tiny_world.MODES, "vocabulary": tiny_world.VOCABULARY, "progress": False}
+        results.append(tiny_world.evaluate(model, cfg, tiny_world.dataset(tmp_path), **options))
+        calls.append(model.calls)
+    assert repr(results[0]) == repr(results[1])
+    assert calls == [7, {2: 4, 100: 3}[batch_size]]  # 4 pictures padded to 64 x 64, 2 to 64 x 96, 1 to 96 x 64
+    assert repr(results[0]) != repr(tiny_world.run(tmp_path, training_vocabulary=None))
+
+
+def test_the_batch_size_changes_nothing_for_a_network_either(tmp_path, tiny_cfg, tiny_model):
+    tiny_world.write(tmp_path, sizes=[(40, 60), (60, 40), (50, 90)])
+    results = []
+    tiny_cfg.INPUT.MIN_SIZE_TEST = 0
+    for tiny_cfg.TEST.BATCH_SIZE in (1, 3):
+        options = {"vocabulary": tiny_world.VOCABULARY, "progress": False}
+        found = tiny_world.evaluate(tiny_model(cfg=tiny_cfg), tiny_cfg, tiny_world.dataset(tmp_path), **options)
+        results.append(found["ensemble"])
+    for task in ("panoptic_seg", "segm", "sem_seg"):
+        assert results[0][task] == pytest.approx(results[1][task], abs=0.5, nan_ok=True)
+
+
+TRAINING_WORDS = "cup; sea:stuff; car; person; train"
+
+
+@pytest.fixture
+def two_sets(folder):
+    """The pictures with four classes, and for classes alone with the twenty of a vocabulary that comes with us."""
+    first = tiny_world.dataset(folder)
+    metadata = class_metadata(Vocabulary.builtin("pascal_voc_20"))
+    second = Dataset(
+        "tiny_twenty", {**metadata, "evaluator_type": "sem_seg", "ignore_label": 255}, first.load, "pascal_voc_20"
+    )
+    return first, second
+
+
+def evaluate_both(model, cfg, sets, order, function=runner.evaluate):
+    """Name -> results, in this order; only the first set is given its words."""
+    training = Vocabulary.from_names(TRAINING_WORDS)
+    words = {"tiny_val": tiny_world.VOCABULARY, "tiny_twenty": None}
+    named = {one.name: one for one in sets}
+    return {
+        name: function(
+            model, cfg, named[name], modes=tiny_world.MODES, training_vocabulary=training, vocabulary=words[name],
+            progress=False,
+        )
+        for name in order
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [runner.evaluate, evaluate_augmented])
+def test_each_data_set_is_evaluated_with_its_own_words_whatever_came_before(
+    two_sets, tiny_cfg, tiny_model, monkeypatch, function
+):
+    tiny_cfg.TEST.AUG.MIN_SIZES = (48,)
+    encoded, encode = [], text.encode_words
+    monkeypatch.setattr(text, "encode_words", lambda clip, words: encoded.append(list(words)) or encode(clip, words))
+
+    def fresh_model():
+        model = tiny_model(words="none; of; these", train_words=TRAINING_WORDS)
+        model.text_encoder.cache_dir = None
+        return model
+
+    alone = {}
+    for one in two_sets:
+        alone |= evaluate_both(fresh_model(), tiny_cfg, two_sets, [one.name], function)
+    encoded.clear()
+    model = fresh_model()
+    for order in (("tiny_val", "tiny_twenty"), ("tiny_twenty", "tiny_val")):
+        together = evaluate_both(model, tiny_cfg, two_sets, order, function)
+        assert all(repr(together[name]) == repr(alone[name]) for name in order)
+        model.set_vocabulary(Vocabulary.from_names("a; b; c; d; e; f; g"))
+    assert sorted(len(words) for words in encoded) == [4, 20]  # once each
+
+    task = "sem_seg" if function is runner.evaluate else "sem_seg_TTA"
+    metrics = alone["tiny_val"]["ensemble"][task]
+    assert metrics["mIoU_seen"] == pytest.approx((metrics["IoU-cup"] + metrics["IoU-sea"]) / 2)
+    assert metrics["mIoU_unseen"] == pytest.approx((metrics["IoU-sand"] + metrics["IoU-ball"]) / 2)
+    assert sum(name.startswith("IoU-") for name in alone["tiny_twenty"]["ensemble"][task]) == 20
+
+
+def test_seen_classes_are_those_of_each_set_when_the_network_joins_its_classifiers(
+    two_sets, tiny_cfg, tiny_model, monkeypatch
+):
+    masks, joined = [], assembly.geometric_ensemble
+    monkeypatch.setattr(
+        assembly, "geometric_ensemble", lambda a, b, seen, **c: masks.append(seen.tolist()) or joined(a, b, seen, **c)
+    )
+    evaluate_both(tiny_model(train_words=TRAINING_WORDS), tiny_cfg, two_sets, ["tiny_val", "tiny_twenty"])
+    per_set = len(masks) // 2
+    assert all(mask == [True, False, False, True] for mask in masks[:per_set])  # cup and sea
+    names = Vocabulary.builtin("pascal_voc_20").class_names
+    assert all(mask == [name in ("car", "person", "train") for name in names] for mask in masks[per_set:])
+
+
+def test_augmented_evaluation_scores_the_mean_maps_under_a_name_of_its_own(
+    folder, tiny_cfg, tiny_model, tmp_path, caplog
+):
+    tiny_cfg.TEST.AUG.MIN_SIZES = (48, 64)
+    model, dataset = tiny_model().train(), tiny_world.dataset(folder, json_file=None)  # AP would need the file
+    options = {"modes": tiny_world.MODES, "vocabulary": tiny_world.VOCABULARY, "progress": False}
+    with caplog.at_level(logging.INFO, logger="fcclip"):
+        found = evaluate_augmented(
+            model, tiny_cfg, dataset, training_vocabulary=tiny_world.TRAINING, output_dir=tmp_path, **options
+        )
+    assert "each picture of tiny_val in 4 variants, shorter side 48, 64, each mirrored too" in caplog.text
+    assert model.training and tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON
+    assert list(found) == list(tiny_world.MODES)
+    assert all(tasks.keys() == {"sem_seg_TTA"} for tasks in found.values())
+    assert {"mIoU", "mIoU_seen", "mIoU_unseen", "pACC", "IoU-cup"} <= found["ensemble"]["sem_seg_TTA"].keys()
+    assert (tmp_path / "tiny_val").is_dir() and not list(tmp_path.rglob("*.*"))
+
+    augmented = build_augmented(tiny_cfg, model.eval())
+    evaluator = SemanticEvaluator(class_names=tiny_world.VOCABULARY.class_names)
+    records = {record["image_id"]: record for record in dataset.records()}
+    modes = {"in": (0.0, 0.0)}
+    for [sample] in build_test_loader(tiny_cfg, dataset):
+        assert sample["image"].shape[-2:] != (tiny_world.HEIGHT, tiny_world.WIDTH)  # variants of the resized picture
+        outputs = augmented([sample], vocabulary=tiny_world.VOCABULARY, semantic="labels", modes=modes)
+        evaluator.process(Picture(records[sample["image_id"]]), outputs["in"][0])
+    expected = evaluator.results()["sem_seg"]
+    metrics = found["in_vocabulary"]["sem_seg_TTA"]
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    plain = runner.evaluate(model, tiny_cfg, tiny_world.dataset(folder), **options)
+    assert plain["in_vocabulary"]["sem_seg"]["pACC"] != metrics["pACC"]
+
+    tiny_cfg.TEST.BATCH_SIZE = 3
+    batched = evaluate_augmented(model, tiny_cfg, dataset, **options)["in_vocabulary"]["sem_seg_TTA"]
+    assert {name: metrics[name] for name in batched} == pytest.approx(batched, abs=0.1, nan_ok=True)
+
+
+def test_augmented_evaluation_without_semantic_maps_is_refused(folder, tiny_cfg, tiny_model):
+    tiny_cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False
+    with pytest.raises(ValueError, match=r"TEST\.AUG\.ENABLED .*SEMANTIC_ON is False"):
+        evaluate_augmented(tiny_model(cfg=tiny_cfg), tiny_cfg, tiny_world.dataset(folder))
 
 
 def test_files_of_several_modes_lie_apart(folder, tmp_path):

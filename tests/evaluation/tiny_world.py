@@ -5,6 +5,7 @@ Also the program of one of several processes: `tiny_world.py FOLDER BROKEN_FOLDE
 
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,17 +46,20 @@ def config():
     return cfg
 
 
-def write(folder: Path) -> None:
-    """Pictures whose grey value says the class, with ground truth in every format."""
+def write(folder: Path, sizes: Sequence[tuple[int, int]] = ((HEIGHT, WIDTH),)) -> None:
+    """Pictures whose grey value says the class, with ground truth in every format; their (height, width), multiples of
+    ten, are `sizes` in turn.
+    """
     rng = np.random.default_rng(0)
-    panoptic, instances = [], []
+    images, panoptic, instances = [], [], []
     for sub in ("images", "panoptic", "semantic"):
         (folder / sub).mkdir(parents=True)
     for number in range(NUM_PICTURES):
         image_id = 3 * number + 1
-        classes = np.kron(rng.integers(0, 4, (4, 6)), np.ones((10, 10), int))
-        void = rng.random((HEIGHT, WIDTH)) < 0.05
-        ids, segments = np.zeros((HEIGHT, WIDTH), int), []
+        height, width = sizes[number % len(sizes)]
+        classes = np.kron(rng.integers(0, 4, (height // 10, width // 10)), np.ones((10, 10), int))
+        void = rng.random((height, width)) < 0.05
+        ids, segments = np.zeros((height, width), int), []
         for index, entry in enumerate(VOCABULARY.classes):
             mask = (classes == index) & ~void
             if not mask.any():
@@ -75,8 +79,9 @@ def write(folder: Path) -> None:
         write_id_map(folder / "panoptic" / f"{number}.png", ids)
         Image.fromarray(np.where(void, 255, classes).astype(np.uint8)).save(folder / "semantic" / f"{number}.png")
         panoptic.append({"image_id": image_id, "file_name": f"{number}.png", "segments_info": segments})
+        images.append({"id": image_id, "height": height, "width": width})
     common = {
-        "images": [{"id": one["image_id"], "height": HEIGHT, "width": WIDTH} for one in panoptic],
+        "images": images,
         "categories": [{"id": one.id, "name": one.name, "isthing": int(one.thing)} for one in VOCABULARY.classes],
     }
     (folder / "panoptic.json").write_text(json.dumps({**common, "annotations": panoptic}))

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fcclip.modeling import build_model, test_modes
 from fcclip.structures import Targets
@@ -24,6 +25,13 @@ def training_sample(seed=0, labels=(0, 2, 1)):
         labels=torch.tensor(labels, dtype=torch.long), id_map=id_map, ids=torch.arange(1, len(labels) + 1)
     )
     return sample
+
+
+def padded_alone(model, image, size):
+    """A picture in floating point with the colour around it that becomes zero, as padding is."""
+    canvas = model.pixel_mean.expand(3, *size).clone()
+    canvas[:, : image.shape[1], : image.shape[2]] = image
+    return canvas
 
 
 def test_outputs_have_the_contracted_form(tiny_model):
@@ -81,6 +89,77 @@ def test_pictures_of_one_size_give_the_same_alone_and_together(tiny_model):
         torch.testing.assert_close(model([one])[0]["sem_seg"], output["sem_seg"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("panoptic", [True, False], ids=["masks resized", "scores resized"])
+def test_pictures_of_mixed_sizes_and_kinds_give_what_each_gives_padded_alone(tiny_cfg, tiny_model, panoptic):
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test.PANOPTIC_ON = test.INSTANCE_ON = panoptic
+    model = tiny_model(cfg=tiny_cfg)
+    sizes = [(50, 70), (64, 33), (90, 64)]
+    pictures = [picture(*size, seed=index) for index, size in enumerate(sizes)]
+    pictures[1]["image"] = pictures[1]["image"].float()
+    for sample, output, (height, width) in zip(pictures, model(pictures), sizes):
+        [alone] = model([{"image": padded_alone(model, sample["image"], (96, 96))}])
+        assert output["sem_seg"].shape == (3, height, width)
+        torch.testing.assert_close(output["sem_seg"], alone["sem_seg"][:, :height, :width], atol=1e-4, rtol=1e-4)
+
+
+def test_in_a_mixed_batch_each_picture_has_its_own_output_size(tiny_cfg, tiny_model):
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test.PANOPTIC_ON = test.INSTANCE_ON = False
+    model = tiny_model(cfg=tiny_cfg)
+    pictures = [picture(50, 70), {**picture(64, 33, seed=1), "height": 40, "width": 20}]
+    first, second = model(pictures)
+    assert first["sem_seg"].shape == (3, 50, 70)
+    [alone] = model([{"image": padded_alone(model, pictures[1]["image"], (64, 96))}])
+    resized = F.interpolate(alone["sem_seg"][None, :, :64, :33], size=(40, 20), mode="bilinear")[0]
+    torch.testing.assert_close(second["sem_seg"], resized, atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_of_equal_padded_size_give_the_same_alone_and_together(tiny_model):
+    model, pictures = tiny_model(), [picture(60, 90), picture(64, 70, seed=1), picture(33, 96, seed=2)]
+    for sample, output in zip(pictures, model(pictures)):
+        torch.testing.assert_close(model([sample])[0]["sem_seg"], output["sem_seg"], atol=1e-4, rtol=1e-4)
+
+
+def test_pictures_of_one_batch_may_each_bring_their_own_words(tiny_cfg, tiny_model):
+    model, passes = tiny_model(), []
+    lists = ["a; b; cat:stuff", None, "person, d; e", "a; b; cat:stuff"]
+    vocabularies = [words and Vocabulary.from_names(words) for words in lists]
+    pictures = [picture(seed=index) for index in range(len(lists))]
+    modes = test_modes(tiny_cfg)
+    alone = [model([one], vocabulary=words, modes=modes) for one, words in zip(pictures, vocabularies)]
+    model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
+    together = model([{**one, "vocabulary": words} for one, words in zip(pictures, vocabularies)], modes=modes)
+    assert len(passes) == 1
+    assert [len(output["sem_seg"]) for output in together["ensemble"]] == [3, 3, 2, 3]
+    for mode in modes:
+        for index, output in enumerate(together[mode]):
+            expected = alone[index][mode][0]
+            torch.testing.assert_close(output["sem_seg"], expected["sem_seg"], atol=1e-4, rtol=1e-4)
+            found, wanted = (sorted(one["instances"].pred_classes.tolist()) for one in (output, expected))
+            assert found == wanted
+    assert any(len(output["instances"]) for output in together["ensemble"])
+
+
+def test_predictions_keep_no_graph(tiny_cfg, tiny_model):
+    model = tiny_model()
+    assert torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+    outputs = [one for [one] in model([picture()], modes=test_modes(tiny_cfg)).values()]
+    tensors = [one["sem_seg"] for one in outputs] + [one["panoptic_seg"][0] for one in outputs]
+    tensors += [one["instances"].scores for one in outputs] + [
+        scores for *_, scores in model.semantic_scores([picture()])
+    ]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    for _ in model.semantic_scores([picture(), picture()]):
+        assert torch.is_grad_enabled()  # between two maps the caller's mode holds
+
+
+def test_more_pairs_than_there_are_can_be_asked_for(tiny_cfg, tiny_model):
+    tiny_cfg.TEST.DETECTIONS_PER_IMAGE = 1000
+    [output] = tiny_model(cfg=tiny_cfg)([picture()])  # 8 queries, 3 classes of which 2 are things
+    assert len(output["instances"]) == 16
+
+
 def test_pictures_are_padded_with_zeros_after_normalisation(tiny_model):
     model = tiny_model()
     images, sizes = model.preprocess([picture(50, 70), picture(64, 33)])
@@ -117,6 +196,44 @@ def test_training_gives_weighted_losses_and_a_gradient_for_every_trainable_param
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
+def test_losses_of_a_mixed_batch_are_those_of_its_pictures_padded_alone(tiny_cfg, tiny_model):
+    tiny_cfg.MODEL.MASK_FORMER.DROPOUT = 0.0
+    model = tiny_model(cfg=tiny_cfg).train()
+    samples = [{**training_sample(0), "point_seed": 1}, {**training_sample(1, labels=(1,)), "point_seed": 2}]
+    wide = samples[1]["targets"]
+    samples[1] = {
+        **picture(40, 80, seed=1),
+        "targets": Targets(labels=wide.labels, id_map=wide.id_map[:40].repeat(1, 2)[:, :80], ids=wide.ids),
+        "point_seed": 2,
+    }
+    together, alone = model(samples), []
+    for sample in samples:
+        id_map = sample["targets"].id_map
+        height, width = id_map.shape
+        targets = Targets(
+            labels=sample["targets"].labels,
+            id_map=F.pad(id_map, (0, 96 - width, 0, 64 - height), value=99),
+            ids=sample["targets"].ids,
+        )
+        alone.append(
+            model(
+                [
+                    {
+                        "image": padded_alone(model, sample["image"], (64, 96)),
+                        "targets": targets,
+                        "point_seed": sample["point_seed"],
+                    }
+                ]
+            )
+        )
+    num_masks = torch.tensor([3.0, 1.0])
+    class_weights = num_masks + (8 - num_masks) * tiny_cfg.MODEL.MASK_FORMER.NO_OBJECT_WEIGHT  # of 8 queries
+    for name, loss in together.items():
+        share = class_weights if name.startswith("loss_ce") else num_masks
+        expected = (share / share.sum() * torch.stack([one[name] for one in alone])).sum()
+        torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_pictures_without_segments_train_too(tiny_model):
     model = tiny_model().train()
     losses = model([training_sample(labels=())])
@@ -143,12 +260,18 @@ def test_what_is_missing_is_said(tiny_model):
         model([])
     with pytest.raises(ValueError, match=r"picture 0 must be a \(3, H, W\) tensor, got \(64, 64\)"):
         model([{"image": torch.zeros(64, 64)}])
+    with pytest.raises(ValueError, match=r"picture 1 must bring its pixels under 'image', .* got nothing"):
+        model([picture(), {"file_name": "a.jpg"}])
+    with pytest.raises(ValueError, match=r"picture 0 must bring its pixels under 'image', .* got ndarray"):
+        model([{"image": picture()["image"].numpy()}])
     model.test_vocabulary = None
     with pytest.raises(ValueError, match="no words to segment with"):
         model([picture()])
     model.train()
     with pytest.raises(ValueError, match=r"pictures \[1\] of this batch have none"):
         model([training_sample(), picture()])
+    with pytest.raises(ValueError, match=r"pictures \[0\] bring a 'vocabulary', but .* training vocabulary 'train'"):
+        model([{**training_sample(), "vocabulary": Vocabulary.from_names("a; b")}])
     model.train_vocabulary = None
     with pytest.raises(ValueError, match="no training vocabulary"):
         model([training_sample()])
