@@ -1,0 +1,63 @@
+"""FC-CLIP as a project of a real detectron2: its `build_model`, trainer, predictor, loaders and evaluators.
+
+    from detectron2.config import get_cfg
+    from fcclip.integrations.detectron2 import add_fcclip_config, register
+
+    register()
+    cfg = get_cfg()
+    add_fcclip_config(cfg)
+    cfg.merge_from_file("fcclip_convnext_large_eval_ade20k.yaml")
+
+config.py      add_fcclip_config: the keys that detectron2's config lacks
+records.py     targets, predictions and their detectron2 forms
+catalog.py     data sets and their words in detectron2's catalogs; DatasetMapper
+model.py       FCCLIP, its backbone, head and decoders as detectron2 builds them
+checkpoint.py  Checkpointer: strict, safe, without the frozen CLIP
+lenient.py     LenientModel: how the engine loads into a model that is strict by itself
+training.py    Trainer, and the evaluators of each kind of data set
+registry.py    register: everything under its published name
+"""
+
+try:
+    import detectron2 as _detectron2  # noqa: F401 (the parts below need it)
+except ModuleNotFoundError as error:
+    if error.name != "detectron2":
+        raise
+    raise ImportError(
+        "fcclip.integrations.detectron2 needs detectron2, which is not on PyPI. Install it with "
+        "pip install --no-build-isolation 'fcclip[detectron2]', or from its repository with pip install "
+        "--no-build-isolation git+https://github.com/facebookresearch/detectron2.git, or put a checkout of it on "
+        "PYTHONPATH. Everything else in fcclip works without it."
+    ) from error
+
+from fcclip.integrations.detectron2.catalog import DatasetMapper, drawing_metadata, metadata_vocabulary
+from fcclip.integrations.detectron2.checkpoint import Checkpointer
+from fcclip.integrations.detectron2.config import add_fcclip_config, add_maskformer2_config
+from fcclip.integrations.detectron2.model import FCCLIP, TRANSFORMER_DECODER_REGISTRY
+from fcclip.integrations.detectron2.records import (
+    instances_from_targets,
+    instances_to_detectron2,
+    output_to_detectron2,
+    targets_from_instances,
+)
+from fcclip.integrations.detectron2.registry import register
+from fcclip.integrations.detectron2.training import InstanceSegEvaluator, Trainer, build_evaluator
+
+__all__ = [
+    "FCCLIP",
+    "TRANSFORMER_DECODER_REGISTRY",
+    "Checkpointer",
+    "DatasetMapper",
+    "InstanceSegEvaluator",
+    "Trainer",
+    "add_fcclip_config",
+    "add_maskformer2_config",
+    "build_evaluator",
+    "drawing_metadata",
+    "instances_from_targets",
+    "instances_to_detectron2",
+    "metadata_vocabulary",
+    "output_to_detectron2",
+    "register",
+    "targets_from_instances",
+]

@@ -1,0 +1,188 @@
+"""Data sets in detectron2's catalogs: fcclip's under their published names, and the words of any other."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+
+from fcclip.config import lookup
+from fcclip.data import DATASETS, build_test_mapper, build_train_mapper, dataset_vocabulary, get_dataset
+from fcclip.integrations.detectron2.records import instances_from_targets
+from fcclip.vocabulary import Vocabulary
+
+__all__ = [
+    "DatasetMapper",
+    "DatasetMetadata",
+    "catalog_vocabulary",
+    "drawing_metadata",
+    "metadata_vocabulary",
+    "register_datasets",
+    "taken_datasets",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class DatasetMetadata(Metadata):
+    """What a data set of fcclip says about itself, asked for at each access: its folders are below
+    $DETECTRON2_DATASETS as it is then, like those of its records."""
+
+    def __getattr__(self, key: str) -> Any:
+        if key.startswith("_") or key in self._RENAMED:
+            return super().__getattr__(key)
+        known = get_dataset(self.name).metadata
+        if key not in known:
+            raise AttributeError(f"data set '{self.name}' has no '{key}' in its metadata. It has: {', '.join(known)}.")
+        return known[key]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything at once."""
+        return {**get_dataset(self.name).metadata, **super().as_dict()}
+
+
+@dataclass(frozen=True)
+class _Records:
+    """Reads the records of a data set of fcclip when detectron2 asks for them."""
+
+    name: str
+
+    def __call__(self) -> list[dict]:
+        return get_dataset(self.name).records()
+
+
+def taken_datasets() -> list[str]:
+    """The names of fcclip's data sets under which the catalogs hold something else."""
+    return [
+        name
+        for name in DATASETS
+        if DatasetCatalog.data.get(name, _Records(name)) != _Records(name)
+        or not _is_ours_or_empty(MetadataCatalog.data.get(name))
+    ]
+
+
+def register_datasets() -> None:
+    """Puts every data set of fcclip into both catalogs; nothing of them is read."""
+    for name in DATASETS:
+        DatasetCatalog[name] = _Records(name)
+        if not isinstance(MetadataCatalog.data.get(name), DatasetMetadata):
+            MetadataCatalog[name] = DatasetMetadata(name=name)
+
+
+def catalog_vocabulary(name: str, *, folder: str, need_things: bool = False) -> Vocabulary:
+    """The words of a data set of detectron2's catalog; arguments as of `metadata_vocabulary`.
+
+    Raises:
+        ValueError: no data set of that name, and as `metadata_vocabulary`.
+    """
+    metadata = lookup("data set (of detectron2's MetadataCatalog)", name, MetadataCatalog.data)
+    return metadata_vocabulary(metadata, folder=folder, need_things=need_things)
+
+
+def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bool = False) -> Vocabulary:
+    """The words of a data set of fcclip or of the user's own.
+
+    Of metadata that are not fcclip's, `stuff_classes` are all classes, things too, in the order of their contiguous
+    ids, or without it `thing_classes`; synonyms in an entry are separated by commas. Things are the values of
+    `thing_dataset_id_to_contiguous_id`.
+
+    Args:
+        metadata: of detectron2's catalog.
+        folder: of published vocabulary files (MODEL.FC_CLIP.VOCABULARIES), for the data sets of fcclip.
+        need_things: a panoptic or instance output is wanted, for which things must be told from stuff.
+
+    Raises:
+        ValueError: no classes, no things where they are needed, or thing ids that are no classes.
+    """
+    if isinstance(metadata, DatasetMetadata):
+        return dataset_vocabulary(metadata.name, folder)
+    where = f"metadata of data set '{metadata.name}'"
+    if not _classes(metadata) and metadata.name in DatasetCatalog:
+        DatasetCatalog.get(metadata.name)  # detectron2's COCO reader learns the classes when it reads the file
+    entries, things = _classes(metadata), metadata.get("thing_dataset_id_to_contiguous_id")
+    if not entries:
+        raise ValueError(
+            f"the {where} have neither stuff_classes nor thing_classes, so there are no words to look for. Set them: "
+            f'MetadataCatalog.get("{metadata.name}").set(stuff_classes=["cat, kitty", "grass"], '
+            "thing_dataset_id_to_contiguous_id={1: 0})"
+        )
+    if things is None and metadata.get("stuff_classes") and need_things:
+        raise ValueError(
+            f"the {where} do not say which of the stuff_classes are things. Set thing_dataset_id_to_contiguous_id (all "
+            "classes stuff: {}), or turn MODEL.MASK_FORMER.TEST.PANOPTIC_ON and INSTANCE_ON off"
+        )
+    if things is None:
+        things = {} if metadata.get("stuff_classes") else {index: index for index in range(len(entries))}
+    if any(index >= len(entries) for index in things.values()):
+        raise ValueError(
+            f"the {where} have {len(entries)} classes, but thing_dataset_id_to_contiguous_id goes up to "
+            f"{max(things.values())}: stuff_classes must be all classes, things too, in the order of their contiguous "
+            "ids"
+        )
+    try:
+        vocabulary = Vocabulary.from_names(list(entries), things=things.values(), name=metadata.name)
+    except ValueError as error:
+        raise ValueError(f"the {where} cannot be read as words: {error}") from error
+    logger.info(
+        "data set '%s': %d classes of its own metadata, %d of them things",
+        *(metadata.name, len(vocabulary), len(vocabulary.thing_classes)),
+    )
+    return vocabulary
+
+
+def drawing_metadata(vocabulary: Vocabulary) -> Metadata:
+    """Metadata for detectron2's Visualizer, which names things by `thing_classes[index]` and stuff by
+    `stuff_classes[index]`: here both are all class names, so that no class is drawn under another's name.
+    """
+    names = list(vocabulary.class_names)
+    return Metadata(name=vocabulary.name, thing_classes=names, stuff_classes=names)
+
+
+class DatasetMapper:
+    """fcclip's mapper in detectron2's form: `build_detection_train_loader(cfg, mapper=DatasetMapper(cfg))`.
+
+    A training sample has `image` (3, H, W) uint8, `instances` with gt_classes, gt_masks and gt_boxes, `height`,
+    `width`, the names of the record, and `point_seed`, which fixes where its losses look; a test sample has no ground
+    truth. Random numbers come from NumPy's global generator, which detectron2 seeds in each worker.
+
+    Args:
+        cfg: reads INPUT; INPUT.DATASET_MAPPER_NAME names the mapper for training.
+        is_train: augment and bring ground truth.
+
+    Raises:
+        ValueError: an unknown mapper, or values of INPUT that cannot work.
+    """
+
+    def __init__(self, cfg: CfgNode, is_train: bool = True) -> None:
+        self.is_train = is_train
+        self._map = build_train_mapper(cfg) if is_train else build_test_mapper(cfg)
+
+    def __call__(self, record: dict) -> dict[str, Any]:
+        """A record of the catalog -> a sample.
+
+        Raises:
+            FileNotFoundError, ValueError: a file that is missing or broken, or a record without panoptic ground truth.
+        """
+        if not self.is_train:
+            return self._map(record)
+        missing = [key for key in ("pan_seg_file_name", "segments_info") if key not in record]
+        if missing:
+            raise ValueError(
+                f"{record.get('file_name', 'a record')}: training needs panoptic ground truth, but the record has no "
+                f"{' and no '.join(missing)}. Use another mapper, whose 'instances' have gt_classes and gt_masks."
+            )
+        sample = self._map(record, np.random)
+        sample["instances"] = instances_from_targets(sample.pop("targets"))
+        return sample
+
+
+def _classes(metadata: Metadata) -> list[str] | None:
+    return metadata.get("stuff_classes") or metadata.get("thing_classes")
+
+
+def _is_ours_or_empty(metadata: Metadata | None) -> bool:
+    return metadata is None or isinstance(metadata, DatasetMetadata) or set(metadata.as_dict()) <= {"name"}

@@ -1,0 +1,299 @@
+"""FC-CLIP and its parts as detectron2 builds them: from a config, by their registered names.
+
+Each part is fcclip's own, with a constructor that also takes `(cfg, input_shape)` and with detectron2's inputs and
+outputs at the edge. Another part can take its place under a name of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.data import Metadata
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY, Backbone, build_backbone, build_sem_seg_head
+from detectron2.utils.registry import Registry
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from fcclip.config import lookup
+from fcclip.engine import load_state, model_weights
+from fcclip.integrations.detectron2.catalog import catalog_vocabulary, metadata_vocabulary
+from fcclip.integrations.detectron2.config import check_config
+from fcclip.integrations.detectron2.lenient import LenientModel
+from fcclip.integrations.detectron2.records import output_to_detectron2, targets_from_instances
+from fcclip.modeling import build, clip, mask_decoder, pixel_decoder
+from fcclip.modeling import fcclip as whole
+from fcclip.structures import WordEmbeddings
+from fcclip.vocabulary import Vocabulary
+
+__all__ = [
+    "CLIP",
+    "FCCLIP",
+    "TRANSFORMER_DECODER_REGISTRY",
+    "FCCLIPHead",
+    "MSDeformAttnPixelDecoder",
+    "MultiScaleMaskedTransformerDecoder",
+]
+
+logger = logging.getLogger(__name__)
+
+# Decoders by MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME, called with `(cfg, in_channels, mask_classification)`.
+TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
+
+
+class FCCLIP(whole.FCCLIP):
+    """FC-CLIP with detectron2's inputs and outputs.
+
+    `predict` and `losses` speak fcclip's records; a call of the model speaks detectron2's.
+
+    Args:
+        input_format: channel order of the pictures, "RGB" or "BGR" (INPUT.FORMAT).
+        vocabularies: folder of published vocabulary files for the data sets of fcclip; "" looks for one.
+        parts: as of `fcclip.modeling.FCCLIP`.
+    """
+
+    @configurable
+    def __init__(self, *, input_format: str, vocabularies: str = "", **parts: Any) -> None:
+        super().__init__(**parts)
+        self.input_format = input_format
+        self.vocabularies = vocabularies
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """The parts that a config names; the words are those of DATASETS.TRAIN[0] and DATASETS.TEST[0]."""
+        check_config(cfg)
+        backbone = build_backbone(cfg)
+        if not isinstance(backbone, clip.CLIPBackbone):
+            raise ValueError(
+                f"MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}' is a {type(backbone).__name__}; FCCLIP needs a "
+                "fcclip.modeling.CLIPBackbone, because the backbone classifies too. Use 'CLIP'."
+            )
+        build.check_embed_dim(cfg, backbone)
+        head = build_sem_seg_head(cfg, backbone.output_shape())
+        return {
+            "backbone": backbone,
+            "sem_seg_head": head,
+            **build.fcclip_arguments(cfg, backbone),
+            **_vocabularies(cfg),
+            "input_format": cfg.INPUT.FORMAT,
+            "vocabularies": cfg.MODEL.FC_CLIP.VOCABULARIES,
+        }
+
+    def forward(
+        self, batched_inputs: Sequence[Mapping[str, Any]], *, vocabulary: Vocabulary | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Losses while training, else predictions.
+
+        Args:
+            batched_inputs: a mapping a picture: `image` (3, H, W), optionally `height` and `width` of the outputs; in
+                training `instances` (see `targets_from_instances`).
+            vocabulary: classes for this call; default: those of `set_metadata`.
+
+        Returns:
+            In training: weighted losses by name. Else a mapping a picture: `sem_seg` (K, h, w) float, `panoptic_seg` =
+            (int32 (h, w), segment records), `instances` (detectron2's), as far as they are turned on.
+
+        Raises:
+            ValueError: no ground truth in training, no words, pictures of another form.
+        """
+        if self.training:
+            return self.losses([_with_targets(index, sample) for index, sample in enumerate(batched_inputs)])
+        return [output_to_detectron2(output) for output in self.predict(batched_inputs, vocabulary=vocabulary)]
+
+    def set_metadata(self, metadata: Metadata) -> None:
+        """Looks for the classes of a data set of detectron2's catalog from now on.
+
+        Raises:
+            ValueError: see `metadata_vocabulary`.
+        """
+        need_things = self.settings.panoptic_on or self.settings.instance_on
+        self.set_vocabulary(metadata_vocabulary(metadata, folder=self.vocabularies, need_things=need_things))
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Loads all weights or none; detectron2's checkpointer would only warn about those that do not fit.
+
+        A state dict may hold any part of the frozen CLIP. `strict=False` is treated like `strict=True`.
+
+        Raises:
+            ValueError: missing, unknown or wrong-shape keys; names them and the likely cause.
+        """
+        try:
+            load_state(LenientModel(self, assign=assign), state_dict, source="the state dict")
+        except ValueError as error:
+            if strict or model_weights(self).keys() <= state_dict.keys():
+                raise
+            raise ValueError(
+                f"{error}\n  (detectron2's own checkpointer leaves keys of another shape out before the model sees "
+                "them, so a missing key may be one of another shape; fcclip.integrations.detectron2.Checkpointer "
+                "names both shapes.)"
+            ) from error
+        return _IncompatibleKeys([], [])
+
+
+class _DetectronBackbone(Backbone):
+    """What detectron2 asks of a backbone, said by a `CLIPBackbone`."""
+
+    def output_shape(self) -> dict[str, ShapeSpec]:
+        """Channels and stride of each level; `clip_embedding` is the joint space, which has no stride."""
+        levels = {name: ShapeSpec(channels=self.channels[name], stride=self.strides[name]) for name in self.channels}
+        return {**levels, "clip_embedding": ShapeSpec(channels=self.embed_dim, stride=-1)}
+
+    @property
+    def size_divisibility(self) -> int:
+        """No rounding of its own; MODEL.MASK_FORMER.SIZE_DIVISIBILITY pads."""
+        return -1
+
+
+class ConvNeXtCLIP(clip.ConvNeXtCLIP, _DetectronBackbone):
+    """The ConvNeXt family as a detectron2 backbone."""
+
+
+class ResNetCLIP(clip.ResNetCLIP, _DetectronBackbone):
+    """The ResNet family as a detectron2 backbone."""
+
+
+FAMILIES = {clip.ConvNeXtCLIP: ConvNeXtCLIP, clip.ResNetCLIP: ResNetCLIP}
+
+
+def CLIP(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """The frozen CLIP that MODEL.FC_CLIP names.
+
+    Raises:
+        ValueError: as `fcclip.modeling.build_clip`, or pictures that do not have three channels.
+    """
+    check_config(cfg)
+    if input_shape.channels not in (None, 3):
+        raise ValueError(f"CLIP takes pictures of 3 channels, MODEL.PIXEL_MEAN has {input_shape.channels} numbers")
+    backbone = build.build_clip_backbone(cfg)
+    backbone.__class__ = FAMILIES[type(backbone)]  # the same object, with detectron2's two methods
+    return backbone
+
+
+class FCCLIPHead(whole.FCCLIPHead):
+    """Pixel decoder and masked decoder, each by its registered name.
+
+    Args:
+        pixel_decoder: with `forward_features(features)` -> mask features, map at stride 32, [maps at 32, 16, 8].
+        predictor: called like `MultiScaleMaskedTransformerDecoder`.
+    """
+
+    @configurable
+    def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module) -> None:
+        if not callable(getattr(pixel_decoder, "forward_features", None)):
+            raise ValueError(
+                f"the pixel decoder {type(pixel_decoder).__name__} (MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME) needs a "
+                "method forward_features(features) -> mask features, map at stride 32, [maps at strides 32, 16, 8]"
+            )
+        super().__init__(pixel_decoder=pixel_decoder, predictor=predictor)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """The two decoders that a config names."""
+        check_config(cfg)
+        build.check_decoder_input(cfg)
+        head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+        key = "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME"
+        pixel_decoder = lookup(key, head.PIXEL_DECODER_NAME, dict(SEM_SEG_HEADS_REGISTRY))(cfg, input_shape)
+        key = "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME"
+        decoder = lookup(key, former.TRANSFORMER_DECODER_NAME, dict(TRANSFORMER_DECODER_REGISTRY))
+        predictor = decoder(cfg, head.CONVS_DIM, mask_classification=True)
+        return {"pixel_decoder": pixel_decoder, "predictor": predictor}
+
+    def forward(
+        self, features: Mapping[str, Tensor], words: WordEmbeddings, *, all_sets: bool
+    ) -> mask_decoder.QueryPredictions:
+        """As fcclip's head, through `forward_features`."""
+        mask_features, _, pyramid = self.pixel_decoder.forward_features(features)
+        return self.predictor(pyramid, mask_features, words, all_sets=all_sets)
+
+
+class MSDeformAttnPixelDecoder(pixel_decoder.MSDeformAttnPixelDecoder):
+    """The deformable pixel decoder, from values or from `(cfg, input_shape)`."""
+
+    @configurable
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """The values of a config."""
+        check_config(cfg)
+        return build.pixel_decoder_arguments(cfg, _Levels.of(cfg, input_shape))
+
+    def forward_features(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Backbone levels -> mask features (B, mask_dim, H/4, W/4), the map at stride 32, the maps at strides 32, 16
+        and 8."""
+        mask_features, pyramid = self(features)
+        return mask_features, pyramid[0], pyramid
+
+
+class MultiScaleMaskedTransformerDecoder(mask_decoder.MultiScaleMaskedTransformerDecoder):
+    """The masked decoder, from values or from `(cfg, in_channels, mask_classification)`."""
+
+    @configurable
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool = True) -> dict[str, Any]:
+        """The values of a config."""
+        check_config(cfg)
+        if not mask_classification:
+            raise ValueError("FC-CLIP classifies masks: mask_classification must be True")
+        arguments = build.mask_decoder_arguments(cfg, embed_dim=cfg.MODEL.FC_CLIP.EMBED_DIM)
+        return {**arguments, "in_channels": in_channels}
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """What a pixel decoder must know of a backbone, from detectron2's shapes."""
+
+    channels: dict[str, int]
+    strides: dict[str, int]
+    embed_dim: int
+
+    @classmethod
+    def of(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> _Levels:
+        levels = {name: shape for name, shape in shapes.items() if shape.stride is not None and shape.stride > 0}
+        return cls(
+            channels={name: shape.channels for name, shape in levels.items()},
+            strides={name: shape.stride for name, shape in levels.items()},
+            embed_dim=cfg.MODEL.FC_CLIP.EMBED_DIM,
+        )
+
+
+def _vocabularies(cfg: CfgNode) -> dict[str, Vocabulary]:
+    """The words of the first training set and of the first test set, as far as the config names one."""
+    folder, test = cfg.MODEL.FC_CLIP.VOCABULARIES, cfg.MODEL.MASK_FORMER.TEST
+    words = {}
+    if cfg.DATASETS.TRAIN:
+        words["train_vocabulary"] = catalog_vocabulary(cfg.DATASETS.TRAIN[0], folder=folder)
+    if cfg.DATASETS.TEST:
+        need_things = test.PANOPTIC_ON or test.INSTANCE_ON
+        words["test_vocabulary"] = catalog_vocabulary(cfg.DATASETS.TEST[0], folder=folder, need_things=need_things)
+    if len(cfg.DATASETS.TEST) > 1:
+        logger.warning(
+            "DATASETS.TEST names %d data sets; the model looks for the classes of the first, '%s', until set_metadata "
+            "is called. Trainer.test of fcclip.integrations.detectron2 calls it for each data set, detectron2's "
+            "DefaultTrainer.test does not.",
+            *(len(cfg.DATASETS.TEST), cfg.DATASETS.TEST[0]),
+        )
+    return words
+
+
+def _with_targets(index: int, sample: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "targets" in sample:
+        return sample
+    if "instances" not in sample:
+        raise ValueError(
+            f"training needs 'instances' with gt_classes and gt_masks in every picture; picture {index} of this batch "
+            f"has {', '.join(sample)}. Build the loader with fcclip's mapper: build_detection_train_loader(cfg, "
+            "mapper=DatasetMapper(cfg)) from fcclip.integrations.detectron2, or use its Trainer."
+        )
+    return {**sample, "targets": targets_from_instances(sample["instances"])}

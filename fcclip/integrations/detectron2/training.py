@@ -1,0 +1,334 @@
+"""detectron2's DefaultTrainer for FC-CLIP: mapper, optimiser, schedule, checkpoints and evaluators."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import Metadata, MetadataCatalog, build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import AMPTrainer, DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    SemSegEvaluator,
+    inference_context,
+)
+from detectron2.structures import Instances
+from detectron2.utils import comm
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from fcclip.config import lookup
+from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer, check_training, unwrap
+from fcclip.engine.optimizer import trainable_parameters
+from fcclip.engine.trainer import amp_dtype
+from fcclip.integrations.detectron2.catalog import DatasetMapper, catalog_vocabulary
+from fcclip.integrations.detectron2.checkpoint import Checkpointer
+from fcclip.integrations.detectron2.config import check_config, check_unread
+from fcclip.modeling.augmentation import AugmentedModel, build_augmented
+from fcclip.vocabulary import Vocabulary
+
+__all__ = ["InstanceSegEvaluator", "Trainer", "build_evaluator"]
+
+logger = logging.getLogger(__name__)
+
+# Keys of fcclip's own training and evaluation that detectron2's loops do not know.
+UNREAD = (
+    "SOLVER.ACCUMULATE",
+    "SOLVER.NON_FINITE",
+    "SOLVER.BEST.DATASET",
+    "SOLVER.BEST.METRIC",
+    "DATALOADER.MAX_BAD_IMAGES",
+    "DETERMINISTIC",
+    "TEST.BATCH_SIZE",
+)
+
+# What each kind of data set is evaluated for, in the published order, as far as {PANOPTIC,INSTANCE,SEMANTIC}_ON ask.
+EVALUATORS: dict[str, tuple[str, ...]] = {
+    "coco_panoptic_seg": ("panoptic", "instance", "semantic"),
+    "ade20k_panoptic_seg": ("semantic", "panoptic", "instance"),
+    "mapillary_vistas_panoptic_seg": ("panoptic", "instance", "semantic"),
+    "cityscapes_panoptic_seg": ("panoptic", "cityscapes semantic", "cityscapes instance"),
+    "sem_seg": ("semantic",),
+    "coco": ("instance",),
+    "lvis": ("lvis",),
+}
+
+
+class Trainer(DefaultTrainer):
+    """detectron2's trainer for FC-CLIP.
+
+    Losses, schedule, optimiser and clipping are those of `fcclip.engine`; the loop, hooks, writers and evaluators are
+    detectron2's.
+
+    Raises:
+        ValueError: training sets whose classes differ or are not NUM_CLASSES many, or a key that detectron2's loop
+            would ignore.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        check_config(cfg)
+        check_unread(cfg, UNREAD, "detectron2's training loop does not know it (fcclip's train_net.py does)")
+        check_training(cfg, _training_words(cfg), world_size=comm.get_world_size())
+        dtype = amp_dtype(cfg, torch.device(cfg.MODEL.DEVICE))
+        if cfg.SOLVER.AMP.ENABLED and dtype is None:  # detectron2 would stop at the first step
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.SOLVER.AMP.ENABLED = False
+        super().__init__(cfg)
+        if isinstance(self._trainer, AMPTrainer):
+            self._trainer.precision = dtype
+
+    def build_hooks(self) -> list[HookBase | None]:
+        """detectron2's hooks around fcclip's checkpointer, which keeps SOLVER.CHECKPOINT_KEEP files."""
+        self.checkpointer = Checkpointer(
+            self.model,
+            self.cfg.OUTPUT_DIR,
+            full=self.cfg.SOLVER.CHECKPOINT_FULL or not self.cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS,
+            notes={"config": self.cfg.dump()},
+            trainer=weakref.proxy(self),
+        )
+        found = super().build_hooks()
+        for hook in found:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                hook.max_to_keep = self.cfg.SOLVER.CHECKPOINT_KEEP or None
+        return found
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Endless batches of the mapper that INPUT.DATASET_MAPPER_NAME names."""
+        return build_detection_train_loader(cfg, mapper=DatasetMapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """One picture a batch; no ground truth is opened."""
+        return build_detection_test_loader(cfg, dataset_name, mapper=DatasetMapper(cfg, is_train=False))
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """fcclip's optimiser; each step clips the gradients first, as SOLVER.CLIP_GRADIENTS says."""
+        optimizer = build_optimizer(cfg, model)
+        clip = build_clip(cfg)
+
+        def clip_gradients(stepping: torch.optim.Optimizer, *_: Any) -> None:
+            clip(trainable_parameters(stepping))
+
+        optimizer.register_step_pre_hook(clip_gradients)
+        # A loss scaler hands scaled gradients to an optimiser that says it can divide them itself: clipping needs the
+        # true ones, so the scaler has to divide before the step.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """fcclip's schedules, which include WarmupPolyLR."""
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+        """See `build_evaluator` of this module."""
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module | AugmentedModel,
+        evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
+    ) -> Mapping[str, Any]:
+        """detectron2's evaluation of each data set of DATASETS.TEST, each with its own words.
+
+        Returns:
+            task -> metric -> value of the only data set; of several, these by data set name.
+        """
+        if isinstance(evaluators, DatasetEvaluator):
+            evaluators = [evaluators]
+        names = list(cfg.DATASETS.TEST)
+        if evaluators is not None and len(evaluators) != len(names):
+            raise ValueError(f"{len(evaluators)} evaluators for the {len(names)} data sets of DATASETS.TEST")
+        bare = model.model if isinstance(model, AugmentedModel) else unwrap(model)
+        words, results = bare.test_vocabulary, OrderedDict()
+        try:
+            for index, name in enumerate(names):
+                bare.set_metadata(MetadataCatalog.get(name))
+                one = cfg.clone()
+                one.defrost()
+                one.DATASETS.TEST = (name,)
+                results[name] = super().test(one, model, evaluators and evaluators[index : index + 1])
+        finally:
+            bare.test_vocabulary = words
+        return _only_or_all(results)
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> Mapping[str, Any]:
+        """Evaluates the mean semantic maps of the variants of each picture that TEST.AUG asks for; the published name.
+
+        Files go to OUTPUT_DIR/inference_TTA/<data set>.
+
+        Returns:
+            As `test`, with the tasks called `sem_seg_TTA`.
+
+        Raises:
+            ValueError: semantic maps turned off, no sizes in TEST.AUG, a kind of data set without semantic evaluation.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+        folder = Path(cfg.OUTPUT_DIR) / "inference_TTA"
+        evaluators = [build_evaluator(cfg, name, str(folder / name)) for name in cfg.DATASETS.TEST]
+        with inference_context(model):
+            results = cls.test(cfg, build_augmented(cfg, model), evaluators)
+        if len(cfg.DATASETS.TEST) == 1:
+            results = {cfg.DATASETS.TEST[0]: results}
+        return _only_or_all(
+            {name: {f"{task}_TTA": found for task, found in tasks.items()} for name, tasks in results.items()}
+        )
+
+
+class InstanceSegEvaluator(COCOEvaluator):
+    """COCO average precision where things are any of the classes, not the first ones (ADE20K has them interleaved).
+
+    The published name; arguments as of detectron2's `COCOEvaluator`, which insists on thing indices 0..n-1.
+    """
+
+    def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(dataset_name, *args, **kwargs)
+        things = self._metadata.get("thing_dataset_id_to_contiguous_id")
+        if things is None:
+            raise ValueError(
+                f"data set '{dataset_name}' has no thing_dataset_id_to_contiguous_id in its metadata, so nothing says "
+                "what the category ids of its instances file are"
+            )
+        names = self._metadata.get("stuff_classes") or self._metadata.thing_classes
+        self._rank = {index: rank for rank, index in enumerate(sorted(things.values()))}
+        self._metadata = Metadata(
+            name=dataset_name,
+            json_file=self._metadata.json_file,
+            thing_dataset_id_to_contiguous_id={key: self._rank[index] for key, index in things.items()},
+            thing_classes=[names[things[key]] for key in sorted(things)],  # the protocol sorts by dataset id
+        )
+
+    def process(self, inputs: Sequence[Mapping], outputs: Sequence[Mapping]) -> None:
+        """Takes in the instances of a batch.
+
+        Raises:
+            ValueError: an instance of a class that is no thing of the data set.
+        """
+        super().process(inputs, [{**one, "instances": self._ranked(one["instances"])} for one in outputs])
+
+    def _ranked(self, instances: Instances) -> Instances:
+        classes = instances.pred_classes
+        strange = sorted(set(classes.tolist()) - self._rank.keys())
+        if strange:
+            raise ValueError(f"instances of the classes {strange}, which are no things of '{self._metadata.name}'")
+        ranks = torch.tensor([self._rank[index] for index in classes.tolist()], dtype=torch.int64)
+        fields = {**instances.get_fields(), "pred_classes": ranks.to(classes.device)}
+        return Instances(instances.image_size, **fields)
+
+
+def _training_words(cfg: CfgNode) -> Vocabulary:
+    """The words of all data sets of DATASETS.TRAIN, whose labels mean the same classes."""
+    words = [catalog_vocabulary(name, folder=cfg.MODEL.FC_CLIP.VOCABULARIES) for name in cfg.DATASETS.TRAIN]
+    if not words:
+        raise ValueError("DATASETS.TRAIN is empty; its first data set decides the training classes")
+    if any(one.synonyms != words[0].synonyms for one in words):
+        sizes = {name: len(one) for name, one in zip(cfg.DATASETS.TRAIN, words)}
+        raise ValueError(
+            f"the data sets of DATASETS.TRAIN have different classes, so a label would mean several (number of "
+            f"classes: {sizes}). Train on data sets with the same classes in the same order."
+        )
+    return words[0]
+
+
+def _only_or_all(results: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+    """detectron2's evaluators for a kind of data set, as far as MODEL.MASK_FORMER.TEST asks for them.
+
+    Args:
+        cfg: says which heads are on.
+        dataset_name: of detectron2's catalog.
+        output_folder: for files; None: OUTPUT_DIR/inference/<data set>.
+
+    Raises:
+        ValueError: a kind that there is no evaluator for, no head on that it is evaluated for, missing ground truth.
+    """
+    check_config(cfg)
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = getattr(metadata, "evaluator_type", None)
+    if kind is None:
+        raise ValueError(
+            f"data set '{dataset_name}' has no evaluator_type in its metadata, so nothing says how to evaluate it. Set "
+            f'MetadataCatalog.get("{dataset_name}").evaluator_type to one of {", ".join(EVALUATORS)}, or pass '
+            "evaluators to Trainer.test."
+        )
+    folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name)
+    test = cfg.MODEL.MASK_FORMER.TEST
+    on = {"panoptic": test.PANOPTIC_ON, "instance": test.INSTANCE_ON, "semantic": test.SEMANTIC_ON}
+    on["lvis"] = test.INSTANCE_ON
+    tasks = lookup("evaluator type", kind, EVALUATORS)
+    wanted = [task for task in tasks if on[task.removeprefix("cityscapes ")]]
+    if not wanted:
+        heads = sorted({"INSTANCE" if task == "lvis" else task.split()[-1].upper() for task in tasks})
+        keys = ", ".join(f"MODEL.MASK_FORMER.TEST.{head}_ON" for head in heads)
+        raise ValueError(f"nothing to evaluate on data set '{dataset_name}' ({kind}): switch on at least one of {keys}")
+    found = [BUILDERS[task](dataset_name, metadata, folder) for task in wanted]
+    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+
+
+def _semantic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
+    return SemSegEvaluator(name, distributed=True, output_dir=folder)
+
+
+def _panoptic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
+    try:
+        import panopticapi  # noqa: F401 (detectron2 needs it once every picture has been computed)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"detectron2 needs panopticapi for the panoptic quality of '{name}': pip install "
+            "git+https://github.com/cocodataset/panopticapi.git, or turn MODEL.MASK_FORMER.TEST.PANOPTIC_ON off. "
+            "fcclip.evaluation computes the same numbers without it."
+        ) from error
+    return COCOPanopticEvaluator(name, folder)
+
+
+def _instance(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
+    if getattr(metadata, "json_file", "") is None:
+        raise ValueError(
+            f"data set '{name}' has no instances file, so AP cannot be evaluated; set "
+            "MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
+        )
+    return InstanceSegEvaluator(name, output_dir=folder)
+
+
+def _lvis(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
+    return LVISEvaluator(name, output_dir=folder)
+
+
+def _cityscapes(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
+    raise ValueError(
+        f"'{name}': the Cityscapes evaluators of detectron2 import a package that is internal to Meta (since December "
+        "2024) and cannot run. Set MODEL.MASK_FORMER.TEST.SEMANTIC_ON and INSTANCE_ON False to evaluate panoptic "
+        "quality alone."
+    )
+
+
+BUILDERS = {
+    "panoptic": _panoptic,
+    "instance": _instance,
+    "semantic": _semantic,
+    "lvis": _lvis,
+    "cityscapes semantic": _cityscapes,
+    "cityscapes instance": _cityscapes,
+}

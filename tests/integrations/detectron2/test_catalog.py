@@ -1,0 +1,227 @@
+"""Data sets and words in detectron2's catalogs, and the mapper of its loaders."""
+
+import copy
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed")
+
+from detectron2.data import (
+    DatasetCatalog,
+    Metadata,
+    MetadataCatalog,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
+from detectron2.data import DatasetMapper as DetectronMapper
+from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
+
+from fcclip.data import DATASETS, build_test_mapper, build_train_mapper, get_dataset
+from fcclip.integrations.detectron2 import (
+    DatasetMapper,
+    drawing_metadata,
+    instances_from_targets,
+    metadata_vocabulary,
+    register,
+)
+from fcclip.integrations.detectron2.catalog import catalog_vocabulary
+from fcclip.vocabulary import Vocabulary
+
+pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
+ADE = "openvocab_ade20k_panoptic_val"
+
+
+def test_every_data_set_is_in_both_catalogs_and_a_second_call_changes_nothing():
+    before = dict(DatasetCatalog.data), dict(MetadataCatalog.data)
+    register()
+    assert (dict(DatasetCatalog.data), dict(MetadataCatalog.data)) == before
+    for name in DATASETS:
+        assert name in DatasetCatalog
+        assert MetadataCatalog.get(name).as_dict() == {"name": name, **get_dataset(name).metadata}
+
+
+def test_records_are_those_of_fcclip(shapes):
+    assert DatasetCatalog.get("shapes_val") == get_dataset("shapes_val").records()
+
+
+def test_the_root_folder_is_read_when_it_is_needed(tmp_path, monkeypatch):
+    metadata = MetadataCatalog.get("shapes_val")
+    for name in ("one", "two"):
+        monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / name))
+        assert metadata.panoptic_json == str(tmp_path / name / "shapes/annotations/panoptic_val.json")
+        with pytest.raises(FileNotFoundError, match=f"{name}/shapes"):
+            DatasetCatalog.get("shapes_val")
+
+
+def test_metadata_behave_like_detectron2s():
+    metadata = copy.deepcopy(MetadataCatalog.get(ADE))
+    assert metadata.name == ADE and metadata.get("no_such_thing", 3) == 3
+    assert len(metadata.thing_classes) == 100 and len(metadata.stuff_classes) == 150
+    metadata.thing_colors = [(1, 2, 3)]
+    assert metadata.thing_colors == [(1, 2, 3)] and "thing_colors" in metadata.as_dict()
+    metadata.ignore_label = 255  # as it is
+    with pytest.raises(AssertionError, match="cannot be set to a different value"):
+        metadata.ignore_label = 0
+    with pytest.raises(AttributeError, match=f"'{ADE}' has no 'gt_dir' in its metadata. It has: stuff_classes, "):
+        _ = metadata.gt_dir
+
+
+def test_a_name_that_is_taken_is_an_error_and_nothing_is_registered(monkeypatch):
+    name = "shapes_tune"
+    monkeypatch.setitem(DatasetCatalog.data, name, list)
+    monkeypatch.delitem(MetadataCatalog.data, ADE)
+    monkeypatch.setitem(META_ARCH_REGISTRY._obj_map, "FCCLIP", object)
+    monkeypatch.delitem(SEM_SEG_HEADS_REGISTRY._obj_map, "FCCLIPHead")
+    with pytest.raises(ValueError) as caught:
+        register()
+    assert "'FCCLIP' in the registry META_ARCH, by <class 'object'>" in str(caught.value)
+    assert f"data set '{name}' in detectron2's catalogs" in str(caught.value)
+    assert DatasetCatalog[name] is list and ADE not in MetadataCatalog and "FCCLIPHead" not in SEM_SEG_HEADS_REGISTRY
+
+
+def test_metadata_of_another_are_a_taken_name_and_an_empty_entry_is_not(monkeypatch):
+    monkeypatch.setitem(MetadataCatalog.data, ADE, Metadata(name=ADE))  # what MetadataCatalog.get makes of any name
+    register()
+    assert MetadataCatalog.get(ADE).evaluator_type == "ade20k_panoptic_seg"
+    monkeypatch.setitem(MetadataCatalog.data, ADE, Metadata(name=ADE, stuff_classes=["wall"]))
+    with pytest.raises(ValueError, match=f"data set '{ADE}' in detectron2's catalogs"):
+        register()
+
+
+# ---- words ----
+
+
+def test_words_of_fcclips_data_sets_are_its_own():
+    vocabulary = metadata_vocabulary(MetadataCatalog.get(ADE), need_things=True)
+    assert vocabulary == Vocabulary.builtin("ade20k_150")
+    assert catalog_vocabulary("shapes_train", folder="") == Vocabulary.builtin("shapes_seen")
+
+
+def test_published_vocabulary_files_are_taken_from_their_folder(tmp_path):
+    lines = [f"{index}:word {index},other {index}" for index in range(1, 151)]
+    (tmp_path / "ade20k_150_with_prompt_eng.txt").write_text("\n".join(lines))
+    vocabulary = catalog_vocabulary(ADE, folder=str(tmp_path))
+    assert vocabulary.synonyms[0] == ("word 1", "other 1")
+    assert vocabulary.thing_classes == Vocabulary.builtin("ade20k_150").thing_classes
+
+
+def test_words_of_a_users_data_set_are_read_as_published():
+    metadata = Metadata(
+        name="mine",
+        stuff_classes=["cat,kitty, tom cat", "grass, ", "dog"],
+        thing_dataset_id_to_contiguous_id={17: 0, 18: 2},
+    )
+    vocabulary = metadata_vocabulary(metadata, need_things=True)
+    assert vocabulary.name == "mine"
+    assert vocabulary.synonyms == (("cat", "kitty", "tom cat"), ("grass",), ("dog",))
+    assert vocabulary.thing_classes == (0, 2)
+
+
+def test_without_stuff_classes_the_thing_classes_are_all_classes():
+    vocabulary = metadata_vocabulary(Metadata(name="mine", thing_classes=["cat", "dog"]), need_things=True)
+    assert vocabulary.class_names == ("cat", "dog") and vocabulary.thing_classes == (0, 1)
+
+
+def test_classes_that_detectron2_learns_from_the_file_are_found(tmp_path):
+    categories = [{"id": 7, "name": "hen"}, {"id": 9, "name": "cow"}]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    register_coco_instances("farm_of_the_test", {}, str(tmp_path / "coco.json"), str(tmp_path))
+    try:
+        vocabulary = catalog_vocabulary("farm_of_the_test", folder="", need_things=True)
+    finally:
+        DatasetCatalog.remove("farm_of_the_test")
+        MetadataCatalog.remove("farm_of_the_test")
+    assert vocabulary.class_names == ("hen", "cow") and vocabulary.thing_classes == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "have neither stuff_classes nor thing_classes"),
+        ({"stuff_classes": ["cat", "grass"]}, "do not say which of the stuff_classes are things"),
+        ({"stuff_classes": ["sky"], "thing_dataset_id_to_contiguous_id": {1: 79}}, "have 1 classes, but .* up to 79"),
+        (
+            {"stuff_classes": ["cat", " , "], "thing_dataset_id_to_contiguous_id": {}},
+            "data set 'mine' cannot be read as words: entry 1 .* has no word",
+        ),
+    ],
+)
+def test_metadata_without_usable_classes_are_refused(content, message):
+    with pytest.raises(ValueError, match=message):
+        metadata_vocabulary(Metadata(name="mine", **content), need_things=True)
+
+
+def test_things_need_not_be_known_for_semantic_maps_alone():
+    vocabulary = metadata_vocabulary(Metadata(name="mine", stuff_classes=["sky", "grass"]))
+    assert vocabulary.thing_classes == ()
+
+
+def test_an_unknown_data_set_is_refused_with_its_neighbour():
+    with pytest.raises(ValueError, match="unknown data set .* 'shapes_vall'. Did you mean 'shapes_val'"):
+        catalog_vocabulary("shapes_vall", folder="")
+
+
+def test_the_visualizer_finds_every_class_under_its_index():
+    metadata = drawing_metadata(Vocabulary.from_names("wall:stuff; cat, kitty"))
+    assert metadata.thing_classes == metadata.stuff_classes == ["wall", "cat"]
+
+
+# ---- mapper and loaders ----
+
+
+def test_training_samples_are_fcclips_with_instances(shapes, both_cfgs):
+    cfg, ours = both_cfgs()
+    record = get_dataset("shapes_train").records()[0]
+    np.random.seed(3)
+    sample = DatasetMapper(cfg)(record)
+    expected = build_train_mapper(ours)(record, np.random.RandomState(3))
+    wanted = instances_from_targets(expected.pop("targets"))
+    found = sample.pop("instances")
+    assert torch.equal(found.gt_masks, wanted.gt_masks) and torch.equal(found.gt_classes, wanted.gt_classes)
+    assert torch.equal(sample.pop("image"), expected.pop("image"))
+    assert sample == expected
+
+
+def test_test_samples_are_fcclips(shapes, both_cfgs):
+    cfg, ours = both_cfgs()
+    record = get_dataset("shapes_val").records()[0]
+    sample, expected = DatasetMapper(cfg, is_train=False)(record), build_test_mapper(ours)(record)
+    assert torch.equal(sample.pop("image"), expected.pop("image")) and sample == expected
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_detectron2s_loaders_take_the_mapper(shapes, detectron2_cfg, num_workers):
+    cfg = detectron2_cfg(DATALOADER__NUM_WORKERS=num_workers, SOLVER__IMS_PER_BATCH=2)
+    batches = build_detection_train_loader(cfg, mapper=DatasetMapper(cfg))
+    (batch,) = itertools.islice(batches, 1)
+    assert [sample["image"].shape for sample in batch] == [(3, 64, 64)] * 2
+    assert all(len(sample["instances"]) and sample["instances"].has("gt_boxes") for sample in batch)
+    loader = build_detection_test_loader(cfg, "shapes_val", mapper=DatasetMapper(cfg, is_train=False))
+    assert [sample["image_id"] for batch in loader for sample in batch] == [1, 2, 3, 4]
+
+
+def test_detectron2s_own_mapper_reads_the_same_test_pictures(shapes, detectron2_cfg):
+    cfg = detectron2_cfg()
+    own, theirs = (
+        build_detection_test_loader(cfg, "shapes_val", mapper=mapper)
+        for mapper in (DatasetMapper(cfg, is_train=False), DetectronMapper(cfg, is_train=False))
+    )
+    for (sample,), (other,) in zip(own, theirs, strict=True):
+        assert torch.equal(sample["image"], other["image"])
+        assert all(sample[key] == other[key] for key in ("file_name", "image_id", "height", "width"))
+
+
+def test_records_without_panoptic_ground_truth_are_refused(detectron2_cfg):
+    with pytest.raises(ValueError, match="a.jpg: training needs panoptic ground truth, but the record has no pan_seg"):
+        DatasetMapper(detectron2_cfg())({"file_name": "a.jpg", "annotations": []})
+
+
+def test_an_unknown_mapper_is_refused(detectron2_cfg):
+    cfg = detectron2_cfg(INPUT__DATASET_MAPPER_NAME="coco_panoptic_lsi")
+    with pytest.raises(ValueError, match="unknown INPUT.DATASET_MAPPER_NAME .* Did you mean 'coco_panoptic_lsj'"):
+        DatasetMapper(cfg)

@@ -1,0 +1,306 @@
+"""detectron2's build_model and DefaultPredictor with the published files: fcclip's numbers, bit for bit."""
+
+import copy
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("detectron2", reason="detectron2 is not installed")
+
+from detectron2.config import get_cfg
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.engine import DefaultPredictor
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+    Backbone,
+    build_backbone,
+    build_model,
+    build_sem_seg_head,
+)
+from detectron2.structures import BitMasks, Instances
+from detectron2.utils.visualizer import Visualizer
+
+from fcclip import Segmenter
+from fcclip.data import resize_image, shortest_edge_size
+from fcclip.integrations.detectron2 import TRANSFORMER_DECODER_REGISTRY, drawing_metadata
+from fcclip.integrations.detectron2.model import FAMILIES
+from fcclip.modeling import CLIPBackbone
+from fcclip.modeling import build_model as build_own_model
+from fcclip.structures import Targets
+from fcclip.vocabulary import Vocabulary
+from tests.integrations.detectron2.conftest import ADE20K, REPOSITORY
+
+pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
+RESNET = {
+    "MODEL__FC_CLIP__CLIP_MODEL_NAME": str(REPOSITORY / "tests/data/tiny_resnet.json"),
+    "MODEL__FC_CLIP__ENSEMBLE_ON_VALID_MASK": True,
+}
+
+
+def picture(size=(64, 96), seed=0, **extra):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
+    return {"image": image, **extra}
+
+
+def training_picture(seed=0):
+    masks = torch.zeros(3, 64, 96, dtype=torch.bool)
+    masks[0, :32], masks[1, 20:, :40], masks[2, 40:60, 50:] = True, True, True
+    return picture(seed=seed), torch.tensor([0, 5, 2]), masks
+
+
+@pytest.fixture
+def both_models(both_cfgs):
+    """Function (…) as `both_cfgs` -> the model that detectron2 builds, and fcclip's, from the same seed."""
+
+    def build(*args, **changes):
+        cfg, ours = both_cfgs(*args, **changes)
+        torch.manual_seed(7)
+        model = build_model(cfg)
+        torch.manual_seed(7)
+        return model, build_own_model(ours)
+
+    return build
+
+
+# ---- published names ----
+
+
+@pytest.mark.parametrize("backbone", ["", "_r50"])
+def test_the_published_file_builds_the_published_state_dict(both_cfgs, backbone):
+    cfg, _ = both_cfgs(
+        ADE20K.replace(".yaml", f"{backbone}.yaml"), tiny=False, MODEL__FC_CLIP__CLIP_PRETRAINED_WEIGHTS=""
+    )
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    name = f"manifest{backbone or '_convnext_large'}.json.gz"
+    manifest = json.loads(gzip.decompress((REPOSITORY / "tests/data/parity/state_dicts" / name).read_bytes()))
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == {
+        key: value["shape"] for key, value in manifest.items()
+    }
+    assert {name for name, value in model.named_parameters() if value.requires_grad} == {
+        key for key, value in manifest.items() if value["kind"] == "trainable"
+    }
+
+
+def test_parts_are_registered_under_their_published_names(detectron2_cfg):
+    cfg = detectron2_cfg(ADE20K)
+    backbone = build_backbone(cfg)
+    assert isinstance(backbone, Backbone) and isinstance(backbone, CLIPBackbone)
+    shapes = backbone.output_shape()
+    assert {name: shape.stride for name, shape in shapes.items()} == {
+        "stem": 4, "res2": 4, "res3": 8, "res4": 16, "res5": 32, "clip_embedding": -1
+    }  # fmt: skip
+    assert shapes["clip_embedding"].channels == 16 and backbone.size_divisibility == -1
+    features = backbone(torch.zeros(1, 3, 64, 64))
+    assert all(features[name].shape[1] == shapes[name].channels for name in shapes if name in features)
+
+    pixel_decoder = SEM_SEG_HEADS_REGISTRY.get("MSDeformAttnPixelDecoder")(cfg, shapes).eval()
+    mask_features, coarsest, pyramid = pixel_decoder.forward_features(features)
+    assert mask_features.shape == (1, 32, 16, 16) and coarsest is pyramid[0]
+    assert [tuple(level.shape[-2:]) for level in pyramid] == [(2, 2), (4, 4), (8, 8)]
+    decoder = TRANSFORMER_DECODER_REGISTRY.get("MultiScaleMaskedTransformerDecoder")
+    assert decoder(cfg, 32, mask_classification=True).query_feat.weight.shape == (8, 32)
+    assert type(build_sem_seg_head(cfg, shapes)).__name__ == "FCCLIPHead"
+
+
+def test_every_family_of_clip_is_a_detectron2_backbone():
+    families = {one for one in CLIPBackbone.__subclasses__() if one.__module__ == CLIPBackbone.__module__}
+    assert families == set(FAMILIES) and all(issubclass(one, Backbone) for one in FAMILIES.values())
+
+
+def test_a_part_of_ones_own_takes_its_place_by_name(detectron2_cfg, monkeypatch):
+    class HalvedPixelDecoder(SEM_SEG_HEADS_REGISTRY.get("MSDeformAttnPixelDecoder")):
+        def forward_features(self, features):
+            mask_features, coarsest, pyramid = super().forward_features(features)
+            return mask_features / 2, coarsest, pyramid
+
+    monkeypatch.setitem(SEM_SEG_HEADS_REGISTRY._obj_map, "HalvedPixelDecoder", HalvedPixelDecoder)
+    cfg = detectron2_cfg(ADE20K, MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME="HalvedPixelDecoder")
+    own = build_model(cfg)
+    cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = "MSDeformAttnPixelDecoder"
+    usual = build_model(cfg)
+    usual.load_state_dict(own.state_dict())
+    features = usual.backbone(torch.rand(1, 3, 64, 64))
+    (halved, _, _), (whole, _, _) = (
+        model.eval().sem_seg_head.pixel_decoder.forward_features(features) for model in (own, usual)
+    )
+    assert torch.equal(halved * 2, whole)
+
+
+# ---- parity ----
+
+
+@pytest.mark.parametrize("changes", [{}, RESNET], ids=["convnext", "resnet"])
+def test_outputs_of_the_published_file_are_fcclips_bit_for_bit(both_models, changes):
+    model, ours = both_models(ADE20K, **changes)
+    assert model.state_dict().keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
+    inputs = [picture((64, 96), height=50, width=75), picture((90, 60), seed=1)]
+    for found, expected in zip(model.eval()(inputs), ours(inputs), strict=True):
+        assert torch.equal(found["sem_seg"], expected["sem_seg"])
+        assert torch.equal(found["panoptic_seg"][0], expected["panoptic_seg"][0])
+        assert found["panoptic_seg"][1] == expected["panoptic_seg"][1]
+        instances, wanted = found["instances"], expected["instances"]
+        assert len(instances) and instances.image_size == tuple(found["sem_seg"].shape[-2:])
+        assert torch.equal(instances.pred_masks, wanted.pred_masks.float())
+        assert torch.equal(instances.pred_boxes.tensor, wanted.pred_boxes)
+        assert torch.equal(instances.scores, wanted.scores)
+        assert torch.equal(instances.pred_classes, wanted.pred_classes)
+
+
+def test_losses_are_fcclips_bit_for_bit(both_models):
+    model, ours = both_models(ADE20K)
+    sample, labels, masks = training_picture()
+    targets = Targets(labels, masks)
+    expected = ours.train()([{**sample, "targets": targets, "point_seed": 3}])
+    for form in (masks, BitMasks(masks)):
+        instances = Instances((64, 96), gt_classes=labels, gt_masks=form)
+        found = model.train()([{**sample, "instances": instances, "point_seed": 3}])
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("channels", ["RGB", "BGR"])
+def test_the_predictor_finds_what_the_segmenter_finds(shapes, both_models, both_cfgs, tmp_path, channels):
+    settings = {"INPUT__FORMAT": channels, "INPUT__MIN_SIZE_TEST": 80, "INPUT__MAX_SIZE_TEST": 100}
+    model, ours = both_models(**settings)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    cfg, own_cfg = both_cfgs(MODEL__WEIGHTS=str(tmp_path / "model.pth"), **settings)
+    rgb = np.ascontiguousarray(picture((60, 90))["image"].permute(1, 2, 0).numpy())
+
+    predictor = DefaultPredictor(cfg)
+    assert predictor.metadata.stuff_classes == list(ours.test_vocabulary.class_names)
+    assert predictor.model.input_format == channels
+    found = predictor(rgb[:, :, ::-1])
+    expected = Segmenter(own_cfg, weights=str(tmp_path / "model.pth"))(rgb)
+    ids, segments = found["panoptic_seg"]
+    assert np.array_equal(ids.numpy(), expected.panoptic_map)
+    assert sorted(one["score"] for one in segments) == sorted(one.score for one in expected.segments)
+    (direct,) = ours([predictor_input(rgb, channels)])
+    assert torch.equal(found["sem_seg"], direct["sem_seg"])
+
+
+def predictor_input(rgb, channels):
+    size = shortest_edge_size(*rgb.shape[:2], min_size=80, max_size=100)
+    image = torch.from_numpy(resize_image(rgb, *size).transpose(2, 0, 1).copy())
+    image = image.flip(0) if channels == "BGR" else image
+    return {"image": image, "height": rgb.shape[0], "width": rgb.shape[1]}
+
+
+def test_the_visualizer_draws_what_is_found(both_models):
+    model, _ = both_models(ADE20K)
+    (found,) = model.eval()([picture()])
+    canvas = Visualizer(picture()["image"].permute(1, 2, 0).numpy(), drawing_metadata(model.test_vocabulary))
+    ids, segments = found["panoptic_seg"]
+    assert segments and canvas.draw_panoptic_seg(ids, segments).get_image().shape == (64, 96, 3)
+    assert canvas.draw_instance_predictions(found["instances"][:2]).get_image().any()
+    assert canvas.draw_sem_seg(found["sem_seg"].argmax(0)).get_image().any()
+
+
+# ---- words ----
+
+
+def test_a_users_own_data_set_brings_its_words(detectron2_cfg, monkeypatch):
+    classes = {"stuff_classes": ["tree, trees", "road", "car,cars"], "thing_dataset_id_to_contiguous_id": {3: 2}}
+    own = Metadata(name="streets", **classes)
+    monkeypatch.setitem(MetadataCatalog.data, own.name, own)
+    model = build_model(detectron2_cfg(ADE20K, DATASETS__TRAIN=(own.name,), DATASETS__TEST=(own.name,))).eval()
+    assert model.train_vocabulary == model.test_vocabulary
+    assert model.test_vocabulary.synonyms[0] == ("tree", "trees")
+    (output,) = model([picture()])
+    assert output["sem_seg"].shape == (3, 64, 96)
+    assert set(output["instances"].pred_classes.tolist()) == {2}
+
+
+def test_metadata_and_calls_change_the_words(detectron2_cfg):
+    model = build_model(detectron2_cfg(ADE20K)).eval()
+    model.set_metadata(MetadataCatalog.get("shapes_val"))
+    assert model([picture()])[0]["sem_seg"].shape[0] == 60
+    assert model([picture()], vocabulary=Vocabulary.from_names("cat; grass:stuff"))[0]["sem_seg"].shape[0] == 2
+    with pytest.raises(ValueError, match="do not say which of the stuff_classes are things"):
+        model.set_metadata(Metadata(name="mine", stuff_classes=["sky"]))
+    assert model([picture()])[0]["sem_seg"].shape[0] == 60
+
+
+def test_several_test_sets_are_warned_about(detectron2_cfg, caplog):
+    build_model(detectron2_cfg())
+    assert "the model looks for the classes of the first, 'shapes_val', until set_metadata is called" in caplog.text
+
+
+# ---- what cannot work ----
+
+
+def test_a_config_without_fcclips_keys_is_refused(detectron2_cfg):
+    cfg = get_cfg()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.BACKBONE.NAME, cfg.MODEL.DEVICE = "FCCLIP", "CLIP", "cpu"
+    with pytest.raises(ValueError, match=r"add_fcclip_config\(cfg\) before cfg.merge_from_file"):
+        build_model(cfg)
+    with pytest.raises(ValueError, match=r"add_fcclip_config\(cfg\) before cfg.merge_from_file"):
+        build_backbone(cfg)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MODEL__DEVICE": "auto"}, "MODEL.DEVICE is 'auto', which detectron2 does not know"),
+        ({"MODEL__FC_CLIP__EMBED_DIM": 24}, "EMBED_DIM is 24, but CLIP .* has a joint space of 16"),
+        ({"MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME": "SemSegFPNHead"}, "SemSegFPNHead .* needs a method forward_feat"),
+        ({"MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME": "MSDeformAtt"}, "Did you mean 'MSDeformAttnPixelDecoder'"),
+        ({"MODEL__MASK_FORMER__TRANSFORMER_DECODER_NAME": "MultiScale"}, "unknown .*TRANSFORMER_DECODER_NAME"),
+        ({"MODEL__MASK_FORMER__TRANSFORMER_IN_FEATURE": "res5"}, "unknown .*TRANSFORMER_IN_FEATURE 'res5'"),
+        (
+            {"MODEL__BACKBONE__NAME": "build_resnet_backbone"},
+            "is a ResNet; FCCLIP needs a fcclip.modeling.CLIPBackbone",
+        ),
+        ({"DATASETS__TEST": ("openvocab_ade20k_panoptic",)}, "Did you mean 'openvocab_ade20k_panoptic_val'"),
+    ],
+)
+def test_values_that_cannot_work_are_refused(detectron2_cfg, changes, message):
+    cfg = detectron2_cfg(ADE20K)
+    for key, value in changes.items():
+        cfg.merge_from_list([key.replace("__", "."), value])
+    with pytest.raises(ValueError, match=message):
+        build_model(cfg)
+
+
+def test_a_key_whose_feature_is_missing_is_refused(detectron2_cfg):
+    cfg = detectron2_cfg(ADE20K)
+    cfg.MODEL.COMPILE = "backbone"
+    with pytest.raises(ValueError, match="'MODEL.COMPILE' is 'backbone', but this feature does not exist yet"):
+        build_model(cfg)
+
+
+def test_pictures_of_another_number_of_channels_are_refused(detectron2_cfg):
+    with pytest.raises(ValueError, match="CLIP takes pictures of 3 channels, MODEL.PIXEL_MEAN has 4"):
+        BACKBONE_REGISTRY.get("CLIP")(detectron2_cfg(), ShapeSpec(channels=4))
+
+
+def test_training_without_ground_truth_is_refused(detectron2_cfg):
+    model = build_model(detectron2_cfg(ADE20K)).train()
+    with pytest.raises(
+        ValueError, match=r"needs 'instances' .* picture 0 .* has image, height. .*DatasetMapper\(cfg\)"
+    ):
+        model([picture(height=3)])
+    sample, labels, masks = training_picture()
+    with pytest.raises(ValueError, match=r"its targets are \(32, 96\) \(height, width\), but the image is \(64, 96\)"):
+        model([{**sample, "instances": Instances((32, 96), gt_classes=labels, gt_masks=masks[:, :32])}])
+
+
+def test_a_mask_classification_of_another_kind_is_refused(detectron2_cfg):
+    with pytest.raises(ValueError, match="mask_classification must be True"):
+        TRANSFORMER_DECODER_REGISTRY.get("MultiScaleMaskedTransformerDecoder")(detectron2_cfg(), 32, False)
+
+
+def test_a_model_survives_copies_and_moves(detectron2_cfg):
+    model = build_model(detectron2_cfg(ADE20K)).eval()
+    twin = copy.deepcopy(model).to(torch.float64).to(torch.float32)
+    assert isinstance(twin.backbone, Backbone) and isinstance(twin.sem_seg_head, nn.Module)
+    assert torch.equal(model([picture()])[0]["sem_seg"], twin([picture()])[0]["sem_seg"])
