@@ -1,0 +1,311 @@
+import importlib.util
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from fcclip.config import load_config
+from fcclip.modeling import build_model
+from fcclip.structures import Targets, WordEmbeddings
+from fcclip.vocabulary import Vocabulary
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ADE20K = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k{}.yaml"
+SIZE = (96, 128)
+SEGMENTS = 5
+
+
+def load_tool():
+    spec = importlib.util.spec_from_file_location("analyze_model", REPOSITORY / "tools" / "analyze_model.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+# Published counts: pixel decoder, predictor, void, CLIP's image tower, its text tower, the whole CLIP.
+PUBLISHED_PARAMETERS = {
+    "": (5_790_144, 14_930_689, 768, 199_770_816, 152_001_792, 351_772_609),
+    "_r50": (6_035_904, 14_996_481, 1_024, 38_316_896, 63_690_240, 102_007_137),
+    "_r101": (6_035_904, 14_864_897, 512, 56_259_936, 63_428_096, 119_688_033),
+    "_r50x4": (6_281_664, 14_897_793, 640, 87_137_080, 91_163_520, 178_300_601),
+    "_r50x16": (6_527_424, 14_930_689, 768, 167_328_912, 123_650_304, 290_979_217),
+    "_r50x64": (7_018_944, 14_996_481, 1_024, 420_380_352, 202_877_952, 623_258_305),
+}
+
+
+@pytest.mark.parametrize("backbone", PUBLISHED_PARAMETERS)
+def test_parameters_of_every_backbone_are_the_published_ones(backbone):
+    counts = tool.count_parameters(tool.build_on_meta(load_config(ADE20K.format(backbone))))
+    pixels, predictor, void, image, text, clip = PUBLISHED_PARAMETERS[backbone]
+    total = {part: row["parameters"] for part, row in counts.items()}
+    assert total[tool.PIXELS] == pixels
+    assert total[tool.MASKS] + total[tool.IN] == predictor + void
+    assert (total[tool.IMAGE], total[tool.TEXT]) == (image, text)
+    assert total[tool.IMAGE] + total[tool.TEXT] + total[tool.OUT] == clip
+    assert sum(row["trainable"] for row in counts.values()) == pixels + predictor + void
+
+
+def test_a_parameter_of_an_unknown_part_is_not_passed_over(tiny_model):
+    model = tiny_model()
+    model.adapter = torch.nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"'adapter.weight' belongs to no part"):
+        tool.count_parameters(model)
+
+
+def test_deformable_attention_is_counted_as_by_hand():
+    sizes = {"batch": 1, "queries": 2, "heads": 2, "levels": 3, "points": 2, "channels": 4}
+    flops = 0
+    for _ in itertools.product(*(range(count) for count in sizes.values())):  # every sampled channel
+        flops += 4 * 2  # four corners, each multiplied with its share and added
+        flops += 2  # the sample, multiplied with its attention weight and added
+    assert tool.deformable_attention_flops(**sizes) == flops
+
+
+def test_grid_sample_is_counted_as_by_hand():
+    image, grid = torch.zeros(2, 3, 8, 8), torch.zeros(2, 5, 7, 2)
+    with tool.Recorder(torch.device("cpu"), rest="all") as recorder:
+        sampled = F.grid_sample(image, grid, align_corners=False)
+    assert recorder.flops == sampled.numel() * 4 * 2
+    assert recorder.parts["all"].activations == sampled.numel()
+
+
+def test_the_operator_is_counted_once_whatever_its_engine_does(tiny_model):
+    model = tiny_model()
+    attention = model.sem_seg_head.pixel_decoder.transformer.encoder.layers[0].self_attn
+    shapes = [(2, 2), (4, 4), (8, 8)]
+    x = torch.zeros(1, 84, 32)
+    with tool.recording(model) as recorder, torch.no_grad():
+        attention(x, torch.zeros(84, 2), x, shapes)
+    width, offsets, weights = 32, 2 * 3 * 4 * 2, 2 * 3 * 4
+    linear = 2 * 84 * width * (width + offsets + weights + width)
+    sampled = 84 * 2 * 3 * 4 * 16  # queries, heads, levels, points, channels
+    assert recorder.flops == linear + 10 * sampled
+
+
+def test_the_text_tower_is_counted_as_by_hand(tiny_cfg):
+    model = tool.build_on_meta(tiny_cfg)
+    clip = model.backbone.clip_model
+    width, layers = clip.positional_embedding.shape[1], len(clip.transformer.resblocks)
+    cost = tool.text_cost(model, Vocabulary.from_names("cat; cat, cat"))
+    tokens = 11  # start, "there is a medium cat in the scene.", end
+    in_a_layer = 12 * width**2 * tokens + 2 * tokens**2 * width  # projections and MLP, scores and sums
+    assert cost["words"] == 1 and cost["prompts"] == 14
+    assert cost["flops"] == 14 * 2 * (layers * in_a_layer + width * model.backbone.embed_dim)
+
+
+def words_that_leave_nothing_void(model, vocabulary):
+    """Word vectors among which void never wins, so that every query is kept as in the analysis."""
+    counts = torch.tensor([len(synonyms) for synonyms in vocabulary.synonyms])
+    vectors = torch.randn(int(counts.sum()), model.backbone.embed_dim)
+    with torch.no_grad():
+        model.void_embedding.weight.copy_(-vectors.mean(0, keepdim=True))
+        vectors += 3 * vectors.mean(0)
+    classes = torch.repeat_interleave(torch.arange(len(vocabulary)), counts)
+    return WordEmbeddings(F.normalize(vectors, dim=-1), classes, len(vocabulary))
+
+
+class FixedWords:
+    def __init__(self, words):
+        self.words = words
+
+    def encode(self, vocabulary):
+        return self.words
+
+
+def real_model(cfg, height, width):
+    """(model, inference, training step) with values on the CPU; the second and third run it once."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    vocabulary = model.test_vocabulary
+    model.text_encoder = FixedWords(words_that_leave_nothing_void(model, vocabulary))
+    image = torch.randint(0, 255, (3, height, width), dtype=torch.uint8)
+    id_map = torch.randint(0, SEGMENTS, (height, width), dtype=torch.int32)
+    targets = Targets(labels=torch.zeros(SEGMENTS, dtype=torch.int64), id_map=id_map, ids=torch.arange(SEGMENTS))
+
+    def inference():
+        model.eval()([{"image": image}], vocabulary=vocabulary, semantic="labels")
+
+    def step():
+        model.zero_grad(set_to_none=True)
+        model.text_encoder = FixedWords(words_that_leave_nothing_void(model, model.train_vocabulary))
+        sum(model.train()([{"image": image, "targets": targets}]).values()).backward()
+
+    return model, inference, step
+
+
+def measured_peak(run):
+    """Bytes that torch's CPU allocator held at most while `run` ran."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    steps = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(steps))
+
+
+def test_a_real_inference_has_the_same_flops_and_activations_in_every_part(tiny_cfg):
+    model, inference, _ = real_model(tiny_cfg, *SIZE)
+    with tool.recording(model) as recorder:
+        inference()
+    estimated = tool.analyse(tiny_cfg, height=SIZE[0], width=SIZE[1])["inference"]["parts"]
+    measured = recorder.as_dict()
+    assert list(measured) == list(estimated)
+    for part, cost in measured.items():
+        assert (cost["flops"], cost["activations"]) == (estimated[part]["flops"], estimated[part]["activations"]), part
+    assert all(estimated[part]["flops"] > 0 for part in (tool.IMAGE, tool.PIXELS, tool.MASKS, tool.IN, tool.OUT))
+
+
+def test_besides_the_operator_it_is_what_the_counter_of_torch_says(tiny_cfg):
+    model, inference, _ = real_model(tiny_cfg, *SIZE)
+    with tool.recording(model) as recorder:
+        inference()
+    model.requires_grad_(False)  # the counter stumbles over parameters that are given to a module
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        inference()
+    cells = sum(SIZE[0] // stride * (SIZE[1] // stride) for stride in (8, 16, 32))
+    operator = tool.deformable_attention_flops(batch=1, queries=cells, heads=2, levels=3, points=4, channels=16)
+    assert recorder.flops == counter.get_total_flops() + operator  # the tiny encoder has one layer
+
+
+def test_a_real_training_step_has_the_same_flops_and_saves_the_same(tiny_cfg):
+    model, _, step = real_model(tiny_cfg, *SIZE)
+    model.train()
+    with tool.recording(model) as recorder:
+        step()
+    training = tool.analyse(tiny_cfg, height=SIZE[0], width=SIZE[1], segments=SEGMENTS)["training"]
+    estimated = {part: cost for part, cost in training["parts"].items() if part != tool.BACKWARD}
+    assert training["parts"][tool.BACKWARD]["flops"] > 0
+    for part, cost in estimated.items():
+        if part != tool.LOSSES:  # the backward pass of the step above counts as such
+            assert vars(recorder.parts[part])["flops"] == cost["flops"], part
+        assert vars(recorder.parts[part])["saved"] == pytest.approx(cost["saved"], rel=0.01), part
+    assert training["memory"]["saved"] == sum(cost["saved"] for cost in estimated.values())
+
+
+def test_the_estimated_memory_of_a_training_step_is_what_the_allocator_measures(tiny_cfg):
+    _, _, step = real_model(tiny_cfg, *SIZE)
+    step()  # so that cached positions exist, and gradients are freed
+    measured = measured_peak(step)
+    estimated = tool.analyse(tiny_cfg, height=SIZE[0], width=SIZE[1], segments=SEGMENTS)["training"]["memory"]
+    assert estimated["activations"] == pytest.approx(measured, rel=0.05)
+
+
+def test_the_estimated_memory_of_an_inference_is_what_the_allocator_measures(tiny_cfg):
+    """Within 5 % for the network and semantic maps. Panoptic maps and instances sum masks of bools, which the CPU turns
+    into integers inside the operation, so there the CPU may need up to 1.6 times as much."""
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    for heads_on, most in ((False, 1.05), (True, 1.6)):
+        test.PANOPTIC_ON = test.INSTANCE_ON = heads_on
+        _, inference, _ = real_model(tiny_cfg, *SIZE)
+        inference()
+        measured = measured_peak(inference)
+        estimated = tool.analyse(tiny_cfg, height=SIZE[0], width=SIZE[1])["inference"]["memory"]["activations"]
+        assert estimated * 0.95 <= measured <= estimated * most, heads_on
+
+
+def test_a_convnext_large_at_1024_pixels_costs_what_timm_says():
+    report = tool.analyse(load_config(ADE20K.format("")), height=1024, width=1024)
+    image_tower = report["inference"]["parts"][tool.IMAGE]["flops"]
+    assert image_tower == pytest.approx(2 * 34.40e9 * (1024 / 224) ** 2, rel=2e-3)  # timm: 34.40 G multiply-adds at 224
+    assert report["inference"]["memory"]["parameters"] == 4 * 372_494_210
+
+
+def test_flops_grow_with_pixels_and_pictures_as_they_should(tiny_cfg):
+    small, large, pair = (
+        tool.analyse(tiny_cfg, height=side, width=side, batch=batch) for side, batch in ((64, 1), (128, 1), (64, 2))
+    )
+    flops = [one["inference"]["parts"][tool.IMAGE]["flops"] for one in (small, large, pair)]
+    assert flops[1] == 4 * flops[0] and flops[2] == 2 * flops[0]
+    assert small["vocabulary"] == large["vocabulary"]
+
+
+def test_the_size_is_padded_as_the_model_pads(tiny_cfg):
+    report = tool.analyse(tiny_cfg, height=65, width=96)
+    padded = tool.analyse(tiny_cfg, height=96, width=96)
+    assert report["padded_size"] == [96, 96]
+    assert report["inference"]["parts"][tool.IMAGE]["flops"] == padded["inference"]["parts"][tool.IMAGE]["flops"]
+
+
+def test_memory_is_forgotten_when_nothing_refers_to_it():
+    with tool.Recorder(torch.device("cpu"), rest="all") as recorder:
+        x = torch.zeros(1000)
+        view = x[10:]  # the same memory
+        y = x + 1
+        del x, y
+        z = torch.zeros(500)
+        del view
+        torch.zeros(1400)
+    assert recorder.peak == 2000 * 4
+    assert z.numel() == 500
+
+
+def test_where_values_are_asked_for_the_dearest_answer_is_given():
+    x = torch.empty(4, 6, device="meta")
+    with tool.Recorder(x.device, rest="all"):
+        assert x[x > 0].shape == (24,)
+        assert x[x[:, 0] > 0].shape == (4, 6)
+        assert torch.nonzero(x).shape == (24, 2)
+        assert bool((x > 0).any()) is True
+        assert x[0].tolist() == [1.0] * 6
+        assert torch.bincount(x[0].long(), minlength=3).shape == (3,)
+        rows, inverse = x[:, 0].long().repeat(3).unique(return_inverse=True)
+        assert len(rows) == len(inverse) == 12
+        assert x[rows].shape == (4, 6)  # there are not more different rows than rows
+
+
+def test_torch_is_left_as_it_was(tiny_cfg):
+    autocast = torch.autocast
+    tool.analyse(tiny_cfg, height=64, width=64, segments=2)
+    assert torch.autocast is autocast
+    assert F.scaled_dot_product_attention(*torch.ones(3, 1, 2, 2)).tolist() == [[[1, 1], [1, 1]]]
+
+
+def test_the_command_prints_tables_and_writes_the_numbers(tmp_path, capsys):
+    words = ["--config-file", "shapes/fcclip_shapes.yaml", "--training", "--batch", "2"]
+    words += ["--json", str(tmp_path / "cost.json"), "--size", "128", "160"]
+    assert tool.main([*words, "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "12"]) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((tmp_path / "cost.json").read_text())
+    assert (report["size"], report["batch"], report["queries"]) == ([128, 160], 2, 12)
+    assert report["training"]["memory"]["adamw"] == 2 * report["training"]["memory"]["gradients"]
+    for text in (tool.PIXELS, "2 x 128 x 160 pixels, 12 queries", "CLIP text tower, once", "state of AdamW"):
+        assert text in printed
+    image_tower = report["parameters"][tool.IMAGE]["parameters"]
+    assert f"{image_tower:,}" in printed
+    assert max(map(len, printed.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "opts"),
+    [
+        ([], None, []),
+        (["--size", "64"], (64, 64), []),
+        (["--size", "64", "96", "SEED", "3"], (64, 96), ["SEED", "3"]),
+        (["--size", "64", "--batch", "2", "SEED", "3"], (64, 64), ["SEED", "3"]),
+    ],
+)
+def test_the_size_is_one_or_two_numbers_before_the_keys(words, size, opts):
+    args = tool.parse_arguments(["--config-file", "x.yaml", *words])
+    assert (args.size, args.opts) == (size, opts)
+
+
+@pytest.mark.parametrize("words", [["--size", "0"], ["--size", "1", "2", "3"], ["--size", "wide"], ["--batch", "0"]])
+def test_a_size_that_is_none_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        tool.parse_arguments(["--config-file", "x.yaml", *words])
+    assert "--size" in capsys.readouterr().err
+
+
+def test_a_config_without_data_sets_is_refused(tiny_cfg):
+    tiny_cfg.DATASETS.TRAIN = tiny_cfg.DATASETS.TEST = ()
+    with pytest.raises(ValueError, match=r"name a data set"):
+        tool.analyse(tiny_cfg, height=64, width=64)
