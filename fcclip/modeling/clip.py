@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fcclip.config import resolve_file
 from fcclip.modeling.classifier import mask_pool
@@ -225,7 +226,9 @@ def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> 
         quick, source = weights.quick_gelu, f"'{pretrained}' says so"
     else:
         quick, source = False, "default"
-    backbone = as_backbone(open_clip.model.CLIP(**architecture, quick_gelu=quick), name=name)
+    with _RealRates():
+        clip_model = open_clip.model.CLIP(**architecture, quick_gelu=quick)
+    backbone = as_backbone(clip_model, name=name)
     if backbone.quick_gelu != quick:
         raise RuntimeError(
             f"open_clip {version('open_clip_torch')} built the text tower of '{name}' "
@@ -243,6 +246,15 @@ def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> 
         _load(backbone.clip_model, weights.tensors, source=f"'{pretrained}'", name=name)
         logger.info("CLIP '%s': weights from '%s', %s (%s)", name, pretrained, "QuickGELU" if quick else "GELU", source)
     return backbone
+
+
+class _RealRates(TorchFunctionMode):
+    """Early 1.0 versions of timm read drop rates out of `torch.linspace` while they build; on the meta device there
+    would be none to read."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {}, **({"device": "cpu"} if func is torch.linspace else {}))
+        return func(*args, **kwargs)
 
 
 def as_backbone(clip_model: nn.Module, *, name: str = "CLIP") -> CLIPBackbone:

@@ -197,7 +197,6 @@ def test_an_unknown_activation_is_refused():
         has_quick_gelu(backbone.clip_model)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:FutureWarning")
 def test_openais_archive_is_read_as_halves_with_quick_gelu_and_without_running_code(tmp_path, monkeypatch):
     torch.manual_seed(1)
     source = build_clip(TINY["resnet"], quick_gelu="on").clip_model.half().float()
