@@ -1,9 +1,10 @@
+import gc
 from pathlib import Path
 
 import pytest
 
 from fcclip.config import configs_dir, load_config
-from fcclip.data import DATASETS, get_dataset, root_folder
+from fcclip.data import DATASETS, Dataset, get_dataset, root_folder
 from fcclip.vocabulary import Vocabulary
 
 # name without split: (classes, things, ignore label, evaluator type), as published
@@ -102,3 +103,20 @@ def test_shapes_train_knows_the_seen_classes_only():
     }
     for dataset_id, index in train.metadata["stuff_dataset_id_to_contiguous_id"].items():
         assert names[dataset_id] == train.metadata["stuff_classes"][index]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_reading_annotations_pauses_the_garbage_collector_and_leaves_it_as_it_was(enabled):
+    def load():
+        assert not gc.isenabled()
+        raise OSError("gone")
+
+    dataset = Dataset(name="x", metadata={}, load=load, vocabulary="coco_panoptic")
+    was_enabled = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with pytest.raises(OSError, match="gone"):
+            dataset.records()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
