@@ -39,7 +39,9 @@ class ClassEntry:
         id: the data set's own id of the class (a COCO category id, a Cityscapes label id); the position where there is
             none.
         name: the canonical name, used in tables and pictures.
-        synonyms: every word that stands for the class, the name first; never empty.
+        synonyms: every word that stands for the class, the best first; never empty. The name is the first of them,
+            unless it is a label only: no plain English ("wall-other-merged"), misleading alone ("crane"), or the name
+            of another class too.
         thing: countable, in contrast to stuff.
     """
 
@@ -81,7 +83,7 @@ class Vocabulary:
 
     @property
     def synonyms(self) -> tuple[tuple[str, ...], ...]:
-        """The words of each class, its name first."""
+        """The words of each class, the best first."""
         return tuple(entry.synonyms for entry in self.classes)
 
     @property
@@ -153,6 +155,9 @@ class Vocabulary:
     @classmethod
     def from_file(cls, path: str | Path, things: Iterable[int] | None = None) -> Vocabulary:
         """A vocabulary from our JSON, or from the published text format (`id:name,synonym,…`, one class a line).
+
+        The JSON is {"name", "version", "classes": [{"id", "name", "synonyms", "thing"}, …]}. A class with
+        `"label_only": true` is shown by its name, and only its synonyms are words that CLIP's text tower reads.
 
         The text format is split at the first colon; lines named `invalid_class_id` are dropped; the order of the lines
         is the order of the classes. It does not know things: they come from `things`, and without it every class is a
@@ -229,7 +234,12 @@ def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
         words = tuple(word for word in words if word)
         if not words:
             raise ValueError(f"vocabulary file '{path}': class {index} has no name")
-        classes.append(ClassEntry(int(entry.get("id", index)), words[0], words, bool(entry.get("thing", True))))
+        name = words[0]
+        if entry.get("label_only", False):  # the name is shown, but CLIP is asked for the synonyms alone
+            words = words[1:]
+        if not words:
+            raise ValueError(f"vocabulary file '{path}': '{name}' is label_only, so it needs at least one synonym")
+        classes.append(ClassEntry(int(entry.get("id", index)), name, words, bool(entry.get("thing", True))))
     return str(data.get("name", path.stem)), str(data.get("version", "1")), classes
 
 

@@ -56,6 +56,19 @@ def test_our_json_is_read(tmp_path):
     assert vocabulary.thing_classes == (0,)
 
 
+def test_a_label_only_name_is_shown_but_is_no_word(tmp_path):
+    path = tmp_path / "birds.json"
+    classes = [
+        {"id": 1, "name": "crane", "label_only": True, "synonyms": ["grey crane", "wading bird"]},
+        {"id": 2, "name": "crane", "label_only": False, "synonyms": ["tower crane"]},
+    ]
+    path.write_text(json.dumps({"name": "birds", "classes": classes}))
+    vocabulary = Vocabulary.from_file(path)
+    assert vocabulary.class_names == ("crane", "crane")
+    assert vocabulary.synonyms == (("grey crane", "wading bird"), ("crane", "tower crane"))
+    assert vocabulary.seen_by(Vocabulary.from_names("crane")).tolist() == [False, True]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -71,6 +84,10 @@ def test_our_json_is_read(tmp_path):
             "class 0 must be an object whose synonyms",
         ),
         ('{"name": "a", "classes": ["cat"]}', "class 0 must be an object"),
+        (
+            '{"name": "a", "classes": [{"name": "wall-other", "label_only": true}]}',
+            "'wall-other' is label_only, so it needs at least one synonym",
+        ),
     ],
 )
 def test_a_broken_file_is_refused_by_name_and_line(tmp_path, text, message):
