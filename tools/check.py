@@ -873,19 +873,13 @@ def check_training_set(report: Report, cfg: CfgNode, name: str, needed: str) -> 
     if not records:
         return
     record = records[0]
-    if "pan_seg_file_name" not in record:
-        report.add(
-            needed,
-            f"it has no panoptic annotations, which INPUT.DATASET_MAPPER_NAME '{cfg.INPUT.DATASET_MAPPER_NAME}' needs",
-            "train on a panoptic data set",
-        )
-        return
     with report.attempt(needed):
-        sample = build_train_mapper(cfg)(record, np.random.default_rng(0))
+        sample = build_train_mapper(cfg, dataset.metadata)(record, np.random.default_rng(0))
         height, width = sample["image"].shape[1:]
         made = f"the first becomes a sample of {height} x {width} with {len(sample['targets'])} segments"
         report.add(OK, f"{len(records):,} pictures; {made}")
-    spot_check(report, records, ("file_name", "pan_seg_file_name"), needed)
+    files = [key for key in ("file_name", "pan_seg_file_name", "sem_seg_file_name") if key in record]
+    spot_check(report, records, files, needed)
 
 
 def check_test_set(report: Report, cfg: CfgNode, name: str) -> None:

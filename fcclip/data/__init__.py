@@ -3,18 +3,21 @@
 catalog.py       DATASETS, get_dataset: every data set by name
 dataset.py       Dataset: what the catalog holds
 datasets/        one module a family of data sets, and the readers they share
-images.py        reading pictures and id PNGs, with errors that name the file
-transforms.py    geometry of the published augmentation and of the test-time resize
+images.py        reading pictures, id PNGs and label maps, with errors that name the file
+segmentations.py polygons and run-length codes to masks
+transforms.py    geometry of the published augmentations and of the test-time resize
+color_jitter.py  colour augmentation
 mappers.py       from a record to a sample, for training and for testing
 samplers.py      which record comes when
 transport.py     how records and batches travel between processes
 vocabularies.py  dataset_vocabulary: the words of a data set
 loaders.py       build_train_loader, build_test_loader
 shapes_world.py  renderer of the shapes world
+preparation.py, preparation_files.py  what the programs datasets/prepare_*.py share
 """
 
 from fcclip.data.catalog import DATASETS, Dataset, get_dataset, root_folder
-from fcclip.data.images import image_size, read_id_map, read_image
+from fcclip.data.images import image_size, read_id_map, read_image, read_label_map
 from fcclip.data.loaders import TestLoader, TrainLoader, build_test_loader, build_train_loader
 from fcclip.data.mappers import MAPPERS, build_test_mapper, build_train_mapper
 from fcclip.data.samplers import inference_share
@@ -38,6 +41,7 @@ __all__ = [
     "inference_share",
     "read_id_map",
     "read_image",
+    "read_label_map",
     "resize_image",
     "root_folder",
     "shortest_edge_size",

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from fcclip.config import lookup
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.ade20k import ade20k_full_sem_seg, ade20k_panoptic
+from fcclip.data.datasets.ade20k import ade20k_full_sem_seg, ade20k_instances, ade20k_panoptic, ade20k_sem_seg
 from fcclip.data.datasets.cityscapes import cityscapes_panoptic
-from fcclip.data.datasets.coco import coco_panoptic
+from fcclip.data.datasets.coco import coco_instances, coco_panoptic, coco_stuff_sem_seg
+from fcclip.data.datasets.lvis import lvis_instances
 from fcclip.data.datasets.mapillary_vistas import mapillary_vistas_panoptic
 from fcclip.data.datasets.pascal import pascal_context_59, pascal_context_459, pascal_voc_20, pascal_voc_21
 from fcclip.data.datasets.shapes import shapes_panoptic
@@ -27,7 +28,13 @@ def _splits(template: str, build: Callable[..., Dataset], *splits: str) -> dict[
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     **_splits("openvocab_coco_2017_{}_panoptic_with_sem_seg", coco_panoptic),
+    **_splits("openvocab_coco_2017_{}_panoptic", coco_panoptic),  # published as metadata alone, here the same data
+    **_splits("openvocab_coco_2017_{}", coco_instances),
+    **_splits("openvocab_coco_2017_{}_stuff_sem_seg", coco_stuff_sem_seg, "train", "test"),
+    **_splits("openvocab_lvis_v1_{}", lvis_instances),
     **_splits("openvocab_ade20k_panoptic_{}", ade20k_panoptic),
+    **_splits("openvocab_ade20k_instance_{}", ade20k_instances),
+    **_splits("openvocab_ade20k_sem_seg_{}", ade20k_sem_seg),
     **_splits("openvocab_cityscapes_fine_panoptic_{}", cityscapes_panoptic),
     **_splits("openvocab_mapillary_vistas_panoptic_{}", mapillary_vistas_panoptic),
     **_splits("openvocab_ade20k_full_sem_seg_{}", ade20k_full_sem_seg),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from fcclip.data.images import image_size
+from fcclip.vocabulary import Vocabulary
 
 __all__ = ["Dataset"]
 
@@ -22,17 +23,28 @@ class Dataset:
     Args:
         name: the name it is registered under.
         metadata: detectron2's names: `stuff_classes` (every class, canonical names), `thing_classes`,
-            `thing_dataset_id_to_contiguous_id`, `stuff_dataset_id_to_contiguous_id` (every id), `ignore_label`,
-            `evaluator_type`, and the folders and files of its kind (`image_root`, `sem_seg_root`, `panoptic_root`,
-            `panoptic_json`, `json_file`).
+            `thing_dataset_id_to_contiguous_id`, `stuff_dataset_id_to_contiguous_id` (every id), `ignore_label` (where
+            there are label maps), `evaluator_type`, and the folders and files of its kind (`image_root`,
+            `sem_seg_root`, `panoptic_root`, `panoptic_json`, `json_file`).
         load: reads the list of records from the disk.
-        vocabulary: name of the built-in vocabulary; a contiguous class id is a position in it.
+        vocabulary: name of its vocabulary, which data sets with the same classes share; a contiguous class id is a
+            position in it.
+        words: makes that vocabulary; None: it is the built-in one of that name.
     """
 
     name: str
-    metadata: dict[str, Any]
+    metadata: Mapping[str, Any]
     load: Callable[[], list[dict]]
     vocabulary: str
+    words: Callable[[], Vocabulary] | None = None
+
+    def own_vocabulary(self) -> Vocabulary:
+        """Its classes in order, with the words of the package or of its own files.
+
+        Raises:
+            FileNotFoundError, ValueError: its classes stand in a file of the user, which is missing or broken.
+        """
+        return Vocabulary.builtin(self.vocabulary) if self.words is None else self.words()
 
     def annotations(self) -> list[dict]:
         """The records as the annotations give them: sizes may be missing, and there may be none."""
@@ -58,7 +70,8 @@ class Dataset:
         return records
 
     def _source(self) -> str:
-        return self.metadata.get("panoptic_json") or self.metadata.get("image_root") or "its source"
+        places = (self.metadata.get(key) for key in ("panoptic_json", "json_file", "image_root"))
+        return next(filter(None, places), "its source")
 
 
 @contextlib.contextmanager

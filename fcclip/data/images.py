@@ -1,4 +1,4 @@
-"""Reading pictures and id PNGs from the disk; every failure names the file."""
+"""Reading pictures, id PNGs and label maps from the disk; every failure names the file."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image
 
-__all__ = ["image_size", "read_id_map", "read_image"]
+__all__ = ["image_size", "read_id_map", "read_image", "read_label_map", "read_picture"]
 
 _ORIENTATION_TAG = 0x0112
 _TO_UPRIGHT = {  # value of the EXIF orientation tag: what turns the stored picture upright
@@ -27,17 +28,24 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.D
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright as its EXIF orientation says.
+    """(H, W, 3) uint8 RGB, upright as its EXIF orientation says; otherwise as `read_picture`."""
+    return np.array(read_picture(path))
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """The same as Pillow holds it: mode "RGB", in memory, upright.
+
+    Grey and palette pictures get three channels, CMYK is converted, an alpha channel is dropped without blending, and
+    of 16 bits a channel the higher 8 are taken.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture, or is cut off.
+        ValueError: the file is no picture, is cut off, or has pixels without a fixed black and white.
     """
     with _opened(path) as picture:
         upright = _TO_UPRIGHT.get(_orientation(picture))
-        if upright is not None:
-            picture = picture.transpose(upright)
-        return np.array(picture.convert("RGB"))
+        picture = _three_channels(picture)
+        return picture if upright is None else picture.transpose(upright)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -57,11 +65,31 @@ def read_id_map(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture, or is cut off.
+        ValueError: the file is no picture, is cut off, or has more than 8 bits a channel.
     """
     with _opened(path) as picture:
-        rgbx = np.array(picture.convert("RGB").convert("RGBX"))  # 4 bytes a pixel are one little-endian integer
-    return (rgbx.view("<i4")[..., 0] & 0xFFFFFF).astype(np.int32, copy=False)
+        if _is_deep(picture):
+            raise ValueError("an id PNG has 8 bits a channel, this one 16 or more, of which half would be lost")
+        rgb = np.asarray(_three_channels(picture))
+    ids = cv2.cvtColor(rgb, cv2.COLOR_RGB2RGBA).view("<i4")[..., 0]  # 4 bytes a pixel are one little-endian integer
+    ids &= 0xFFFFFF
+    return ids.astype(np.int32, copy=False)
+
+
+def read_label_map(path: str | Path) -> np.ndarray:
+    """(H, W) int32, the stored number of each pixel: grey of 8, 16 or 32 bit, or palette indices.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no picture, is cut off, or does not have one whole number a pixel.
+    """
+    with _opened(path) as picture:
+        if picture.mode not in ("L", "P", "I") and not picture.mode.startswith("I;16"):
+            raise ValueError(
+                f"a label map has one whole number a pixel (grey of 8 or 16 bit, or palette indices), this file has "
+                f"Pillow's mode '{picture.mode}', {_described(picture.mode)}"
+            )
+        return np.asarray(picture).astype(np.int32)
 
 
 @contextmanager
@@ -88,3 +116,30 @@ def _orientation(picture: Image.Image) -> int:
         return picture.getexif().get(_ORIENTATION_TAG, 1)
     except _UNREADABLE:  # a broken EXIF block says nothing about the pixels
         return 1
+
+
+def _three_channels(picture: Image.Image) -> Image.Image:
+    """8 bits a channel, RGB; Pillow alone would turn every grey above 255 into white."""
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I" before Pillow 11
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are {_described(picture.mode)}, of which nothing says what is black and what is white; store "
+            "it with 8 or 16 bits a channel"
+        )
+    if picture.mode == "RGB":
+        picture.load()
+        return picture
+    return picture.convert("RGB")
+
+
+def _is_deep(picture: Image.Image) -> bool:
+    """Whether a channel has more than 8 bits in the file; to be asked before the pixels are decoded."""
+    stored = " ".join(str(tile[3]) for tile in picture.tile)  # 16 bits a channel, e.g. "RGB;16B", are read as "RGB"
+    return picture.mode[0] in "IF" or ";16" in stored
+
+
+def _described(mode: str) -> str:
+    kinds = {"1": "one bit a pixel, which may mean 0 and 1 or 0 and 255", "F": "floating-point numbers"}
+    kinds |= {"I": "32-bit numbers", "LA": "grey with alpha", "PA": "a palette with alpha"}
+    return kinds.get(mode, "several channels")

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, get_worker_info
 
-from fcclip.config import lookup, resolve_device
+from fcclip.config import resolve_device
 from fcclip.data.dataset import Dataset
-from fcclip.data.mappers import PanopticJitterMapper, ShortestEdgeMapper, build_test_mapper, build_train_mapper
-from fcclip.data.samplers import SAMPLERS, Draw, TrainingBatches, inference_batches, inference_share
+from fcclip.data.mappers import (
+    JitterMapper,
+    ShortestEdgeMapper,
+    build_test_mapper,
+    build_train_mapper,
+    check_ground_truth,
+)
+from fcclip.data.samplers import Draw, TrainingBatches, build_stream, inference_batches, inference_share
 from fcclip.data.transport import CompactRecords, PackedBatch
 
-__all__ = ["TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
+__all__ = ["LoaderError", "TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
 
 logger = logging.getLogger(__name__)
+
+WorkerInit = Callable[[int], None]
+TIMEOUT_S = 600  # without a batch from the loading processes before they count as hung
+
+
+class LoaderError(RuntimeError):
+    """A process that loads pictures died or hangs."""
 
 
 class TrainLoader:
@@ -34,28 +50,55 @@ class TrainLoader:
         mapper: (record, random generator) -> sample.
         batches: which samples, in which order; its seed also seeds the augmentation.
         num_workers: processes; 0 loads here.
+        max_bad: so many different pictures may be bad: another one takes the place of each.
         pin_memory: batches in page-locked memory.
+        worker_init: called in each of these processes with its number.
     """
 
     def __init__(
         self,
         *,
         records: CompactRecords,
-        mapper: PanopticJitterMapper,
+        mapper: JitterMapper,
         batches: TrainingBatches,
         num_workers: int,
+        max_bad: int = 0,
         pin_memory: bool = False,
+        worker_init: WorkerInit | None = None,
     ) -> None:
         self.seed = batches.seed
         self.num_records = len(records)
-        samples = _TrainingSamples(records, mapper, batches.seed)
-        self._batches = iter(_data_loader(samples, batches, num_workers, pin_memory))
+        self.max_bad = max_bad
+        self.bad_pictures: dict[str, str] = {}  # file name -> what is wrong, of all that this process came across
+        samples = _TrainingSamples(records, mapper, batches.seed, batches.kinds, max_bad)
+        self._batches = iter(_data_loader(samples, batches, num_workers, pin_memory, worker_init))
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> list[dict[str, Any]]:
-        return _unpacked(next(self._batches))
+        with _named_failures():
+            batch = _unpacked(next(self._batches))
+        return [self._counted(sample) if isinstance(sample, _Replaced) else sample for sample in batch]
+
+    def _counted(self, replaced: _Replaced) -> dict[str, Any]:
+        """The sample that took the place of bad ones, after these are written down and named once each."""
+        for file_name, problem in replaced.problems.items():
+            if file_name in self.bad_pictures:
+                continue
+            self.bad_pictures[file_name] = problem
+            if len(self.bad_pictures) <= self.max_bad:
+                logger.warning(
+                    "bad picture %d of at most %d (DATALOADER.MAX_BAD_IMAGES), another one takes its place: %s",
+                    *(len(self.bad_pictures), self.max_bad, problem),
+                )
+        if replaced.sample is None or len(self.bad_pictures) > self.max_bad:
+            why = f"DATALOADER.MAX_BAD_IMAGES allows {self.max_bad}"
+            if len(self.bad_pictures) <= self.max_bad:
+                why = "there is no good one to take their place"
+            listed = "".join(f"\n  {problem}" for problem in self.bad_pictures.values())
+            raise ValueError(f"{len(self.bad_pictures)} pictures are bad, and {why}:{listed}")
+        return replaced.sample
 
 
 class TestLoader:
@@ -89,7 +132,11 @@ class TestLoader:
         return self._num_batches
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        return map(_unpacked, self._loader)
+        batches = iter(self._loader)
+        for _ in range(self._num_batches):
+            with _named_failures():
+                batch = _unpacked(next(batches))
+            yield batch
 
 
 def build_train_loader(
@@ -100,6 +147,7 @@ def build_train_loader(
     world_size: int = 1,
     start: int = 0,
     seed: int | None = None,
+    worker_init: WorkerInit | None = None,
 ) -> TrainLoader:
     """Endless batches of `SOLVER.IMS_PER_BATCH / world_size` training samples.
 
@@ -110,26 +158,27 @@ def build_train_loader(
         start: batches already used, when a run is resumed.
         seed: of order and augmentation, equal on all ranks; None: SEED of the config, and one drawn and logged if that
             is negative. `loader.seed` tells which it is; a resumed run needs the same.
+        worker_init: called in every loading process with its number.
 
     Raises:
-        ValueError: a batch that the ranks cannot share equally, a drawn seed with several ranks, or a broken data set.
+        ValueError: a batch that the ranks cannot share equally, a drawn seed with several ranks, a broken data set, or
+            one without the ground truth that the mapper reads.
     """
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} process(es) cannot share equally. "
             f"Set it to a multiple of {world_size}."
         )
-    if cfg.DATALOADER.MAX_BAD_IMAGES != 0:
-        raise ValueError(
-            f"DATALOADER.MAX_BAD_IMAGES is {cfg.DATALOADER.MAX_BAD_IMAGES}, but pictures cannot be skipped: "
-            "the first unreadable one stops training. Set it to 0."
-        )
-    stream = lookup("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)
-    mapper = build_train_mapper(cfg)
+    if cfg.DATALOADER.MAX_BAD_IMAGES < 0:
+        raise ValueError(f"DATALOADER.MAX_BAD_IMAGES must be 0 or more, got {cfg.DATALOADER.MAX_BAD_IMAGES}")
+    mapper = build_train_mapper(cfg, dataset.metadata)
     seed = _agreed_seed(cfg.SEED if seed is None else seed, world_size)
     records = dataset.records()
+    check_ground_truth(records[0], mapper, where=f"data set '{dataset.name}'")
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = _with_instances(records, dataset.name)
     batches = TrainingBatches(
-        stream=stream,
+        stream=build_stream(cfg, records),
         num_records=len(records),
         seed=seed,
         batch_size=cfg.SOLVER.IMS_PER_BATCH // world_size,
@@ -141,12 +190,16 @@ def build_train_loader(
     logger.info(
         "training on %d pictures of '%s', order and augmentation from seed %d", len(records), dataset.name, seed
     )
+    compact = CompactRecords(records)
+    del records  # before processes are forked, which would each copy a hundred thousand dicts bit by bit
     return TrainLoader(
-        records=CompactRecords(records),
+        records=compact,
         mapper=mapper,
         batches=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        max_bad=cfg.DATALOADER.MAX_BAD_IMAGES,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
+        worker_init=worker_init,
     )
 
 
@@ -184,17 +237,66 @@ def _agreed_seed(seed: int, world_size: int) -> int:
     return int(np.random.SeedSequence().generate_state(1)[0])  # takes nothing from any global generator
 
 
+def _with_instances(records: list[dict], name: str) -> list[dict]:
+    """Without the pictures whose `annotations` are all crowd; records of other kinds of ground truth stay.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    kept = [
+        record
+        for record in records
+        if "annotations" not in record or any(not one.get("iscrowd", 0) for one in record["annotations"])
+    ]
+    if not kept:
+        raise ValueError(
+            f"data set '{name}': none of its {len(records)} pictures has an annotation that is no crowd, so there is "
+            "nothing to learn. DATALOADER.FILTER_EMPTY_ANNOTATIONS False would train on empty pictures."
+        )
+    if len(kept) < len(records):
+        logger.info(
+            "data set '%s': %d of %d pictures have no annotation but crowds; left out "
+            "(DATALOADER.FILTER_EMPTY_ANNOTATIONS)",
+            *(name, len(records) - len(kept), len(records)),
+        )
+    return kept
+
+
 class _TrainingSamples:
-    def __init__(self, records: CompactRecords, mapper: PanopticJitterMapper, seed: int) -> None:
+    """The sample that belongs to a draw.
+
+    If its files are bad and that is allowed, another record of the same kind (wide or tall) takes its place: which one
+    depends on seed and position, so it does not matter which process loads it, or what was loaded before.
+    """
+
+    def __init__(
+        self, records: CompactRecords, mapper: JitterMapper, seed: int, kinds: np.ndarray, max_bad: int
+    ) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed
+        self.kinds = kinds
+        self.max_bad = max_bad
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any] | _Bad:
-        try:
-            return self.mapper(self.records[draw.record], np.random.default_rng((self.seed, draw.position)))
-        except (ValueError, OSError) as error:
-            return _Bad(error)
+    def __getitem__(self, draw: Draw) -> dict[str, Any] | _Bad | _Replaced:
+        problems: dict[int, tuple[str, str]] = {}
+        candidates = np.array([draw.record])
+        for attempt in itertools.count():
+            rng = np.random.default_rng((self.seed, draw.position, attempt) if attempt else (self.seed, draw.position))
+            index = int(candidates[rng.integers(len(candidates))]) if attempt else draw.record
+            record = self.records[index]
+            try:
+                sample = self.mapper(record, rng)
+            except (ValueError, OSError) as error:
+                if self.max_bad == 0:
+                    return _Bad(error)
+                problems[index] = (record["file_name"], str(error))
+            else:
+                return _Replaced(sample, dict(problems.values())) if problems else sample
+            candidates = np.setdiff1d(np.flatnonzero(self.kinds == self.kinds[draw.record]), [*problems])
+            if len(problems) > self.max_bad or not len(candidates):
+                return _Replaced(None, dict(problems.values()))
+        raise AssertionError("unreachable")
 
 
 class _TestSamples:
@@ -217,23 +319,37 @@ class _Bad:
     error: ValueError | OSError
 
 
-def _data_loader(samples: Any, batches: Any, num_workers: int, pin_memory: bool) -> DataLoader:
+@dataclass(frozen=True)
+class _Replaced:
+    """A sample that took the place of bad ones (None: none was found), and what was wrong with them by file name."""
+
+    sample: dict[str, Any] | None
+    problems: Mapping[str, str]
+
+
+def _data_loader(
+    samples: Any, batches: Any, num_workers: int, pin_memory: bool, worker_init: WorkerInit | None = None
+) -> DataLoader:
+    if num_workers and "cv2" in sys.modules:
+        # Here and not in the workers: a forked process that ends the threads of its parent waits for them for ever.
+        sys.modules["cv2"].setNumThreads(1)
     return DataLoader(
         samples,
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_pack,
-        worker_init_fn=_one_thread,
+        worker_init_fn=partial(_start_worker, worker_init),
         pin_memory=pin_memory,
+        timeout=TIMEOUT_S if num_workers else 0,
         generator=torch.Generator().manual_seed(0),  # its own, so that loading never moves torch's global generator
     )
 
 
-def _pack(batch: list[dict | _Bad]) -> list[dict | _Bad] | PackedBatch:
+def _pack(batch: list[dict | _Bad | _Replaced]) -> list[dict | _Bad | _Replaced] | PackedBatch:
     return batch if get_worker_info() is None else PackedBatch(batch, shared=True)
 
 
-def _unpacked(batch: list[dict | _Bad] | PackedBatch) -> list[dict[str, Any]]:
+def _unpacked(batch: list[dict | _Bad | _Replaced] | PackedBatch) -> list[dict[str, Any] | _Replaced]:
     samples = batch.unpack() if isinstance(batch, PackedBatch) else batch
     for sample in samples:
         if isinstance(sample, _Bad):
@@ -241,8 +357,29 @@ def _unpacked(batch: list[dict | _Bad] | PackedBatch) -> list[dict[str, Any]]:
     return samples
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker_init: WorkerInit | None, worker: int) -> None:
     """Workers share the cores already: one thread each."""
     torch.set_num_threads(1)
-    if "cv2" in sys.modules:
-        sys.modules["cv2"].setNumThreads(1)
+    if worker_init is not None:
+        worker_init(worker)
+
+
+@contextlib.contextmanager
+def _named_failures() -> Iterator[None]:
+    """Turns what torch says of a dead or silent loading process into what can be done about it."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        if "DataLoader timed out" in text:
+            raise LoaderError(
+                f"no batch came for {TIMEOUT_S} s: a loading process hangs ({text}). Usual causes: a network disk that "
+                "does not answer, or too little shared memory. DATALOADER.NUM_WORKERS 0 loads in this process and "
+                "shows where it stands."
+            ) from error
+        if "DataLoader worker" in text and ("exited unexpectedly" in text or "killed by signal" in text):
+            raise LoaderError(
+                f"a loading process died ({text}). Usual cause: no memory left, main or shared (/dev/shm). Lower "
+                "DATALOADER.NUM_WORKERS; with 0 this process loads and shows the error itself."
+            ) from error
+        raise

@@ -1,59 +1,253 @@
 """From a record of the catalog to what the model takes: reads the files, augments, checks.
 
 A training mapper is called with a record and a random generator, a test mapper with a record. Both return a new dict;
-every problem with a file is an error that names it.
+every problem with a file is an error that names it. A training sample has
+
+    image       (3, H, W) uint8
+    targets     `structures.Targets`: an id map, or masks where instances may overlap
+    point_seed  int, fixes where losses look
+    height, width  of the picture before augmentation, pixels
+
+and the names of the record. The same record and the same random numbers give the same sample.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fcclip.config import lookup
-from fcclip.data.images import read_id_map, read_image
-from fcclip.data.transforms import LargeScaleJitter, resize_image, shortest_edge_size
+from fcclip.data.catalog import DATASETS, get_dataset
+from fcclip.data.color_jitter import ColorJitter
+from fcclip.data.images import read_id_map, read_label_map, read_picture
+from fcclip.data.segmentations import fill_polygons, has_area, read_run_lengths
+from fcclip.data.transforms import (
+    Geometry,
+    LargeScaleJitter,
+    RandomCrop,
+    RandomNumbers,
+    ShortestEdgeJitter,
+    resize_image,
+    shortest_edge_size,
+)
 from fcclip.structures import Targets
 
-__all__ = ["MAPPERS", "PanopticJitterMapper", "ShortestEdgeMapper", "build_test_mapper", "build_train_mapper"]
+__all__ = [
+    "MAPPERS",
+    "InstanceJitterMapper",
+    "JitterMapper",
+    "PanopticJitterMapper",
+    "SemanticJitterMapper",
+    "ShortestEdgeMapper",
+    "build_test_mapper",
+    "build_train_mapper",
+    "check_ground_truth",
+]
 
 VOID_ID = 0  # of pixels without a segment in an id PNG
 CHANNEL_ORDERS = ("RGB", "BGR")
 _KEPT = ("file_name", "image_id", "pan_seg_file_name", "sem_seg_file_name")
+_SMALLEST_BOX_PX = 1e-5  # published limit below which a box counts as empty
 
 
-class PanopticJitterMapper:
-    """Large-scale jitter of a picture and its segments; the published `coco_panoptic_lsj`.
+class JitterMapper(ABC):
+    """What the training mappers share: the picture, its geometry and its colours.
+
+    Args:
+        name: as INPUT.DATASET_MAPPER_NAME spells it.
+        augmentation: draws the geometry.
+        colors: changes the colours of the picture; None: they stay.
+        channel_order: "RGB" or "BGR", of the image that comes out.
+    """
+
+    needs: ClassVar[tuple[str, ...]]  # the fields of a record that it reads
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        augmentation: LargeScaleJitter | ShortestEdgeJitter,
+        colors: ColorJitter | None = None,
+        channel_order: str = "RGB",
+    ) -> None:
+        _check_channel_order(channel_order)
+        self.name = name
+        self.augmentation = augmentation
+        self.colors = colors
+        self.channel_order = channel_order
+
+    def __call__(self, record: dict, rng: RandomNumbers) -> dict[str, Any]:
+        """A record and the source of every random number -> a sample.
+
+        Raises:
+            FileNotFoundError: a file of the record is missing.
+            ValueError: the record lacks the ground truth that is needed, or a file is broken or does not fit the rest.
+        """
+        check_ground_truth(record, self, where=str(record.get("file_name", "a record")))
+        picture = _read_picture(record)
+        size = (picture.height, picture.width)
+        truth = self.read(record, size)
+        labels = self.category_map(record, truth) if self.augmentation.reads_labels else None
+        geometry = self.augmentation.draw(*size, rng, labels)
+        image = geometry.view(picture)
+        if self.colors is not None:
+            image = self.colors(image, rng)
+        targets = self.targets(record, truth, geometry)
+        image_tensor = _to_tensor(geometry.pad_image(image), self.channel_order)
+        point_seed = int.from_bytes(rng.bytes(8), "little") >> 1  # 0..2^63 - 1, drawn last
+        return {**_kept(record, size), "image": image_tensor, "targets": targets, "point_seed": point_seed}
+
+    @abstractmethod
+    def read(self, record: dict, size: tuple[int, int]) -> Any:
+        """The ground truth of a record, checked against the (height, width) of its picture."""
+
+    @abstractmethod
+    def targets(self, record: dict, truth: Any, geometry: Geometry) -> Targets:
+        """The ground truth after the transform."""
+
+    def category_map(self, record: dict, truth: Any) -> np.ndarray:
+        """(height, width) category of each pixel, 0 or more: what a crop is judged by."""
+        raise NotImplementedError
+
+
+class PanopticJitterMapper(JitterMapper):
+    """Segments of an id PNG; the published `coco_panoptic_lsj` and `mask_former_panoptic`.
 
     Crowd segments are left out. A segment that the crop does not show stays, with an empty mask, as published.
 
     Args:
-        jitter: draws the geometry.
-        channel_order: "RGB" or "BGR", of the image that comes out.
+        ignored_label: category of the pixels without a segment, for the crop.
+        options: as for `JitterMapper`.
     """
 
-    def __init__(self, *, jitter: LargeScaleJitter, channel_order: str = "RGB") -> None:
-        _check_channel_order(channel_order)
-        self.jitter = jitter
-        self.channel_order = channel_order
+    needs = ("pan_seg_file_name", "segments_info")
 
-    def __call__(self, record: dict, rng: np.random.Generator | np.random.RandomState) -> dict[str, Any]:
-        """-> `image` (3, S, S) uint8, `targets` with an id map, `point_seed`, which fixes where losses look, and the
-        record's names and (original) size."""
-        image = _read_image(record)
-        id_map = _read_id_map(record, image.shape[:2])
-        geometry = self.jitter.draw(*image.shape[:2], rng)
+    def __init__(self, *, ignored_label: int = 255, **options: Any) -> None:
+        super().__init__(**options)
+        self.ignored_label = ignored_label
+
+    def read(self, record: dict, size: tuple[int, int]) -> np.ndarray:
+        return _read_id_map(record, size)
+
+    def targets(self, record: dict, truth: np.ndarray, geometry: Geometry) -> Targets:
         segments = [segment for segment in record["segments_info"] if not segment.get("iscrowd", 0)]
-        targets = Targets(
+        return Targets(
             labels=torch.tensor([segment["category_id"] for segment in segments], dtype=torch.int64),
-            id_map=torch.from_numpy(geometry.apply_id_map(id_map)),
+            id_map=torch.from_numpy(geometry.apply_id_map(truth)),
             ids=torch.tensor([segment["id"] for segment in segments], dtype=torch.int64),
         )
-        image_tensor = _to_tensor(geometry.apply_image(image), self.channel_order)
-        point_seed = int.from_bytes(rng.bytes(8), "little") >> 1  # 0..2^63 - 1, drawn last
-        return {**_kept(record, image), "image": image_tensor, "targets": targets, "point_seed": point_seed}
+
+    def category_map(self, record: dict, truth: np.ndarray) -> np.ndarray:
+        """The semantic label map of the record, as published; made of the segments where the record has none."""
+        if "sem_seg_file_name" in record:
+            return _read_labels(record, truth.shape)
+        order = sorted(record["segments_info"], key=lambda segment: segment["id"])
+        ids = np.array([VOID_ID, *(segment["id"] for segment in order)])
+        categories = np.array([self.ignored_label, *(segment["category_id"] for segment in order)])
+        return categories[np.searchsorted(ids, truth)]
+
+
+class SemanticJitterMapper(JitterMapper):
+    """One segment for each class that the label map shows after the transform; the published `mask_former_semantic`.
+
+    Args:
+        ignore_label: value of unlabelled pixels.
+        num_classes: labels must be below it; None: any label is a class.
+        options: as for `JitterMapper`.
+    """
+
+    needs = ("sem_seg_file_name",)
+
+    def __init__(self, *, ignore_label: int, num_classes: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.ignore_label = ignore_label
+        self.num_classes = num_classes
+
+    def read(self, record: dict, size: tuple[int, int]) -> np.ndarray:
+        labels = _read_labels(record, size)
+        found = _distinct(labels)
+        unknown = [] if self.num_classes is None else sorted(found - {*range(self.num_classes), self.ignore_label})
+        if unknown:
+            raise ValueError(
+                f"{record['sem_seg_file_name']}: label {unknown[0]} ({int((labels == unknown[0]).sum())} pixels) is no "
+                f"class: the data set has the labels 0..{self.num_classes - 1}, and {self.ignore_label} for unlabelled "
+                f"pixels. Prepare the label maps again, or set the ignore_label of the data set if {unknown[0]} means "
+                "unlabelled."
+            )
+        return labels
+
+    def targets(self, record: dict, truth: np.ndarray, geometry: Geometry) -> Targets:
+        id_map = geometry.apply_label_map(truth, padding=self.ignore_label)
+        classes = torch.tensor(sorted(_distinct(id_map) - {self.ignore_label}), dtype=torch.int64)
+        return Targets(labels=classes, id_map=torch.from_numpy(id_map), ids=classes.clone())
+
+    def category_map(self, record: dict, truth: np.ndarray) -> np.ndarray:
+        return truth
+
+
+class InstanceJitterMapper(JitterMapper):
+    """Instances of COCO annotations, which may overlap, as masks; `coco_instance_lsj` and `mask_former_instance`.
+
+    Crowd annotations are left out. Polygons are transformed, clipped by the crop and then filled, run-length codes are
+    decoded and then transformed.
+
+    Args:
+        drops_empty: leave out an instance of which the crop shows nothing, as `coco_instance_lsj` does; else it stays
+            with an empty mask.
+        options: as for `JitterMapper`.
+    """
+
+    needs = ("annotations",)
+
+    def __init__(self, *, drops_empty: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self.drops_empty = drops_empty
+
+    def read(self, record: dict, size: tuple[int, int]) -> list[dict]:
+        """The annotations that are no crowd, run-length codes decoded: `segmentation` is a list of polygons (k, 2)
+        float64 or a mask (height, width) bool."""
+        instances = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
+        if any(not one.get("segmentation") for one in instances):
+            raise ValueError(
+                f"{record['file_name']}: an annotation of this picture has no segmentation, and its box alone gives no "
+                "mask to train on. Leave it out of the annotations, or mark it iscrowd."
+            )
+        codes = [one["segmentation"] for one in instances if isinstance(one["segmentation"], Mapping)]
+        try:
+            masks = iter(read_run_lengths(codes, size))
+            return [
+                {**one, "segmentation": next(masks) if isinstance(segments, Mapping) else _polygons(segments)}
+                for one, segments in ((one, one["segmentation"]) for one in instances)
+            ]
+        except ValueError as error:
+            raise ValueError(
+                f"{record['file_name']}: {error}. Picture and annotations do not belong together."
+            ) from error
+
+    def targets(self, record: dict, truth: list[dict], geometry: Geometry) -> Targets:
+        decoded = [one["segmentation"] for one in truth if isinstance(one["segmentation"], np.ndarray)]
+        transformed = iter(geometry.apply_masks(np.stack(decoded)) if decoded else ())
+        masks = np.zeros((len(truth), *geometry.canvas), bool)
+        shown = []
+        for one, mask in zip(truth, masks):
+            if isinstance(one["segmentation"], np.ndarray):
+                mask[:] = next(transformed)
+                shown.append(bool(mask.any()))
+            else:
+                polygons = [geometry.apply_polygon(points) for points in one["segmentation"]]
+                polygons = [points for points in polygons if len(points)]
+                fill_polygons(polygons, mask)
+                shown.append(_has_box(polygons))
+        kept = np.array(shown, bool) if self.drops_empty else np.ones(len(truth), bool)
+        return Targets(
+            labels=torch.tensor([one["category_id"] for one in truth], dtype=torch.int64)[torch.from_numpy(kept)],
+            masks=torch.from_numpy(masks if kept.all() else masks[kept]),
+        )
 
 
 class ShortestEdgeMapper:
@@ -82,14 +276,27 @@ class ShortestEdgeMapper:
 
     def __call__(self, record: dict) -> dict[str, Any]:
         """-> `image` (3, h, w) uint8, resized, and the record's names and (original) size."""
-        image = _read_image(record)
+        image = np.asarray(_read_picture(record))
         resized = resize_image(image, *self.resized(*image.shape[:2]))
-        return {**_kept(record, image), "image": _to_tensor(resized, self.channel_order)}
+        return {**_kept(record, image.shape[:2]), "image": _to_tensor(resized, self.channel_order)}
 
 
-def build_train_mapper(cfg) -> PanopticJitterMapper:
-    """The mapper that `INPUT.DATASET_MAPPER_NAME` names."""
-    return lookup("INPUT.DATASET_MAPPER_NAME", cfg.INPUT.DATASET_MAPPER_NAME, MAPPERS)(cfg)
+def build_train_mapper(cfg, metadata: Mapping[str, Any] | None = None) -> JitterMapper:
+    """The mapper that `INPUT.DATASET_MAPPER_NAME` names.
+
+    Args:
+        cfg: reads INPUT, MODEL.SEM_SEG_HEAD.IGNORE_VALUE and DATASETS.TRAIN.
+        metadata: of the data set to train on, for its label maps; None: of the first of DATASETS.TRAIN. Without a data
+            set of fcclip there, IGNORE_VALUE is the label of unlabelled pixels and labels are not checked.
+
+    Raises:
+        ValueError: an unknown mapper, or values of INPUT that cannot work.
+    """
+    build = lookup("INPUT.DATASET_MAPPER_NAME", cfg.INPUT.DATASET_MAPPER_NAME, MAPPERS)
+    if metadata is None:
+        first = next(iter(cfg.DATASETS.TRAIN), None)
+        metadata = get_dataset(first).metadata if first in DATASETS else {}
+    return build(cfg, metadata)
 
 
 def build_test_mapper(cfg) -> ShortestEdgeMapper:
@@ -98,22 +305,114 @@ def build_test_mapper(cfg) -> ShortestEdgeMapper:
     return ShortestEdgeMapper(min_size=inputs.MIN_SIZE_TEST, max_size=inputs.MAX_SIZE_TEST, channel_order=inputs.FORMAT)
 
 
-def _build_panoptic_jitter(cfg) -> PanopticJitterMapper:
-    inputs = cfg.INPUT
-    jitter = LargeScaleJitter(
-        size=inputs.IMAGE_SIZE, min_scale=inputs.MIN_SCALE, max_scale=inputs.MAX_SCALE, flip=inputs.RANDOM_FLIP
+def _build_panoptic_lsj(cfg, metadata: Mapping[str, Any]) -> PanopticJitterMapper:
+    return PanopticJitterMapper(augmentation=_large_scale_jitter(cfg), **_named(cfg))
+
+
+def _build_instance_lsj(cfg, metadata: Mapping[str, Any]) -> InstanceJitterMapper:
+    return InstanceJitterMapper(augmentation=_large_scale_jitter(cfg), drops_empty=True, **_named(cfg))
+
+
+def _build_semantic(cfg, metadata: Mapping[str, Any]) -> SemanticJitterMapper:
+    known = "ignore_label" in metadata
+    return SemanticJitterMapper(
+        augmentation=_shortest_edge_jitter(cfg, judges_crops=True),
+        colors=_colors(cfg),
+        ignore_label=metadata["ignore_label"] if known else cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        num_classes=len(metadata["stuff_classes"]) if known else None,
+        **_named(cfg),
     )
-    return PanopticJitterMapper(jitter=jitter, channel_order=inputs.FORMAT)
 
 
-MAPPERS: dict[str, Callable[..., PanopticJitterMapper]] = {
-    "coco_panoptic_lsj": _build_panoptic_jitter,
+def _build_panoptic(cfg, metadata: Mapping[str, Any]) -> PanopticJitterMapper:
+    return PanopticJitterMapper(
+        augmentation=_shortest_edge_jitter(cfg, judges_crops=True),
+        colors=_colors(cfg),
+        ignored_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        **_named(cfg),
+    )
+
+
+def _build_instance(cfg, metadata: Mapping[str, Any]) -> InstanceJitterMapper:
+    augmentation = _shortest_edge_jitter(cfg, judges_crops=False)
+    return InstanceJitterMapper(augmentation=augmentation, colors=_colors(cfg), drops_empty=False, **_named(cfg))
+
+
+MAPPERS: dict[str, Callable[..., JitterMapper]] = {
+    "coco_panoptic_lsj": _build_panoptic_lsj,
+    "coco_instance_lsj": _build_instance_lsj,
+    "mask_former_semantic": _build_semantic,
+    "mask_former_panoptic": _build_panoptic,
+    "mask_former_instance": _build_instance,
+}
+_READERS: dict[str, type[JitterMapper]] = {  # what a record must have for each of them
+    "coco_panoptic_lsj": PanopticJitterMapper,
+    "coco_instance_lsj": InstanceJitterMapper,
+    "mask_former_semantic": SemanticJitterMapper,
+    "mask_former_panoptic": PanopticJitterMapper,
+    "mask_former_instance": InstanceJitterMapper,
 }
 
 
-def _read_image(record: dict) -> np.ndarray:
-    image = read_image(record["file_name"])
-    height, width = image.shape[:2]
+def check_ground_truth(record: Mapping[str, Any], mapper: JitterMapper, *, where: str) -> None:
+    """Refuses a record without the kind of ground truth that a mapper reads.
+
+    Args:
+        record: of the data set.
+        mapper: what it will be given to.
+        where: data set or file, for the message.
+
+    Raises:
+        ValueError: a field is missing; the message names the mappers that can read what there is.
+    """
+    missing = [key for key in mapper.needs if key not in record]
+    if not missing:
+        return
+    others = [name for name, kind in _READERS.items() if all(key in record for key in kind.needs)]
+    remedy = f"set INPUT.DATASET_MAPPER_NAME to {' or '.join(others)}" if others else "no mapper can read it"
+    raise ValueError(
+        f"{where}: the ground truth has no {' and no '.join(missing)}, which INPUT.DATASET_MAPPER_NAME '{mapper.name}' "
+        f"reads. For this data set, {remedy}."
+    )
+
+
+def _named(cfg) -> dict[str, str]:
+    return {"name": cfg.INPUT.DATASET_MAPPER_NAME, "channel_order": cfg.INPUT.FORMAT}
+
+
+def _large_scale_jitter(cfg) -> LargeScaleJitter:
+    inputs = cfg.INPUT
+    return LargeScaleJitter(
+        size=inputs.IMAGE_SIZE, min_scale=inputs.MIN_SCALE, max_scale=inputs.MAX_SCALE, flip=inputs.RANDOM_FLIP
+    )
+
+
+def _shortest_edge_jitter(cfg, *, judges_crops: bool) -> ShortestEdgeJitter:
+    inputs, crop = cfg.INPUT, None
+    if inputs.CROP.ENABLED:
+        crop = RandomCrop(
+            kind=inputs.CROP.TYPE,
+            size=tuple(inputs.CROP.SIZE),
+            max_category_share=inputs.CROP.SINGLE_CATEGORY_MAX_AREA if judges_crops else 1.0,
+            ignored_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+        )
+    sizes = inputs.MIN_SIZE_TRAIN
+    return ShortestEdgeJitter(
+        min_sizes=(sizes,) if isinstance(sizes, int) else tuple(sizes),
+        max_size=inputs.MAX_SIZE_TRAIN,
+        sampling=inputs.MIN_SIZE_TRAIN_SAMPLING,
+        crop=crop,
+        target_size=inputs.SIZE_DIVISIBILITY,
+    )
+
+
+def _colors(cfg) -> ColorJitter | None:
+    return ColorJitter() if cfg.INPUT.COLOR_AUG_SSD else None
+
+
+def _read_picture(record: dict) -> Image.Image:
+    picture = read_picture(record["file_name"])
+    height, width = picture.height, picture.width
     stated = (record.get("height", height), record.get("width", width))
     if stated != (height, width):
         raise ValueError(
@@ -121,17 +420,13 @@ def _read_image(record: dict) -> np.ndarray:
             f"annotations say {stated[0]} x {stated[1]}. Picture and annotations do not belong together, or the "
             "picture was resized or turned."
         )
-    return image
+    return picture
 
 
 def _read_id_map(record: dict, image_size: tuple[int, int]) -> np.ndarray:
     path = record["pan_seg_file_name"]
     id_map = read_id_map(path)
-    if id_map.shape != image_size:
-        raise ValueError(
-            f"{path}: the id map is {id_map.shape[0]} x {id_map.shape[1]} pixels (height x width), but its picture "
-            f"{record['file_name']} is {image_size[0]} x {image_size[1]}. Prepare the id map again for this picture."
-        )
+    _check_size(record, path, "id map", id_map.shape, image_size)
     known = {segment["id"] for segment in record["segments_info"]}
     unknown = sorted(_distinct(id_map) - known - {VOID_ID})
     if unknown:
@@ -145,9 +440,39 @@ def _read_id_map(record: dict, image_size: tuple[int, int]) -> np.ndarray:
     return id_map
 
 
-def _distinct(id_map: np.ndarray) -> set[int]:
-    """The ids of an id map, looked up only where a run of equal pixels starts: segments are few and large."""
-    flat = id_map.ravel()
+def _read_labels(record: dict, image_size: tuple[int, int]) -> np.ndarray:
+    path = record["sem_seg_file_name"]
+    labels = read_label_map(path)
+    _check_size(record, path, "label map", labels.shape, image_size)
+    if labels.size and labels.min() < 0:
+        raise ValueError(f"{path}: label {labels.min()} is negative. Prepare the label map again.")
+    return labels
+
+
+def _check_size(record: dict, path: str, kind: str, size: tuple[int, ...], image_size: tuple[int, int]) -> None:
+    if size != image_size:
+        raise ValueError(
+            f"{path}: the {kind} is {size[0]} x {size[1]} pixels (height x width), but its picture "
+            f"{record['file_name']} is {image_size[0]} x {image_size[1]}. Prepare the {kind} again for this picture."
+        )
+
+
+def _polygons(segmentation: Iterable[Sequence[float]]) -> list[np.ndarray]:
+    return [np.asarray(one, np.float64).reshape(-1, 2) for one in segmentation if has_area(one)]
+
+
+def _has_box(polygons: Sequence[np.ndarray]) -> bool:
+    """Whether the box around all of them is larger than nothing."""
+    if not polygons:
+        return False
+    corners = np.concatenate(polygons)
+    return bool((np.ptp(corners, axis=0) > _SMALLEST_BOX_PX).all())
+
+
+def _distinct(values: np.ndarray) -> set[int]:
+    """The values of an id or label map, looked up only where a run of equal pixels starts: segments are few and
+    large."""
+    flat = values.ravel()
     starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     return {*np.unique(flat[starts]).tolist(), *flat[:1].tolist()}
 
@@ -157,9 +482,9 @@ def _few(values: list[int], limit: int = 8) -> str:
     return f"{shown}, ..." if len(values) > limit else shown or "none"
 
 
-def _kept(record: dict, image: np.ndarray) -> dict[str, Any]:
+def _kept(record: dict, size: tuple[int, int]) -> dict[str, Any]:
     names = {key: record[key] for key in _KEPT if key in record}
-    return {**names, "height": image.shape[0], "width": image.shape[1]}
+    return {**names, "height": size[0], "width": size[1]}
 
 
 def _to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:

@@ -7,13 +7,32 @@ seed alone, and what is drawn for a sample on seed and position, so any batch ca
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["SAMPLERS", "Draw", "TrainingBatches", "inference_batches", "inference_share", "permutation_stream"]
+from fcclip.config import lookup
+
+__all__ = [
+    "SAMPLERS",
+    "Draw",
+    "Stream",
+    "TrainingBatches",
+    "build_stream",
+    "inference_batches",
+    "inference_share",
+    "permutation_stream",
+    "repeat_factors",
+    "repeated_stream",
+]
+
+Stream = Callable[[int, int], Iterator[int]]  # (number of records, seed) -> endless record indices
 
 
 class Draw(NamedTuple):
@@ -31,8 +50,80 @@ def permutation_stream(num_records: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(num_records, generator=generator).tolist()
 
 
-SAMPLERS: dict[str, Callable[[int, int], Iterator[int]]] = {
-    "TrainingSampler": permutation_stream,
+def repeated_stream(num_records: int, seed: int, *, factors: Tensor) -> Iterator[int]:
+    """Endless: epoch after epoch in which a record comes as often as its factor says, in random order.
+
+    What a factor has behind its point is the probability of one more time, drawn anew in each epoch. All draws come
+    from one torch generator, as detectron2 makes them.
+
+    Args:
+        num_records: n.
+        seed: of the generator.
+        factors: (n,) float32, at least 1; see `repeat_factors`.
+    """
+    if len(factors) != num_records:
+        raise ValueError(f"{len(factors)} repeat factors for {num_records} records")
+    generator = torch.Generator()
+    generator.manual_seed(seed)
+    whole = factors.trunc()
+    while True:
+        times = whole + (torch.rand(num_records, generator=generator) < factors - whole).float()
+        epoch = torch.arange(num_records).repeat_interleave(times.long())
+        yield from epoch[torch.randperm(len(epoch), generator=generator)].tolist()
+
+
+def repeat_factors(categories: Iterable[Iterable[int]], *, threshold: float, square_root: bool = True) -> Tensor:
+    """How often each picture should come in an epoch, so that rare categories are seen more often (Gupta et al. 2019,
+    LVIS, section 5.2).
+
+    A category in a share f of all pictures gets the factor max(1, sqrt(threshold / f)), a picture the largest factor of
+    its categories.
+
+    Args:
+        categories: of each picture, in any order and number.
+        threshold: share of pictures below which a category is repeated; 0: nothing is.
+        square_root: False: threshold / f without the root.
+
+    Returns:
+        (n,) float32, at least 1.
+
+    Example:
+        >>> repeat_factors([{0}, {0}, {0}, {0, 7}], threshold=1.0)
+        tensor([1., 1., 1., 2.])
+    """
+    if threshold < 0:
+        raise ValueError(f"DATALOADER.REPEAT_THRESHOLD must be a share of pictures, 0 or more, got {threshold}")
+    pictures = [frozenset(one) for one in categories]
+    shares = {category: count / len(pictures) for category, count in Counter(itertools.chain(*pictures)).items()}
+    ratios = {category: threshold / share for category, share in shares.items()}
+    factors = {one: max(1.0, math.sqrt(ratio) if square_root else ratio) for one, ratio in ratios.items()}
+    return torch.tensor([max((factors[category] for category in one), default=1.0) for one in pictures])
+
+
+def build_stream(cfg, records: Sequence[Mapping[str, Any]]) -> Stream:
+    """The order of the training pictures that `DATALOADER.SAMPLER_TRAIN` names.
+
+    Raises:
+        ValueError: an unknown name, or records that do not say which categories a picture shows.
+    """
+    return lookup("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)(cfg.DATALOADER, records)
+
+
+def _build_repeated(settings, records: Sequence[Mapping[str, Any]]) -> Stream:
+    key = next((key for key in ("annotations", "segments_info") if records and key in records[0]), None)
+    if key is None:
+        raise ValueError(
+            "DATALOADER.SAMPLER_TRAIN 'RepeatFactorTrainingSampler' needs to know the categories of each picture, but "
+            "the records of this data set have no annotations and no segments_info. Use 'TrainingSampler'."
+        )
+    categories = ((one["category_id"] for one in record[key]) for record in records)
+    factors = repeat_factors(categories, threshold=settings.REPEAT_THRESHOLD, square_root=settings.REPEAT_SQRT)
+    return partial(repeated_stream, factors=factors)
+
+
+SAMPLERS: dict[str, Callable[..., Stream]] = {
+    "TrainingSampler": lambda settings, records: permutation_stream,
+    "RepeatFactorTrainingSampler": _build_repeated,
 }
 
 
@@ -53,7 +144,7 @@ class TrainingBatches:
     def __init__(
         self,
         *,
-        stream: Callable[[int, int], Iterator[int]],
+        stream: Stream,
         num_records: int,
         seed: int,
         batch_size: int,

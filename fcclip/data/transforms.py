@@ -1,31 +1,194 @@
 """Geometry of augmentation and of the test-time resize, pixel for pixel as published (Pillow and NumPy).
 
-A transform is drawn once for a picture and applied to the picture and to its id map.
+A transform is drawn once for a picture and applied to the picture and to its ground truth. Two augmentations draw:
+`LargeScaleJitter` flips, resizes, crops and pads to a square; `ShortestEdgeJitter` resizes, crops, flips and pads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
+import torch
 from PIL import Image
 
 __all__ = [
+    "CROP_TYPES",
     "PADDING_ID",
     "PADDING_VALUE",
+    "CropGeometry",
+    "Geometry",
     "JitterGeometry",
     "LargeScaleJitter",
+    "RandomCrop",
+    "RandomNumbers",
+    "ShortestEdgeJitter",
+    "draw_integer",
     "resize_image",
     "shortest_edge_size",
 ]
 
 PADDING_VALUE = 128  # of a picture, in each channel
-PADDING_ID = 0xFFFFFF  # of an id map: the published code pads the id PNG with 255 in each channel
+PADDING_ID = 0xFFFFFF  # of an id map after large-scale jitter: the published code pads the id PNG with 255
 FLIPS = ("none", "horizontal", "vertical")
+CROP_TYPES = ("absolute", "absolute_range", "relative", "relative_range")
+CROP_ATTEMPTS = 10  # windows tried before one is taken that a single category fills
+RandomNumbers = np.random.Generator | np.random.RandomState
+
+
+class Geometry:
+    """One drawn transform: resize, crop and pad at the right and the bottom, with a flip before or after.
+
+    Subclasses are records of what was drawn. They have `height, width` (of the picture it was drawn for, pixels),
+    `resized_height, resized_width`, `top, left` (first row and column of the crop, in pixels of the resized picture)
+    and `flip`, one of `FLIPS`.
+    """
+
+    height: int
+    width: int
+    resized_height: int
+    resized_width: int
+    top: int
+    left: int
+    flip: str
+    flips_first = True  # before the resize, else after the crop
+    id_padding = PADDING_ID
+
+    @property
+    def visible(self) -> tuple[int, int]:
+        """(height, width) of the part of the resized picture that is kept."""
+        raise NotImplementedError
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        """(height, width) of what comes out."""
+        raise NotImplementedError
+
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        """(height, width, 3) uint8 -> (*canvas, 3) uint8: bilinear with antialiasing, padded with 128."""
+        return self.pad_image(self.view(Image.fromarray(image)))
+
+    def view(self, picture: Image.Image) -> np.ndarray:
+        """The picture -> (*visible, 3) uint8: flipped, resized and cropped, without the padding."""
+        self._check((picture.height, picture.width))
+        if self.flips_first:
+            picture = self._flipped(picture)
+        picture = self._resized_and_cropped(picture)
+        return np.asarray(picture if self.flips_first else self._flipped(picture))
+
+    def pad_image(self, image: np.ndarray) -> np.ndarray:
+        """(*visible, 3) uint8 -> (*canvas, 3) uint8, in memory with the channels first, as torch wants them."""
+        rows, columns = image.shape[:2]
+        canvas = np.empty((3, *self.canvas), np.uint8)
+        cv2.split(image, [plane[:rows, :columns] for plane in canvas])
+        canvas[:, rows:] = PADDING_VALUE
+        canvas[:, :rows, columns:] = PADDING_VALUE
+        return canvas.transpose(1, 2, 0)
+
+    def apply_id_map(self, id_map: np.ndarray, *, padding: int | None = None) -> np.ndarray:
+        """(height, width) integer -> canvas of the same type: Pillow's nearest neighbour, padded with `padding`
+        (default: with an id that no segment has)."""
+        self._check(id_map.shape)
+        padding = self.id_padding if padding is None else padding
+        return self._gathered(id_map, _nearest(self.height, self.resized_height), self._columns(_nearest), padding)
+
+    def apply_label_map(self, labels: np.ndarray, *, padding: int) -> np.ndarray:
+        """The same for a semantic label map, which the published code resizes by torch's nearest neighbour instead."""
+        self._check(labels.shape)
+        rows = _torch_nearest(self.height, self.resized_height)
+        return self._gathered(labels, rows, self._columns(_torch_nearest), padding)
+
+    def apply_masks(self, masks: np.ndarray) -> np.ndarray:
+        """(n, height, width) -> (n, *canvas) of the same type: Pillow's nearest neighbour, padded with 0."""
+        self._check(masks.shape[1:])
+        return self._gathered(masks, _nearest(self.height, self.resized_height), self._columns(_nearest), 0)
+
+    def apply_polygon(self, points: np.ndarray) -> np.ndarray:
+        """(k, 2) float, (x, y) corners in pixels -> (m, 2) corners on the canvas, clipped by the crop; m is 0 for a
+        polygon that the crop does not show."""
+        points = np.array(points, np.float64)
+        if self.flips_first:
+            self._flip_points(points, self.height, self.width)
+        points *= (self.resized_width / self.width, self.resized_height / self.height)
+        points = _clipped(points - (self.left, self.top), *self._window)
+        if not self.flips_first:
+            self._flip_points(points, *self.visible)
+        return points
+
+    @property
+    def _window(self) -> tuple[int, int]:
+        """(height, width) of the crop, which may reach beyond the resized picture."""
+        return self.visible
+
+    def _gathered(self, array: np.ndarray, rows: np.ndarray, columns: np.ndarray, padding: int) -> np.ndarray:
+        """Source pixel of each resized row and column -> canvas; each pixel is read once, whatever the flip."""
+        flips_rows = self.flip == "vertical"
+        if flips_rows and self.flips_first:
+            rows = self.height - 1 - rows
+        rows = rows[self.top : self.top + self.visible[0]]
+        if flips_rows and not self.flips_first:
+            rows = rows[::-1]
+        if len(rows) < array.shape[-2]:
+            found = array.take(rows, axis=-2).take(columns, axis=-1)
+        else:
+            found = array.take(columns, axis=-1).take(rows, axis=-2)
+        if found.shape[-2:] == self.canvas:
+            return found
+        height, width = found.shape[-2:]
+        canvas = np.empty((*array.shape[:-2], *self.canvas), array.dtype)
+        canvas[..., :height, :width] = found
+        canvas[..., height:, :] = padding
+        canvas[..., :height, width:] = padding
+        return canvas
+
+    def _columns(self, nearest: Callable[[int, int], np.ndarray]) -> np.ndarray:
+        columns = nearest(self.width, self.resized_width)
+        flips = self.flip == "horizontal"
+        if flips and self.flips_first:
+            columns = self.width - 1 - columns
+        columns = columns[self.left : self.left + self.visible[1]]
+        return columns[::-1] if flips and not self.flips_first else columns
+
+    def _resized_and_cropped(self, picture: Image.Image) -> Image.Image:
+        """The visible part of the resized picture.
+
+        Pillow enlarges in two passes, first the width, then the height: cropping the columns between them changes no
+        pixel (a test compares) and saves a quarter of the time at scale 2. When it reduces, Pillow chooses the order.
+        """
+        rows, columns = self.visible
+        size, box = (
+            (self.resized_width, self.resized_height),
+            (self.left, self.top, self.left + columns, self.top + rows),
+        )
+        if self.resized_height < self.height or self.resized_width <= columns:
+            resized = picture.resize(size, Image.Resampling.BILINEAR)
+            return resized if resized.size == (columns, rows) else resized.crop(box)
+        picture = picture.resize((self.resized_width, self.height), Image.Resampling.BILINEAR)
+        picture = picture.crop((self.left, 0, self.left + columns, self.height))
+        picture = picture.resize((columns, self.resized_height), Image.Resampling.BILINEAR)
+        return picture if picture.height == rows else picture.crop((0, self.top, columns, self.top + rows))
+
+    def _flipped(self, picture: Image.Image) -> Image.Image:
+        if self.flip == "none":
+            return picture
+        kinds = {"horizontal": Image.Transpose.FLIP_LEFT_RIGHT, "vertical": Image.Transpose.FLIP_TOP_BOTTOM}
+        return picture.transpose(kinds[self.flip])
+
+    def _flip_points(self, points: np.ndarray, height: int, width: int) -> None:
+        if self.flip == "horizontal":
+            points[:, 0] = width - points[:, 0]
+        elif self.flip == "vertical":
+            points[:, 1] = height - points[:, 1]
+
+    def _check(self, size: tuple[int, ...]) -> None:
+        if tuple(size) != (self.height, self.width):
+            raise ValueError(f"jitter drawn for {self.height} x {self.width} pixels, applied to {tuple(size)}")
 
 
 @dataclass(frozen=True)
-class JitterGeometry:
+class JitterGeometry(Geometry):
     """One drawn large-scale jitter: flip, then resize, then crop, then pad at the right and the bottom.
 
     Args:
@@ -45,45 +208,59 @@ class JitterGeometry:
     left: int
     size: int
 
-    def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """(height, width, 3) uint8 -> (size, size, 3) uint8: bilinear with antialiasing, padded with 128."""
-        self._check(image)
-        visible = self._resized_and_cropped(Image.fromarray(self._flipped(image)))
-        canvas = np.full((3, self.size, self.size), PADDING_VALUE, np.uint8)  # channels first in memory, as torch wants
-        canvas[:, : visible.shape[0], : visible.shape[1]] = visible.transpose(2, 0, 1)
-        return canvas.transpose(1, 2, 0)
+    @property
+    def visible(self) -> tuple[int, int]:
+        return min(self.resized_height - self.top, self.size), min(self.resized_width - self.left, self.size)
 
-    def apply_id_map(self, id_map: np.ndarray) -> np.ndarray:
-        """(height, width) integer -> (size, size) of the same type: nearest neighbour, padded with `PADDING_ID`."""
-        self._check(id_map)
-        rows = _nearest(self.height, self.resized_height)[self.top : self.top + self.size]
-        columns = _nearest(self.width, self.resized_width)[self.left : self.left + self.size]
-        canvas = np.full((self.size, self.size), PADDING_ID, id_map.dtype)
-        canvas[: len(rows), : len(columns)] = self._flipped(id_map).take(rows, axis=0).take(columns, axis=1)
-        return canvas
+    @property
+    def canvas(self) -> tuple[int, int]:
+        return self.size, self.size
 
-    def _resized_and_cropped(self, picture: Image.Image) -> np.ndarray:
-        """The visible part of the resized picture.
+    @property
+    def _window(self) -> tuple[int, int]:
+        return self.canvas
 
-        Pillow enlarges in two passes, first the width, then the height: cropping the columns between them changes no
-        pixel (a test compares) and saves a quarter of the time at scale 2. When it reduces, Pillow chooses the order.
-        """
-        columns, rows = slice(self.left, self.left + self.size), slice(self.top, self.top + self.size)
-        size = (self.resized_width, self.resized_height)
-        if self.resized_height < self.height or self.resized_width <= self.size:
-            return np.asarray(picture.resize(size, Image.Resampling.BILINEAR))[rows, columns]
-        picture = picture.resize((self.resized_width, self.height), Image.Resampling.BILINEAR)
-        picture = picture.crop((columns.start, 0, columns.stop, self.height))
-        return np.asarray(picture.resize((self.size, self.resized_height), Image.Resampling.BILINEAR))[rows]
 
-    def _flipped(self, array: np.ndarray) -> np.ndarray:
-        if self.flip == "none":
-            return array
-        return np.ascontiguousarray(array[:, ::-1] if self.flip == "horizontal" else array[::-1])
+@dataclass(frozen=True)
+class CropGeometry(Geometry):
+    """One drawn augmentation of the `mask_former_*` mappers: resize, then crop, then flip, then pad.
 
-    def _check(self, array: np.ndarray) -> None:
-        if array.shape[:2] != (self.height, self.width):
-            raise ValueError(f"jitter drawn for {self.height} x {self.width} pixels, applied to {array.shape[:2]}")
+    Args:
+        height, width: size of the picture it was drawn for, pixels.
+        resized_height, resized_width: size after the resize, pixels.
+        top, left, crop_height, crop_width: the crop, in pixels of the resized picture.
+        flip: "none" or "horizontal".
+        target_size: side of the square that it is padded to, pixels; below 1: no padding.
+    """
+
+    height: int
+    width: int
+    resized_height: int
+    resized_width: int
+    top: int
+    left: int
+    crop_height: int
+    crop_width: int
+    flip: str
+    target_size: int = -1
+
+    flips_first = False
+    id_padding = 0
+
+    def __post_init__(self) -> None:
+        if 0 < self.target_size < max(self.visible):
+            raise ValueError(
+                f"INPUT.SIZE_DIVISIBILITY is {self.target_size}, the side of the square that pictures are padded to, "
+                f"but after resize and crop this one is {self.crop_height} x {self.crop_width} (height x width)"
+            )
+
+    @property
+    def visible(self) -> tuple[int, int]:
+        return self.crop_height, self.crop_width
+
+    @property
+    def canvas(self) -> tuple[int, int]:
+        return self.visible if self.target_size < 1 else (self.target_size, self.target_size)
 
 
 @dataclass(frozen=True)
@@ -101,6 +278,8 @@ class LargeScaleJitter:
     max_scale: float
     flip: str = "horizontal"
 
+    reads_labels = False  # to draw, it needs no label map
+
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"INPUT.IMAGE_SIZE must be at least 1 pixel, got {self.size}")
@@ -112,7 +291,7 @@ class LargeScaleJitter:
         if self.flip not in FLIPS:
             raise ValueError(f"INPUT.RANDOM_FLIP must be one of {', '.join(FLIPS)}, got '{self.flip}'")
 
-    def draw(self, height: int, width: int, rng: np.random.Generator | np.random.RandomState) -> JitterGeometry:
+    def draw(self, height: int, width: int, rng: RandomNumbers, labels: np.ndarray | None = None) -> JitterGeometry:
         """Draws, in the published order: whether to flip, the scale, one number for both crop offsets.
 
         The same number for both axes is the published behaviour: the crop lies on the diagonal of the possible ones.
@@ -126,8 +305,146 @@ class LargeScaleJitter:
         return JitterGeometry(height, width, flip, resized_height, resized_width, top, left, self.size)
 
 
+@dataclass(frozen=True)
+class RandomCrop:
+    """Draws a window of a picture, if need be one that no single category fills.
+
+    Args:
+        kind: one of `CROP_TYPES`. absolute: `size` pixels, at most the picture; absolute_range: each side between the
+            two numbers of `size`; relative: these shares of the picture; relative_range: shares between these and 1.
+        size: (height, width) in pixels or shares; for absolute_range (smallest, largest).
+        max_category_share: a window is drawn again, `CROP_ATTEMPTS` times in all, while only one category is in it or
+            the largest has this share of its pixels; 1 and more: any window will do.
+        ignored_label: pixels that count as no category, 0 or more; None: every label is a category.
+    """
+
+    kind: str
+    size: tuple[float, float]
+    max_category_share: float = 1.0
+    ignored_label: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in CROP_TYPES:
+            raise ValueError(f"INPUT.CROP.TYPE must be one of {', '.join(CROP_TYPES)}, got '{self.kind}'")
+        relative = self.kind.startswith("relative")
+        if len(self.size) != 2 or min(self.size) <= 0 or (relative and max(self.size) > 1):
+            wanted = "two shares of the picture above 0 and up to 1" if relative else "two numbers of pixels above 0"
+            raise ValueError(f"INPUT.CROP.SIZE must be {wanted} for type '{self.kind}', got {list(self.size)}")
+        if self.kind == "absolute_range" and self.size[0] > self.size[1]:
+            raise ValueError(f"INPUT.CROP.SIZE must be smallest and largest side, got {list(self.size)}")
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether windows are judged by the label map."""
+        return self.max_category_share < 1.0
+
+    def draw(
+        self, height: int, width: int, rng: RandomNumbers, window: Callable[..., np.ndarray] | None = None
+    ) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of a window; `window(top, left, height, width)` gives the labels in it,
+        which are not negative."""
+        for _ in range(CROP_ATTEMPTS if self.reads_labels else 1):
+            crop_height, crop_width = self._draw_size(height, width, rng)
+            place = (draw_integer(rng, height - crop_height + 1), draw_integer(rng, width - crop_width + 1))
+            if not self.reads_labels or self._is_mixed(window(*place, crop_height, crop_width)):
+                break
+        return *place, crop_height, crop_width
+
+    def _draw_size(self, height: int, width: int, rng: RandomNumbers) -> tuple[int, int]:
+        if self.kind == "absolute":
+            return min(int(self.size[0]), height), min(int(self.size[1]), width)
+        if self.kind == "absolute_range":
+            low, high = (int(side) for side in self.size)
+            return tuple(draw_integer(rng, min(side, high) + 1, low=min(side, low)) for side in (height, width))
+        shares = np.asarray(self.size, np.float32)  # single precision, as published
+        if self.kind == "relative_range":
+            shares = shares + rng.uniform(0.0, 1.0, 2) * (1 - shares)
+        return tuple(max(int(side * share + 0.5), 1) for side, share in zip((height, width), shares.tolist()))
+
+    def _is_mixed(self, labels: np.ndarray) -> bool:
+        counts = np.bincount(labels.ravel())
+        if self.ignored_label is not None:
+            counts[self.ignored_label : self.ignored_label + 1] = 0
+        return np.count_nonzero(counts) > 1 and counts.max() < counts.sum() * self.max_category_share
+
+
+@dataclass(frozen=True)
+class ShortestEdgeJitter:
+    """Draws the published augmentation of the `mask_former_*` mappers; the flip is horizontal, with probability 1/2.
+
+    Args:
+        min_sizes: lengths of the shorter side after the resize, pixels; 0 keeps the size.
+        max_size: limit of the longer side, pixels.
+        sampling: "choice": one of `min_sizes`; "range": between the two of them.
+        crop: after the resize; None: none.
+        target_size: side of the square that the result is padded to, pixels; below 1: no padding.
+    """
+
+    min_sizes: tuple[int, ...]
+    max_size: int
+    sampling: str = "choice"
+    crop: RandomCrop | None = None
+    target_size: int = -1
+
+    def __post_init__(self) -> None:
+        if self.sampling not in ("choice", "range"):
+            raise ValueError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING must be choice or range, got '{self.sampling}'")
+        if not self.min_sizes or min(self.min_sizes) < 0 or self.max_size < 1:
+            raise ValueError(
+                "INPUT.MIN_SIZE_TRAIN must be lengths of 0 (keep the size) or more and INPUT.MAX_SIZE_TRAIN at least "
+                f"1, got {list(self.min_sizes)} and {self.max_size}"
+            )
+        if self.sampling == "range" and (len(self.min_sizes) != 2 or self.min_sizes[0] > self.min_sizes[1]):
+            raise ValueError(
+                "INPUT.MIN_SIZE_TRAIN must be smallest and largest length for INPUT.MIN_SIZE_TRAIN_SAMPLING 'range', "
+                f"got {list(self.min_sizes)}"
+            )
+        largest = self.max_size
+        if self.crop is not None and self.crop.kind.startswith("absolute"):
+            largest = min(largest, int(max(self.crop.size)))
+        if 0 < self.target_size < largest:
+            raise ValueError(
+                f"INPUT.SIZE_DIVISIBILITY is {self.target_size}: the side of the square that pictures are padded to, "
+                f"not a divisor. Pictures can have sides of {largest} pixels. Set it to {largest} or more, crop to "
+                f"{self.target_size} (INPUT.CROP), or set it to -1 for no padding."
+            )
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether `draw` needs the label map."""
+        return self.crop is not None and self.crop.reads_labels
+
+    def draw(self, height: int, width: int, rng: RandomNumbers, labels: np.ndarray | None = None) -> CropGeometry:
+        """Draws, in the published order: the shorter side, the crop, whether to flip.
+
+        Args:
+            height, width: of the picture, pixels.
+            rng: source of the numbers.
+            labels: (height, width) integers, its label map; needed if `reads_labels`.
+        """
+        resized = self._draw_size(height, width, rng)
+        place = (0, 0, *resized)
+        if self.crop is not None:
+
+            def window(top: int, left: int, crop_height: int, crop_width: int) -> np.ndarray:
+                rows = _torch_nearest(height, resized[0])[top : top + crop_height]
+                columns = _torch_nearest(width, resized[1])[left : left + crop_width]
+                return labels.take(rows, axis=0).take(columns, axis=1)
+
+            place = self.crop.draw(*resized, rng, window)
+        flip = "horizontal" if rng.uniform(0.0, 1.0) < 0.5 else "none"
+        return CropGeometry(height, width, *resized, *place, flip, self.target_size)
+
+    def _draw_size(self, height: int, width: int, rng: RandomNumbers) -> tuple[int, int]:
+        if self.sampling == "range":
+            side = draw_integer(rng, self.min_sizes[1] + 1, low=self.min_sizes[0])
+        else:
+            side = int(rng.choice(self.min_sizes))
+        return shortest_edge_size(height, width, min_size=side, max_size=self.max_size)
+
+
 def shortest_edge_size(height: int, width: int, *, min_size: int, max_size: int) -> tuple[int, int]:
-    """(height, width) after the test-time resize.
+    """(height, width) after a resize of the shorter side.
 
     Args:
         height, width: pixels.
@@ -159,7 +476,40 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
+def draw_integer(rng: RandomNumbers, high: int, *, low: int = 0) -> int:
+    """One of low, ..., high - 1; NumPy's two kinds of generators spell it differently."""
+    return int((rng.integers if hasattr(rng, "integers") else rng.randint)(low, high))
+
+
 def _nearest(size: int, new_size: int) -> np.ndarray:
     """(new_size,) int32: the source pixel that Pillow's nearest resize takes for each new pixel of one axis."""
     line = Image.fromarray(np.arange(size, dtype=np.int32)[None])
     return np.asarray(line.resize((new_size, 1), Image.Resampling.NEAREST))[0]
+
+
+def _torch_nearest(size: int, new_size: int) -> np.ndarray:
+    """(new_size,) int64: the source pixel that torch's nearest resize takes for each new pixel of one axis."""
+    line = torch.arange(size, dtype=torch.float64)[None, None, :, None]
+    return torch.nn.functional.interpolate(line, (new_size, 1), mode="nearest")[0, 0, :, 0].long().numpy()
+
+
+def _clipped(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Corners (k, 2) of a polygon -> those of its part inside (0, 0)..(width, height), side after side of the window
+    (Sutherland and Hodgman 1974); none if that part has no area. What leaves the window and comes back stays one
+    polygon, joined along the border, where it covers no pixel."""
+    if len(points) == 0 or (points.min() >= 0 and (points <= (width, height)).all()):
+        return points
+    sides: Sequence[tuple[int, float, float]] = ((0, 0.0, 1.0), (0, width, -1.0), (1, 0.0, 1.0), (1, height, -1.0))
+    for axis, bound, sign in sides:
+        depth = (points[:, axis] - bound) * sign  # inside the side where it is not negative
+        following = np.roll(depth, -1)
+        inside, crosses = depth >= 0, (depth >= 0) != (following >= 0)
+        share = np.divide(depth, depth - following, out=np.zeros_like(depth), where=crosses)
+        cuts = points + share[:, None] * (np.roll(points, -1, axis=0) - points)
+        cuts[:, axis] = bound
+        points = np.stack([points, cuts], axis=1)[np.stack([inside, crosses], axis=1)]
+        if len(points) == 0:
+            return points
+    x, y = points.T
+    twice_area = x @ np.roll(y, -1) - y @ np.roll(x, -1)
+    return points if twice_area != 0 else points[:0]

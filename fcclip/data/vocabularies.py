@@ -13,11 +13,13 @@ __all__ = ["PUBLISHED_FILES", "dataset_vocabulary"]
 
 logger = logging.getLogger(__name__)
 
-# Built-in vocabulary -> name of the published file with prompt-engineered synonyms.
+# Vocabulary -> name of the published file with prompt-engineered synonyms.
 PUBLISHED_FILES = {
     "coco_panoptic": "coco_panoptic_with_prompt_eng.txt",
+    "coco_panoptic_things": "coco_panoptic_with_prompt_eng.txt",
     "coco_stuff_171": "coco_stuff_with_prompt_eng.txt",
     "ade20k_150": "ade20k_150_with_prompt_eng.txt",
+    "ade20k_150_things": "ade20k_150_with_prompt_eng.txt",
     "ade20k_847": "ade20k_847_with_prompt_eng.txt",
     "cityscapes": "cityscapes_with_prompt_eng.txt",
     "mapillary_vistas": "mapillary_vistas_with_prompt_eng.txt",
@@ -25,6 +27,13 @@ PUBLISHED_FILES = {
     "pascal_context_459": "pascal_ctx_459_with_prompt_eng.txt",
     "pascal_voc_20": "pascal_voc_21_with_prompt_eng.txt",
     "pascal_voc_21": "pascal_voc_21_with_prompt_eng.txt",
+    "lvis_1203": "lvis_1203_with_prompt_eng.txt",
+}
+# Vocabulary -> the built-in one whose classes, told by their ids, the file has.
+_PART_OF = {
+    "coco_panoptic_things": "coco_panoptic",
+    "ade20k_150_things": "ade20k_150",
+    "pascal_voc_20": "pascal_voc_21",
 }
 
 
@@ -40,11 +49,12 @@ def dataset_vocabulary(
         root: of all data sets; see `get_dataset`.
 
     Raises:
-        FileNotFoundError: `folder` is given but does not exist, or lacks the file of this data set.
+        FileNotFoundError: `folder` is given but does not exist, or lacks the file of this data set; or a file of the
+            data set that has its class names (LVIS) is missing.
         ValueError: the file has another number of classes than the data set.
     """
     dataset = get_dataset(dataset, root) if isinstance(dataset, str) else dataset
-    ours = Vocabulary.builtin(dataset.vocabulary)
+    ours = dataset.own_vocabulary()
     default = root_folder(root) / "vocabularies"
     place = Path(folder).expanduser() if folder else default if default.is_dir() else None
     file_name = PUBLISHED_FILES.get(dataset.vocabulary)
@@ -60,19 +70,17 @@ def dataset_vocabulary(
             "file there, or leave the key empty to use the vocabularies that come with fcclip."
         )
     published = Vocabulary.from_file(path)
-    if dataset.vocabulary == "pascal_voc_20":  # the file of 21 classes without its first, the background
-        published = dataclasses.replace(published, classes=published.classes[1:])
-    if len(published) != len(ours):
+    whole = Vocabulary.builtin(_PART_OF[dataset.vocabulary]) if dataset.vocabulary in _PART_OF else ours
+    if len(published) != len(whole):
+        chosen = "" if whole is ours else f" {len(ours)} of the"
         raise ValueError(
-            f"{path} has {len(published)} classes, but data set '{dataset.name}' has {len(ours)} "
-            f"({ours.class_names[0]}, …). "
+            f"{path} has {len(published)} classes, but data set '{dataset.name}' has{chosen} {len(whole)} "
+            f"({whole.class_names[0]}, …). "
             "Is it the file of another data set?"
         )
     # words of the file; ids and things of the data set
-    classes = tuple(
-        dataclasses.replace(theirs, id=mine.id, thing=mine.thing)
-        for theirs, mine in zip(published.classes, ours.classes)
-    )
+    words = {mine.id: theirs for mine, theirs in zip(whole.classes, published.classes)}
+    classes = tuple(dataclasses.replace(words[mine.id], id=mine.id, thing=mine.thing) for mine in ours.classes)
     return _said(dataset, dataclasses.replace(published, classes=classes))
 
 

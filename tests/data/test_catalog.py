@@ -5,12 +5,14 @@ import pytest
 
 from fcclip.config import configs_dir, load_config
 from fcclip.data import DATASETS, Dataset, get_dataset, root_folder
-from fcclip.vocabulary import Vocabulary
 
 # name without split: (classes, things, ignore label, evaluator type), as published
 PUBLISHED = {
     "openvocab_coco_2017_{}_panoptic_with_sem_seg": (133, 80, 255, "coco_panoptic_seg"),
+    "openvocab_coco_2017_{}": (80, 80, None, "coco"),
     "openvocab_ade20k_panoptic_{}": (150, 100, 255, "ade20k_panoptic_seg"),
+    "openvocab_ade20k_instance_{}": (100, 100, None, "coco"),
+    "openvocab_ade20k_sem_seg_{}": (150, 0, 255, "sem_seg"),
     "openvocab_cityscapes_fine_panoptic_{}": (19, 8, 255, "cityscapes_panoptic_seg"),
     "openvocab_mapillary_vistas_panoptic_{}": (65, 37, 65, "mapillary_vistas_panoptic_seg"),
     "openvocab_ade20k_full_sem_seg_{}": (847, 0, 65535, "sem_seg"),
@@ -19,27 +21,62 @@ PUBLISHED = {
     "openvocab_pascal20_sem_seg_{}": (20, 0, 255, "sem_seg"),
     "openvocab_pascal21_sem_seg_{}": (21, 0, 255, "sem_seg"),
 }
+STUFF = "openvocab_coco_2017_{}_stuff_sem_seg"
 EVERY = sorted(DATASETS)
+WITH_BUILTIN_CLASSES = [name for name in EVERY if "lvis" not in name]
 
 
-@pytest.mark.parametrize("template", PUBLISHED)
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_published_name_has_the_published_classes(template, split):
-    metadata = get_dataset(template.format(split)).metadata
-    found = (len(metadata["stuff_classes"]), len(metadata["thing_classes"]), metadata["ignore_label"])
-    assert (*found, metadata["evaluator_type"]) == PUBLISHED[template]
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        *((template.format(split), kind) for template, kind in PUBLISHED.items() for split in ("train", "val")),
+        *((STUFF.format(split), (171, 0, 255, "sem_seg")) for split in ("train", "test")),
+    ],
+)
+def test_a_published_name_has_the_published_classes(name, published):
+    metadata = get_dataset(name).metadata
+    found = (len(metadata["stuff_classes"]), len(metadata["thing_classes"]), metadata.get("ignore_label"))
+    assert (*found, metadata["evaluator_type"]) == published
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", WITH_BUILTIN_CLASSES)
 def test_ids_and_names_follow_the_vocabulary(name):
     dataset = get_dataset(name)
-    vocabulary = Vocabulary.builtin(dataset.vocabulary)
+    vocabulary = dataset.own_vocabulary()
     metadata = dataset.metadata
     assert dataset.name == name
     assert tuple(metadata["stuff_classes"]) == vocabulary.class_names
     assert sorted(metadata["stuff_dataset_id_to_contiguous_id"].values()) == list(range(len(vocabulary)))
-    assert tuple(metadata["thing_dataset_id_to_contiguous_id"].values()) == vocabulary.thing_classes
-    assert metadata["ignore_label"] not in range(len(vocabulary))
+    things = vocabulary.thing_classes if metadata["evaluator_type"] != "sem_seg" else ()
+    assert tuple(metadata["thing_dataset_id_to_contiguous_id"].values()) == things
+    assert metadata.get("ignore_label") not in range(len(vocabulary))
+
+
+def test_data_sets_with_one_vocabulary_have_the_same_classes():
+    classes = {}
+    for name in WITH_BUILTIN_CLASSES:
+        dataset = get_dataset(name)
+        names = dataset.metadata["stuff_classes"]
+        assert classes.setdefault(dataset.vocabulary, names) == names, name
+
+
+def test_instance_sets_number_the_things_without_gaps():
+    coco = get_dataset("openvocab_coco_2017_val").metadata
+    panoptic = get_dataset("openvocab_coco_2017_val_panoptic_with_sem_seg").metadata
+    assert coco["thing_classes"] == panoptic["thing_classes"]
+    assert coco["thing_dataset_id_to_contiguous_id"] == panoptic["thing_dataset_id_to_contiguous_id"]
+    ade = get_dataset("openvocab_ade20k_instance_val").metadata
+    things = get_dataset("openvocab_ade20k_panoptic_val").metadata["thing_dataset_id_to_contiguous_id"]
+    assert ade["thing_dataset_id_to_contiguous_id"] == {one: index for index, one in enumerate(things)}
+
+
+def test_lvis_needs_its_file_only_for_its_classes(tmp_path):
+    dataset = get_dataset("openvocab_lvis_v1_val", tmp_path)
+    assert dataset.metadata["evaluator_type"] == "lvis" and "ignore_label" not in dataset.metadata
+    with pytest.raises(FileNotFoundError, match=r"data set 'openvocab_lvis_v1_val': .*lvis/lvis_v1_val\.json does not"):
+        dataset.metadata["stuff_classes"]
+    with pytest.raises(FileNotFoundError, match="lvis_v1_val"):
+        dataset.own_vocabulary()
 
 
 @pytest.mark.parametrize("name", EVERY)

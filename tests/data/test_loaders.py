@@ -1,14 +1,24 @@
 import copy
+import dataclasses
+import functools
+import gc
 import itertools
 import logging
+import os
+import signal
+import time
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
-from fcclip.data import build_test_loader, build_train_loader
-from fcclip.data.mappers import build_train_mapper
+from fcclip.data import build_test_loader, build_train_loader, get_dataset, loaders
+from fcclip.data.loaders import LoaderError
+from fcclip.data.mappers import PanopticJitterMapper, ShortestEdgeMapper, build_train_mapper
 from fcclip.data.samplers import permutation_stream
+from tests.data.published_trees import write_tree
 
 
 def take(loader, count):
@@ -124,18 +134,242 @@ def test_an_unknown_sampler_is_refused(cfg, coco_val):
         build_train_loader(cfg, dataset=coco_val)
 
 
-def test_skipping_bad_pictures_is_refused(cfg, coco_val):
-    cfg.DATALOADER.MAX_BAD_IMAGES = 3
-    with pytest.raises(ValueError, match=r"DATALOADER\.MAX_BAD_IMAGES is 3, .*Set it to 0"):
-        build_train_loader(cfg, dataset=coco_val)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_bad_picture_stops_training_and_is_named(cfg, coco_val, coco_root, num_workers):
     cfg.DATALOADER.NUM_WORKERS = num_workers
     (coco_root / "coco" / "val2017" / "000000000103.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"^/.*000000000103\.jpg: cannot be read as a picture: the file is empty"):
         take(build_train_loader(cfg, dataset=coco_val), 6)
+
+
+# ---- DATALOADER.MAX_BAD_IMAGES ----
+
+
+def spoil(root, *indices):
+    """Makes pictures unreadable: an empty file, one that is missing, one that is cut off, in turn."""
+    for turn, index in enumerate(indices):
+        path = root / "coco" / "val2017" / f"{100 + index:012d}.jpg"
+        if turn % 3 == 0:
+            path.write_bytes(b"")
+        elif turn % 3 == 1:
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[:300])
+
+
+def ids(batches):
+    return [[sample["image_id"] - 100 for sample in batch] for batch in batches]
+
+
+@pytest.mark.parametrize("grouping", [True, False])
+def test_good_ones_take_the_place_of_bad_pictures(cfg, coco_val, coco_root, caplog, grouping):
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
+    before = ids(take(build_train_loader(cfg, dataset=coco_val), 12))
+    spoil(coco_root, 1, 4)
+    cfg.DATALOADER.MAX_BAD_IMAGES = 2
+    loader = build_train_loader(cfg, dataset=coco_val)
+    with caplog.at_level(logging.WARNING):
+        after = ids(take(loader, 12))
+    for one, two in zip(before, after, strict=True):
+        for old, new in zip(one, two, strict=True):
+            assert new == old if old not in (1, 4) else new not in (1, 4)
+            assert not grouping or new % 2 == old % 2  # wide ones for wide ones
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == 2  # once each
+    assert "bad picture 1 of at most 2 (DATALOADER.MAX_BAD_IMAGES), another one takes its place: /" in messages[0]
+    assert {Path(name).name for name in loader.bad_pictures} == {"000000000101.jpg", "000000000104.jpg"}
+
+
+def test_what_takes_the_place_depends_on_seed_and_position_alone(cfg, coco_val, coco_root):
+    spoil(coco_root, 0, 3)
+    cfg.DATALOADER.MAX_BAD_IMAGES = 2
+    expected = take(build_train_loader(cfg, dataset=coco_val), 8)
+    assert_same(take(build_train_loader(cfg, dataset=coco_val, start=3), 5), expected[3:])
+    cfg.DATALOADER.NUM_WORKERS = 2
+    assert_same(take(build_train_loader(cfg, dataset=coco_val), 8), expected)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_one_bad_picture_too_many_stops_training_with_the_list_of_all(cfg, coco_val, coco_root, num_workers):
+    spoil(coco_root, 0, 3, 5)
+    cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.MAX_BAD_IMAGES = num_workers, 2
+    with pytest.raises(ValueError, match=r"3 pictures are bad, and DATALOADER\.MAX_BAD_IMAGES allows 2:") as error:
+        take(build_train_loader(cfg, dataset=coco_val), 12)
+    lines = str(error.value).splitlines()[1:]
+    assert sorted(Path(line.strip().split(": ")[0]).name for line in lines) == [
+        f"{100 + index:012d}.jpg" for index in (0, 3, 5)
+    ]
+
+
+def test_when_no_picture_of_a_kind_is_good_training_stops(cfg, coco_val, coco_root):
+    spoil(coco_root, 0, 2, 4)  # all wide ones
+    cfg.DATALOADER.MAX_BAD_IMAGES = 50
+    with pytest.raises(ValueError, match="3 pictures are bad, and there is no good one to take their place"):
+        take(build_train_loader(cfg, dataset=coco_val), 6)
+
+
+def test_ground_truth_counts_as_a_part_of_the_picture(cfg, coco_val, coco_root):
+    (coco_root / "coco" / "panoptic_val2017" / "000000000102.png").unlink()
+    cfg.DATALOADER.MAX_BAD_IMAGES = 1
+    loader = build_train_loader(cfg, dataset=coco_val)
+    assert all(2 not in batch for batch in ids(take(loader, 8)))
+    (problem,) = loader.bad_pictures.values()
+    assert "panoptic_val2017/000000000102.png: no such picture" in problem
+
+
+def test_a_negative_number_of_bad_pictures_is_refused(cfg, coco_val):
+    cfg.DATALOADER.MAX_BAD_IMAGES = -1
+    with pytest.raises(ValueError, match=r"DATALOADER\.MAX_BAD_IMAGES must be 0 or more, got -1"):
+        build_train_loader(cfg, dataset=coco_val)
+
+
+# ---- kinds of ground truth ----
+
+
+@pytest.fixture
+def instances(tmp_path):
+    """COCO instances: four pictures, and a fifth without an annotation."""
+    write_tree("openvocab_coco_2017_train", tmp_path)
+    return get_dataset("openvocab_coco_2017_train", tmp_path)
+
+
+def test_a_mapper_of_another_kind_of_ground_truth_is_refused_before_anything_is_loaded(cfg, coco_val):
+    cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_instance"
+    message = (
+        r"data set 'openvocab_coco_2017_val_panoptic_with_sem_seg': the ground truth has no annotations, .* set INPUT"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_train_loader(cfg, dataset=coco_val)
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+def test_pictures_without_an_annotation_are_left_out_if_the_config_says_so(cfg, instances, caplog, filtered):
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filtered
+    with caplog.at_level(logging.INFO):
+        loader = build_train_loader(cfg, dataset=instances)
+    assert loader.num_records == (4 if filtered else 5)
+    assert ("1 of 5 pictures have no annotation but crowds; left out" in caplog.text) == filtered
+    assert all(len(sample["targets"]) == len(sample["targets"].masks) for batch in take(loader, 5) for sample in batch)
+
+
+def test_a_data_set_of_crowds_is_refused(cfg, instances):
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
+    records = instances.records()
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["iscrowd"] = 1
+    crowds = dataclasses.replace(instances, load=lambda: records)
+    with pytest.raises(ValueError, match="none of its 5 pictures has an annotation that is no crowd"):
+        build_train_loader(cfg, dataset=crowds)
+
+
+def test_masks_travel_from_the_loading_processes(cfg, instances):
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
+    expected = take(build_train_loader(cfg, dataset=instances), 3)
+    cfg.DATALOADER.NUM_WORKERS = 2
+    for batch, other in zip(take(build_train_loader(cfg, dataset=instances), 3), expected):
+        for one, two in zip(batch, other, strict=True):
+            assert torch.equal(one["targets"].masks, two["targets"].masks)
+            assert torch.equal(one["image"], two["image"])
+
+
+def test_rare_categories_come_more_often_with_repeat_factors(cfg, coco_val, edit_json):
+    edit_json(lambda content: content["annotations"][3]["segments_info"][0].update(category_id=2))
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 1.0
+    drawn = [one for batch in ids(take(build_train_loader(cfg, dataset=coco_val), 60)) for one in batch]
+    assert 1.8 < drawn.count(3) / (len(drawn) / 7.5) < 3.2  # sqrt(6) times, the others once
+
+
+# ---- memory ----
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux, which tells private memory")
+def test_a_loading_process_keeps_less_than_a_gigabyte_to_itself_with_the_records_of_coco(cfg, coco_val):
+    originals = coco_val.records()
+
+    def load():
+        return [
+            {**originals[index % 6], "image_id": index, "segments_info": _twelve(index)} for index in range(118_000)
+        ]
+
+    def _twelve(index):
+        known = originals[index % 6]["segments_info"]
+        return [*known, *({**known[0], "id": 900_000 + one, "area": index + one} for one in range(9))]
+
+    cfg.DATALOADER.NUM_WORKERS, cfg.INPUT.IMAGE_SIZE = 1, 1024
+    loader = build_train_loader(cfg, dataset=dataclasses.replace(coco_val, load=load))
+    take(loader, 3)
+    (worker,) = loader._batches._workers
+    lines = Path(f"/proc/{worker.pid}/smaps_rollup").read_text().splitlines()
+    private_mb = sum(int(line.split()[1]) for line in lines if line.startswith("Private")) / 1024
+    print(f"private memory of one loading process with {loader.num_records} records: {private_mb:.0f} MB")
+    assert private_mb < 1000
+
+
+def test_every_loading_process_calls_the_function_it_was_given(cfg, coco_val, tmp_path):
+    cfg.DATALOADER.NUM_WORKERS = 2
+    init = functools.partial(_leave_a_file, tmp_path)
+    take(build_train_loader(cfg, dataset=coco_val, worker_init=init), 3)
+    assert sorted(path.name for path in tmp_path.glob("worker_*")) == ["worker_0", "worker_1"]
+
+
+def _leave_a_file(folder, worker):
+    (folder / f"worker_{worker}").touch()
+
+
+def kill_itself():
+    """Half a second later, when somebody waits for the picture."""
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture
+def short_goodbye(monkeypatch):
+    """Torch waits less for the end of a loading process, and does so within the test."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    yield
+    gc.collect()
+
+
+@pytest.mark.usefixtures("short_goodbye")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="loading processes must be forked to do what the test says")
+@pytest.mark.parametrize("kind", ["training", "test"])
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (kill_itself, r"a loading process died \(DataLoader worker .*Lower DATALOADER.NUM_WORKERS"),
+        (
+            lambda: time.sleep(60),
+            r"no batch came for 1 s: a loading process hangs .*NUM_WORKERS 0 loads in this process",
+        ),
+    ],
+    ids=["dies", "hangs"],
+)
+def test_a_loading_process_that_dies_or_hangs_is_a_named_error(cfg, coco_val, monkeypatch, kind, what, message):
+    monkeypatch.setattr(loaders, "TIMEOUT_S", 1)
+    mapper = PanopticJitterMapper if kind == "training" else ShortestEdgeMapper
+    monkeypatch.setattr(mapper, "__call__", lambda *_: what())
+    cfg.DATALOADER.NUM_WORKERS = 1
+    began = time.monotonic()
+    with pytest.raises(LoaderError, match=message):
+        next(
+            iter(build_train_loader(cfg, dataset=coco_val) if kind == "training" else build_test_loader(cfg, coco_val))
+        )
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.usefixtures("short_goodbye")
+def test_an_error_of_our_own_in_a_loading_process_is_none_of_a_loader(cfg, coco_val, monkeypatch):
+    def mistake(*_):
+        raise RuntimeError("a DataLoader worker would say something else")
+
+    monkeypatch.setattr(PanopticJitterMapper, "__call__", mistake)
+    for cfg.DATALOADER.NUM_WORKERS in (0, 1):
+        with pytest.raises(RuntimeError, match="would say something else") as error:
+            next(build_train_loader(cfg, dataset=coco_val))
+        assert not isinstance(error.value, LoaderError)
+        del error
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -180,3 +414,13 @@ def test_a_test_batch_of_nothing_is_refused(cfg, coco_val):
     cfg.TEST.BATCH_SIZE = 0
     with pytest.raises(ValueError, match=r"TEST\.BATCH_SIZE must be at least 1, got 0"):
         build_test_loader(cfg, coco_val)
+
+
+def test_workers_start_although_opencv_has_run_threads_in_this_process(cfg, coco_val):
+    """A forked worker that changes OpenCV's threads waits for ever for those of its parent."""
+    cv2.setNumThreads(4)
+    picture = np.zeros((2000, 2000, 3), np.uint8)
+    for _ in range(3):  # OpenCV starts its threads at the first work that is worth it
+        cv2.GaussianBlur(picture, (9, 9), 2)
+    cfg.DATALOADER.NUM_WORKERS = 2
+    assert len(take(build_train_loader(cfg, dataset=coco_val), 2)) == 2

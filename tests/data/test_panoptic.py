@@ -117,6 +117,12 @@ def test_a_class_id_outside_the_vocabulary_is_named(coco_val, edit_json):
         coco_val.records()
 
 
+def test_two_annotations_of_one_picture_are_refused(coco_val, edit_json):
+    edit_json(lambda content: content["annotations"][2].update(image_id=101))
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json has two annotations of the picture 101\. Give each"):
+        coco_val.records()
+
+
 def test_a_json_without_pictures_is_refused(coco_val, edit_json):
     edit_json(lambda content: content["annotations"].clear())
     with pytest.raises(ValueError, match=r"with_sem_seg' has no records: .*panoptic_val2017\.json lists no picture"):

@@ -3,7 +3,16 @@ import itertools
 import pytest
 import torch
 
-from fcclip.data.samplers import TrainingBatches, inference_batches, inference_share, permutation_stream
+from fcclip.config import get_cfg
+from fcclip.data.samplers import (
+    TrainingBatches,
+    build_stream,
+    inference_batches,
+    inference_share,
+    permutation_stream,
+    repeat_factors,
+    repeated_stream,
+)
 
 
 def batches(count=8, **values):
@@ -56,6 +65,82 @@ def test_grouped_batches_hold_one_kind_and_lose_no_draw():
 def test_values_that_cannot_work_are_refused(values):
     with pytest.raises(ValueError, match="need"):
         batches(**values)
+
+
+# ---- repeat factors ----
+
+CATEGORIES = [(0,), (0, 0), (0, 1), (0, 2), (0,), (0,), (0,), (0,), (), (0, 1)]  # in 9, 2 and 1 of 10 pictures
+
+
+def test_a_picture_is_repeated_as_its_rarest_category_asks():
+    factors = repeat_factors(CATEGORIES, threshold=0.4)
+    wanted = [1.0] * 10
+    wanted[2] = wanted[9] = (0.4 / 0.2) ** 0.5
+    wanted[3] = (0.4 / 0.1) ** 0.5
+    torch.testing.assert_close(factors, torch.tensor(wanted))
+    assert factors.dtype == torch.float32
+    plain = repeat_factors(CATEGORIES, threshold=0.4, square_root=False)
+    torch.testing.assert_close(plain[[2, 3, 0]], torch.tensor([2.0, 4.0, 1.0]))
+
+
+def test_a_threshold_of_zero_repeats_nothing_and_a_negative_one_is_refused():
+    assert repeat_factors(CATEGORIES, threshold=0.0).tolist() == [1.0] * 10
+    with pytest.raises(
+        ValueError, match=r"DATALOADER\.REPEAT_THRESHOLD must be a share of pictures, 0 or more, got -1"
+    ):
+        repeat_factors(CATEGORIES, threshold=-1)
+
+
+def test_an_epoch_has_each_record_as_often_as_its_factor_says_on_average():
+    factors = torch.tensor([1.0, 2.0, 1.25, 3.5])
+    counts = torch.bincount(torch.tensor(list(itertools.islice(repeated_stream(4, 0, factors=factors), 7750))))
+    torch.testing.assert_close(counts / 1000, factors, rtol=0, atol=0.06)
+
+
+def test_the_repeated_stream_is_that_of_detectron2():
+    factors = torch.tensor([1.0, 2.0, 1.25, 3.5])
+    generator, expected = torch.Generator().manual_seed(9), []
+    for _ in range(3):
+        chance = torch.rand(4, generator=generator)
+        times = [int(factor) + (draw < factor - int(factor)).item() for factor, draw in zip(factors.tolist(), chance)]
+        epoch = torch.tensor([index for index in range(4) for _ in range(times[index])])
+        expected += epoch[torch.randperm(len(epoch), generator=generator)].tolist()
+    assert list(itertools.islice(repeated_stream(4, 9, factors=factors), len(expected))) == expected
+
+
+def test_without_repetition_every_epoch_has_every_record_once():
+    stream = list(itertools.islice(repeated_stream(7, 5, factors=torch.ones(7)), 21))
+    assert all(sorted(stream[begin : begin + 7]) == list(range(7)) for begin in (0, 7, 14))
+
+
+@pytest.mark.parametrize("key", ["annotations", "segments_info"])
+def test_categories_come_from_instances_or_segments(key):
+    cfg = get_cfg()
+    cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.4
+    records = [{key: [{"category_id": one} for one in categories]} for categories in CATEGORIES]
+    factors = repeat_factors(CATEGORIES, threshold=0.4)
+    values = {"num_records": 10, "seed": 3, "batch_size": 2}
+    for cfg.DATALOADER.REPEAT_SQRT in (True, False):
+        made = list(itertools.islice(TrainingBatches(stream=build_stream(cfg, records), **values), 9))
+        again = list(itertools.islice(TrainingBatches(stream=build_stream(cfg, records), **values, start=4), 5))
+        assert made[4:] == again
+        records_drawn = [draw.record for batch in made for draw in batch]
+        wanted = list(itertools.islice(repeated_stream(10, 3, factors=factors), 18))
+        assert (records_drawn == wanted) == cfg.DATALOADER.REPEAT_SQRT
+
+
+def test_records_that_do_not_say_their_categories_are_refused():
+    cfg = get_cfg()
+    cfg.DATALOADER.SAMPLER_TRAIN = "RepeatFactorTrainingSampler"
+    with pytest.raises(
+        ValueError, match="needs to know the categories .* no annotations and no segments_info. Use 'Tr"
+    ):
+        build_stream(cfg, [{"sem_seg_file_name": "a.png"}])
+
+
+def test_factors_for_another_number_of_records_are_refused():
+    with pytest.raises(ValueError, match="3 repeat factors for 4 records"):
+        next(repeated_stream(4, 0, factors=torch.ones(3)))
 
 
 @pytest.mark.parametrize("num_records", [0, 1, 5, 8, 9])

@@ -55,3 +55,11 @@ def test_a_missing_folder_is_named(tmp_path, folders):
     folders[1].rmdir()
     with pytest.raises(FileNotFoundError, match=r"the folder .*annotations_ctx459/validation does not exist"):
         get_dataset(NAME, tmp_path).records()
+
+
+def test_hidden_files_are_no_pictures(tmp_path, folders, caplog):
+    for folder, ending in zip(folders, ("jpg", "tif")):
+        (folder / f"._2008_a.{ending}").write_bytes(b"of a file system that leaves such files beside the real ones")
+    with caplog.at_level(logging.WARNING):
+        assert len(get_dataset(NAME, tmp_path).records()) == 2
+    assert not caplog.text

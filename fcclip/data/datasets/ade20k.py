@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from fcclip.data.dataset import Dataset
+from fcclip.data.datasets.instances import instance_dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 from fcclip.data.datasets.semantic import semantic_dataset
 
-__all__ = ["ade20k_full_sem_seg", "ade20k_panoptic"]
+__all__ = ["ade20k_full_sem_seg", "ade20k_instances", "ade20k_panoptic", "ade20k_sem_seg"]
 
 FOLDERS = {"train": "training", "val": "validation"}
 
@@ -25,6 +26,28 @@ def ade20k_panoptic(root: Path, *, name: str, split: str) -> Dataset:
         panoptic_json=ade / f"ade20k_panoptic_{split}.json",
         sem_seg_root=ade / "annotations_detectron2" / FOLDERS[split],
         json_file=ade / f"ade20k_instance_{split}.json",
+    )
+
+
+def ade20k_instances(root: Path, *, name: str, split: str) -> Dataset:
+    """ADE20K instances, split train or val: the 100 things, numbered without gaps."""
+    ade = root / "ADEChallengeData2016"
+    return instance_dataset(
+        name=name,
+        vocabulary="ade20k_150",
+        image_root=ade / "images" / FOLDERS[split],
+        json_file=ade / f"ade20k_instance_{split}.json",
+    )
+
+
+def ade20k_sem_seg(root: Path, *, name: str, split: str) -> Dataset:
+    """ADE20K semantic, split train or val: 150 classes."""
+    ade = root / "ADEChallengeData2016"
+    return semantic_dataset(
+        name=name,
+        vocabulary="ade20k_150",
+        image_root=ade / "images" / FOLDERS[split],
+        sem_seg_root=ade / "annotations_detectron2" / FOLDERS[split],
     )
 
 

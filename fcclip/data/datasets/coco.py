@@ -1,13 +1,15 @@
-"""COCO 2017 with panoptic ground truth."""
+"""COCO 2017: panoptic, instance and COCO-Stuff ground truth."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fcclip.data.dataset import Dataset
+from fcclip.data.datasets.instances import instance_dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
+from fcclip.data.datasets.semantic import semantic_dataset
 
-__all__ = ["coco_panoptic"]
+__all__ = ["coco_instances", "coco_panoptic", "coco_stuff_sem_seg"]
 
 
 def coco_panoptic(root: Path, *, name: str, split: str) -> Dataset:
@@ -23,4 +25,27 @@ def coco_panoptic(root: Path, *, name: str, split: str) -> Dataset:
         sem_seg_root=coco / f"panoptic_semseg_{split}2017",
         json_file=coco / "annotations" / f"instances_{split}2017.json",
         image_id=int,
+    )
+
+
+def coco_instances(root: Path, *, name: str, split: str) -> Dataset:
+    """COCO 2017 instances, split train or val: the 80 things."""
+    coco = root / "coco"
+    return instance_dataset(
+        name=name,
+        vocabulary="coco_panoptic",
+        image_root=coco / f"{split}2017",
+        json_file=coco / "annotations" / f"instances_{split}2017.json",
+        image_id=int,
+    )
+
+
+def coco_stuff_sem_seg(root: Path, *, name: str, split: str) -> Dataset:
+    """COCO-Stuff 164k, split train or test (the pictures of val2017): 171 classes."""
+    coco, folder = root / "coco", {"train": "train2017", "test": "val2017"}[split]
+    return semantic_dataset(
+        name=name,
+        vocabulary="coco_stuff_171",
+        image_root=coco / folder,
+        sem_seg_root=coco / "stuffthingmaps_detectron2" / folder,
     )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fcclip.data.dataset import Dataset
+from fcclip.data.datasets.files import WHERE_DATA_IS, read_json
 from fcclip.data.datasets.metadata import class_metadata
 from fcclip.vocabulary import Vocabulary
 
 __all__ = ["panoptic_dataset", "read_panoptic_json"]
-
-WHERE_DATA_IS = (
-    "Data sets are looked for below $DETECTRON2_DATASETS, else below the folder 'datasets'; "
-    "datasets/README.md shows the layout."
-)
 
 
 def panoptic_dataset(
@@ -95,13 +90,14 @@ def read_panoptic_json(
 
     Raises:
         FileNotFoundError: the file, or a picture or id PNG of the first record, does not exist.
-        ValueError: the file is no complete panoptic JSON, or holds a category id that is not in the vocabulary.
+        ValueError: the file is no complete panoptic JSON, has two annotations of one picture, or holds a category id
+            that is not in the vocabulary.
     """
     where = f"data set '{name}': {path}"
-    content = _read_json(where, path)
+    content = read_json(where, path, ("annotations",), _NOT_PANOPTIC)
     sizes = {str(image.get("id")): image for image in content.get("images") or ()}  # ids: numbers here, strings there
     classes = {entry.id: (index, entry.thing) for index, entry in enumerate(vocabulary.classes)}
-    records = []
+    records, known = [], set()
     for annotation in content["annotations"]:
         try:
             record = {**files(annotation), "image_id": image_id(annotation["image_id"])}
@@ -110,6 +106,12 @@ def read_panoptic_json(
             ]
         except KeyError as error:
             raise ValueError(f"{where}: annotation {len(records)} has no {error}. {_NOT_PANOPTIC}") from error
+        if record["image_id"] in known:
+            raise ValueError(
+                f"{where} has two annotations of the picture {record['image_id']!r}. Give each picture an id of its "
+                "own."
+            )
+        known.add(record["image_id"])
         size = sizes.get(str(annotation["image_id"]), {})
         if size.get("height") and size.get("width"):
             record.update(height=size["height"], width=size["width"])
@@ -122,21 +124,6 @@ def read_panoptic_json(
 
 
 _NOT_PANOPTIC = "Expected COCO panoptic annotations: image_id, file_name and segments_info with id and category_id."
-
-
-def _read_json(where: str, path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where} does not exist. {WHERE_DATA_IS}") from error
-    except ValueError as error:
-        raise ValueError(
-            f"{where} is not valid JSON ({path.stat().st_size} bytes): {error}. "
-            "It may have been cut off; copy or prepare it again."
-        ) from error
-    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
-        raise ValueError(f"{where} has no list 'annotations'. {_NOT_PANOPTIC}")
-    return content
 
 
 def _segment(where: str, annotation: dict, segment: dict, classes: dict, vocabulary: Vocabulary) -> dict:

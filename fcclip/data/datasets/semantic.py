@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from fcclip.data.dataset import Dataset
+from fcclip.data.datasets.files import WHERE_DATA_IS
 from fcclip.data.datasets.metadata import class_metadata
-from fcclip.data.datasets.panoptic import WHERE_DATA_IS
 from fcclip.vocabulary import Vocabulary
 
 __all__ = ["read_folder_pair", "semantic_dataset"]
@@ -26,7 +26,7 @@ def semantic_dataset(
     image_ext: str = "jpg",
     gt_ext: str = "png",
 ) -> Dataset:
-    """A data set whose label maps hold contiguous class ids.
+    """A data set whose label maps hold contiguous class ids; they do not tell things from stuff.
 
     Args:
         name: as registered.
@@ -36,7 +36,7 @@ def semantic_dataset(
         image_ext, gt_ext: file-name endings without the dot.
     """
     metadata = {
-        **class_metadata(Vocabulary.builtin(vocabulary)),
+        **class_metadata(Vocabulary.builtin(vocabulary), things=False),
         "ignore_label": ignore_label,
         "evaluator_type": "sem_seg",
         "image_root": str(image_root),
@@ -50,7 +50,7 @@ def semantic_dataset(
 def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_ext: str, gt_ext: str) -> list[dict]:
     """Records `file_name, sem_seg_file_name, image_id` (the stem), sorted by stem.
 
-    A file without a partner is left out, and a warning says how many there are.
+    Hidden files are none. A file without a partner is left out, and a warning says how many there are.
 
     Raises:
         FileNotFoundError: a folder does not exist.
@@ -71,4 +71,6 @@ def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_e
 def _files_by_stem(name: str, folder: Path, extension: str) -> dict[str, Path]:
     if not folder.is_dir():
         raise FileNotFoundError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
-    return {path.name[: -len(extension) - 1]: path for path in folder.iterdir() if path.name.endswith(f".{extension}")}
+    ending = f".{extension}"
+    files = (path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
+    return {path.name.removesuffix(ending): path for path in files}

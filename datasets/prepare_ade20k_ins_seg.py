@@ -1,0 +1,151 @@
+"""ADE20K with 150 classes: instances of the 100 things, as a COCO JSON file.
+
+    python datasets/prepare_ade20k_ins_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+
+Download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu/, and annotations_instance.tar of the Places
+Challenge 2017 from http://placeschallenge.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar, which belongs
+into ADEChallengeData2016.
+
+    ADEChallengeData2016/
+      images/{training,validation}/*.jpg                 20,210 and 2,000 pictures
+      annotations_instance/{training,validation}/*.png   red: thing 1..100, green: number of the instance, 0 none
+      ade20k_instance_{train,val}.json                   made here
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from fcclip.data.preparation import FOLDERS, AnnotationFile, Download, Preparation, Task, build_parser, run
+from fcclip.data.preparation_files import (
+    COLOUR_MODES,
+    box_and_area,
+    check_size,
+    files_by_stem,
+    pair_by_stem,
+    read_pixels,
+)
+from fcclip.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary.builtin("ade20k_150")
+THINGS = VOCABULARY.thing_classes  # the k-th thing of the instance annotations, counted from 1, is the k-th of these
+COUNTS = {"train": 20210, "val": 2000}  # pictures of the published set
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
+
+
+def downloads(split: str) -> list[Download]:
+    challenge = "http://placeschallenge.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar"
+    return [
+        Download(
+            f"ADEChallengeData2016/images/{FOLDERS[split]}",
+            "pictures of ADE20K",
+            "ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu/)",
+        ),
+        Download(
+            f"ADEChallengeData2016/annotations_instance/{FOLDERS[split]}",
+            "instances of ADE20K",
+            f"{challenge}, unpacked into ADEChallengeData2016",
+        ),
+    ]
+
+
+def plan(root: Path, split: str) -> list[Task]:
+    ade = root / "ADEChallengeData2016"
+    pictures = files_by_stem(ade / "images" / FOLDERS[split], ".jpg")
+    instances = files_by_stem(ade / "annotations_instance" / FOLDERS[split], ".png")
+    return [Task(name, files) for name, files in pair_by_stem(pictures, instances)]
+
+
+def read_instances(path: Path, picture: Path) -> tuple[tuple[int, int], list[tuple[int, np.ndarray]]]:
+    """(height, width), and (class 0..149, (H, W) bool mask) of each instance, in the order of their numbers.
+
+    Raises:
+        ValueError: an instance of two classes, an unknown class, or another size than the picture's.
+    """
+    pixels = read_pixels(path, modes=COLOUR_MODES)
+    check_size(path, pixels, picture)
+    things, numbers = pixels[..., 0], pixels[..., 1]
+    found = []
+    for number in np.unique(numbers[numbers > 0]).tolist():
+        mask = numbers == number
+        (thing, *others) = np.unique(things[mask]).tolist()
+        if others:
+            raise ValueError(f"{path}: instance {number} is of two classes, {thing} and {others[0]}, expected one.")
+        if not 1 <= thing <= len(THINGS):
+            raise ValueError(f"{path}: instance {number} has class {thing}, expected 1..{len(THINGS)}.")
+        found.append((THINGS[thing - 1], mask))
+    return numbers.shape, found
+
+
+def make(task: Task) -> dict[str, Any]:
+    picture, instances = task.inputs
+    (height, width), found = read_instances(instances, picture)
+    annotations = []
+    for category, mask in found:
+        box, area = box_and_area(mask)
+        rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
+        segmentation = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
+        annotations.append({"category_id": category, "bbox": box, "segmentation": segmentation, "area": area})
+    return {"height": height, "width": width, "annotations": annotations}
+
+
+def assemble(tasks: Sequence[Task], parts: Sequence[Any]) -> dict[str, Any]:
+    images, annotations = [], []
+    for task, part in zip(tasks, parts, strict=True):
+        size = {"width": part["width"], "height": part["height"]}
+        images.append({"id": task.name, "file_name": task.inputs[0].name, **size})
+        for one in part["annotations"]:
+            annotations.append({"id": len(annotations) + 1, "image_id": task.name, "iscrowd": 0, **one})
+    categories = [{"id": index, "name": VOCABULARY.class_names[index]} for index in THINGS]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def inspect_annotations(content: Mapping[str, Any], tasks: Sequence[Task]) -> Iterator[str]:
+    """Makes these pictures again and compares."""
+    found: dict[str, list] = {task.name: [] for task in tasks}
+    for one in content["annotations"]:
+        if one["image_id"] in found:
+            found[one["image_id"]].append(one)
+    for task in tasks:
+        try:
+            expected = make(task)["annotations"]
+        except (ValueError, OSError) as error:
+            yield str(error)
+            continue
+        wrong = [
+            one["id"]
+            for one, other in zip(found[task.name], expected)
+            if any(one[key] != other[key] for key in ("category_id", "bbox", "area"))
+        ]
+        if wrong or len(found[task.name]) != len(expected):
+            yield (
+                f"{task.inputs[1]} has {len(expected)} instances, the JSON file {len(found[task.name])}, and "
+                f"{len(wrong)} differ in class, box or area; delete the JSON file and run without --check"
+            )
+
+
+PREPARATION = Preparation(
+    title="ADE20K-150 instances",
+    downloads=downloads,
+    plan=plan,
+    make=make,
+    counts=COUNTS,
+    annotations=AnnotationFile(
+        path="ADEChallengeData2016/ade20k_instance_{split}.json",
+        info={"description": "ADE20K-150 instances", "version": "1", "prepared_by": "fcclip prepare_ade20k_ins_seg.py"},
+        assemble=assemble,
+        inspect=inspect_annotations,
+    ),
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""ADE20K with 150 classes: semantic label maps.
+
+    python datasets/prepare_ade20k_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+
+Download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu/.
+
+    ADEChallengeData2016/
+      images/{training,validation}/*.jpg                   20,210 and 2,000 pictures
+      annotations/{training,validation}/*.png              0 other, 1..150 the class
+      annotations_detectron2/{training,validation}/*.png   made here: 8 bits, 0..149 the class, 255 other
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fcclip.data.preparation import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.data.preparation_files import files_by_stem, read_pixels, remap, write_image
+
+NUM_CLASSES = 150
+IGNORE_LABEL = 255
+NO_CLASS = 254  # in TABLE, of values that should not occur
+TABLE = np.full(256, NO_CLASS, np.uint8)  # from a value of the download to the class
+TABLE[: NUM_CLASSES + 1] = [IGNORE_LABEL, *range(NUM_CLASSES)]
+COUNTS = {"train": 20210, "val": 2000}  # pictures of the published set
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
+
+
+def downloads(split: str) -> list[Download]:
+    source = "ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu/)"
+    return [Download(f"ADEChallengeData2016/annotations/{FOLDERS[split]}", "label maps of ADE20K", source)]
+
+
+def plan(root: Path, split: str) -> list[Task]:
+    ade = root / "ADEChallengeData2016"
+    maps = files_by_stem(ade / "annotations" / FOLDERS[split], ".png")
+    target = ade / "annotations_detectron2" / FOLDERS[split]
+    return [Task(name, (path,), (target / path.name,)) for name, path in maps.items()]
+
+
+def make(task: Task) -> None:
+    (path,) = task.inputs
+    write_image(task.outputs[0], remap(read_pixels(path), TABLE, path, invalid=NO_CLASS))
+
+
+def inspect(task: Task) -> Iterator[str]:
+    yield from label_findings(
+        task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, picture=task.inputs[0]
+    )
+
+
+PREPARATION = Preparation(
+    title="ADE20K-150 semantic",
+    downloads=downloads,
+    plan=plan,
+    make=make,
+    counts=COUNTS,
+    inspect=inspect,
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""COCO: semantic label maps from the panoptic annotations; mIoU on COCO needs them.
+
+    python datasets/prepare_coco_semantic_annos_from_panoptic_annos.py [--root DIR] [--splits val] [--workers N]
+        [--check]
+
+Download from https://cocodataset.org/#download: train2017.zip and val2017.zip, annotations_trainval2017.zip, and
+panoptic_annotations_trainval2017.zip, which holds panoptic_train2017.zip and panoptic_val2017.zip: unpack these too.
+
+    coco/
+      {train,val}2017/*.jpg                             118,287 and 5,000 pictures
+      annotations/{panoptic,instances}_{train,val}2017.json
+      panoptic_{train,val}2017/*.png                    segment ids
+      panoptic_semseg_{train,val}2017/*.png             made here: 8 bits, 0..132 the class, 255 none
+
+Each segment of the JSON file is painted with the position of its category among the 133, things first; crowds are
+painted like any other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fcclip.data.images import read_id_map
+from fcclip.data.preparation import Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.data.preparation_files import read_json, write_image
+from fcclip.vocabulary import Vocabulary
+
+NUM_CLASSES = 133
+IGNORE_LABEL = 255
+COUNTS = {"train": 118287, "val": 5000}  # pictures of the published set
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
+
+
+def downloads(split: str) -> list[Download]:
+    archive = "panoptic_annotations_trainval2017.zip (https://cocodataset.org/#download), unpacked into coco"
+    inner = f"the archive panoptic_{split}2017.zip inside {archive.removesuffix(', unpacked into coco')}"
+    return [
+        Download(f"coco/annotations/panoptic_{split}2017.json", "panoptic annotations of COCO 2017", archive),
+        Download(f"coco/panoptic_{split}2017", "segment ids of COCO 2017", f"{inner}, unpacked into coco"),
+    ]
+
+
+def plan(root: Path, split: str) -> list[Task]:
+    coco = root / "coco"
+    path = coco / "annotations" / f"panoptic_{split}2017.json"
+    index_of = {entry.id: index for index, entry in enumerate(Vocabulary.builtin("coco_panoptic").classes)}
+    try:
+        listed = [
+            (one["file_name"], [(segment["id"], segment["category_id"]) for segment in one["segments_info"]])
+            for one in read_json(path)["annotations"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: these are no panoptic annotations: {error!r}. Unpack the download again.") from error
+    tasks = []
+    for name, segments in listed:
+        unknown = [category for _, category in segments if category not in index_of]
+        if unknown:
+            raise ValueError(f"{path}: {name} has category {unknown[0]}, which is none of COCO's 133 panoptic ones.")
+        tasks.append(
+            Task(
+                name=name.removesuffix(".png"),
+                inputs=(coco / f"panoptic_{split}2017" / name,),
+                outputs=(coco / f"panoptic_semseg_{split}2017" / name,),
+                details=[(segment, index_of[category]) for segment, category in segments],
+            )
+        )
+    return tasks
+
+
+def make(task: Task) -> None:
+    id_map = read_id_map(task.inputs[0])
+    labels = np.full(id_map.shape, IGNORE_LABEL, np.uint8)
+    for segment_id, index in task.details:
+        labels[id_map == segment_id] = index
+    write_image(task.outputs[0], labels)
+
+
+def inspect(task: Task) -> Iterator[str]:
+    yield from label_findings(
+        task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, picture=task.inputs[0]
+    )
+
+
+PREPARATION = Preparation(
+    title="COCO semantic from panoptic",
+    downloads=downloads,
+    plan=plan,
+    make=make,
+    counts=COUNTS,
+    inspect=inspect,
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""COCO-Stuff: label maps of 171 classes from the official ones.
+
+    python datasets/prepare_coco_stuff_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+
+Download the pictures of COCO 2017 (train2017.zip, val2017.zip) from https://cocodataset.org/#download, and
+stuffthingmaps_trainval2017.zip from https://github.com/nightrome/cocostuff: unpack this into coco/stuffthingmaps.
+
+    coco/
+      {train,val}2017/*.jpg                             118,287 and 5,000 pictures
+      stuffthingmaps/{train,val}2017/*.png              COCO-Stuff id - 1, 255 none
+      stuffthingmaps_detectron2/{train,val}2017/*.png   made here: 8 bits, 0..170 the class, 255 none
+
+Eleven of the ids 1..182 belong to no class and do not occur.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from fcclip.data.preparation import Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.data.preparation_files import files_by_stem, read_pixels, remap, write_image
+from fcclip.vocabulary import Vocabulary
+
+NUM_CLASSES = 171
+IGNORE_LABEL = 255
+NO_CLASS = 254  # in TABLE, of values that should not occur
+COUNTS = {"train": 118287, "val": 5000}  # pictures of the published set
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
+
+
+def downloads(split: str) -> list[Download]:
+    source = (
+        "stuffthingmaps_trainval2017.zip (https://github.com/nightrome/cocostuff), unpacked into coco/stuffthingmaps"
+    )
+    return [Download(f"coco/stuffthingmaps/{split}2017", "label maps of COCO-Stuff", source)]
+
+
+def plan(root: Path, split: str) -> list[Task]:
+    maps = files_by_stem(root / "coco" / "stuffthingmaps" / f"{split}2017", ".png")
+    target = root / "coco" / "stuffthingmaps_detectron2" / f"{split}2017"
+    return [Task(name, (path,), (target / path.name,)) for name, path in maps.items()]
+
+
+def _table() -> np.ndarray:
+    """(256,) uint8: from the value of an official label map to the class."""
+    table = np.full(256, NO_CLASS, np.uint8)
+    table[IGNORE_LABEL] = IGNORE_LABEL
+    for index, entry in enumerate(Vocabulary.builtin("coco_stuff_171").classes):
+        table[entry.id - 1] = index
+    return table
+
+
+TABLE = _table()
+
+
+def make(task: Task) -> None:
+    (path,) = task.inputs
+    write_image(task.outputs[0], remap(read_pixels(path), TABLE, path, invalid=NO_CLASS))
+
+
+def inspect(task: Task) -> Iterator[str]:
+    yield from label_findings(
+        task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, picture=task.inputs[0]
+    )
+
+
+PREPARATION = Preparation(
+    title="COCO-Stuff",
+    downloads=downloads,
+    plan=plan,
+    make=make,
+    counts=COUNTS,
+    inspect=inspect,
+)
+
+if __name__ == "__main__":
+    sys.exit(main())

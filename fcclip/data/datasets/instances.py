@@ -1,0 +1,137 @@
+"""Reader of COCO instance annotations: one JSON file, a folder of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fcclip.data.dataset import Dataset
+from fcclip.data.datasets.files import WHERE_DATA_IS, read_json
+from fcclip.data.datasets.metadata import class_metadata, thing_vocabulary
+from fcclip.data.segmentations import compressed, has_area
+from fcclip.vocabulary import Vocabulary
+
+__all__ = ["BOX_MODE", "instance_dataset", "read_instance_json"]
+
+BOX_MODE = 1  # detectron2's number for boxes [x, y, width, height] in pixels
+_NOT_INSTANCES = (
+    "Expected COCO instance annotations: lists 'images' (id, file_name, height, width) and 'annotations' (image_id, "
+    "category_id, segmentation)."
+)
+
+
+def instance_dataset(
+    *,
+    name: str,
+    vocabulary: str,
+    image_root: Path,
+    json_file: Path,
+    image_id: Callable[[Any], Any] = lambda value: value,
+) -> Dataset:
+    """A data set of instances in the COCO format, whose classes are the things of a vocabulary.
+
+    Args:
+        name: as registered.
+        vocabulary: name of the built-in vocabulary with these things; the category ids of the JSON are theirs.
+        image_root, json_file: pictures and annotations.
+        image_id: from the `id` of a picture in the JSON to the `image_id` of the record.
+    """
+    words = thing_vocabulary(Vocabulary.builtin(vocabulary))
+    metadata = {
+        **class_metadata(words),
+        "evaluator_type": "coco",
+        "image_root": str(image_root),
+        "json_file": str(json_file),
+    }
+
+    def picture(image: dict) -> dict[str, Any]:
+        return {"file_name": f"{image_root}/{image['file_name']}", "image_id": image_id(image["id"])}
+
+    load = partial(read_instance_json, name, json_file, vocabulary=words, picture=picture)
+    return Dataset(name=name, metadata=metadata, load=load, vocabulary=words.name, words=lambda: words)
+
+
+def read_instance_json(
+    name: str,
+    path: Path,
+    *,
+    vocabulary: Vocabulary,
+    picture: Callable[[dict], dict[str, Any]],
+) -> list[dict]:
+    """The records of an instance JSON file, in the order of the ids of its pictures.
+
+    Args:
+        name: of the data set, for messages.
+        path: the JSON file.
+        vocabulary: contiguous ids are positions in it.
+        picture: from an entry of `images` to `file_name`, `image_id` and whatever else the record takes from it.
+
+    Returns:
+        Dicts with `file_name, image_id, annotations`, and `height, width` where the JSON gives them. An annotation has
+        `iscrowd, category_id` (contiguous), `segmentation` (polygons or a compressed run-length code) and, where the
+        JSON has them, `bbox` with `bbox_mode` and `keypoints`. Polygons without an area are left out, and instances
+        with none left.
+
+    Raises:
+        FileNotFoundError: the file, or the first picture, does not exist.
+        ValueError: the file is no complete instance JSON, has two pictures of one id, an annotation of a picture that
+            it does not list, or a category id that is not in the vocabulary.
+    """
+    where = f"data set '{name}': {path}"
+    content = read_json(where, path, ("images", "annotations"), _NOT_INSTANCES)
+    classes = {entry.id: index for index, entry in enumerate(vocabulary.classes)}
+    records: dict[Any, dict] = {}
+    try:
+        for image in sorted(content["images"], key=lambda image: image["id"]):
+            if image["id"] in records:
+                raise ValueError(f"{where} lists two pictures with the id {image['id']!r}. Give each an id of its own.")
+            record = records[image["id"]] = {**picture(image), "annotations": []}
+            if image.get("height") and image.get("width"):
+                record.update(height=image["height"], width=image["width"])
+        for annotation in content["annotations"]:
+            if annotation["image_id"] not in records:
+                raise ValueError(
+                    f"{where}: annotation {annotation.get('id')!r} belongs to the picture {annotation['image_id']!r}, "
+                    "which is not in 'images'. Leave both out, or list the picture."
+                )
+            instance = _instance(where, annotation, classes, vocabulary)
+            if instance is not None:
+                records[annotation["image_id"]]["annotations"].append(instance)
+    except KeyError as error:
+        raise ValueError(f"{where}: an entry has no {error}. {_NOT_INSTANCES}") from error
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}. {_NOT_INSTANCES}") from error
+    found = list(records.values())
+    if found and not Path(found[0]["file_name"]).is_file():
+        missing = found[0]["file_name"]
+        raise FileNotFoundError(f"{where} lists the picture {missing}, which does not exist. {WHERE_DATA_IS}")
+    return found
+
+
+def _instance(where: str, annotation: dict, classes: dict[int, int], vocabulary: Vocabulary) -> dict | None:
+    category = annotation["category_id"]
+    if category not in classes:
+        raise ValueError(
+            f"{where}: annotation {annotation.get('id')!r} of picture {annotation['image_id']!r} has category_id "
+            f"{category}, which is not in vocabulary '{vocabulary.name}' ({len(classes)} classes, ids "
+            f"{min(classes)}..{max(classes)}). Check that this JSON belongs to this data set."
+        )
+    instance = {"iscrowd": annotation.get("iscrowd", 0), "category_id": classes[category]}
+    if "bbox" in annotation:
+        instance |= {"bbox": annotation["bbox"], "bbox_mode": BOX_MODE}
+    if "keypoints" in annotation:
+        instance["keypoints"] = annotation["keypoints"]
+    segmentation = annotation.get("segmentation")
+    if isinstance(segmentation, dict):
+        try:
+            instance["segmentation"] = compressed(segmentation)
+        except ValueError as error:
+            raise ValueError(f"{where}: annotation {annotation.get('id')!r}: {error}") from error
+    elif segmentation:
+        kept = [polygon for polygon in segmentation if has_area(polygon)]
+        if not kept:
+            return None
+        instance["segmentation"] = kept
+    return instance

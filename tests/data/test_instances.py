@@ -1,0 +1,186 @@
+"""Reader of COCO instance annotations, and LVIS, whose class names come from the user's file."""
+
+import json
+
+import numpy as np
+import pycocotools.mask
+import pytest
+
+from fcclip.data import dataset_vocabulary, get_dataset
+from tests.data.published_trees import write_tree
+
+COCO, LVIS = "openvocab_coco_2017_val", "openvocab_lvis_v1_val"
+
+
+@pytest.fixture
+def coco_instances(tmp_path):
+    write_tree(COCO, tmp_path)
+    return get_dataset(COCO, tmp_path)
+
+
+@pytest.fixture
+def edit(tmp_path):
+    """Changes the instance JSON."""
+
+    def edit(change):
+        path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+
+    return edit
+
+
+def test_a_record_has_detectron2s_fields(coco_instances, tmp_path):
+    record = coco_instances.records()[0]
+    assert {key: record[key] for key in ("file_name", "image_id", "height", "width")} == {
+        "file_name": f"{tmp_path}/coco/val2017/000000000139.jpg",
+        "image_id": 139,
+        "height": 48,
+        "width": 64,
+    }
+    assert record["annotations"][0] == {
+        "iscrowd": 0,
+        "bbox": [0.0, 0.0, 32.0, 24.0],
+        "bbox_mode": 1,  # BoxMode.XYWH_ABS
+        "category_id": 79,
+        "segmentation": [[0.0, 0.0, 32.0, 0.0, 32.0, 24.0, 0.0, 24.0]],
+    }
+
+
+def test_records_come_in_the_order_of_their_ids_and_empty_pictures_stay(coco_instances):
+    records = coco_instances.records()
+    assert [record["image_id"] for record in records] == [139, 285, 431, 577, 723]
+    assert records[-1]["annotations"] == []
+
+
+def test_run_lengths_given_as_a_list_become_a_string(coco_instances):
+    crowd = coco_instances.records()[0]["annotations"][2]
+    assert crowd["iscrowd"] == 1 and isinstance(crowd["segmentation"]["counts"], bytes)
+    mask = pycocotools.mask.decode(crowd["segmentation"])
+    assert mask.shape == (48, 64) and mask[24:, :32].all() and mask.sum() == 24 * 32
+
+
+def test_ids_with_holes_and_keypoints_are_kept(coco_instances, edit):
+    edit(lambda content: content["annotations"][1].update(keypoints=[1, 2, 2]))
+    assert coco_instances.records()[0]["annotations"][1]["keypoints"] == [1, 2, 2]
+
+
+@pytest.mark.parametrize("rest", [[], [[0, 0, 9, 0, 9, 9]]], ids=["alone", "with a whole one"])
+def test_polygons_without_an_area_are_left_out_and_instances_with_none_left(coco_instances, edit, rest):
+    broken = [[1, 1, 5, 5], [0, 0, 4, 0, 4, 4, 1]]
+    edit(lambda content: content["annotations"][0].update(segmentation=broken + rest))
+    annotations = coco_instances.records()[0]["annotations"]
+    assert len(annotations) == (3 if rest else 2)
+    assert not rest or annotations[0]["segmentation"] == rest
+
+
+def test_an_annotation_may_have_no_box(coco_instances, edit):
+    edit(lambda content: content["annotations"][0].pop("bbox"))
+    assert "bbox_mode" not in coco_instances.records()[0]["annotations"][0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("images"), r"has no list 'images'\. Expected COCO instance annotations"),
+        (lambda c: c.update(annotations={}), r"has no list 'annotations'"),
+        (lambda c: c["annotations"][1].pop("category_id"), r"an entry has no 'category_id'\. Expected"),
+        (lambda c: c["images"][1].pop("file_name"), r"an entry has no 'file_name'"),
+        (lambda c: c["images"][1].update(id=139), r"two pictures with the id 139\. Give each an id of its own"),
+        (lambda c: c["images"][1].update(id="139"), r"'<' not supported .*Expected COCO instance annotations"),
+        (lambda c: c["annotations"][1].update(image_id=7), r"belongs to the picture 7, which is not in 'images'"),
+        (
+            lambda c: c["annotations"][1].update(category_id=91),
+            r"139 has category_id 91, which is not in vocabulary 'coco_panoptic_things' \(80 classes, ids 1\.\.90\)",
+        ),
+        (
+            lambda c: c["annotations"][2].update(segmentation={"size": [48, 64]}),
+            r"annotation \d+: a run-length code needs 'size' \[height, width\] and 'counts': 'counts'",
+        ),
+        (
+            lambda c: c["images"].clear() or c["annotations"].clear(),
+            r"has no records: .*instances_val2017\.json lists no",
+        ),
+    ],
+)
+def test_a_broken_file_is_named_with_what_is_wrong(coco_instances, edit, change, message):
+    edit(change)
+    with pytest.raises(ValueError, match=rf"data set '{COCO}'.*{message}"):
+        coco_instances.records()
+
+
+def test_a_json_cut_in_half_is_named(coco_instances, tmp_path):
+    path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"instances_val2017\.json is not valid JSON \(500 bytes\).*cut off"):
+        coco_instances.records()
+
+
+def test_a_wrong_picture_folder_shows_at_the_first_record(coco_instances, tmp_path):
+    (tmp_path / "coco" / "val2017" / "000000000139.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lists the picture .*000000000139\.jpg, which does not exist"):
+        coco_instances.records()
+
+
+@pytest.fixture
+def lvis(tmp_path):
+    write_tree(LVIS, tmp_path)
+    return get_dataset(LVIS, tmp_path)
+
+
+def test_lvis_takes_its_classes_from_the_file_and_writes_them_with_spaces(lvis):
+    vocabulary = dataset_vocabulary(lvis)
+    assert len(vocabulary) == 1203 and vocabulary.thing_classes == tuple(range(1203))
+    assert vocabulary.synonyms[0] == ("aerosol can", "spray can")
+    assert vocabulary.class_names[6] == "bow (weapon)"
+    assert lvis.metadata["thing_dataset_id_to_contiguous_id"][1203] == 1202
+    assert dict(lvis.metadata)["json_file"].endswith("lvis_v1_val.json")
+
+
+def test_lvis_pictures_lie_in_both_folders_of_coco_and_records_say_what_was_looked_for(lvis, tmp_path):
+    records = lvis.records()
+    assert [record["file_name"].removeprefix(f"{tmp_path}/coco/") for record in records[:2]] == [
+        "val2017/000000000139.jpg",
+        "train2017/000000000285.jpg",
+    ]
+    assert records[0]["neg_category_ids"] == [2, 3] and records[0]["not_exhaustive_category_ids"] == [7]
+
+
+def test_lvis_categories_need_not_stand_last_and_a_changed_file_is_read_again(lvis, tmp_path):
+    path = tmp_path / "lvis" / "lvis_v1_val.json"
+    before = lvis.metadata["stuff_classes"]
+    content = json.loads(path.read_text())
+    content["categories"] = content["categories"][:2]
+    path.write_text(json.dumps({"categories": content.pop("categories"), **content, "more": '"categories": 1'}))
+    assert lvis.metadata["stuff_classes"] == before[:2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("categories"), r"has no list 'categories'\. Expected LVIS v1 annotations"),
+        (lambda c: c["categories"].clear(), "has no categories"),
+        (lambda c: c["categories"][3].pop("name"), "a category has no 'name'"),
+    ],
+)
+def test_an_lvis_file_without_classes_is_named(lvis, tmp_path, change, message):
+    path = tmp_path / "lvis" / "lvis_v1_val.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"lvis_v1_val\.json.*{message}|{message}"):
+        lvis.metadata["stuff_classes"]
+
+
+def test_published_words_of_lvis_replace_those_of_the_file(lvis, tmp_path):
+    (tmp_path / "lvis_1203_with_prompt_eng.txt").write_text("".join(f"{n}:word {n}\n" for n in range(1, 1204)))
+    assert dataset_vocabulary(lvis, tmp_path).class_names[-1] == "word 1203"
+
+
+def test_masks_of_ade20k_are_run_lengths_with_text_counts(tmp_path):
+    write_tree("openvocab_ade20k_instance_val", tmp_path)
+    record = get_dataset("openvocab_ade20k_instance_val", tmp_path).records()[0]
+    assert record["image_id"] == "ADE_val_00000001"
+    masks = [pycocotools.mask.decode(one["segmentation"]) for one in record["annotations"]]
+    assert np.sum(masks, axis=0).max() == 1

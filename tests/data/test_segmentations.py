@@ -1,0 +1,67 @@
+import numpy as np
+import pycocotools.mask
+import pytest
+
+from fcclip.data.segmentations import compressed, fill_polygons, has_area, read_run_lengths
+from tests.data.published_trees import counts_of
+
+
+def blob(seed, height=12, width=17):
+    return np.random.default_rng(seed).random((height, width)) < 0.4
+
+
+def encoded(mask):
+    return pycocotools.mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+
+
+def test_three_corners_make_a_polygon():
+    assert has_area([0, 0, 1, 0, 1, 1])
+    assert not has_area([0, 0, 1, 0])
+    assert not has_area([0, 0, 1, 0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("form", ["bytes", "text", "list"])
+def test_run_lengths_of_every_form_become_masks(form):
+    masks = [blob(0), blob(1), np.zeros((12, 17), bool)]
+    codes = [encoded(mask) for mask in masks]
+    if form == "text":
+        codes = [{**code, "counts": code["counts"].decode()} for code in codes]
+    if form == "list":
+        codes = [{"size": [12, 17], "counts": counts_of(mask)} for mask in masks]
+    found = read_run_lengths(codes, (12, 17))
+    assert found.dtype == bool and found.flags.c_contiguous
+    np.testing.assert_array_equal(found, masks)
+
+
+def test_no_code_gives_no_mask():
+    assert read_run_lengths([], (3, 4)).shape == (0, 3, 4)
+
+
+def test_a_code_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="a run-length code is 12 x 17 pixels .*, its picture 17 x 12"):
+        read_run_lengths([encoded(blob(0))], (17, 12))
+
+
+@pytest.mark.parametrize("code", [{"counts": "x"}, {"size": [1, 2]}, {"size": 3, "counts": [1]}])
+def test_an_incomplete_code_is_refused(code):
+    with pytest.raises(ValueError, match=r"needs 'size' \[height, width\] and 'counts'"):
+        compressed(code)
+
+
+def test_filled_polygons_are_those_of_the_coco_tools_also_over_the_border():
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        polygons = [rng.uniform(-3, 40, (rng.integers(3, 9), 2)) for _ in range(rng.integers(1, 4))]
+        canvas = np.zeros((30, 36), bool)
+        fill_polygons(polygons, canvas)
+        codes = pycocotools.mask.frPyObjects([one.ravel().tolist() for one in polygons], 30, 36)
+        np.testing.assert_array_equal(canvas, pycocotools.mask.decode(pycocotools.mask.merge(codes)))
+
+
+def test_filling_keeps_what_is_there():
+    canvas = np.zeros((4, 4), bool)
+    canvas[3] = True
+    fill_polygons([np.array([[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]])], canvas)
+    assert canvas.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
+    fill_polygons([], canvas)
+    assert canvas.sum() == 8

@@ -1,0 +1,65 @@
+"""The preparation programs, run in the test's own process on data sets of four tiny pictures."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY / "datasets"))  # processes that a program starts find it by this path too
+
+
+@pytest.fixture(scope="session")
+def downloads() -> ModuleType:
+    """downloads.py: writes data sets as they come from their sites."""
+    spec = importlib.util.spec_from_file_location("downloads", Path(__file__).with_name("downloads.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def program() -> Callable[[str], ModuleType]:
+    """Function (name without prepare_) -> the program as a module."""
+    return lambda name: importlib.import_module(f"prepare_{name}")
+
+
+@pytest.fixture
+def prepare(tmp_path, program) -> Callable[..., int]:
+    """Function (name without prepare_, flags) -> exit status of the program, run on `tmp_path`."""
+
+    def run(name: str, *flags: str) -> int:
+        return program(name).main(["--root", str(tmp_path), "--workers", "1", *flags])
+
+    return run
+
+
+@pytest.fixture
+def values(tmp_path) -> Callable[[str], list]:
+    """Function (path below `tmp_path`) -> the pixels of a picture of one channel, as lists."""
+
+    def read(path: str) -> list:
+        with Image.open(tmp_path / path) as picture:
+            assert picture.mode in ("L", "I;16"), picture.mode
+            return np.array(picture).tolist()
+
+    return read
+
+
+@pytest.fixture
+def files(tmp_path) -> Callable[[], dict[str, tuple[int, bytes]]]:
+    """Function () -> name: (time of the last change, content) of every file below `tmp_path`."""
+
+    def read() -> dict[str, tuple[int, bytes]]:
+        found = (path for path in sorted(tmp_path.rglob("*")) if path.is_file())
+        return {str(path.relative_to(tmp_path)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+
+    return read
