@@ -3,19 +3,25 @@
     python train_net.py --config-file configs/shapes/fcclip_shapes.yaml --num-gpus 1 [KEY VALUE ...]
     python train_net.py --config-file ... --resume
     python train_net.py --config-file ... --eval-only MODEL.WEIGHTS weights.pth
+    python train_net.py --config-file ... --dry-run
 
 Writes config.yaml, log.txt, metrics.json, TensorBoard events, checkpoints and inference/<data set>/ into OUTPUT_DIR.
-Leaves with 0, with 1 after an error, with 2 when the command line cannot be read.
+Leaves with 0; with 1 after an error; with 2 when the command line cannot be read; with 75 when SIGTERM or SIGUSR1 asked
+a training to stop: it has saved, and goes on with --resume.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import math
+import multiprocessing
 import re
+import signal
 import sys
 import tempfile
 import traceback
@@ -23,36 +29,53 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fvcore.common.config import CfgNode
 from torch import nn
 
 from fcclip.config import keys_without_effect, load_config, resolve_device, resolve_file
-from fcclip.data import Dataset, build_train_loader, dataset_vocabulary, get_dataset
+from fcclip.data import (
+    DATASETS,
+    Dataset,
+    build_test_mapper,
+    build_train_loader,
+    dataset_vocabulary,
+    get_dataset,
+    read_image,
+)
 from fcclip.engine import (
+    REQUEUE_EXIT_CODE,
     Checkpointer,
-    NonFiniteError,
     ProcessFailedError,
+    RunLock,
+    StopRequest,
+    Trainer,
     apply_numeric_settings,
     broadcast_object,
     build_trainer,
+    check_resume,
     check_training,
     close_logging,
     draw_seed,
+    duration,
     environment_report,
     get_rank,
     get_world_size,
     is_main_process,
     launch,
-    load_checkpoint,
     load_weights,
     log_exception,
+    lost_processes_named,
     scale_to_world_size,
     seed_everything,
     setup_logging,
+    shield_worker,
     write_atomically,
 )
 from fcclip.evaluation import copypaste_lines, evaluate, evaluate_augmented, format_table, unmet_expectations
 from fcclip.modeling import build_model, build_variants, test_modes
+from fcclip.structures import Segment
+from fcclip.visualization import draw_panoptic
 from fcclip.vocabulary import Vocabulary
 
 logger = logging.getLogger("fcclip.train_net")
@@ -60,6 +83,8 @@ logger = logging.getLogger("fcclip.train_net")
 Results = dict[str, dict[str, dict[str, dict[str, float]]]]  # data set -> mode -> task -> metric -> percent
 
 _HERE = Path(__file__).resolve().parent
+_KILL_S = 5  # for a process that was killed to be gone
+_TASKS = ("panoptic_seg", "segm", "bbox", "sem_seg")
 _TEXT_TOWER = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 
 
@@ -88,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(error.trace, file=sys.stderr)
         print(f"error: {short_message(str(error))}", file=sys.stderr)
         return 1
+    except SystemExit as left:  # asked to stop
+        return left.code
     except Exception as error:
         if not is_users(type(error).__name__, traceback.format_exc()):
             raise
@@ -103,6 +130,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue from OUTPUT_DIR/last_checkpoint if present")
     parser.add_argument(
         "--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS (with --resume the last checkpoint)"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, take one batch there and back, say sizes, memory and time to finish; change nothing",
     )
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="machines (default: 1)")
@@ -145,9 +177,12 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> None:
     checkpoint = Checkpointer(cfg.OUTPUT_DIR).last() if args.resume else None
     if cfg.MODEL.WEIGHTS and checkpoint is None:
         resolve_file(cfg.MODEL.WEIGHTS, what="MODEL.WEIGHTS")
+    if args.dry_run and args.eval_only:
+        raise ValueError("--dry-run tries out a training; leave --eval-only out")
     if not args.eval_only:
         world_size = max(args.num_gpus, 1) * args.num_machines
         check_training(scale_to_world_size(cfg, world_size), training_vocabulary(cfg), world_size=world_size)
+        check_best(cfg)
         return
     if cfg.TEST.AUG.ENABLED:
         build_variants(cfg)
@@ -160,23 +195,52 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
+def check_best(cfg: CfgNode) -> None:
+    """Refuses SOLVER.BEST.* that cannot choose; whether the metric exists is known after the first evaluation.
+
+    Raises:
+        ValueError: an unknown data set or task.
+    """
+    if not cfg.TEST.EVAL_PERIOD:
+        return
+    if cfg.SOLVER.BEST.DATASET:
+        get_dataset(cfg.SOLVER.BEST.DATASET)
+    task, _, metric = cfg.SOLVER.BEST.METRIC.partition("/")
+    if task not in _TASKS or not metric:
+        raise ValueError(
+            f"SOLVER.BEST.METRIC must be task/metric with a task of {', '.join(_TASKS)}, such as panoptic_seg/PQ; got "
+            f"'{cfg.SOLVER.BEST.METRIC}'"
+        )
+
+
 def run(cfg: CfgNode, args: argparse.Namespace) -> Results:
-    """What every process does. Returns the results on rank 0, {} elsewhere."""
-    setup_logging(Path(cfg.OUTPUT_DIR), rank=get_rank())
-    try:
-        return evaluate_only(cfg, args) if args.eval_only else train(cfg, args)
-    except Exception:
-        log_exception()
-        raise
-    finally:
-        close_logging()
+    """What every process does. Returns the results on rank 0, {} elsewhere.
+
+    Raises:
+        SystemExit: REQUEUE_EXIT_CODE, when a training was asked to stop and has saved.
+    """
+    alone = is_main_process() and not (args.eval_only or args.dry_run)
+    with RunLock(cfg.OUTPUT_DIR) if alone else contextlib.nullcontext():
+        setup_logging(Path(cfg.OUTPUT_DIR), rank=get_rank())
+        try:
+            with lost_processes_named():
+                if args.eval_only:
+                    return evaluate_only(cfg, args)
+                with StopRequest() as stop:
+                    return train(cfg, args, stop)
+        except Exception:
+            log_exception()
+            end_loading_processes()
+            raise
+        finally:
+            close_logging()
 
 
-def train(cfg: CfgNode, args: argparse.Namespace) -> Results:
+def train(cfg: CfgNode, args: argparse.Namespace, stop: StopRequest) -> Results:
     """Trains, evaluates on every data set of DATASETS.TEST at the end and at each EVAL_PERIOD."""
-    checkpointer = Checkpointer(cfg.OUTPUT_DIR, keep=cfg.SOLVER.CHECKPOINT_KEEP)
-    last = checkpointer.last() if args.resume else None
-    cfg = with_seed(scale_to_world_size(cfg, get_world_size()), last)
+    last = Checkpointer(cfg.OUTPUT_DIR).last() if args.resume else None
+    cfg = scale_to_world_size(cfg, get_world_size())
+    cfg = with_seed(cfg) if last is None else as_begun(cfg, last)
     begin(cfg, args)
     vocabulary = training_vocabulary(cfg)
     model = build_model(cfg, train_vocabulary=vocabulary, test_vocabulary=None)
@@ -189,11 +253,20 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> Results:
     dataset, results = training_set(cfg), {}
 
     def batches(start: int):
-        return build_train_loader(cfg, dataset=dataset, rank=get_rank(), world_size=get_world_size(), start=start)
+        return build_train_loader(
+            cfg,
+            dataset=dataset,
+            rank=get_rank(),
+            world_size=get_world_size(),
+            start=start,
+            worker_init=shield_worker,
+        )
+
+    best = best_dataset(cfg)
 
     def evaluate_and_keep(bare: nn.Module) -> dict[str, float]:
         results.update(evaluate_all(bare, cfg, vocabulary))
-        return scalars(results, cfg.TEST.MODE)
+        return scalars(results, cfg.TEST.MODE) | best_scalars(bare, cfg, vocabulary, best, results)
 
     trainer = build_trainer(
         cfg,
@@ -201,16 +274,125 @@ def train(cfg: CfgNode, args: argparse.Namespace) -> Results:
         batches=batches,
         device=model.device,
         vocabulary=vocabulary,
-        evaluate=evaluate_and_keep if cfg.DATASETS.TEST else None,
-        output_dir=cfg.OUTPUT_DIR,
+        evaluate=evaluate_and_keep if cfg.DATASETS.TEST or best else None,
+        best_metric=f"{best}/{cfg.SOLVER.BEST.METRIC}" if best else "",
+        draw=functools.partial(draw_predictions, cfg) if cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD else None,
+        stop=stop,
+        output_dir=None if args.dry_run else cfg.OUTPUT_DIR,
     )
     if last is not None:
         trainer.resume(last)
     elif args.resume:
         logger.info("--resume: no last_checkpoint in %s, starting from the beginning", cfg.OUTPUT_DIR)
-    trainer.train()
+    if args.dry_run:
+        report_dry_run(trainer, cfg)
+        return {}
+    if not args.resume and Path(cfg.OUTPUT_DIR, "last_checkpoint").is_file():
+        logger.warning(
+            "%s holds an earlier training, whose checkpoints this one replaces; --resume would go on with it",
+            cfg.OUTPUT_DIR,
+        )
+    if not trainer.train():
+        raise SystemExit(REQUEUE_EXIT_CODE)
     check_expectations(cfg, results)
     return results
+
+
+def report_dry_run(trainer: Trainer, cfg: CfgNode) -> None:
+    """Says what one step takes, and what the whole training would."""
+    found = trainer.dry_run()
+    left, size = trainer.max_iter - trainer.iteration, cfg.SOLVER.IMS_PER_BATCH
+    lines = [
+        f"first batch, {len(found['batch'])} of {size} pictures in this process:",
+        *(f"  {line}" for line in found["batch"]),
+        f"loss {found['total_loss']:.4g}, gradient norm {found['grad_norm']:.4g}",
+        f"memory: {found['memory_mb']:.0f} MiB at most, {'GPU' if trainer.device.type == 'cuda' else 'whole process'}",
+        f"a step takes {found['time']:.3g} s; starting to load and the first batch took {found['data_time']:.3g} s",
+        f"{left} iterations to go: about {duration(left * found['time'])} without evaluations, if loading keeps up",
+    ]
+    logger.info("dry run, nothing is changed:%s", "".join(f"\n  {line}" for line in lines))
+
+
+def best_dataset(cfg: CfgNode) -> str:
+    """The data set that chooses `best.pth`, "" for none; the log says which, or why none.
+
+    By default the val split of the training set, never one of DATASETS.TEST: a number that is reported must not have
+    chosen the weights that it is reported for.
+    """
+    name = cfg.SOLVER.BEST.DATASET
+    if not cfg.TEST.EVAL_PERIOD:
+        why = "TEST.EVAL_PERIOD is 0, so only the final weights are evaluated"
+    elif name:
+        get_dataset(name)
+        if name in cfg.DATASETS.TEST:
+            logger.warning(
+                "best.pth is chosen by '%s', which is in DATASETS.TEST: its results there look better than they are",
+                name,
+            )
+        why = ""
+    else:
+        name = cfg.DATASETS.TRAIN[0].replace("train", "val")
+        why = "" if name in DATASETS and name != cfg.DATASETS.TRAIN[0] else "the training set has no val split"
+        if name in cfg.DATASETS.TEST:
+            why = f"'{name}' is reported (DATASETS.TEST), so it chooses nothing unless SOLVER.BEST.DATASET names it"
+        if not why:
+            try:
+                get_dataset(name).records()
+            except FileNotFoundError:
+                why = f"'{name}', the val split of the training set, is not there"
+    if why:
+        logger.info("no best.pth is kept: %s", why)
+        return ""
+    logger.info("best.pth: the weights with the highest %s on '%s'", cfg.SOLVER.BEST.METRIC, name)
+    return name
+
+
+def best_scalars(model: nn.Module, cfg: CfgNode, training: Vocabulary, name: str, results: Results) -> dict[str, float]:
+    """The metrics that choose `best.pth`, `data set/task/metric`; evaluated unless they are among the results already.
+
+    Raises:
+        ValueError: SOLVER.BEST.METRIC is not among them.
+    """
+    if not name:
+        return {}
+    mode = cfg.TEST.MODE
+    if name not in cfg.DATASETS.TEST:
+        dataset = get_dataset(name)
+        found = evaluate(
+            model,
+            cfg,
+            dataset,
+            modes={mode: test_modes(cfg)[mode]},
+            training_vocabulary=training,
+            vocabulary=dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES),
+            rank=get_rank(),
+            world_size=get_world_size(),
+        )
+    else:
+        found = results.get(name, {})
+    if not is_main_process():
+        return {}
+    flat = {f"{name}/{task}/{key}": value for task, metrics in found[mode].items() for key, value in metrics.items()}
+    if f"{name}/{cfg.SOLVER.BEST.METRIC}" not in flat:
+        known = ", ".join(sorted(key.removeprefix(f"{name}/") for key in flat if "-" not in key))
+        raise ValueError(f"SOLVER.BEST.METRIC is '{cfg.SOLVER.BEST.METRIC}'; '{name}' is evaluated for {known}")
+    return {key: value for key, value in flat.items() if "-" not in key}
+
+
+def draw_predictions(cfg: CfgNode, model: nn.Module, *, pictures: int = 4) -> dict[str, np.ndarray]:
+    """What the model sees in the first pictures of DATASETS.TEST[0]: drawings (H, W, 3) uint8 by file name."""
+    dataset, mapper = get_dataset(cfg.DATASETS.TEST[0]), build_test_mapper(cfg)
+    vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES)
+    if not cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON:
+        return {}
+    drawings = {}
+    for record in dataset.records()[:pictures]:
+        (output,) = model([mapper(record)], vocabulary=vocabulary, semantic=None)
+        id_map, segments = output["panoptic_seg"]
+        segments = [Segment(**segment) for segment in segments]
+        drawing = draw_panoptic(read_image(record["file_name"]), id_map.cpu().numpy(), segments, vocabulary.class_names)
+        drawings[Path(record["file_name"]).name] = drawing
+    return drawings
 
 
 def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> Results:
@@ -247,6 +429,9 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> None:
     for why, keys in reasons.items():
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         logger.info("keys of %s without effect, because %s: %s%s", args.config_file, why, ", ".join(keys[:3]), more)
+    if args.dry_run:
+        logger.info("read %s, writing nothing but this log", args.config_file)
+        return
     write_atomically(Path(cfg.OUTPUT_DIR) / "config.yaml", lambda file: file.write(cfg.dump().encode()))
     logger.info(
         "read %s, writing to %s (the full config is in config.yaml there)",
@@ -255,12 +440,24 @@ def begin(cfg: CfgNode, args: argparse.Namespace) -> None:
     )
 
 
-def with_seed(cfg: CfgNode, checkpoint: Path | None) -> CfgNode:
-    """The config with a SEED that all processes share: its own, else that of the run that is resumed, else a fresh
-    one."""
+def as_begun(cfg: CfgNode, last: Path) -> CfgNode:
+    """The config with the seed of the training that is resumed from the checkpoint `last`.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or holds another training than this config's.
+    """
+    state = Checkpointer(cfg.OUTPUT_DIR).load(last)
+    cfg = with_seed(cfg, state.get("seed"))
+    if "config" in state and "iteration" in state:
+        check_resume(state["config"], cfg, source=str(last), iteration=state["iteration"] + 1)
+    return cfg
+
+
+def with_seed(cfg: CfgNode, seed: int | None = None) -> CfgNode:
+    """The config with a SEED that all processes share: its own, else `seed`, that of the run that is resumed, else a
+    fresh one."""
     if cfg.SEED >= 0:
         return cfg
-    seed = load_checkpoint(checkpoint).get("seed") if checkpoint is not None else None
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = broadcast_object(draw_seed() if seed is None else seed)
@@ -383,11 +580,24 @@ def log_parameters(model: nn.Module) -> None:
     )
 
 
+def end_loading_processes() -> None:
+    """Kills them after an error: one that hangs would keep this process from ending."""
+    watched = hasattr(signal, "SIGCHLD")
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if watched else None  # torch's would raise another error
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join(_KILL_S)
+    if watched:
+        signal.signal(signal.SIGCHLD, handler)
+
+
 def is_users(kind: str, trace: str) -> bool:
-    """Whether an error is one that the user can fix: raised with a clear text by this project, or by the file
-    system."""
-    own_errors = (NonFiniteError.__name__, "UnsafeFileError")
-    if kind in ("FileNotFoundError", "PermissionError", "ConnectionError", "OSError", *own_errors):
+    """Whether an error is one that the user can fix: raised with a clear text by this project, by the file system, or
+    by torch wherever the main thread is when a loading process dies."""
+    own_errors = ("NonFiniteError", "BrokenWeightsError", "OutOfMemoryError", "LoaderError", "UnsafeFileError")
+    if kind in ("FileNotFoundError", "PermissionError", "ConnectionError", "OSError", "ImportError", *own_errors):
+        return True
+    if kind == "RuntimeError" and re.search(r"^RuntimeError: DataLoader worker \(pid", trace, re.MULTILINE):
         return True
     files = re.findall(r'File "([^"]+)", line', trace)
     own = bool(files) and Path(files[-1]).resolve().is_relative_to(_HERE)

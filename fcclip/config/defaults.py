@@ -21,6 +21,10 @@ def get_cfg() -> CfgNode:
     cfg.CUDNN_BENCHMARK = False  # let cuDNN time its algorithms at the start of training
     cfg.FLOAT32_PRECISION = ""  # "", "highest", "high" or "medium": torch.set_float32_matmul_precision
     cfg.DETERMINISTIC = False  # operations without a deterministic form raise
+    cfg.WANDB = CN()
+    cfg.WANDB.PROJECT = ""  # record the training at Weights & Biases too; "": no
+    cfg.WANDB.NAME = ""  # of the run; "": theirs
+    cfg.WANDB.ENTITY = ""  # team or user; "": the user's own
     cfg.MODEL = _model()
     cfg.DATASETS = CN()
     cfg.DATASETS.TRAIN = ()  # names; the first one's vocabulary is the training vocabulary, also at evaluation
@@ -163,17 +167,19 @@ def _dataloader() -> CfgNode:
         True  # leave out pictures whose `annotations` are all crowd; panoptic records have none
     )
     loader.ASPECT_RATIO_GROUPING = True  # batches of wide or of tall pictures
-    loader.SAMPLER_TRAIN = "TrainingSampler"
+    loader.SAMPLER_TRAIN = "TrainingSampler"  # or RepeatFactorTrainingSampler, which shows rare classes more often
     loader.REPEAT_THRESHOLD = 0.0
     loader.REPEAT_SQRT = True
-    loader.MAX_BAD_IMAGES = 0  # unreadable pictures skipped, counted and named before training stops
+    loader.MAX_BAD_IMAGES = 0  # unreadable pictures skipped, counted and named in each process before training stops
     return loader
 
 
 def _input() -> CfgNode:
     inputs = CN()
     inputs.FORMAT = "BGR"  # channel order of the pictures given to the model
-    inputs.DATASET_MAPPER_NAME = "mask_former_semantic"  # how a record becomes a training sample
+    # How a record becomes a training sample: coco_panoptic_lsj, coco_instance_lsj, mask_former_semantic,
+    # mask_former_panoptic or mask_former_instance.
+    inputs.DATASET_MAPPER_NAME = "mask_former_semantic"
     inputs.IMAGE_SIZE = 1024  # large-scale jitter: side of the square canvas, pixels
     inputs.MIN_SCALE = 0.1  # large-scale jitter: smallest scale
     inputs.MAX_SCALE = 2.0  # large-scale jitter: largest scale
@@ -223,9 +229,11 @@ def _solver() -> CfgNode:
     solver.CHECKPOINT_KEEP = 3  # newest periodic checkpoints kept
     solver.CHECKPOINT_FULL = False  # store the frozen CLIP too
     solver.REFERENCE_WORLD_SIZE = 0  # processes that batch and learning rate were chosen for; 0: no scaling
-    solver.ACCUMULATE = 1  # micro-batches per step, each with its own normalisers
+    solver.ACCUMULATE = 1  # micro-batches that a step is cut into; same result, less memory
     solver.CE_NORM = "rank"  # class loss divided by the weights of the rank (published), or "global"
-    solver.NON_FINITE = "raise"  # stop with an error that names the loss and the pictures
+    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row | rollback, go back to the
+    # last checkpoint and leave out the step when it comes again.
+    solver.NON_FINITE = "raise"
     solver.CLIP_GRADIENTS = CN()
     solver.CLIP_GRADIENTS.ENABLED = False
     solver.CLIP_GRADIENTS.CLIP_TYPE = (
@@ -283,6 +291,7 @@ WITHOUT_EFFECT = {
     "MODEL.SEM_SEG_HEAD.ASPP_DILATIONS": "of DeepLab",
     "MODEL.SEM_SEG_HEAD.ASPP_DROPOUT": "of DeepLab",
     "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV": "of DeepLab",
+    "INPUT.MASK_FORMAT": "polygons and run-length codes are told by what they are",
     "DATASETS.PROPOSAL_FILES_TRAIN": _UNREAD,
     "DATASETS.PROPOSAL_FILES_TEST": _UNREAD,
     "SOLVER.WEIGHT_DECAY_BIAS": "biases decay like weights",
@@ -292,8 +301,6 @@ WITHOUT_EFFECT = {
 
 # Keys whose feature does not exist yet: every value but the default is refused, rather than silently ignored.
 NOT_YET = (
-    "MODEL.COMPILE",
-    "SOLVER.BEST.DATASET",
     "TEST.QUERY_CHUNK",
     "TEST.CLASS_CHUNK",
 )

@@ -3,6 +3,11 @@
 optimizer.py    AdamW and SGD with the published parameter groups, gradient clipping
 schedule.py     the learning rate as a function of the iteration; scaling to the number of processes
 trainer.py      Trainer: the loop; build_trainer: the loop of a config
+guards.py       numbers that are not finite, memory that is full
+signals.py      SIGTERM and SIGUSR1: finish the step, save, leave
+run_folder.py   one training at a time in a folder; what may change when it is resumed
+watchdog.py     a process that died or hangs is named, and the others end
+warden.py       what a launcher does for its processes: signals passed on, late ones ended
 checkpoint.py   checkpoints and weights: atomic writing, safe and strict reading
 distributed.py  launch: several processes; rank, barrier, gather
 metrics.py      log.txt, metrics.json, TensorBoard, progress bar
@@ -35,7 +40,9 @@ from fcclip.engine.distributed import (
     get_world_size,
     is_main_process,
     launch,
+    lost_processes_named,
     mean_over_processes,
+    watch,
 )
 from fcclip.engine.environment import (
     apply_numeric_settings,
@@ -46,15 +53,23 @@ from fcclip.engine.environment import (
     seed_everything,
     set_random_state,
 )
+from fcclip.engine.guards import NonFiniteError, OnNonFinite
 from fcclip.engine.metrics import build_writers, close_logging, duration, log_exception, setup_logging
 from fcclip.engine.optimizer import build_clip, build_optimizer, parameter_groups
+from fcclip.engine.run_folder import RunLock, check_resume
 from fcclip.engine.schedule import build_lr_scheduler, build_multiplier, scale_to_world_size
-from fcclip.engine.trainer import NonFiniteError, Trainer, build_trainer, check_training
+from fcclip.engine.signals import REQUEUE_EXIT_CODE, StopRequest, StopRequested, shield_worker
+from fcclip.engine.trainer import Trainer, build_trainer, check_training
 
 __all__ = [
+    "REQUEUE_EXIT_CODE",
     "Checkpointer",
     "NonFiniteError",
+    "OnNonFinite",
     "ProcessFailedError",
+    "RunLock",
+    "StopRequest",
+    "StopRequested",
     "Trainer",
     "all_gather_object",
     "apply_numeric_settings",
@@ -66,6 +81,7 @@ __all__ = [
     "build_optimizer",
     "build_trainer",
     "build_writers",
+    "check_resume",
     "check_training",
     "clip_fingerprint",
     "close_logging",
@@ -83,6 +99,7 @@ __all__ = [
     "load_state",
     "load_weights",
     "log_exception",
+    "lost_processes_named",
     "mean_over_processes",
     "model_weights",
     "parameter_groups",
@@ -93,7 +110,9 @@ __all__ = [
     "seed_everything",
     "set_random_state",
     "setup_logging",
+    "shield_worker",
     "unwrap",
+    "watch",
     "write_atomically",
     "write_safetensors",
 ]

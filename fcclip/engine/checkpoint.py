@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import re
+import threading
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,16 +202,6 @@ def _about_equal(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.float(), other.float().cpu(), rtol=2**-10, atol=1e-6)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict of a file, without a common `module.` prefix, and everything else in the file.
-
-    Raises:
-        FileNotFoundError, ValueError: as `read_weight_file`.
-    """
-    file = read_weight_file(path)
-    return file.tensors, file.rest
-
-
 def save_weights(
     model: nn.Module,
     path: str | Path,
@@ -388,17 +380,30 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, or holding objects that only an unsafe reader could make.
+        ValueError: damaged, be it by one bit, or holding objects that only an unsafe reader could make.
     """
     content = read_plain_data(path, what="checkpoint")
     if not isinstance(content, dict):
         raise ValueError(f"'{path}' holds a {type(content).__name__}, expected a mapping of names to tensors")
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch writes check sums, and does not look at them
+        if damaged is not None:
+            raise ValueError(
+                f"checkpoint '{path}' is damaged: its record '{damaged}' does not have the check sum that it was "
+                "written with. Is the disk all right? Copy the file again, or use an earlier checkpoint."
+            )
     return content
 
 
 class Checkpointer:
-    """The checkpoints of one run: `model_0004999.pth`, …, `model_final.pth`, and `last_checkpoint`, which names the
-    newest.
+    """The checkpoints of one run: `model_0004999.pth`, …, `model_final.pth`, `best.pth`, and `last_checkpoint`, which
+    names the newest complete one.
+
+    Writing overlaps the training: what is handed over is copied into main memory at once, and a thread writes it, one
+    file after the other. A write that fails harms no file that was there before; it is told in the log, and the next
+    checkpoint is a new try. Two failures in a row are raised by `check`, and the last one by `wait`. As a context, a
+    checkpointer waits at the end, and raises nothing when there is an error on its way already.
 
     Args:
         folder: where they are; must exist.
@@ -410,19 +415,113 @@ class Checkpointer:
             raise ValueError(f"SOLVER.CHECKPOINT_KEEP must not be negative, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
+        self._thread: threading.Thread | None = None
+        self._failures: dict[str, list[Exception]] = {}  # kind of file -> what went wrong since it was last written
+        self._best: Mapping[str, Any] | None = None  # what is to be written into best.pth
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        self.settle() if error_type is not None else self.wait()
+
+    # ---- writing ----
 
     def save(self, name: str, content: Mapping[str, Any]) -> Path:
-        """Writes `<name>.pth`, then lets `last_checkpoint` name it, then removes periodic checkpoints beyond `keep`."""
-        path = self.folder / f"{name}.pth"
-        save_checkpoint(path, content)
-        write_atomically(self.folder / "last_checkpoint", lambda file: file.write(path.name.encode()))
-        logger.info("saved %s", path)
-        self._remove_old(path)
+        """Writes `<name>.pth`, then lets `last_checkpoint` name it, then removes periodic checkpoints beyond `keep`.
+
+        Returns before the file is complete; see `settle`.
+
+        Raises:
+            OSError: as `check`.
+        """
+        path, snapshot = self.folder / f"{name}.pth", _snapshot(content)
+
+        def write() -> None:
+            save_checkpoint(path, snapshot)
+            write_atomically(self.folder / "last_checkpoint", lambda file: file.write(path.name.encode()))
+            logger.info("saved %s", path)
+            self._remove_old(path)
+
+        self._overlap("checkpoint", write)
         return path
 
     def save_periodic(self, iteration: int, content: Mapping[str, Any]) -> Path:
         """Writes the checkpoint after the 0-based `iteration`."""
         return self.save(f"model_{iteration:07d}", content)
+
+    def save_evaluation(self, note: Mapping[str, Any], *, best: Mapping[str, Any] | None = None) -> None:
+        """Writes what became of an evaluation; `last_checkpoint` stays.
+
+        Args:
+            note: JSON values by name, for `noted_evaluation`; written last.
+            best: the content of `best.pth`, if the evaluation chose it.
+
+        Raises:
+            OSError: as `check`.
+        """
+        snapshot = None if best is None else _snapshot(best)
+        self.settle()
+        if snapshot is not None:  # else one that could not be written is tried again
+            self._best = snapshot
+        text = json.dumps(dict(note)).encode()
+
+        def write() -> None:
+            if self._best is not None:
+                save_checkpoint(self.folder / "best.pth", self._best)
+                self._best = None
+            write_atomically(self.folder / "last_evaluation", lambda file: file.write(text))
+
+        self._overlap("evaluation", write)
+
+    def forget_evaluation(self) -> None:
+        """Takes back what `save_evaluation` noted, when the run goes on from before that evaluation."""
+        self.settle()
+        (self.folder / "last_evaluation").unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """Returns when everything that was handed over is written or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def check(self) -> None:
+        """Costs nothing and waits for nothing.
+
+        Raises:
+            OSError: the same kind of file could not be written twice in a row.
+        """
+        for errors in list(self._failures.values()):
+            if len(errors) > 1 or not isinstance(errors[-1], OSError):  # another error is our own mistake
+                raise errors[-1]
+
+    def wait(self) -> None:
+        """Returns when everything is written.
+
+        Raises:
+            OSError: the last file of a kind could not be written.
+        """
+        self.settle()
+        failures, self._failures = self._failures, {}
+        for errors in failures.values():
+            raise errors[-1]
+
+    def _overlap(self, kind: str, write: Callable[[], None]) -> None:
+        self.settle()
+        self.check()
+        self._thread = threading.Thread(target=self._try, args=(kind, write), name="checkpoint writer")
+        self._thread.start()
+
+    def _try(self, kind: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:
+            logger.error("%s", error)
+            self._failures.setdefault(kind, []).append(error)
+        else:
+            self._failures.pop(kind, None)
+
+    # ---- reading ----
 
     def last(self) -> Path | None:
         """The newest checkpoint, or None when there is none yet.
@@ -441,6 +540,30 @@ class Checkpointer:
                 "name of one of them into that file, or delete it to start again."
             )
         return path
+
+    def load(self, path: str | Path) -> dict[str, Any]:
+        """Reads a checkpoint of this run as `load_checkpoint` does.
+
+        Raises:
+            ValueError: damaged; names the newest one of the run that is not.
+        """
+        try:
+            return load_checkpoint(path)
+        except ValueError as error:
+            others = set(self.folder.glob("*.pth")) - {Path(path), self.folder / "best.pth"}
+            newest_first = sorted(others, key=lambda one: one.stat().st_mtime, reverse=True)
+            good = next(filter(_is_readable, newest_first), None)
+            if good is None:
+                raise ValueError(f"{error} The folder has no other checkpoint that can be read.") from error
+            raise ValueError(
+                f"{error} The newest one in the folder that can be read is {good.name}: to go on from there, write "
+                f"that name into {self.folder / 'last_checkpoint'}."
+            ) from error
+
+    def noted_evaluation(self) -> dict[str, Any]:
+        """The `note` that `save_evaluation` was given last; {} before that."""
+        path = self.folder / "last_evaluation"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def remove_unfinished(self) -> None:
         """Removes what a killed run had half written; only for a folder that no run is writing to."""
@@ -479,12 +602,39 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "write" in str(error)):
-            raise OSError(
-                f"cannot write '{path}': {error}. Earlier files in the folder are untouched; is the disk full?"
-            ) from error
-        raise
+        if (cause := _system_error(error)) is None:
+            raise
+        raise OSError(
+            f"cannot write '{path}': {cause}. Earlier files in the folder are untouched; is the disk full? Is the "
+            "folder read-only?"
+        ) from error
     _flush_folder(path.parent)
+
+
+def _system_error(error: BaseException) -> OSError | None:
+    """The error itself, or the one that torch hides behind "unexpected pos" when it closes what it could not write."""
+    if isinstance(error, RuntimeError):
+        error = error.__context__
+    return error if isinstance(error, OSError) else None
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _snapshot(content: Any) -> Any:
+    """A copy in main memory of nested containers of tensors, which later steps cannot change."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=True)
+    if isinstance(content, Mapping):
+        return {key: _snapshot(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return type(content)(_snapshot(value) for value in content)
+    return content
 
 
 def _flush_folder(folder: Path) -> None:

@@ -1,30 +1,55 @@
-"""What a training tells while it runs: log.txt, metrics.json, TensorBoard, a progress bar or plain lines."""
+"""What a training tells while it runs: log.txt, metrics.json, TensorBoard, wandb, a progress bar or plain lines.
+
+A run that was interrupted at some iteration and goes on from an earlier checkpoint continues the same files: records of
+iterations that it takes a second time are dropped first.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 import logging
 import math
+import os
+import re
+import secrets
 import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
+import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from fcclip.engine.checkpoint import write_atomically
 
 logger = logging.getLogger(__name__)
 
 LOG_PERIOD = 20  # iterations between two lines of metrics.json, as published; also the window of the medians
+_PARTS = {"data_time": "data", "forward_time": "forward", "backward_time": "backward", "step_time": "step"}
+_GROUPS = (  # of TensorBoard, the first that matches; names with a group of their own keep it
+    (re.compile(r"lr|grad_norm|loss_scale"), "optimizer"),
+    (re.compile(r"loss_.*_\d+"), "loss_of_layers"),  # of the predictions before the final ones
+    (re.compile(r"(total_)?loss(_.*)?"), "loss"),
+    (re.compile(r"(.*_)?time|eta_seconds"), "time"),
+    (re.compile(r".*memory.*"), "memory"),
+)
 
 
 class Writer(Protocol):
-    """Receives the scalars of an iteration."""
+    """Receives what a training has to tell about an iteration."""
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Takes the scalars that belong to the 0-based `iteration`."""
+
+    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Takes pictures by name, each (H, W, 3) uint8, RGB."""
 
     def close(self) -> None:
         """Finishes what is buffered."""
@@ -56,39 +81,189 @@ class History:
         """The median of each scalar over the window."""
         return {name: statistics.median(values) for name, values in self._values.items()}
 
+    def state_dict(self) -> dict[str, list[float]]:
+        """The values in the window, for a checkpoint."""
+        return {name: list(values) for name, values in self._values.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Goes on from a `state_dict`, so that medians after a resume are those of an uninterrupted run."""
+        self._values = defaultdict(list, {name: list(values)[-self.window :] for name, values in state.items()})
+
 
 class JsonWriter:
-    """`metrics.json`: one JSON object per line with sorted keys, appended, so that a resumed run continues the file."""
+    """`metrics.json`: one JSON object per line with sorted keys, appended, so that a resumed run continues the file.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+    What cannot be written now (a full disk) is kept and written with the next record; the training goes on.
+
+    Args:
+        path: the file. A half-written line at its end, of a process that was killed, is dropped.
+        start: the iteration that the run goes on from: records of it and later ones are dropped. At 0 the file of an
+            earlier run is moved aside. None keeps everything.
+    """
+
+    def __init__(self, path: Path, *, start: int | None = None) -> None:
+        self.path = path
+        if start == 0:
+            _move_aside(path)
+        else:
+            _drop_records(path, math.inf if start is None else start)
+        self._file = path.open("ab", buffering=0)
+        self._size = self._file.tell()  # of whole lines
+        self._waiting: list[bytes] = []
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         numbers = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"iteration": iteration, **numbers}, sort_keys=True) + "\n")
+        line = json.dumps({"iteration": iteration, **numbers}, sort_keys=True) + "\n"
+        failed_before = bool(self._waiting)
+        self._waiting.append(line.encode())
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if not failed_before:
+                logger.error(
+                    "%s cannot be written (%s). Its records are kept in memory until it can be.", self.path, error
+                )
+
+    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """The file holds numbers only."""
 
     def close(self) -> None:
+        if self._file.closed:
+            return
+        if self._waiting:
+            with contextlib.suppress(OSError):
+                self._write_waiting()
+        if self._waiting:
+            logger.error("%s lacks its last %d records, which could not be written", self.path, len(self._waiting))
         self._file.close()
+
+    def _write_waiting(self) -> None:
+        content = b"".join(self._waiting)
+        if self._file.seek(0, os.SEEK_END) != self._size:
+            self._file.truncate(self._size)  # half a line of a write that failed
+        done = 0
+        while done < len(content):
+            done += self._file.write(content[done:])
+        self._size += len(content)
+        self._waiting.clear()
 
 
 class TensorBoardWriter:
-    """Event files for TensorBoard, scalars under the names they have in metrics.json."""
+    """Event files for TensorBoard: scalars in groups, under the names they have in metrics.json; pictures.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where the files go.
+        start: the iteration that the run goes on from; TensorBoard then hides what earlier files of the folder hold of
+            it and later ones. None hides nothing.
+    """
+
+    def __init__(self, folder: Path, *, start: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only this class needs it
 
-        self._events = SummaryWriter(str(folder))
+        self._events = SummaryWriter(str(folder), purge_step=start)
+        self._failed = False
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, iteration)
+        self._add({_in_group(name): (self._events.add_scalar, (value, iteration)) for name, value in scalars.items()})
+
+    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
+        _check_pictures(pictures)
+        self._add(
+            {
+                f"pictures/{name}": (self._events.add_image, (picture, iteration, None, "HWC"))
+                for name, picture in pictures.items()
+            }
+        )
 
     def close(self) -> None:
-        self._events.close()
+        with contextlib.nullcontext() if not self._failed else contextlib.suppress(OSError):
+            self._events.close()
+
+    def _add(self, entries: Mapping[str, tuple]) -> None:
+        if self._failed:
+            return
+        try:
+            for name, (add, values) in entries.items():
+                add(name, *values)
+            self._events.flush()  # a process that is killed shall have written what it had to tell
+        except OSError as error:
+            self._failed = True
+            logger.error("TensorBoard's events cannot be written (%s) and end here; metrics.json goes on", error)
+
+
+class WandbWriter:
+    """A run of Weights & Biases; its id is kept in the folder, so that a resumed training continues the same run.
+
+    Everything is plotted over `iteration`. Iterations that are taken a second time after an interruption appear twice,
+    with the same values.
+
+    Args:
+        folder: of the training.
+        project, name, entity: where wandb files the run; "" leaves the choice to wandb.
+        start: the iteration that the training goes on from; 0 begins a new run.
+        config: the training's config, to be shown with the run.
+
+    Raises:
+        ImportError: the package wandb is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        project: str,
+        name: str = "",
+        entity: str = "",
+        start: int | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_wandb(project)
+        import wandb  # an extra, and slow to import
+
+        path = folder / "wandb_id"
+        known = path.read_text(encoding="utf-8").strip() if start != 0 and path.is_file() else ""
+        identity = known or secrets.token_hex(4)
+        if not known:
+            write_atomically(path, lambda file: file.write(identity.encode()))
+        self._image, self._errors = wandb.Image, (OSError, wandb.Error)
+        self._run = wandb.init(
+            project=project,
+            name=name or None,
+            entity=entity or None,
+            id=identity,
+            resume="allow",
+            dir=str(folder),
+            config=dict(config or {}),
+        )
+        self._run.define_metric("iteration")
+        self._run.define_metric("*", step_metric="iteration")
+
+    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        self._log({"iteration": iteration} | {_in_group(name): value for name, value in scalars.items()})
+
+    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
+        _check_pictures(pictures)
+        self._log(
+            {"iteration": iteration} | {f"pictures/{name}": self._image(picture) for name, picture in pictures.items()}
+        )
+
+    def close(self) -> None:
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            self._run.log(values)
+        except self._errors as error:
+            self._run = None
+            logger.error("wandb takes no more records (%s); metrics.json goes on", error)
 
 
 class LineWriter:
-    """One line for people in the log: time left, losses, times, learning rate, memory."""
+    """One line for people in the log: time left, losses, where the time goes, learning rate, memory."""
 
     def __init__(self, *, max_iter: int) -> None:
         self.max_iter = max_iter
@@ -100,56 +275,129 @@ class LineWriter:
         if "eta_seconds" in scalars:
             parts.insert(0, f"eta: {duration(scalars['eta_seconds'])}")
         parts += [f"{name}: {scalars[name]:.4g}" for name in _losses(scalars)]
-        parts += [f"{name}: {scalars[name]:.4f}" for name in ("time", "data_time") if name in scalars]
+        if "time" in scalars:
+            shares = ", ".join(_shares(scalars))
+            parts.append(f"time: {scalars['time']:.4g} s" + (f" ({shares})" if shares else ""))
         parts += [f"{name}: {scalars[name]:.4g}" for name in ("lr", "grad_norm") if name in scalars]
         if "max_memory_mb" in scalars:
             parts.append(f"max_mem: {scalars['max_memory_mb']:.0f}M")
         logger.info("  ".join(parts))
+
+    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
+        logger.info("iter: %d/%d  pictures: %s", iteration + 1, self.max_iter, ", ".join(pictures))
 
     def close(self) -> None:
         """Nothing is buffered."""
 
 
 class ProgressBar:
-    """A live bar on a terminal with the losses and the time left; to be updated every iteration."""
+    """A live bar on a terminal: losses, time of an iteration, memory, time left; to be updated every iteration."""
 
     def __init__(self, *, max_iter: int, start: int, stream: TextIO) -> None:
+        self.max_iter = max_iter
+        console = Console(file=stream)
         columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[losses]}"),
-            TimeRemainingColumn(elapsed_when_finished=True),
+            _text("training"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
+            _text("{task.completed}/{task.total}", style="progress.download"),
+            _text("{task.fields[left]}", style="progress.remaining"),
+            _Roomy(" {task.fields[losses]}", console, min_columns=78),
+            _Roomy(" {task.fields[pace]}", console, min_columns=118),
         )
-        self._progress = Progress(*columns, console=Console(file=stream), refresh_per_second=4)
-        self._task = self._progress.add_task("training", total=max_iter, completed=start, losses="")
+        self._progress = Progress(*columns, console=console, refresh_per_second=4, expand=True)
+        self._task = self._progress.add_task(
+            "training", total=max_iter, completed=start, losses="", pace="", left="eta -:--:--"
+        )
         self._progress.start()
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        short = {name: name.removeprefix("loss_").removeprefix("total_") for name in _losses(scalars)}
-        losses = "  ".join(f"{label} {scalars[name]:.3g}" for name, label in short.items())
-        self._progress.update(self._task, completed=iteration + 1, **({"losses": losses} if losses else {}))
+        fields = {}
+        if losses := _losses(scalars):
+            short = {name: name.removeprefix("loss_").removeprefix("total_") for name in losses}
+            fields["losses"] = "  ".join(f"{label} {scalars[name]:#.3g}" for name, label in short.items())
+        if "time" in scalars:
+            # Rich's own estimate counts evaluations, and forgets iterations that are longer than its window.
+            fields["left"] = f"eta {duration(scalars['time'] * (self.max_iter - iteration - 1))}"
+            pace = [f"{scalars['time']:#.3g} s", *_shares(scalars, names=("data_time",))]
+            if "max_memory_mb" in scalars:
+                pace.append(f"{scalars['max_memory_mb'] / 1024:.1f} GiB")
+            fields["pace"] = ", ".join(pace)
+        if iteration + 1 >= self.max_iter:
+            fields["left"] = f"took {duration(self._progress.tasks[0].elapsed or 0)}"
+        self._progress.update(self._task, completed=iteration + 1, **fields)
 
     def pause(self) -> None:
         """Gives the terminal to somebody else (an evaluation with its own bar)."""
-        self._progress.stop()
+        self._stop(keep=False)
 
     def resume(self) -> None:
         """Takes the terminal back."""
         self._progress.start()
 
     def close(self) -> None:
+        self._stop(keep=True)
+
+    def _stop(self, *, keep: bool) -> None:
+        self._progress.live.transient = not keep
         self._progress.stop()
 
 
-def build_writers(output_dir: Path, *, max_iter: int) -> list[Writer]:
-    """The writers of a run that are called every LOG_PERIOD iterations: log line, metrics.json, TensorBoard."""
-    return [LineWriter(max_iter=max_iter), JsonWriter(output_dir / "metrics.json"), TensorBoardWriter(output_dir)]
+class _Roomy(TextColumn):
+    """Text that gives way on a narrow terminal."""
+
+    def __init__(self, text: str, console: Console, *, min_columns: int) -> None:
+        super().__init__(text, table_column=Column(no_wrap=True))
+        self.console, self.min_columns = console, min_columns
+
+    def render(self, task: Task) -> Text:
+        return super().render(task) if self.console.width >= self.min_columns else Text("")
+
+
+def _text(content: str, style: str = "none") -> TextColumn:
+    return TextColumn(content, style=style, table_column=Column(no_wrap=True))
+
+
+def build_writers(
+    output_dir: Path, *, max_iter: int, start: int | None = None, wandb: Mapping[str, Any] | None = None
+) -> list[Writer]:
+    """The writers of a run that are called every LOG_PERIOD iterations: log line, metrics.json, TensorBoard, wandb.
+
+    Args:
+        output_dir: where the files go.
+        max_iter: iterations of the whole training.
+        start: the iteration that the run goes on from; what an interrupted run had written about it and later ones is
+            dropped. 0: a new run; None: keeps everything.
+        wandb: arguments `project`, `name`, `entity`, `config` of WandbWriter; None: without.
+
+    Raises:
+        ImportError: the package wandb is asked for and not installed.
+    """
+    writers: list[Writer] = [
+        LineWriter(max_iter=max_iter),
+        JsonWriter(output_dir / "metrics.json", start=start),
+        TensorBoardWriter(output_dir, start=start),
+    ]
+    if wandb is not None:
+        writers.append(WandbWriter(output_dir, start=start, **wandb))
+    return writers
+
+
+def check_wandb(project: str) -> None:
+    """Refuses WANDB.PROJECT where the package is missing, before anything is computed.
+
+    Raises:
+        ImportError: says how to install it, or to do without.
+    """
+    if project and importlib.util.find_spec("wandb") is None:
+        raise ImportError(
+            f"WANDB.PROJECT is '{project}', but the package wandb is not installed: pip install wandb, or do "
+            'without: WANDB.PROJECT ""'
+        )
 
 
 def build_progress_bar(*, max_iter: int, start: int = 0) -> ProgressBar | None:
     """A progress bar where standard output is a terminal, else None: the log lines then say the same."""
-    return ProgressBar(max_iter=max_iter, start=start, stream=sys.stdout) if sys.stdout.isatty() else None
+    return ProgressBar(max_iter=max_iter, start=start, stream=sys.stdout) if _has_room_for_a_bar() else None
 
 
 def setup_logging(output_dir: Path, *, rank: int = 0) -> None:
@@ -169,8 +417,8 @@ def setup_logging(output_dir: Path, *, rank: int = 0) -> None:
     package.addHandler(file)
     if rank == 0:
         console = _StdoutHandler()
-        if sys.stdout.isatty():  # the progress bar shows what this module's lines say
-            console.addFilter(lambda record: record.name != __name__)
+        if _has_room_for_a_bar():  # which shows what this module's lines say
+            console.addFilter(lambda record: record.name != __name__ or record.levelno > logging.INFO)
         console.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
         package.addHandler(console)
 
@@ -218,3 +466,59 @@ class _StdoutHandler(logging.StreamHandler):
 def _losses(scalars: Mapping[str, float]) -> Sequence[str]:
     """The total and the losses of the final prediction set; those of earlier layers only go to the files."""
     return [name for name in ("total_loss", "loss_ce", "loss_mask", "loss_dice") if name in scalars]
+
+
+def _has_room_for_a_bar() -> bool:
+    """Whether standard output is a terminal that can move its cursor."""
+    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+
+
+def _shares(scalars: Mapping[str, float], names: Sequence[str] = tuple(_PARTS)) -> list[str]:
+    """Where the time of an iteration goes: "data 3 %", …"""
+    if not scalars.get("time"):
+        return []
+    return [f"{_PARTS[name]} {scalars[name] / scalars['time']:.0%}" for name in names if name in scalars]
+
+
+def _in_group(name: str) -> str:
+    """A scalar's name in TensorBoard, which shows what stands before a slash as a section."""
+    group = next((group for pattern, group in _GROUPS if pattern.fullmatch(name)), "")
+    return f"{group}/{name}" if group else name
+
+
+def _check_pictures(pictures: Mapping[str, np.ndarray]) -> None:
+    for name, picture in pictures.items():
+        if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
+            raise ValueError(f"picture '{name}' must be (height, width, 3) uint8, got {picture.shape} {picture.dtype}")
+
+
+def _move_aside(path: Path) -> None:
+    """Keeps the records of an earlier run in a folder where a new one begins."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    number = 1
+    while (old := path.with_name(f"{path.stem}_{number}{path.suffix}")).exists():
+        number += 1
+    path.rename(old)
+    logger.info("the records of an earlier run in %s are now in %s", path, old.name)
+
+
+def _drop_records(path: Path, start: float) -> None:
+    """Leaves the whole lines of iterations before `start`."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _is_before(line, start)]
+    if len(kept) == len(lines):
+        return
+    write_atomically(path, lambda file: file.writelines(kept))
+    logger.info("dropped %d records of %s that the run is about to write again", len(lines) - len(kept), path)
+
+
+def _is_before(line: bytes, start: float) -> bool:
+    """Whether a line of metrics.json is whole and of an iteration before `start`."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return False
+    return line.endswith(b"\n") and isinstance(record, dict) and record.get("iteration", -1) < start

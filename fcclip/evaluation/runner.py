@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from torch import nn
 
 from fcclip.config import lookup
 from fcclip.data import Dataset, build_test_loader, dataset_vocabulary
+from fcclip.engine import watch
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth
 from fcclip.evaluation.panoptic import PanopticEvaluator, PanopticWriter
 from fcclip.evaluation.pictures import Evaluator, Picture
@@ -39,6 +41,7 @@ EVALUATORS: dict[str, tuple[str, ...]] = {
     "ade20k_panoptic_seg": ("panoptic", "instance", "semantic"),
     "mapillary_vistas_panoptic_seg": ("panoptic", "instance", "semantic"),
     "sem_seg": ("semantic",),
+    "coco": ("instance",),
 }
 
 
@@ -200,7 +203,7 @@ def build_evaluators(
     if not wanted:
         keys = ", ".join(f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON" for head in EVALUATORS[kind])
         raise ValueError(f"nothing to evaluate on data set '{dataset.name}' ({kind}): switch on at least one of {keys}")
-    names = metadata["stuff_classes"]
+    names = distinct_names(metadata["stuff_classes"])
     thing_index = metadata.get("thing_dataset_id_to_contiguous_id", {})
     things = {index: identifier for identifier, index in thing_index.items()}
     truth = InstanceTruth.read(_instances_file(dataset)) if "instance" in wanted else None
@@ -222,6 +225,19 @@ def build_evaluators(
 
     folders = {mode: folder / mode if folder is not None and len(modes) > 1 else folder for mode in modes}
     return {mode: list(build(mode_folder)) for mode, mode_folder in folders.items()}
+
+
+def distinct_names(names: Sequence[str]) -> list[str]:
+    """Class names by which metrics can be told apart: those that occur twice get their index.
+
+    ADE20K-847 has nine such names; without this the IoU of one "bag" would take the place of the other's.
+
+    Example:
+        >>> distinct_names(["bag", "cat", "bag"])
+        ['bag [0]', 'cat', 'bag [2]']
+    """
+    counts = Counter(names)
+    return [f"{name} [{index}]" if counts[name] > 1 else name for index, name in enumerate(names)]
 
 
 def _run(
@@ -323,6 +339,7 @@ class _Meter:
             yield item
 
     def advance(self, pictures: int) -> None:
+        watch()
         self.done += pictures
         now = time.perf_counter()
         if self.bar is not None:

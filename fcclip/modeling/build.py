@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,7 +45,26 @@ def build_model(
         test_vocabulary = dataset_vocabulary(cfg.DATASETS.TEST[0], folder)
     build = lookup("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
     model = build(cfg, train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary)
+    compile_parts(model, cfg.MODEL.COMPILE)
     return model.to(resolve_device(cfg.MODEL.DEVICE)).eval()
+
+
+def compile_parts(model: FCCLIP, names: str) -> None:
+    """Gives parts of a model to torch.compile, in place: keys of the state dict stay.
+
+    Args:
+        model: whose parts.
+        names: of `COMPILABLE`, separated by commas; "" compiles nothing.
+
+    Raises:
+        ValueError: an unknown part.
+    """
+    # the cached functions of these parts depend on their arguments alone
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+    for name in filter(None, (one.strip() for one in names.split(","))):
+        part = lookup("part in MODEL.COMPILE", name, COMPILABLE)(model)
+        part.compile()
+        logger.info("%s: compiled by torch at its first use, which takes a minute or two", name)
 
 
 def test_modes(cfg: CfgNode) -> dict[str, tuple[float, float]]:
@@ -250,6 +270,11 @@ def mask_decoder_arguments(cfg: CfgNode, *, embed_dim: int) -> dict[str, Any]:
     }
 
 
+COMPILABLE = {
+    "backbone": lambda model: model.backbone,
+    "pixel_decoder": lambda model: model.sem_seg_head.pixel_decoder,
+    "mask_decoder": lambda model: model.sem_seg_head.predictor,
+}
 # Published names; one line adds a part.
 META_ARCHITECTURES = {"FCCLIP": build_fcclip}
 BACKBONES = {"CLIP": build_clip_backbone}

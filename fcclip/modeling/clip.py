@@ -79,22 +79,24 @@ class CLIPBackbone(nn.Module, abc.ABC):
         """Normalised images (B, 3, H, W) -> maps by level name, and `clip_vis_dense`, the features that region
         embeddings pool.
         """
-        return self.tap(self._tower(images.device), images)
+        visual = self.clip_model.visual
+        if self.training and torch.is_autocast_enabled(images.device.type):
+            visual = self._cast_to(torch.get_autocast_dtype(images.device.type))
+        return self.tap(visual, images)
 
     @abc.abstractmethod
     def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
         """The maps of one family from its image tower."""
 
-    def _tower(self, device: torch.device) -> nn.Module:
-        """The image tower; in training under autocast a copy whose convolutions and products have that type already.
+    @torch.compiler.disable  # copies modules and compares addresses, which breaks a graph into pieces
+    def _cast_to(self, dtype: torch.dtype) -> nn.Module:
+        """A copy of the image tower for training under autocast, whose convolutions and products have that type
+        already.
 
         Autocast would cast the same frozen weights again in every iteration. The copy rounds them once, to the same
         values; norms stay in fp32. It follows the weights, and evaluation has the original.
         """
         visual = self.clip_model.visual
-        if not (self.training and torch.is_autocast_enabled(device.type)):
-            return visual
-        dtype = torch.get_autocast_dtype(device.type)
         version = (dtype, *((weight.data_ptr(), weight._version) for weight in visual.parameters()))
         if self._cast is None or self._cast[0] != version:
             self._cast = None  # the old one goes before the new one comes

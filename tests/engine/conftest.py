@@ -1,81 +1,22 @@
-"""A model with the shape of FC-CLIP's state dict and none of its cost, and what a trainer needs around it."""
+"""Toy models and trainers (toys.py) as fixtures."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from fvcore.common.config import CfgNode
 
-from fcclip.config import get_cfg
-from fcclip.engine import Checkpointer, Trainer, build_clip, build_lr_scheduler, build_optimizer
-
-CLASSES = 3
-
-
-class _Block(nn.Module):
-    """A module whose children have the given names."""
-
-    def __init__(self, **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-
-class ToyModel(nn.Module):
-    """Keys as FC-CLIP names them; the loss is the distance of a projected picture to its target."""
-
-    def __init__(self, queries: int = 4, dim: int = 8, channels: int = 6, layers: int = 2, embed: int = 5) -> None:
-        super().__init__()
-        clip = _Block(visual=nn.Linear(channels, embed), ln_final=nn.LayerNorm(embed))
-        self.backbone = _Block(clip_model=clip.requires_grad_(False))
-        decoder = _Block(
-            input_proj=nn.Sequential(nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(2, dim))),
-        )
-        decoder.level_embed = nn.Parameter(torch.zeros(3, dim))
-        predictor = _Block(
-            query_feat=nn.Embedding(queries, dim),
-            transformer_ffn_layers=nn.Sequential(*(_Block(linear1=nn.Linear(dim, 2 * dim)) for _ in range(layers))),
-        )
-        predictor.logit_scale = nn.Parameter(torch.tensor(2.0))
-        self.sem_seg_head = _Block(pixel_decoder=decoder, predictor=predictor)
-        self.void_embedding = nn.Embedding(1, embed)
-        self.criterion = _Block()
-        self.criterion.register_buffer("empty_weight", torch.tensor([1.0] * CLASSES + [0.1]))
-        self.register_buffer("pixel_mean", torch.zeros(3), persistent=False)
-
-    def forward(self, batch: list[dict]) -> dict[str, Tensor]:
-        """Every trainable parameter takes part; a sample is {"x": (channels,), "y": scalar}."""
-        x = torch.stack([sample["x"] for sample in batch])
-        features = self.sem_seg_head.pixel_decoder.input_proj(x[..., None, None])[..., 0, 0]
-        predictor = self.sem_seg_head.predictor
-        out = (features @ predictor.query_feat.weight.T).mean(1) * predictor.logit_scale
-        extra = sum((layer.linear1(features) ** 2).mean() for layer in predictor.transformer_ffn_layers)
-        extra = extra + self.sem_seg_head.pixel_decoder.level_embed.sum() + self.void_embedding.weight.sum()
-        wanted = torch.stack([sample["y"] for sample in batch])
-        return {"loss_ce": 0.01 * extra, "loss_mask": ((out - wanted) ** 2).mean()}
-
-
-def make_batch(position: int, size: int = 4) -> list[dict]:
-    """The batch at a position of an endless stream."""
-    generator = torch.Generator().manual_seed(position)
-    return [
-        {
-            "x": torch.randn(6, generator=generator),
-            "y": torch.randn((), generator=generator),
-            "file_name": f"{position}_{index}.jpg",
-        }
-        for index in range(size)
-    ]
-
-
-def toy_batches(start: int):
-    """Endless batches from a position on."""
-    while True:
-        yield make_batch(start)
-        start += 1
+from fcclip.engine import Trainer
+from tests.engine.toys import ToyModel, make_batch, make_trainer
 
 
 @pytest.fixture
@@ -97,24 +38,47 @@ def toy_batch() -> Callable[..., list[dict]]:
 
 @pytest.fixture
 def toy_trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """Trainers of toy models that write into a folder of the test; keywords override the Trainer's."""
+    """Trainers of toy models that write into a folder of the test; keywords as of `make_trainer`."""
+    return functools.partial(make_trainer, folder=tmp_path)
 
-    def build(model: nn.Module, *, max_iter: int = 6, folder: Path = tmp_path, **changes) -> Trainer:
-        cfg = get_cfg()
-        cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.BASE_LR = max_iter, (4,), 2, 0.01
-        cfg.SOLVER.CLIP_GRADIENTS.ENABLED, cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = True, "full_model"
-        optimizer = build_optimizer(cfg, model)
-        parts = {
-            "model": model,
-            "optimizer": optimizer,
-            "scheduler": build_lr_scheduler(cfg, optimizer),
-            "batches": toy_batches,
-            "max_iter": max_iter,
-            "device": torch.device("cpu"),
-            "clip": build_clip(cfg),
-            "checkpointer": Checkpointer(folder),
-            "checkpoint_period": 2,
-        }
-        return Trainer(**(parts | changes))
 
-    return build
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def shapes_world(tmp_path_factory) -> Path:
+    """A folder of data sets with six training pictures of shapes and two in every other set."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "datasets")
+        prepare = importlib.import_module("prepare_shapes").prepare
+        prepare(out=folder, seed=3, num_pictures=6, num_workers=1, num_evaluation=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def environment(shapes_world, tmp_path_factory) -> dict[str, str]:
+    """Of a program that trains on `shapes_world`."""
+    return os.environ | {
+        "DETECTRON2_DATASETS": str(shapes_world),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "XDG_CACHE_HOME": str(tmp_path_factory.getbasetemp() / "cache"),
+    }
+
+
+@pytest.fixture(scope="module")
+def run_forked_trainings(environment, tmp_path_factory) -> Callable[[str, CfgNode], dict[str, dict]]:
+    """(program, cfg) -> what a program of forked_trainings.py reports, by the name of the scenario."""
+
+    def run(program: str, cfg: CfgNode) -> dict[str, dict]:
+        folder = tmp_path_factory.mktemp("runs")
+        config = folder / "tiny.yaml"
+        config.write_text(cfg.dump())
+        words = [sys.executable, str(Path(__file__).with_name(program)), str(config), str(folder / "runs")]
+        done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
+        reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        return {report["name"]: report for report in reports}
+
+    return run

@@ -1,14 +1,25 @@
 """Two CPU processes; what they do stands in talking_processes.py and training_processes.py."""
 
 import importlib
+import os
+import re
 import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from fcclip.engine import ProcessFailedError, get_rank, get_world_size, launch
+from fcclip.engine.signals import REQUEUE_EXIT_CODE
 
+SHORT = "4"  # seconds of time-out for processes that hang
+PATIENCE_S = 150  # on a busy machine each process takes a while to start
+NAMED = rf" \(host {re.escape(socket.gethostname())}, last reported step 12\)"
 # Sums over pictures and processes are taken in another order, in float32; gradients are of the size of 0.1 to 1.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -38,6 +49,60 @@ def trained(training, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     launch(training.everything, str(folder), num_processes=2)
     return folder
+
+
+class Program(subprocess.Popen):
+    """talking_processes.py, started by hand; it has a folder of its own."""
+
+    def __init__(self, folder: Path, *words: object, start: tuple[str, ...] = (), **variables: str) -> None:
+        self.folder = folder
+        file = Path(__file__).with_name("talking_processes.py")
+        super().__init__(
+            [sys.executable, *start, str(file), *map(str, words)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+            start_new_session=True,
+        )
+
+
+@pytest.fixture(scope="module")
+def programs(importable, tmp_path_factory) -> Iterator[dict[str, list[Program]]]:
+    """Programs that mostly wait, so all of them are started at once."""
+    hang = {"FCCLIP_TIMEOUT_SECONDS": SHORT}
+    folders = [tmp_path_factory.mktemp("program") for _ in range(3)]
+
+    def machines(folder: Path, *words: object, **variables: str) -> list[Program]:
+        url = f"tcp://127.0.0.1:{free_port()}"
+        both = ("--num-machines", 2, "--dist-url", url)
+        return [Program(folder, *words, *both, "--machine-rank", rank, **variables) for rank in range(2)]
+
+    torchrun = ("-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", "2")
+    torchrun += ("--master-port", str(free_port()))
+    started = {
+        "torchrun": [Program(folders[0], "one_sleeps", start=torchrun, **hang)],
+        "machines": machines(folders[1], "one_sleeps", **hang),
+        "asked": machines(folders[2], "works_until_asked", folders[2], 1.5),
+    }
+    yield started
+    for run in (run for runs in started.values() for run in runs):
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+        run.communicate()
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def wait_for(*files: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline, f"{files} did not appear"
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("ce_norm", ["rank", "global"])
@@ -79,8 +144,10 @@ def test_a_broken_loss_on_one_process_stops_both_with_its_pictures(trained):
     assert "not finite at iteration 0: process 1: " in texts[0] and "pictures: 2.jpg, 3.jpg" in texts[0]
 
 
-def test_processes_can_talk_and_rank_0_returns_its_result(talking):
-    assert launch(talking.talk, num_processes=2) == [[[0, 10], "from 0", [0.5, 2.0], 2]] * 2
+def test_processes_can_talk_and_share_uneven_batches_and_rank_0_returns_its_result(talking, programs):
+    talked, seen = launch(talking.talk_and_share, num_processes=2)
+    assert talked == [[[0, 10], "from 0", [0.5, 2.0], 2]] * 2
+    assert seen == [[0, 2], [1]]
 
 
 def test_an_error_in_one_process_ends_all_and_is_told_with_its_rank(talking):
@@ -89,11 +156,48 @@ def test_an_error_in_one_process_ends_all_and_is_told_with_its_rank(talking):
     assert error.value.kind == "ValueError" and "talking_processes.py" in error.value.trace
 
 
-def test_a_process_that_dies_ends_all_and_is_named(talking):
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ProcessFailedError, match=r"^process 1 of 2 failed: it was ended by SIGKILL$"):
-        launch(talking.one_dies, num_processes=2)
-    assert signal.getsignal(signal.SIGINT) is handler
+def test_a_process_that_dies_ends_all_and_is_named_with_its_host_and_step(talking, monkeypatch):
+    monkeypatch.setenv("FCCLIP_TIMEOUT_SECONDS", SHORT)  # then it reports more often, too
+    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    with pytest.raises(ProcessFailedError, match=f"^process 1 of 2{NAMED} failed: it was ended by SIGKILL$") as error:
+        launch(talking.one_is_killed, num_processes=2)
+    assert (error.value.rank, error.value.host, error.value.step) == (1, socket.gethostname(), 12)
+    assert handlers == {one: signal.getsignal(one) for one in handlers}
+
+
+def test_a_process_that_waits_for_one_that_has_left_ends_with_its_name(talking, monkeypatch):
+    monkeypatch.setenv("FCCLIP_TIMEOUT_SECONDS", SHORT)
+    with pytest.raises(ProcessFailedError, match=r"^process 1 of 2 \(host .*\) failed: it has already left, while"):
+        launch(talking.one_leaves_early, num_processes=2)
+
+
+def test_a_process_that_stands_still_ends_all_within_the_time_out(talking, monkeypatch):
+    monkeypatch.setenv("FCCLIP_TIMEOUT_SECONDS", SHORT)
+    with pytest.raises(ProcessFailedError, match=f"^process 1 of 2{NAMED} failed: it does not answer any more"):
+        launch(talking.one_is_stopped, num_processes=2)
+
+
+def test_a_process_that_hangs_under_torchrun_is_named_with_the_line_it_is_at(programs):
+    (run,) = programs["torchrun"]
+    text = run.communicate(timeout=PATIENCE_S)[1]
+    assert run.returncode == 1
+    # Rank 0 says so, which had waited; torch's own report only knows which process it has ended first.
+    assert re.search(rf"error: process 1 of 2{NAMED} failed: .* at talking_processes.py:\d+ \(one_sleeps\)", text)
+
+
+def test_a_process_that_hangs_on_another_machine_is_named_on_both(programs):
+    for run in programs["machines"]:
+        text = run.communicate(timeout=PATIENCE_S)[1]
+        assert run.returncode == 1
+        assert re.search(rf"error: process 1 of 2{NAMED} failed: .* at talking_processes.py:\d+ \(one_sleeps\)", text)
+
+
+def test_a_signal_to_one_of_two_machines_lets_all_save_and_asks_for_a_new_start(programs):
+    zero, one = programs["asked"]
+    wait_for(one.folder / "pid_0", one.folder / "pid_1")
+    os.killpg(one.pid, signal.SIGUSR1)  # to its launcher and to its process, as some schedulers do
+    assert zero.wait(PATIENCE_S) == one.wait(PATIENCE_S) == REQUEUE_EXIT_CODE
+    assert {path.name for path in one.folder.glob("saved_*")} == {"saved_0", "saved_1"}
 
 
 # ---- one process ----
@@ -114,6 +218,14 @@ def test_one_process_runs_in_this_one():
 def test_numbers_and_addresses_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         launch(print, **({"num_processes": 2} | changes))
+
+
+@pytest.mark.parametrize("name", ["FCCLIP_TIMEOUT_SECONDS", "FCCLIP_GRACE_SECONDS"])
+@pytest.mark.parametrize("value", ["soon", "0", "-1", "inf", "nan"])
+def test_times_that_are_none_are_refused_by_the_name_of_their_variable(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name} must be a positive number of seconds, got '{value}'"):
+        launch(print, num_processes=2)
 
 
 def test_more_processes_than_gpus_are_refused():

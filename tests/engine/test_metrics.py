@@ -1,8 +1,31 @@
+import errno
+import importlib.machinery
 import io
 import json
+import logging
 import math
+import os
+import random
+import sys
+import types
 
-from fcclip.engine.metrics import History, JsonWriter, ProgressBar, TensorBoardWriter, duration
+import numpy as np
+import pytest
+
+from fcclip.engine.metrics import (
+    History,
+    JsonWriter,
+    LineWriter,
+    ProgressBar,
+    TensorBoardWriter,
+    WandbWriter,
+    build_progress_bar,
+    build_writers,
+    check_wandb,
+    close_logging,
+    duration,
+    setup_logging,
+)
 
 
 class Terminal(io.StringIO):
@@ -12,11 +35,57 @@ class Terminal(io.StringIO):
         return True
 
 
+def records(folder, name="metrics.json"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def events_of(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def curve(folder, name):
+    return [(event.step, event.value) for event in events_of(folder).Scalars(name)]
+
+
+# ---- medians ----
+
+
 def test_medians_forget_what_left_the_window():
     history = History(window=3)
     for value in (100.0, 1.0, 5.0, 3.0):
         history.add({"loss": value, "time": 2.0})
     assert history.medians() == {"loss": 3.0, "time": 2.0}
+
+
+def test_a_history_goes_on_after_a_resume_as_if_nothing_had_happened():
+    values = [random.Random(0).random() for _ in range(30)]
+    whole, first, second = History(), History(), History()
+    for value in values[:25]:
+        first.add({"loss": value})
+    second.add({"of an earlier life": 7.0})
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for value in values:
+        whole.add({"loss": value})
+    for value in values[25:]:
+        second.add({"loss": value})
+    assert second.medians() == whole.medians()
+    second.add({"grad_norm": 1.0})
+    assert second.medians()["grad_norm"] == 1.0
+
+
+def test_the_state_of_a_history_does_not_change_with_it():
+    history = History()
+    history.add({"loss": 1.0})
+    state = history.state_dict()
+    history.add({"loss": 2.0})
+    assert state == {"loss": [1.0]}
+
+
+# ---- metrics.json ----
 
 
 def test_a_second_writer_continues_the_file(tmp_path):
@@ -36,28 +105,373 @@ def test_a_line_is_on_the_disk_before_the_next_one_is_written(tmp_path):
     writer.close()
 
 
-def test_tensorboard_reads_the_scalars_back(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+@pytest.mark.parametrize("start", [None, 40])
+@pytest.mark.parametrize("half", ['{"iteration": 39, "total_lo', "{", '{"iteration": 39, "total_loss": 2.0}', "\0\0\0"])
+def test_a_half_written_line_is_dropped(tmp_path, start, half):
+    (tmp_path / "metrics.json").write_text('{"iteration": 19, "total_loss": 2.0}\n' + half)
+    writer = JsonWriter(tmp_path / "metrics.json", start=start)
+    writer.write(39, {"total_loss": 1.0})
+    writer.close()
+    assert records(tmp_path) == [{"iteration": 19, "total_loss": 2.0}, {"iteration": 39, "total_loss": 1.0}]
 
+
+def test_a_resumed_run_writes_later_records_again(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    lines = [{"iteration": n, "total_loss": 1.0} for n in (19, 39, 40, 59, 79)] + [{"iteration": 39, "PQ": 3.0}]
+    path = tmp_path / "metrics.json"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    JsonWriter(path, start=40).close()
+    assert [line["iteration"] for line in records(tmp_path)] == [19, 39, 39]
+    assert f"dropped 3 records of {path}" in caplog.text
+
+
+def test_a_file_with_nothing_to_drop_is_not_rewritten(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text('{"iteration":19}\n')
+    before = path.stat().st_ino, path.read_bytes()
+    JsonWriter(path, start=20).close()
+    assert (path.stat().st_ino, path.read_bytes()) == before
+
+
+def test_a_new_run_moves_the_records_of_an_earlier_one_aside(tmp_path):
+    for value in (1.0, 2.0, 3.0):
+        writer = JsonWriter(tmp_path / "metrics.json", start=0)
+        writer.write(19, {"total_loss": value})
+        writer.close()
+    found = [records(tmp_path, name)[0]["total_loss"] for name in ("metrics_1.json", "metrics_2.json", "metrics.json")]
+    assert found == [1.0, 2.0, 3.0]
+
+
+class FullDisk(io.FileIO):
+    """A file that takes `room` bytes more and then fails, like a file on a full disk."""
+
+    room = 0
+
+    def write(self, content):
+        content = bytes(content)[: self.room]
+        if not content:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self.room -= len(content)
+        return super().write(content)
+
+
+def test_records_wait_for_room_on_the_disk(tmp_path, caplog):
+    writer = JsonWriter(tmp_path / "metrics.json")
+    writer._file.close()
+    writer._file = FullDisk(tmp_path / "metrics.json", "ab")
+    writer._file.room = 60  # the first record and half of the second
+    for iteration in (19, 39, 59):
+        writer.write(iteration, {"total_loss": 1.0})
+    assert sum("No space left on device" in message for message in caplog.messages) == 1
+    writer._file.room = 10_000
+    writer.write(79, {"total_loss": 1.0})
+    assert [line["iteration"] for line in records(tmp_path)] == [19, 39, 59, 79]
+    writer._file.room = 0
+    writer.write(99, {"total_loss": 1.0})
+    writer.close()
+    writer.close()
+    assert "lacks its last 1 records" in caplog.messages[-1]
+
+
+# ---- TensorBoard ----
+
+
+def test_tensorboard_reads_the_scalars_back_in_groups(tmp_path):
+    names = {
+        "total_loss": "loss/total_loss",
+        "loss_ce": "loss/loss_ce",
+        "loss_ce_0": "loss_of_layers/loss_ce_0",
+        "time": "time/time",
+        "data_time": "time/data_time",
+        "eta_seconds": "time/eta_seconds",
+        "lr": "optimizer/lr",
+        "grad_norm": "optimizer/grad_norm",
+        "loss_scale": "optimizer/loss_scale",
+        "max_memory_mb": "memory/max_memory_mb",
+        "panoptic_seg/PQ": "panoptic_seg/PQ",
+        "skipped": "skipped",
+    }
+    writer = TensorBoardWriter(tmp_path)
+    writer.write(19, dict(zip(names, map(float, range(len(names))))))
+    writer.close()
+    events = events_of(tmp_path)
+    assert set(events.Tags()["scalars"]) == set(names.values())
+    assert [events.Scalars(tag)[0].value for tag in names.values()] == list(range(len(names)))
+
+
+def test_events_are_on_the_disk_before_the_next_ones_are_written(tmp_path):
     writer = TensorBoardWriter(tmp_path)
     writer.write(19, {"total_loss": 2.5})
+    assert curve(tmp_path, "loss/total_loss") == [(19, 2.5)]
     writer.close()
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("total_loss")] == [(19, 2.5)]
 
 
-def test_the_bar_shows_progress_and_losses_and_can_step_aside(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "xterm")
-    stream = Terminal()
+def test_a_resumed_run_hides_the_later_events_of_the_interrupted_one(tmp_path):
+    picture = np.zeros((4, 6, 3), np.uint8)
+    first = TensorBoardWriter(tmp_path, start=0)
+    for iteration in (19, 39, 59):
+        first.write(iteration, {"total_loss": 1.0})
+        first.pictures(iteration, {"a": picture})
+    first.close()
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-7])  # the last record is half written
+    second = TensorBoardWriter(tmp_path, start=40)
+    second.write(59, {"total_loss": 2.0})
+    second.close()
+    assert curve(tmp_path, "loss/total_loss") == [(19, 1.0), (39, 1.0), (59, 2.0)]
+    assert [event.step for event in events_of(tmp_path).Images("pictures/a")] == [19, 39]
+
+
+def test_tensorboard_shows_pictures(tmp_path):
+    from PIL import Image
+
+    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    writer = TensorBoardWriter(tmp_path)
+    writer.pictures(19, {"000123.jpg": picture})
+    writer.close()
+    (event,) = events_of(tmp_path).Images("pictures/000123.jpg")
+    assert event.step == 19
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+
+
+@pytest.mark.parametrize("picture", [np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8)])
+def test_a_picture_of_another_form_is_refused(tmp_path, picture):
+    writer = TensorBoardWriter(tmp_path)
+    with pytest.raises(ValueError, match=r"picture 'x' must be \(height, width, 3\) uint8, got"):
+        writer.pictures(19, {"x": picture})
+    writer.close()
+
+
+def test_a_full_disk_ends_the_events_and_not_the_training(tmp_path, caplog, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = TensorBoardWriter(tmp_path)
+    monkeypatch.setattr(writer._events, "add_scalar", fail)
+    for iteration in (19, 39):
+        writer.write(iteration, {"total_loss": 1.0})
+    writer.close()
+    assert len(caplog.messages) == 1 and "No space left on device" in caplog.text
+
+
+# ---- wandb ----
+
+
+class FakeRun:
+    def __init__(self, **options):
+        self.options, self.logged, self.axes, self.finished, self.broken = options, [], [], 0, False
+
+    def define_metric(self, name, step_metric=None):
+        self.axes.append((name, step_metric))
+
+    def log(self, values):
+        if self.broken:
+            raise sys.modules["wandb"].Error("the service is gone")
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The runs that a fake wandb was asked for."""
+    module = types.ModuleType("wandb")
+    module.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    started = []
+
+    def init(**options):
+        started.append(FakeRun(**options))
+        return started[-1]
+
+    module.init, module.Error = init, type("Error", (Exception,), {})
+    module.Image = lambda picture: ("picture", picture.shape)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return started
+
+
+def test_wandb_gets_scalars_and_pictures_over_the_iteration(tmp_path, runs):
+    writer = WandbWriter(tmp_path, project="p", name="n", config={"SEED": 1})
+    writer.write(19, {"total_loss": 1.0})
+    writer.pictures(19, {"a.jpg": np.zeros((4, 6, 3), np.uint8)})
+    writer.close()
+    writer.close()
+    (run,) = runs
+    options = {key: run.options[key] for key in ("project", "name", "entity", "dir", "config", "resume")}
+    assert options == {
+        "project": "p",
+        "name": "n",
+        "entity": None,
+        "dir": str(tmp_path),
+        "config": {"SEED": 1},
+        "resume": "allow",
+    }
+    assert run.axes == [("iteration", None), ("*", "iteration")] and run.finished == 1
+    assert run.logged == [
+        {"iteration": 19, "loss/total_loss": 1.0},
+        {"iteration": 19, "pictures/a.jpg": ("picture", (4, 6, 3))},
+    ]
+
+
+def test_a_resumed_training_continues_its_wandb_run_and_a_new_one_does_not(tmp_path, runs):
+    for start in (0, 40, None, 0):
+        WandbWriter(tmp_path, project="p", start=start).close()
+    identities = [run.options["id"] for run in runs]
+    assert identities[0] == identities[1] == identities[2] != identities[3]
+    assert (tmp_path / "wandb_id").read_text() == identities[3]
+
+
+def test_an_error_of_wandb_does_not_end_the_training(tmp_path, runs, caplog):
+    writer = WandbWriter(tmp_path, project="p")
+    runs[0].broken = True
+    for iteration in (19, 39):
+        writer.write(iteration, {"total_loss": 1.0})
+    writer.close()
+    assert len(caplog.messages) == 1 and "the service is gone" in caplog.text
+
+
+def test_without_the_package_wandb_is_refused_with_advice(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    check_wandb("")
+    with pytest.raises(ImportError, match=r"WANDB.PROJECT is 'p', but .* pip install .*WANDB.PROJECT"):
+        check_wandb("p")
+    with pytest.raises(ImportError):
+        build_writers(tmp_path, max_iter=5, wandb={"project": "p"})
+
+
+# ---- all together ----
+
+
+def run_of(folder, *, start, stop, history, max_iter=100):
+    """The records of iterations start..stop of a training whose losses depend on the iteration only."""
+    writers = build_writers(folder, max_iter=max_iter, start=start)
+    for iteration in range(start, stop):
+        history.add({"total_loss": random.Random(iteration).random()})
+        if (iteration + 1) % 20 == 0 or iteration + 1 == max_iter:
+            for writer in writers:
+                writer.write(iteration, history.medians())
+        if iteration == 49:
+            for writer in writers:
+                writer.write(iteration, {"panoptic_seg/PQ": 12.5})
+    return writers
+
+
+def test_a_killed_and_resumed_run_has_the_records_of_an_uninterrupted_one(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
+    for writer in run_of(whole, start=0, stop=100, history=History()):
+        writer.close()
+    history = History()
+    run_of(parts, start=0, stop=50, history=history)  # a checkpoint is written here
+    state = history.state_dict()
+    run_of(parts, start=50, stop=90, history=history)  # killed: nothing is closed
+    with (parts / "metrics.json").open("a") as file:
+        file.write('{"iteration": 99, "total')
+    history = History()
+    history.load_state_dict(state)
+    for writer in run_of(parts, start=50, stop=100, history=history):
+        writer.close()
+    assert records(parts) == records(whole)
+    assert [line["iteration"] for line in records(parts)] == [19, 39, 49, 59, 79, 99]
+    for name in ("loss/total_loss", "panoptic_seg/PQ"):
+        assert curve(parts, name) == curve(whole, name)
+
+
+def test_without_a_start_everything_is_kept(tmp_path):
+    for iteration in (19, 19):
+        for writer in build_writers(tmp_path, max_iter=100):
+            writer.write(iteration, {"total_loss": 1.0})
+            writer.pictures(iteration, {"a": np.zeros((4, 4, 3), np.uint8)})
+            writer.close()
+    assert len(records(tmp_path)) == 2
+
+
+# ---- the line and the bar ----
+
+
+def test_the_line_says_where_the_time_goes(caplog):
+    caplog.set_level(logging.INFO)
+    times = {"time": 0.5, "data_time": 0.02, "forward_time": 0.18, "backward_time": 0.25, "step_time": 0.05}
+    writer = LineWriter(max_iter=100)
+    writer.write(19, {"total_loss": 3.25, **times, "max_memory_mb": 40960.4})
+    writer.write(39, {"total_loss": 3.25, "time": 0.5, "data_time": 0.02})
+    writer.write(59, {"total_loss": 3.25, "time": 0.0, "data_time": 0.0})
+    writer.write(59, {"panoptic_seg/PQ": 3.0})
+    writer.pictures(79, {"a.jpg": None, "b.jpg": None})
+    assert caplog.messages == [
+        "iter: 20/100  total_loss: 3.25  time: 0.5 s (data 4%, forward 36%, backward 50%, step 10%)  max_mem: 40960M",
+        "iter: 40/100  total_loss: 3.25  time: 0.5 s (data 4%)",
+        "iter: 60/100  total_loss: 3.25  time: 0 s",
+        "iter: 80/100  pictures: a.jpg, b.jpg",
+    ]
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """(columns) -> a terminal of that width, which is also standard output."""
+
+    def build(columns=140):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setattr(sys, "stdout", Terminal())
+        return sys.stdout
+
+    return build
+
+
+def test_the_bar_shows_progress_and_losses_and_can_step_aside(terminal):
+    stream = terminal()
     bar = ProgressBar(max_iter=10, start=2, stream=stream)
     bar.write(4, {"total_loss": 3.5, "loss_ce": 1.25, "loss_ce_0": 9.0})
     bar.pause()
     bar.resume()
     bar.close()
     shown = stream.getvalue()
-    assert "5/10" in shown and "loss 3.5  ce 1.25" in shown and "ce_0" not in shown
+    assert "5/10" in shown and "loss 3.50  ce 1.25" in shown and "ce_0" not in shown
+
+
+def test_the_bar_estimates_the_time_left_from_the_time_of_an_iteration(terminal):
+    stream = terminal()
+    bar = ProgressBar(max_iter=1000, start=0, stream=stream)
+    bar.write(99, {"total_loss": 3.5, "time": 40.0, "data_time": 2.0, "forward_time": 9.0, "max_memory_mb": 43110})
+    bar.pause()
+    assert "eta 10:00:00" in stream.getvalue() and "40.0 s, data 5%, 42.1 GiB" in stream.getvalue()
+    bar.write(999, {"total_loss": 3.5, "time": 40.0})
+    bar.resume()
+    bar.close()
+    assert "took 0:00:0" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown", "hidden"), [(60, "eta ", "loss "), (80, "dice ", "data"), (120, "GiB", "…")]
+)
+def test_the_bar_fits_its_terminal(terminal, columns, shown, hidden):
+    stream = terminal(columns)
+    bar = ProgressBar(max_iter=368750, start=0, stream=stream)
+    losses = {"total_loss": 30.5, "loss_ce": 1.25, "loss_mask": 0.5, "loss_dice": 4.0}
+    bar.write(99_999, {**losses, "time": 0.6, "data_time": 0.01, "max_memory_mb": 50_000})
+    bar.close()
+    last = stream.getvalue().rstrip("\n").split("\x1b[2K")[-1]
+    assert shown in last and hidden not in last and "100000/368750" in last
+
+
+@pytest.mark.parametrize(("name", "has_bar"), [("xterm", True), ("dumb", False)])
+def test_where_no_bar_is_drawn_the_terminal_gets_lines(terminal, tmp_path, monkeypatch, name, has_bar):
+    stream = terminal()
+    monkeypatch.setenv("TERM", name)
+    setup_logging(tmp_path)
+    try:
+        bar = build_progress_bar(max_iter=10)
+        assert (bar is not None) == has_bar
+        LineWriter(max_iter=10).write(4, {"total_loss": 3.5})
+        logging.getLogger("fcclip.engine.metrics").error("the disk is full")
+        if bar:
+            bar.close()
+    finally:
+        close_logging()
+    assert ("iter: 5/10" in stream.getvalue()) != has_bar and "the disk is full" in stream.getvalue()
+    assert "iter: 5/10" in (tmp_path / "log.txt").read_text()
 
 
 def test_durations_are_hours_minutes_seconds():

@@ -1,14 +1,32 @@
 """The command line: what it refuses before a process is started, and the whole way on six rendered pictures."""
 
+import ctypes
 import importlib
+import io
 import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fcclip.engine import load_checkpoint
+from fcclip.config import load_config
+from fcclip.data import loaders
+from fcclip.data.mappers import PanopticJitterMapper
+from fcclip.engine import REQUEUE_EXIT_CODE, RunLock, load_checkpoint
+from fcclip.losses import SetCriterion
+from tests.conftest import tiny_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,22 +37,10 @@ def train_net(monkeypatch):
     return importlib.import_module("train_net")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Four training pictures and two in every other set."""
-    folder = tmp_path_factory.mktemp("datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "datasets")
-        importlib.import_module("prepare_shapes").prepare(
-            out=folder, seed=3, num_pictures=4, num_workers=1, num_evaluation=2
-        )
-    return folder
-
-
 @pytest.fixture
-def config(tmp_path, tiny_cfg, world, monkeypatch) -> Path:
+def config(tmp_path, tiny_cfg, shapes_world, monkeypatch) -> Path:
     """A tiny config file; OUTPUT_DIR is `out` beside it."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(world))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_world))
     tiny_cfg.OUTPUT_DIR = str(tmp_path / "out")
     tiny_cfg.DATASETS.TEST = ("shapes_val", "shapes_val_seen")
     tiny_cfg.INPUT.MIN_SIZE_TEST, tiny_cfg.INPUT.MAX_SIZE_TEST = 64, 64
@@ -214,14 +220,368 @@ def test_six_pictures_are_trained_on_resumed_and_evaluated(train_net, config, ca
     assert "results are not those of TEST.EXPECTED_RESULTS" in text
 
 
-def test_a_missing_training_picture_is_one_message(train_net, config, capsys, world):
-    pictures = sorted((world / "shapes" / "train").iterdir())
+def test_a_missing_training_picture_is_one_message(train_net, config, capsys, shapes_world):
+    pictures = sorted((shapes_world / "shapes" / "train").iterdir())
     contents = {path: path.read_bytes() for path in pictures}
     try:
         for path in pictures:
             path.unlink()
         text = refusal(train_net, capsys, config, "DATALOADER.NUM_WORKERS", 1)
-        assert str(world / "shapes" / "train") in text
+        assert str(shapes_world / "shapes" / "train") in text
     finally:
         for path, content in contents.items():
             path.write_bytes(content)
+
+
+# ---- what can go wrong while it trains ----
+
+SHORT = ("DATASETS.TEST", "()", "SEED", 0)  # nothing is evaluated
+
+
+@pytest.fixture
+def pictures(shapes_world):
+    """The training pictures, which are there again after the test."""
+    paths = sorted((shapes_world / "shapes" / "train").glob("*.*"))
+    contents = {path: path.read_bytes() for path in paths}
+    yield paths
+    for path, content in contents.items():
+        path.write_bytes(content)
+
+
+def before_the_step(monkeypatch, number, do):
+    """Does something when the losses of the 0-based step are computed for the first time."""
+    real, calls = SetCriterion.forward, []
+
+    def forward(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number + 1:
+            do()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(SetCriterion, "forward", forward)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("what", "message"), [("deleted", "no such picture"), ("corrupt", "cannot be read as a picture")]
+)
+def test_a_picture_that_goes_bad_during_the_training_is_named(
+    train_net, config, capsys, pictures, monkeypatch, num_workers, what, message
+):
+    def spoil():
+        for path in pictures:
+            path.unlink() if what == "deleted" else path.write_bytes(b"\x89PNG not a picture")
+
+    before_the_step(monkeypatch, 2, spoil)
+    text = refusal(train_net, capsys, config, *SHORT, "DATALOADER.NUM_WORKERS", num_workers, "SOLVER.MAX_ITER", 30)
+    assert any(str(path) in text for path in pictures) and message in text
+
+
+def test_what_was_saved_before_a_picture_went_bad_can_be_resumed(
+    train_net, config, capsys, pictures, monkeypatch, tmp_path
+):
+    contents = {path: path.read_bytes() for path in pictures}
+    with monkeypatch.context() as patch:
+        before_the_step(patch, 2, lambda: [path.unlink() for path in pictures])
+        refusal(train_net, capsys, config, *SHORT)
+    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
+    for path, content in contents.items():
+        path.write_bytes(content)
+    assert run(train_net, config, "--resume", *SHORT) == 0
+    assert run(train_net, config, *SHORT, "OUTPUT_DIR", tmp_path / "whole") == 0
+    weights = [load_checkpoint(tmp_path / name / "model_final.pth")["model"] for name in ("out", "whole")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_full_memory_is_one_message_with_the_keys_to_turn(train_net, config, capsys, monkeypatch, tmp_path):
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    before_the_step(monkeypatch, 1, full)
+    text = refusal(train_net, capsys, config, *SHORT)
+    assert "out of memory on cpu at iteration 1: CUDA out of memory. Tried to allocate 20.00 GiB" in text
+    assert "pictures of this step: 3x64x64, 3x64x64" in text and "SOLVER.ACCUMULATE larger" in text
+    assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
+
+
+def test_a_loss_that_is_not_finite_is_one_message_or_left_out(train_net, config, capsys, monkeypatch, tmp_path):
+    real, calls = SetCriterion.forward, []
+
+    def forward(*args, **kwargs):
+        losses = real(*args, **kwargs)
+        calls.append(1)
+        return losses | {"loss_mask": losses["loss_mask"] * math.nan} if len(calls) % 4 == 2 else losses
+
+    monkeypatch.setattr(SetCriterion, "forward", forward)
+    text = refusal(train_net, capsys, config, *SHORT)
+    assert "not finite at iteration 1: process 0: loss_mask = nan (pictures: " in text and ".jpg" in text
+    calls.clear()
+    assert run(train_net, config, *SHORT, "SOLVER.NON_FINITE", "skip:1") == 0
+    assert load_checkpoint(tmp_path / "out" / "model_final.pth")["left_out"] == [1]
+
+
+def test_a_disk_that_is_full_is_one_message_and_earlier_checkpoints_stay(
+    train_net, config, capsys, monkeypatch, tmp_path
+):
+    real = torch.save
+
+    def save(content, file):
+        if content["iteration"] > 2:
+            raise OSError(28, "No space left on device")
+        real(content, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    text = refusal(train_net, capsys, config, *SHORT, "SOLVER.MAX_ITER", 7, "SOLVER.STEPS", "()")
+    assert "cannot write" in text and "No space left on device" in text and "is the disk full" in text
+    out = tmp_path / "out"
+    assert load_checkpoint(out / (out / "last_checkpoint").read_text())["iteration"] == 1
+
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="loading processes must be forked to do what we want")
+
+
+@needs_fork
+def test_a_loading_process_that_is_killed_is_one_message_wherever_the_training_stands(
+    train_net, config, capsys, monkeypatch
+):
+    def kill_the_loader():
+        (loading,) = multiprocessing.active_children()
+        os.kill(loading.pid, signal.SIGKILL)
+        time.sleep(5)  # torch raises here
+
+    before_the_step(monkeypatch, 1, kill_the_loader)
+    text = refusal(train_net, capsys, config, *SHORT, "DATALOADER.NUM_WORKERS", 1)
+    assert "DataLoader worker (pid" in text and "killed by signal: Killed" in text
+
+
+@needs_fork
+def test_a_loading_process_that_hangs_is_one_message_and_keeps_nobody_from_leaving(
+    train_net, config, capsys, monkeypatch
+):
+    """It holds Python's lock, so that it cannot even follow a SIGTERM."""
+    monkeypatch.setattr(loaders, "TIMEOUT_S", 1)
+    monkeypatch.setattr(PanopticJitterMapper, "__call__", lambda *_: ctypes.PyDLL(None).sleep(1000))
+    began = time.monotonic()
+    text = refusal(train_net, capsys, config, *SHORT, "DATALOADER.NUM_WORKERS", 1)
+    assert "no batch came for 1 s: a loading process hangs" in text
+    assert not multiprocessing.active_children() and time.monotonic() - began < 20
+
+
+# ---- resuming ----
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shapes_world) -> Path:
+    """The OUTPUT_DIR of four iterations; not to be written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", str(shapes_world))
+        patch.syspath_prepend(ROOT)
+        cfg = tiny_config()
+        cfg.OUTPUT_DIR, cfg.DATASETS.TEST, cfg.SEED = str(folder / "out"), (), 0
+        cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD = 2, 4, (3,), 2
+        (folder / "tiny.yaml").write_text(cfg.dump())
+        assert run(importlib.import_module("train_net"), folder / "tiny.yaml") == 0
+    return folder / "out"
+
+
+@pytest.fixture
+def out(trained, tmp_path) -> Path:
+    """OUTPUT_DIR with a copy of `trained`."""
+    shutil.copytree(trained, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def test_changed_keys_are_refused_by_name_and_harmless_ones_are_not(train_net, config, capsys, out):
+    words = ("INPUT.IMAGE_SIZE", 96, "SOLVER.BASE_LR", 0.5, "DATALOADER.NUM_WORKERS", 1)
+    text = refusal(train_net, capsys, config, "--resume", *SHORT, *words)
+    assert "INPUT.IMAGE_SIZE: 64 -> 96" in text and "SOLVER.BASE_LR: 0.001 -> 0.5" in text
+    assert "NUM_WORKERS" not in text and "Restore these keys to resume" in text
+    harmless = ("DATALOADER.NUM_WORKERS", 1, "SOLVER.MAX_ITER", 5, "SOLVER.CHECKPOINT_KEEP", 1)
+    assert run(train_net, config, "--resume", *SHORT, *harmless) == 0
+    assert "resuming with changes that the training does not depend on" in capsys.readouterr().out
+    assert load_checkpoint(out / "model_final.pth")["iteration"] == 4
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(train_net, config, capsys, out):
+    content = load_checkpoint(out / "model_final.pth")
+    query = "sem_seg_head.predictor.query_feat.weight"
+    content["model"][query] = content["model"][query][:5]
+    torch.save(content, out / "model_final.pth")
+    text = refusal(train_net, capsys, config, "--resume", *SHORT)
+    assert f"{query} (file 5x32, model 8x32)" in text and "trained with 5 queries, the model has 8" in text
+
+
+def test_weights_alone_are_no_training_to_resume(train_net, config, capsys, out):
+    torch.save({"model": load_checkpoint(out / "model_final.pth")["model"]}, out / "model_final.pth")
+    text = refusal(train_net, capsys, config, "--resume", *SHORT)
+    assert "holds no state of a training" in text and "MODEL.WEIGHTS, without --resume" in text
+
+
+def test_a_checkpoint_with_a_wrong_bit_is_refused_and_a_good_one_resumes(train_net, config, capsys, out):
+    content = bytearray((out / "model_final.pth").read_bytes())
+    content[len(content) // 2] ^= 4
+    (out / "model_final.pth").write_bytes(content)
+    text = refusal(train_net, capsys, config, "--resume", *SHORT)
+    assert "model_final.pth' is damaged" in text and "can be read is model_0000001.pth" in text
+    (out / "last_checkpoint").write_text("model_0000001.pth")
+    assert run(train_net, config, "--resume", *SHORT) == 0
+    assert load_checkpoint(out / "model_final.pth")["iteration"] == 3
+
+
+def test_a_folder_that_another_training_holds_is_refused(train_net, config, capsys, out):
+    before = (out / "log.txt").read_text()
+    with RunLock(out):
+        for words in ((), ("--resume",)):
+            text = refusal(train_net, capsys, config, *words, *SHORT)
+            assert f"OUTPUT_DIR '{out}' is in use by process {os.getpid()}" in text
+        assert (out / "log.txt").read_text() == before
+        weights = ("MODEL.WEIGHTS", out / "model_final.pth", "DATASETS.TEST", "('shapes_val',)")
+        assert run(train_net, config, "--eval-only", *weights, "OUTPUT_DIR", out / "elsewhere") == 0
+        assert run(train_net, config, "--dry-run", "--resume", *SHORT) == 0
+    assert run(train_net, config, "--resume", *SHORT) == 0
+
+
+def test_a_new_training_in_the_folder_of_another_says_so(train_net, config, capsys, out):
+    assert run(train_net, config, *SHORT) == 0
+    assert f"{out} holds an earlier training, whose checkpoints this one replaces" in capsys.readouterr().out
+
+
+# ---- the best weights and the drawings ----
+
+EVALUATED = ("TEST.EVAL_PERIOD", 2, "DATASETS.TEST", "('shapes_val',)")
+
+
+def test_evaluations_choose_the_best_weights_on_another_data_set_and_draw(train_net, config, capsys, tmp_path):
+    assert run(train_net, config, *EVALUATED) == 0
+    out, printed = tmp_path / "out", capsys.readouterr().out
+    assert "best.pth: the weights with the highest panoptic_seg/PQ on 'shapes_tune'" in printed
+    best = load_checkpoint(out / "best.pth")["best"]
+    assert best["metric"] == "shapes_tune/panoptic_seg/PQ" and best["iteration"] in (1, 3)
+    lines = [json.loads(line) for line in (out / "metrics.json").read_text().splitlines()]
+    evaluations = [line for line in lines if "panoptic_seg/PQ" in line]
+    assert [line["iteration"] for line in evaluations] == [1, 3]
+    assert best["value"] == max(line["shapes_tune/panoptic_seg/PQ"] for line in evaluations)
+    assert not (out / "inference" / "shapes_tune").exists()
+    events = EventAccumulator(str(out), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert "loss/total_loss" in tags["scalars"] and "panoptic_seg/PQ" in tags["scalars"]
+    assert len(tags["images"]) == 2  # there are two pictures in the set
+    for tag in tags["images"]:
+        drawings = events.Images(tag)
+        assert tag.startswith("pictures/0000") and [one.step for one in drawings] == [1, 3]
+        assert drawings[0].width >= 256 and Image.open(io.BytesIO(drawings[0].encoded_image_string)).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("SOLVER.BEST.DATASET", ""), "'shapes_val' is reported (DATASETS.TEST), so it chooses nothing unless"),
+        (("TEST.EVAL_PERIOD", 0), "no best.pth is kept: TEST.EVAL_PERIOD is 0"),
+    ],
+)
+def test_reported_data_sets_choose_nothing_by_default_and_the_log_says_so(
+    train_net, config, capsys, tmp_path, words, message
+):
+    assert run(train_net, config, *EVALUATED, *words) == 0
+    assert message in capsys.readouterr().out and not (tmp_path / "out" / "best.pth").exists()
+
+
+def test_the_val_split_of_the_training_set_chooses_when_it_is_not_reported(train_net, config, monkeypatch, caplog):
+    cfg = load_config(config, ["SOLVER.BEST.DATASET", "", "TEST.EVAL_PERIOD", "2", "DATASETS.TEST", "('shapes_tune',)"])
+    assert train_net.best_dataset(cfg) == "shapes_val"
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/nowhere")
+    with caplog.at_level("INFO"):
+        assert train_net.best_dataset(cfg) == ""
+    assert "no best.pth is kept: 'shapes_val', the val split of the training set, is not there" in caplog.text
+
+
+def test_a_reported_data_set_that_is_asked_to_choose_is_warned_of(train_net, config, caplog):
+    cfg = load_config(config, ["SOLVER.BEST.DATASET", "shapes_val", "TEST.EVAL_PERIOD", "2"])
+    assert train_net.best_dataset(cfg) == "shapes_val"
+    assert "best.pth is chosen by 'shapes_val', which is in DATASETS.TEST: its results there look better" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("SOLVER.BEST.DATASET", "shapes_tun"), "unknown data set 'shapes_tun'. Did you mean 'shapes_tune'"),
+        (("SOLVER.BEST.METRIC", "panoptic/PQ"), "with a task of panoptic_seg, segm, bbox, sem_seg"),
+        (("SOLVER.BEST.METRIC", "PQ"), "got 'PQ'"),
+        (("SOLVER.BEST.METRIC", "panoptic_seg/QP"), "is 'panoptic_seg/QP'; 'shapes_tune' is evaluated for "),
+    ],
+)
+def test_a_best_that_cannot_be_chosen_is_refused(train_net, config, capsys, words, message):
+    assert message in refusal(train_net, capsys, config, *EVALUATED, *words)
+
+
+def test_the_shapes_recipe_chooses_its_best_weights_on_a_set_that_it_does_not_report():
+    cfg = load_config("shapes/fcclip_shapes.yaml")
+    assert cfg.SOLVER.BEST.DATASET == "shapes_tune" and "shapes_tune" not in cfg.DATASETS.TEST
+
+
+# ---- trying out ----
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_dry_run_tells_sizes_and_leaves_nothing_but_the_log(
+    train_net, config, capsys, tmp_path, monkeypatch, processes
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert run(train_net, config, "--dry-run", "--num-gpus", processes, *SHORT) == 0
+    text = (tmp_path / "out" / "log.txt").read_text()
+    for expected in (
+        r"parameters: \d+\.\d+ M, trainable",
+        rf"first batch, {2 // processes} of 2 pictures in this process:",
+        r"\.jpg, picture 3x64x64, \d+ segments on a grid of 64x64",
+        r"loss \d+",
+        r"memory: \d+ MiB at most",
+        r"a step takes [\d.]+ s",
+        r"4 iterations to go: about 0:00:\d\d",
+    ):
+        assert re.search(expected, text), expected
+    ranks = [f"log.txt.rank{rank}" for rank in range(1, processes)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["log.txt", *ranks]
+
+
+def test_a_dry_run_leaves_a_training_as_it_is(train_net, config, capsys, out):
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name != "log.txt" and path.is_file()}
+    assert run(train_net, config, "--dry-run", "--resume", *SHORT, "SOLVER.MAX_ITER", 6) == 0
+    assert "2 iterations to go" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in out.iterdir() if path.name != "log.txt"}
+
+
+def test_a_dry_run_of_an_evaluation_is_refused(train_net, config, capsys):
+    assert "--dry-run tries out a training" in refusal(train_net, capsys, config, "--dry-run", "--eval-only")
+
+
+# ---- asked to stop ----
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs the signals of POSIX")
+@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
+def test_a_program_that_is_asked_to_stop_saves_and_leaves_with_75(config, environment, tmp_path, processes, number):
+    """The signal goes to the program that was started, which hands it on to its processes."""
+    out, words = tmp_path / "out", map(str, (*SHORT, "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 0))
+    program = subprocess.Popen(
+        [sys.executable, ROOT / "train_net.py", "--config-file", config, "--num-gpus", str(processes), *words],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + 120
+        while not ((out / "metrics.json").is_file() and (out / "metrics.json").read_text()):
+            assert program.poll() is None and time.monotonic() < until, program.communicate()[0]
+            time.sleep(0.1)
+        program.send_signal(number)
+        text = program.communicate(timeout=60)[0]
+    finally:
+        program.kill()
+    assert program.returncode == REQUEUE_EXIT_CODE, text
+    last = load_checkpoint(out / (out / "last_checkpoint").read_text())
+    assert f"stopped after iteration {last['iteration']}; go on with --resume" in text and last["iteration"] >= 19
+    assert len(last["random"]) == processes and "Traceback" not in text
+    assert not list(out.glob(".*.writing")) and not (out / ".lock").exists()

@@ -1,7 +1,8 @@
-"""What two CPU processes do with a model in test_distributed.py."""
+"""What two CPU processes do with a model in test_distributed.py and test_accumulation.py."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +17,11 @@ from fcclip.vocabulary import Vocabulary
 
 WORDS = Vocabulary.from_names("cat; dog; bird; sand:stuff")
 SEGMENTS = (1, 4, 0, 2)  # of the four pictures: unequal over the pictures and over two processes
+# Of eight pictures: two of the first process have none at all, one of the second has more than there are queries.
+CROWDED = (1, 4, 0, 0, 12, 2, 3, 5)
+# Twice as wide: then a norm has two channels a group. With one, the gradient of the bias before it is nothing but
+# rounding, which AdamW blows up.
+WIDE = {"MODEL.SEM_SEG_HEAD.CONVS_DIM": 64, "MODEL.SEM_SEG_HEAD.MASK_DIM": 64, "MODEL.MASK_FORMER.HIDDEN_DIM": 64}
 SMALL = {
     "MODEL.DEVICE": "cpu",
     "MODEL.FC_CLIP.CLIP_MODEL_NAME": "shapes_convnext.json",
@@ -53,11 +59,11 @@ def small_model(cfg: CfgNode) -> nn.Module:
     return build_model(cfg, train_vocabulary=WORDS).train()
 
 
-def pictures() -> list[dict]:
-    """Four pictures of 64 x 64 whose points are seeded per picture."""
+def pictures(counts: Sequence[int] = SEGMENTS) -> list[dict]:
+    """Pictures of 64 x 64 with these numbers of segments, whose points are seeded per picture."""
     generator = torch.Generator().manual_seed(1)
     samples = []
-    for index, count in enumerate(SEGMENTS):
+    for index, count in enumerate(counts):
         id_map = (
             torch.randint(0, max(count, 1), (8, 8), generator=generator).repeat_interleave(8, 0).repeat_interleave(8, 1)
         )
@@ -68,15 +74,20 @@ def pictures() -> list[dict]:
     return samples
 
 
-def my_pictures() -> list[dict]:
-    """This process's share of the four."""
-    share = len(SEGMENTS) // get_world_size()
-    return pictures()[get_rank() * share : (get_rank() + 1) * share]
+def my_pictures(counts: Sequence[int] = SEGMENTS) -> list[dict]:
+    """This process's share of them."""
+    share = len(counts) // get_world_size()
+    return pictures(counts)[get_rank() * share : (get_rank() + 1) * share]
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Of every trainable parameter, by name without the wrapper's prefix."""
-    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: parameter.grad.clone() for name, parameter in trainable(model).items()}
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that learn, by name without the wrapper's prefix."""
+    return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def trainer_on_my_pictures(cfg: CfgNode, folder: str | None = None, samples=my_pictures):
@@ -107,6 +118,32 @@ def train(folder: str) -> None:
     trainer = trainer_on_my_pictures(small_cfg(), folder)
     trainer.train()
     torch.save(trainer.model.module.state_dict(), Path(folder, f"weights_{get_rank()}.pth"))
+
+
+def three_steps(counts: Sequence[int] = CROWDED, **changes) -> dict:
+    """Three iterations on the same pictures: `losses` (a list by name), `gradients` of each iteration before they are
+    clipped, and the `weights` after them."""
+    cfg = small_cfg(**(WIDE | {"SOLVER.IMS_PER_BATCH": len(counts)} | changes))
+    trainer = trainer_on_my_pictures(cfg, samples=lambda: my_pictures(counts))
+    found, clip = {"gradients": []}, trainer.clip
+
+    def clip_and_note(parameters):
+        found["gradients"].append(gradients(trainer.model))
+        return clip(parameters)
+
+    trainer.clip = clip_and_note
+    trainer.train()
+    found["losses"] = {key: values for key, values in trainer.history.state_dict().items() if "loss" in key}
+    found["weights"] = {name: parameter.detach().clone() for name, parameter in trainable(trainer.model).items()}
+    return found
+
+
+def accumulate(folder: str) -> None:
+    """The three steps with whole batches and in parts, by both rules of the class loss."""
+    for ce_norm in ("rank", "global"):
+        for parts in (1, 2, 4):
+            found = three_steps(**{"SOLVER.CE_NORM": ce_norm, "SOLVER.ACCUMULATE": parts})
+            torch.save(found, Path(folder, f"{ce_norm}_{parts}_{get_rank()}.pth"))
 
 
 def break_one_loss(folder: str) -> None:

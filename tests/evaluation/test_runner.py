@@ -231,7 +231,8 @@ def test_each_data_set_is_evaluated_with_its_own_words_whatever_came_before(
         together = evaluate_both(model, tiny_cfg, two_sets, order, function)
         assert all(repr(together[name]) == repr(alone[name]) for name in order)
         model.set_vocabulary(Vocabulary.from_names("a; b; c; d; e; f; g"))
-    assert sorted(len(words) for words in encoded) == [4, sum(map(len, Vocabulary.builtin("pascal_voc_20").synonyms))]  # once each
+    num_words = sum(map(len, Vocabulary.builtin("pascal_voc_20").synonyms))
+    assert sorted(len(words) for words in encoded) == [4, num_words]  # once each
 
     task = "sem_seg" if function is runner.evaluate else "sem_seg_TTA"
     metrics = alone["tiny_val"]["ensemble"][task]
@@ -393,3 +394,9 @@ def test_a_data_set_without_instances_file_is_refused_for_ap(folder):
 def test_semantic_data_sets_are_evaluated_for_classes_alone():
     assert EVALUATORS["sem_seg"] == ("semantic",)
     assert set(EVALUATORS["coco_panoptic_seg"]) == {"panoptic", "instance", "semantic"}
+
+
+def test_classes_of_one_name_have_metrics_of_their_own():
+    names = runner.distinct_names(Vocabulary.builtin("ade20k_847").class_names)
+    assert len(set(names)) == 847
+    assert [name for name in names if name.startswith("bag [")] and "wall" in names

@@ -49,6 +49,9 @@ def check_config(cfg: CfgNode) -> None:
     if cfg.MODEL.DEVICE == "auto":
         raise ValueError("MODEL.DEVICE is 'auto', which detectron2 does not know: set it to 'cuda', 'mps' or 'cpu'")
     check_unread(cfg, NOT_YET, "this feature does not exist yet")
+    check_unread(
+        cfg, ("MODEL.COMPILE",), "nothing reads it inside detectron2 (compile a part: model.backbone.compile())"
+    )
 
 
 def check_unread(cfg: CfgNode, keys: tuple[str, ...], why: str) -> None:

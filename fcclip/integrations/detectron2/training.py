@@ -45,8 +45,8 @@ logger = logging.getLogger(__name__)
 UNREAD = (
     "SOLVER.ACCUMULATE",
     "SOLVER.NON_FINITE",
-    "SOLVER.BEST.DATASET",
     "SOLVER.BEST.METRIC",
+    "WANDB.PROJECT",
     "DATALOADER.MAX_BAD_IMAGES",
     "DETERMINISTIC",
     "TEST.BATCH_SIZE",
@@ -78,6 +78,8 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         check_config(cfg)
         check_unread(cfg, UNREAD, "detectron2's training loop does not know it (fcclip's train_net.py does)")
+        if cfg.SOLVER.BEST.DATASET:
+            logger.info("SOLVER.BEST.DATASET has no effect in detectron2's training loop, which keeps no best.pth")
         check_training(cfg, _training_words(cfg), world_size=comm.get_world_size())
         dtype = amp_dtype(cfg, torch.device(cfg.MODEL.DEVICE))
         if cfg.SOLVER.AMP.ENABLED and dtype is None:  # detectron2 would stop at the first step

@@ -1,0 +1,95 @@
+"""A program that kills trainings at named points and lets them go on; run by test_killed_training.py.
+
+    killed_training.py CONFIG FOLDER
+
+A batch is cut in two, so call 2 n + 1 of the criterion begins iteration n (from 0). Checkpoints are written every
+second iteration, and one periodic checkpoint is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fcclip.engine.checkpoint as checkpoint
+from fcclip.losses import SetCriterion
+from tests.engine.forked_trainings import at_call, ending, kill_when_written, scenario, send, train, untouched
+
+
+def of_the_checkpoint_after_3(descriptor: int) -> bool:
+    """Whether a descriptor is that of the half-written model_0000003.pth."""
+    path = Path(os.environ["RUN"], ".model_0000003.pth.writing")
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+def in_the_overlapped_write() -> None:
+    """The writer stands still in the middle of a file until the training, two micro-batches later, dies."""
+    real, in_the_middle = torch.save, threading.Event()
+
+    def half(content: dict, file) -> None:
+        if content["iteration"] == 3:
+            file.write(b"PK\x03\x04" + bytes(10_000))
+            file.flush()
+            in_the_middle.set()
+            threading.Event().wait()
+        real(content, file)
+
+    def die() -> None:
+        if in_the_middle.wait(60):
+            send(signal.SIGKILL)
+
+    torch.save = half
+    at_call(SetCriterion, "forward", 10, do=die)
+
+
+POINTS: dict[str, Callable[[], None]] = {
+    "before the first checkpoint": lambda: at_call(SetCriterion, "forward", 3),
+    "mid-forward": lambda: at_call(SetCriterion, "forward", 11, do=kill_when_written),
+    "mid-accumulation": lambda: at_call(SetCriterion, "forward", 12, do=kill_when_written),
+    "before the flush": lambda: at_call(os, "fsync", 1, when=of_the_checkpoint_after_3),
+    "between write and rename": lambda: at_call(os, "replace", 1, when=ending("model_0000003.pth")),
+    "between rename and last_checkpoint": lambda: at_call(os, "replace", 2, when=ending("last_checkpoint")),
+    "in the purge": lambda: at_call(checkpoint, "_remove", 1, when=ending("model_0000001.pth")),
+    "after the purge": lambda: at_call(checkpoint, "_remove", 1, after=True, when=ending("model_0000001.pth")),
+    "in the overlapped write": in_the_overlapped_write,
+}
+
+
+def main() -> None:
+    config, root = Path(sys.argv[1]), Path(sys.argv[2])
+    whole = root / "whole"
+    spent = untouched(config, whole)
+    for index, (name, install) in enumerate(POINTS.items()):
+        folder = root / f"point_{index}"
+
+        def first(install=install, folder=folder) -> int:
+            os.environ["RUN"] = str(folder)
+            install()
+            return train(config, folder)
+
+        scenario(name, config, folder, whole, first)
+    for index in range(3):
+        folder, delay = root / f"random_{index}", random.uniform(0.2, 0.95) * spent
+
+        def first_at_random(folder=folder) -> int:
+            return train(config, folder)
+
+        name = f"random {index}, after {delay:.2f} s of {spent:.2f}"
+        scenario(name, config, folder, whole, first_at_random, kill_after=delay)
+
+    def first_with_workers() -> int:
+        at_call(SetCriterion, "forward", 10)
+        return train(config, root / "workers", "DATALOADER.NUM_WORKERS", "2")
+
+    scenario("other number of workers", config, root / "workers", whole, first_with_workers)
+
+
+if __name__ == "__main__":
+    main()

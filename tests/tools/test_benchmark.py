@@ -1,0 +1,74 @@
+"""tools/benchmark.py: that it measures what a training does, and what it refuses."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("benchmark")
+
+
+@pytest.fixture
+def config(tiny_cfg, tmp_path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_cfg.dump())
+    return str(path)
+
+
+def test_a_step_is_measured_in_its_parts_and_recorded_with_its_surroundings(benchmark, config, tmp_path, capsys):
+    words = ["--config-file", config, "--batch", "1", "2", "--size", "64", "--steps", "2"]
+    assert benchmark.main(["training-step", *words, "--output", str(tmp_path / "a" / "step.json")]) == 0
+    report = json.loads((tmp_path / "a" / "step.json").read_text())
+    assert [row["batch"] for row in report["rows"]] == [1, 2]
+    for row in report["rows"]:
+        parts = row["median_seconds"]
+        assert parts["forward_time"] > 0 and parts["backward_time"] > 0 and parts["step_time"] > 0
+        assert sum(parts.values()) < 3 * row["seconds"]
+        assert row["pictures_per_second"] == pytest.approx(row["batch"] / row["seconds"])
+    assert {"torch", "git", "CPU"} <= set(report["environment"])
+    assert "pictures/s" in capsys.readouterr().out
+
+
+def test_the_largest_batch_is_found_between_those_that_fit_and_those_that_do_not(benchmark, monkeypatch):
+    tried = []
+
+    def measure(cfg, batch, options):
+        tried.append(batch)
+        if batch > 11:
+            raise torch.OutOfMemoryError("full")
+        return {"batch": batch}
+
+    monkeypatch.setattr(benchmark, "measure_step", measure)
+    options = benchmark.parse_arguments(["training-step", "--config-file", "x", "--batch", "2"])
+    assert benchmark.largest_step(None, options) == {"batch": 11, "largest_that_fits": True}
+    assert len(tried) == len(set(tried)) <= 8
+    options.batch = [40]
+    assert benchmark.largest_step(None, options)["batch"] == 11
+    monkeypatch.setattr(benchmark, "measure_step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+    with pytest.raises(ValueError, match="not even one picture fits"):
+        benchmark.largest_step(None, options)
+
+
+def test_made_up_samples_have_the_wanted_segments_and_cover_the_picture(benchmark):
+    sample = benchmark.made_up_sample(3, 100, 5, 7)
+    targets = sample["targets"]
+    assert sample["image"].shape == (3, 100, 100) and targets.id_map.shape == (100, 100)
+    assert set(targets.id_map.unique().tolist()) <= set(targets.ids.tolist()) and len(targets) == 5
+    assert int(targets.labels.max()) < 7
+
+
+def test_what_cannot_be_measured_is_one_line(benchmark, config, capsys):
+    assert benchmark.main(["training-step", "--config-file", config, "--batch", "0"]) == 1
+    assert benchmark.main(["training-step", "--config-file", config, "--largest"]) == 1
+    assert benchmark.main(["training-step", "--config-file", "gone.yaml"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
+    assert "--largest fills a GPU, but the device is cpu" in lines[1]
