@@ -278,7 +278,7 @@ def train(cfg: CfgNode, args: argparse.Namespace, stop: StopRequest) -> Results:
         best_metric=f"{best}/{cfg.SOLVER.BEST.METRIC}" if best else "",
         draw=functools.partial(draw_predictions, cfg) if cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD else None,
         stop=stop,
-        output_dir=None if args.dry_run else cfg.OUTPUT_DIR,
+        output_dir=cfg.OUTPUT_DIR,
     )
     if last is not None:
         trainer.resume(last)

@@ -176,5 +176,7 @@ def instance_inference(
         scores=scores * mean[position],
         pred_classes=labels,
         pred_masks=masks,
-        pred_boxes=torch.zeros(len(labels), 4) if zero_boxes else boxes_of_masks(inside)[position],
+        pred_boxes=torch.zeros(len(labels), 4, device=labels.device)
+        if zero_boxes
+        else boxes_of_masks(inside)[position],
     )

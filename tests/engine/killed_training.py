@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import fcclip.engine.checkpoint as checkpoint
 from fcclip.losses import SetCriterion
 from tests.engine.forked_trainings import at_call, ending, kill_when_written, scenario, send, train, untouched
 
+_FOREVER_S = 60  # would be noticed: the checkpoint is whole then
+
 
 def of_the_checkpoint_after_3(descriptor: int) -> bool:
     """Whether a descriptor is that of the half-written model_0000003.pth."""
@@ -30,7 +33,7 @@ def of_the_checkpoint_after_3(descriptor: int) -> bool:
 
 
 def in_the_overlapped_write() -> None:
-    """The writer stands still in the middle of a file until the training, two micro-batches later, dies."""
+    """The writer stands still in the middle of a file; the training, two micro-batches later, dies."""
     real, in_the_middle = torch.save, threading.Event()
 
     def half(content: dict, file) -> None:
@@ -38,11 +41,11 @@ def in_the_overlapped_write() -> None:
             file.write(b"PK\x03\x04" + bytes(10_000))
             file.flush()
             in_the_middle.set()
-            threading.Event().wait()
+            time.sleep(_FOREVER_S)
         real(content, file)
 
     def die() -> None:
-        if in_the_middle.wait(60):
+        if in_the_middle.wait(_FOREVER_S):
             send(signal.SIGKILL)
 
     torch.save = half

@@ -16,7 +16,9 @@ def folder(tmp_path_factory) -> Path:
     if not hasattr(signal, "SIGUSR1"):
         pytest.skip("needs the signals of POSIX")
     folder = tmp_path_factory.mktemp("two")
-    launch(importlib.import_module("tests.engine.two_trainings").everything, str(folder), num_processes=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FCCLIP_TIMEOUT_SECONDS", "60")
+        launch(importlib.import_module("tests.engine.two_trainings").everything, str(folder), num_processes=2)
     return folder
 
 
