@@ -263,6 +263,16 @@ def test_float16_scales_the_loss_and_bfloat16_does_not(toy, toy_trainer):
         assert toy_trainer(toy(), amp_dtype=dtype).scaler.is_enabled() == enabled
 
 
+def test_the_scale_survives_a_resume(toy, toy_trainer, tmp_path):
+    trainer, again = toy_trainer(toy()), toy_trainer(toy())
+    for one in (trainer, again):
+        one.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    overflowing(trainer.model, trainer, {1})
+    trainer.train()
+    again.resume(tmp_path / "model_final.pth")
+    assert again.scaler.state_dict() == trainer.scaler.state_dict() and again.scaler.get_scale() == 512.0
+
+
 def test_overflows_without_end_are_raised(toy, toy_trainer, monkeypatch):
     monkeypatch.setattr(trainer_module, "MAX_SCALER_SKIPS", 2)
     trainer = toy_trainer(toy(), checkpoint_period=0)
