@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -332,15 +333,16 @@ def test_bad_pictures_are_named_together_and_the_others_are_made(downloads, prep
 
 
 def test_the_number_of_processes_changes_nothing(name, case, downloads, program, prepare, files, tmp_path):
-    roots = [tmp_path / "one", tmp_path / "two"]
+    roots, download = [tmp_path / "one", tmp_path / "two"], tmp_path / "download"
+    download.mkdir()
+    getattr(downloads, case.download)(download)
     for workers, root in enumerate(roots, start=1):
-        root.mkdir()
-        getattr(downloads, case.download)(root)
+        shutil.copytree(download, root)  # not made twice: a .mat file holds the second of its making
         for one in (*case.first, name):
             assert program(one).main(["--root", str(root), "--workers", str(workers)]) == 0
     found = contents(files)
     one, two = ({path[4:]: found[path] for path in found if path.startswith(f"{root.name}/")} for root in roots)
-    assert one == two and case.made in one and len(found) == len(one) + len(two)
+    assert one == two and case.made in one
 
 
 def test_an_error_in_another_process_names_the_picture(downloads, program, capsys, tmp_path):
