@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-__all__ = ["MAX_ROLLBACKS", "MAX_SCALER_SKIPS", "NonFiniteError", "OnNonFinite", "explain_out_of_memory"]
+__all__ = [
+    "MAX_ROLLBACKS",
+    "MAX_SCALER_SKIPS",
+    "BrokenWeightsError",
+    "NonFiniteError",
+    "OnNonFinite",
+    "explain_out_of_memory",
+]
 
 MAX_ROLLBACKS = 3  # to one checkpoint: then the weights in it are the problem, not the pictures after it
 MAX_SCALER_SKIPS = 100  # steps in a row that the float16 loss scaler may leave out: it halves the scale at each
@@ -17,6 +24,10 @@ MAX_SCALER_SKIPS = 100  # steps in a row that the float16 loss scaler may leave 
 
 class NonFiniteError(RuntimeError):
     """A loss, a gradient or a weight became infinite or not a number."""
+
+
+class BrokenWeightsError(NonFiniteError):
+    """Weights are not finite, which no policy can cure."""
 
 
 @dataclass(frozen=True)

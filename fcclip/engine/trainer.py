@@ -48,7 +48,14 @@ from fcclip.engine.distributed import (
     watch,
 )
 from fcclip.engine.environment import random_state, set_random_state
-from fcclip.engine.guards import MAX_ROLLBACKS, MAX_SCALER_SKIPS, NonFiniteError, OnNonFinite, explain_out_of_memory
+from fcclip.engine.guards import (
+    MAX_ROLLBACKS,
+    MAX_SCALER_SKIPS,
+    BrokenWeightsError,
+    NonFiniteError,
+    OnNonFinite,
+    explain_out_of_memory,
+)
 from fcclip.engine.metrics import (
     LOG_PERIOD,
     History,
@@ -176,6 +183,7 @@ class Trainer:
         self._skips_in_a_row = 0
         self._scaler_skips_in_a_row = 0
         self._rollbacks: Counter[Path] = Counter()
+        self._resumed_from: Path | None = None
 
     # ---- the loop ----
 
@@ -374,18 +382,18 @@ class Trainer:
         self.left_out |= left_out
         self.best = best  # that of best.pth
         self._scaler_skips_in_a_row = 0
-        if self.checkpointer is not None and is_main_process():
+        if is_main_process():
             self.checkpointer.forget_evaluation()
         self._close_writers()
         self._open_writers()
         return self.batches(self.iteration)
 
     def _last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint, the same on every process."""
+        """This training's newest complete checkpoint, or the one it was resumed from; the same on every process."""
         if self.checkpointer is None:
             return None
         self.checkpointer.settle()
-        return broadcast_object(self.checkpointer.last() if is_main_process() else None)
+        return broadcast_object(self.checkpointer.newest) or self._resumed_from
 
     # ---- between iterations ----
 
@@ -440,7 +448,7 @@ class Trainer:
         finally:
             set_random_state(random)
         if is_main_process():
-            # Noted before it is recorded: a run that is killed in between does not record it twice.
+            # Noted before it is recorded: one that is killed in between is not recorded twice.
             self._keep_best(results)
             self._write(results)
             if pictures:
@@ -580,6 +588,7 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self._resumed_from = Path(path)
         self.iteration = state["iteration"] + 1
         self.history.load_state_dict(state.get("history", {}))
         self.left_out = set(state.get("left_out", ()))
@@ -660,10 +669,6 @@ class Trainer:
 
 class _StoppedError(Exception):
     """The training was asked to stop, and everything is saved."""
-
-
-class BrokenWeightsError(NonFiniteError):
-    """Weights are not finite, which no policy can cure."""
 
 
 class _Clock:

@@ -78,7 +78,7 @@ def run_forked_trainings(environment, tmp_path_factory) -> Callable[[str, CfgNod
         words = [sys.executable, str(Path(__file__).with_name(program)), str(config), str(folder / "runs")]
         done = subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-1000:]
-        reports = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        reports = [json.loads(path.read_text()) for path in (folder / "runs").glob("*/report.json")]
         return {report["name"]: report for report in reports}
 
     return run

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def untouched(config: Path, folder: Path) -> float:
 def scenario(
     name: str, config: Path, folder: Path, whole: Path, first: Callable[[], int], *, kill_after: float | None = None
 ) -> None:
-    """Prints a line of JSON: how the first run ended and what it left, how the resumed one differs from `whole`."""
+    """Writes report.json: how the first run ended and what it left, how the resumed one differs from `whole`."""
     folder.mkdir()
     log, pointer = folder / "console.txt", folder / "last_checkpoint"
     report: dict[str, Any] = {"name": name, "ended": child(first, log, kill_after=kill_after)}
@@ -129,7 +129,26 @@ def scenario(
     report["differences"] = differences(whole, folder) if report["resumed"] == 0 else [log.read_text()[-2000:]]
     report["half_written"] = sorted(path.name for path in folder.glob(".*.writing"))
     report["log"] = (folder / "log.txt").read_text()
-    print(json.dumps(report), flush=True)
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+def side_by_side(works: Sequence[Callable[[], None]], *, at_once: int = 2) -> None:
+    """Calls each of them in a forked process of its own, `at_once` at a time."""
+    alive: set[int] = set()
+    for work in works:
+        if len(alive) == at_once:
+            alive.discard(os.wait()[0])
+        pid = os.fork()
+        if pid == 0:
+            try:
+                work()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(0)
+        alive.add(pid)
+    while alive:
+        alive.discard(os.wait()[0])
 
 
 def unreadable(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ second iteration, and one periodic checkpoint is kept.
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import signal
@@ -21,7 +22,16 @@ import torch
 
 import fcclip.engine.checkpoint as checkpoint
 from fcclip.losses import SetCriterion
-from tests.engine.forked_trainings import at_call, ending, kill_when_written, scenario, send, train, untouched
+from tests.engine.forked_trainings import (
+    at_call,
+    ending,
+    kill_when_written,
+    scenario,
+    send,
+    side_by_side,
+    train,
+    untouched,
+)
 
 _FOREVER_S = 60  # would be noticed: the checkpoint is whole then
 
@@ -67,31 +77,27 @@ POINTS: dict[str, Callable[[], None]] = {
 
 def main() -> None:
     config, root = Path(sys.argv[1]), Path(sys.argv[2])
-    whole = root / "whole"
-    spent = untouched(config, whole)
-    for index, (name, install) in enumerate(POINTS.items()):
-        folder = root / f"point_{index}"
+    spent = untouched(config, root / "whole")
+    works = []
 
-        def first(install=install, folder=folder) -> int:
+    def add(name: str, install: Callable[[], None], *overrides: str, kill_after: float | None = None) -> None:
+        folder = root / f"run_{len(works)}"
+
+        def first() -> int:
             os.environ["RUN"] = str(folder)
             install()
-            return train(config, folder)
+            return train(config, folder, *overrides)
 
-        scenario(name, config, folder, whole, first)
+        works.append(functools.partial(scenario, name, config, folder, root / "whole", first, kill_after=kill_after))
+
+    for name, install in POINTS.items():
+        add(name, install)
     for index in range(3):
-        folder, delay = root / f"random_{index}", random.uniform(0.2, 0.95) * spent
-
-        def first_at_random(folder=folder) -> int:
-            return train(config, folder)
-
-        name = f"random {index}, after {delay:.2f} s of {spent:.2f}"
-        scenario(name, config, folder, whole, first_at_random, kill_after=delay)
-
-    def first_with_workers() -> int:
-        at_call(SetCriterion, "forward", 10)
-        return train(config, root / "workers", "DATALOADER.NUM_WORKERS", "2")
-
-    scenario("other number of workers", config, root / "workers", whole, first_with_workers)
+        delay = random.uniform(0.2, 0.95) * spent
+        add(f"random {index}, after {delay:.2f} s of {spent:.2f}", lambda: None, kill_after=delay)
+    at_10 = functools.partial(at_call, SetCriterion, "forward", 10)
+    add("other number of workers", at_10, "DATALOADER.NUM_WORKERS", "2")
+    side_by_side(works)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,16 @@ from pathlib import Path
 from fcclip.data import TrainLoader
 from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.losses import SetCriterion
-from tests.engine.forked_trainings import at_call, ending, kill_when_written, scenario, send, train, untouched
+from tests.engine.forked_trainings import (
+    at_call,
+    ending,
+    kill_when_written,
+    scenario,
+    send,
+    side_by_side,
+    train,
+    untouched,
+)
 
 term = functools.partial(send, signal.SIGTERM)
 usr1 = functools.partial(send, signal.SIGUSR1)
@@ -42,14 +51,16 @@ POINTS: dict[str, Callable[[], None]] = {
 def main() -> None:
     config, root = Path(sys.argv[1]), Path(sys.argv[2])
     untouched(config, root / "whole")
+    works = []
     for index, (name, install) in enumerate(POINTS.items()):
-        folder = root / f"point_{index}"
+        folder = root / f"run_{index}"
 
         def first(install=install, folder=folder) -> int:
             install()
             return train(config, folder)
 
-        scenario(name, config, folder, root / "whole", first)
+        works.append(functools.partial(scenario, name, config, folder, root / "whole", first))
+    side_by_side(works)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,22 @@ def test_rollback_without_a_checkpoint_is_raised(toy, toy_trainer):
             trainer.train()
 
 
+def test_rollback_never_goes_to_a_checkpoint_of_an_earlier_training_in_the_folder(toy, toy_trainer):
+    toy_trainer(toy()).train()
+    with pytest.raises(NonFiniteError, match="there is no checkpoint yet"):
+        toy_trainer(toy(), batches=poisoned(1), on_non_finite=ROLLBACK).train()
+
+
+def test_a_resumed_training_goes_back_to_where_it_was_resumed_from(toy, toy_trainer, tmp_path):
+    toy_trainer(toy(), max_iter=3, checkpoint_period=0).train()
+    model, plain = toy(), toy()
+    trainer = toy_trainer(model, batches=poisoned(4), on_non_finite=ROLLBACK, checkpoint_period=0)
+    trainer.resume(tmp_path / "model_final.pth")
+    trainer.train()
+    train_plainly(plain, left_out={4})
+    assert_trained_alike(model, plain)
+
+
 def test_rollback_to_one_checkpoint_ends_some_time(toy, toy_trainer):
     positions = range(5, 5 + MAX_ROLLBACKS + 1)
     trainer = toy_trainer(toy(), max_iter=20, batches=poisoned(*positions), on_non_finite=ROLLBACK, checkpoint_period=5)
