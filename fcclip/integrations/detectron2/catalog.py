@@ -150,7 +150,8 @@ class DatasetMapper:
     truth. Random numbers come from NumPy's global generator, which detectron2 seeds in each worker.
 
     Args:
-        cfg: reads INPUT; INPUT.DATASET_MAPPER_NAME names the mapper for training.
+        cfg: reads INPUT; INPUT.DATASET_MAPPER_NAME names the mapper for training. Label maps mean the classes of the
+            first of DATASETS.TRAIN, and its ignore_label unlabelled pixels.
         is_train: augment and bring ground truth.
 
     Raises:
@@ -159,25 +160,28 @@ class DatasetMapper:
 
     def __init__(self, cfg: CfgNode, is_train: bool = True) -> None:
         self.is_train = is_train
-        self._map = build_train_mapper(cfg) if is_train else build_test_mapper(cfg)
+        self._map = build_train_mapper(cfg, _label_metadata(cfg)) if is_train else build_test_mapper(cfg)
 
     def __call__(self, record: dict) -> dict[str, Any]:
         """A record of the catalog -> a sample.
 
         Raises:
-            FileNotFoundError, ValueError: a file that is missing or broken, or a record without panoptic ground truth.
+            FileNotFoundError, ValueError: a file that is missing or broken, or a record without the ground truth that
+                the mapper reads.
         """
         if not self.is_train:
             return self._map(record)
-        missing = [key for key in ("pan_seg_file_name", "segments_info") if key not in record]
-        if missing:
-            raise ValueError(
-                f"{record.get('file_name', 'a record')}: training needs panoptic ground truth, but the record has no "
-                f"{' and no '.join(missing)}. Use another mapper, whose 'instances' have gt_classes and gt_masks."
-            )
         sample = self._map(record, np.random)
         sample["instances"] = instances_from_targets(sample.pop("targets"))
         return sample
+
+
+def _label_metadata(cfg: CfgNode) -> dict[str, Any]:
+    """What the catalog says about the label maps of the first training set, as fcclip's mappers ask for it."""
+    first = next(iter(cfg.DATASETS.TRAIN), None)
+    metadata = MetadataCatalog.data.get(first)
+    classes, ignore_label = (None, None) if metadata is None else (_classes(metadata), metadata.get("ignore_label"))
+    return {} if classes is None or ignore_label is None else {"stuff_classes": classes, "ignore_label": ignore_label}
 
 
 def _classes(metadata: Metadata) -> list[str] | None:

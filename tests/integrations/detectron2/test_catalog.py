@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
@@ -218,9 +219,40 @@ def test_detectron2s_own_mapper_reads_the_same_test_pictures(shapes, detectron2_
         assert all(sample[key] == other[key] for key in ("file_name", "image_id", "height", "width"))
 
 
-def test_records_without_panoptic_ground_truth_are_refused(detectron2_cfg):
-    with pytest.raises(ValueError, match="a.jpg: training needs panoptic ground truth, but the record has no pan_seg"):
+def test_records_without_the_ground_truth_of_the_mapper_are_refused(detectron2_cfg):
+    with pytest.raises(ValueError, match="a.jpg: the ground truth has no pan_seg_file_name and no segments_info, "):
         DatasetMapper(detectron2_cfg())({"file_name": "a.jpg", "annotations": []})
+
+
+def test_detectron2s_own_instance_records_train_with_the_instance_mappers(shapes, detectron2_cfg):
+    name = "instances_for_a_test"
+    register_coco_instances(name, {}, shapes / "shapes/annotations/instances_val.json", shapes / "shapes/val")
+    try:
+        for mapper in ("coco_instance_lsj", "mask_former_instance"):
+            cfg = detectron2_cfg(INPUT__DATASET_MAPPER_NAME=mapper, DATASETS__TRAIN=(name,))
+            sample = DatasetMapper(cfg)(DatasetCatalog.get(name)[0])
+            assert len(sample["instances"].gt_classes) and sample["instances"].gt_masks.any()
+    finally:
+        DatasetCatalog.remove(name), MetadataCatalog.remove(name)
+
+
+def test_labels_of_a_users_semantic_set_are_judged_by_its_metadata(shapes, detectron2_cfg, tmp_path):
+    name = "labels_for_a_test"
+    Image.fromarray(np.full((64, 64, 3), 90, np.uint8)).save(tmp_path / "a.jpg")
+    record = {"file_name": str(tmp_path / "a.jpg"), "sem_seg_file_name": str(tmp_path / "a.png")}
+    MetadataCatalog.get(name).set(stuff_classes=["wall", "floor"], ignore_label=7)
+    cfg = detectron2_cfg(INPUT__DATASET_MAPPER_NAME="mask_former_semantic", DATASETS__TRAIN=(name,))
+    try:
+        labels = np.full((64, 64), 7, np.uint8)
+        labels[:32] = 1
+        Image.fromarray(labels).save(tmp_path / "a.png")
+        assert DatasetMapper(cfg)(record)["instances"].gt_classes.tolist() in ([1], [])
+        labels[:32] = 2
+        Image.fromarray(labels).save(tmp_path / "a.png")
+        with pytest.raises(ValueError, match=r"a.png: label 2 \(2048 pixels\) is no class: .*0..1, and 7 "):
+            DatasetMapper(cfg)(record)
+    finally:
+        MetadataCatalog.remove(name)
 
 
 def test_an_unknown_mapper_is_refused(detectron2_cfg):
