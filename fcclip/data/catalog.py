@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from fcclip.data.datasets.lvis import lvis_instances
 from fcclip.data.datasets.mapillary_vistas import mapillary_vistas_panoptic
 from fcclip.data.datasets.pascal import pascal_context_59, pascal_context_459, pascal_voc_20, pascal_voc_21
 from fcclip.data.datasets.shapes import shapes_panoptic
+from fcclip.data.own_data import is_own_data, own_dataset
 
-__all__ = ["DATASETS", "Dataset", "get_dataset", "root_folder"]
+__all__ = ["DATASETS", "Dataset", "distinct_datasets", "get_dataset", "root_folder"]
 
 
 def _splits(template: str, build: Callable[..., Dataset], *splits: str) -> dict[str, Callable[[Path], Dataset]]:
@@ -47,16 +48,46 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 
 
 def get_dataset(name: str, root: str | Path | None = None) -> Dataset:
-    """The data set registered as `name`; no file of it is read or looked for.
+    """The data set registered as `name`, or the one that a YAML file describes (`own_data.own_dataset`).
+
+    No file of a registered data set is read or looked for.
 
     Args:
-        name: a key of `DATASETS`.
-        root: folder of all data sets; None: $DETECTRON2_DATASETS, else "datasets". A leading `~` is expanded.
+        name: a key of `DATASETS`, or the path of a YAML file (.yaml, .yml).
+        root: folder of all registered data sets; None: $DETECTRON2_DATASETS, else "datasets". A leading `~` is
+            expanded.
 
     Raises:
-        ValueError: no such name; the message gives the nearest one.
+        ValueError: no such name, where the message gives the nearest one; or a YAML that describes no data set.
+        FileNotFoundError: no such YAML.
     """
+    if is_own_data(name):
+        return own_dataset(name)
+    if name not in DATASETS and Path(name).expanduser().exists():
+        raise ValueError(
+            f"data set '{name}' is a path, but not of a YAML file. Write one that describes the data set (see "
+            'GETTING_STARTED.md, "Your own data"), and give its path.'
+        )
     return lookup("data set", name, DATASETS)(root_folder(root))
+
+
+def distinct_datasets(names: Iterable[str]) -> list[Dataset]:
+    """The data sets to evaluate on (DATASETS.TEST), whose results are stored by `Dataset.name`.
+
+    Raises:
+        ValueError: two have the same name; and what `get_dataset` refuses.
+        FileNotFoundError: as `get_dataset`.
+    """
+    found: dict[str, tuple[str, Dataset]] = {}
+    for name in names:
+        dataset = get_dataset(name)
+        if dataset.name in found:
+            raise ValueError(
+                f"two data sets of DATASETS.TEST, '{found[dataset.name][0]}' and '{name}', are named '{dataset.name}', "
+                "the name that results are stored by. Leave one out, or rename its YAML."
+            )
+        found[dataset.name] = (name, dataset)
+    return [dataset for _, dataset in found.values()]
 
 
 def root_folder(root: str | Path | None = None) -> Path:

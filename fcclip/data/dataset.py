@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from fcclip.data.images import image_size
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["Dataset"]
+__all__ = ["Dataset", "joined"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,48 @@ class Dataset:
     def _source(self) -> str:
         places = (self.metadata.get(key) for key in ("panoptic_json", "json_file", "image_root"))
         return next(filter(None, places), "its source")
+
+
+def joined(datasets: Sequence[Dataset]) -> Dataset:
+    """Several data sets, one after the other, as one to train on; the metadata are those of the first.
+
+    Args:
+        datasets: one or more.
+
+    Raises:
+        ValueError: they have different classes, so that a label would mean several, or other ignore labels.
+    """
+    first = datasets[0]
+    for other in datasets[1:]:
+        if other.vocabulary != first.vocabulary and other.own_vocabulary().hash != first.own_vocabulary().hash:
+            raise ValueError(
+                "the data sets of DATASETS.TRAIN have different classes, so a label would mean several: "
+                f"{_difference(first, other)}. Train on data sets with the same list of classes."
+            )
+        labels = [one.metadata["ignore_label"] for one in (first, other) if "ignore_label" in one.metadata]
+        if len(set(labels)) > 1:
+            raise ValueError(
+                f"the data sets '{first.name}' and '{other.name}' of DATASETS.TRAIN have the ignore labels {labels[0]} "
+                f"and {labels[1]}; give unlabelled pixels the same value in both"
+            )
+    if len(datasets) == 1:
+        return first
+    return dataclasses.replace(
+        first,
+        name="+".join(one.name for one in datasets),
+        load=lambda: [record for one in datasets for record in one.records()],
+    )
+
+
+def _difference(one: Dataset, other: Dataset) -> str:
+    vocabularies = one.own_vocabulary(), other.own_vocabulary()
+    sizes = [f"'{dataset.name}' has {len(words)}" for dataset, words in zip((one, other), vocabularies)]
+    entries = zip(*(words.classes for words in vocabularies))
+    for index, (mine, theirs) in enumerate(entries):
+        if (mine.synonyms, mine.thing) != (theirs.synonyms, theirs.thing):
+            told = [f"'{', '.join(entry.synonyms)}:{'thing' if entry.thing else 'stuff'}'" for entry in (mine, theirs)]
+            return f"{' and '.join(sizes)}, and class {index} is {told[0]} there and {told[1]} here"
+    return " and ".join(sizes)
 
 
 @contextlib.contextmanager

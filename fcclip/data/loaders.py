@@ -173,10 +173,7 @@ def build_train_loader(
         raise ValueError(f"DATALOADER.MAX_BAD_IMAGES must be 0 or more, got {cfg.DATALOADER.MAX_BAD_IMAGES}")
     mapper = build_train_mapper(cfg, dataset.metadata)
     seed = _agreed_seed(cfg.SEED if seed is None else seed, world_size)
-    records = dataset.records()
-    check_ground_truth(records[0], mapper, where=f"data set '{dataset.name}'")
-    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
-        records = _with_instances(records, dataset.name)
+    records = training_records(cfg, dataset, mapper)
     batches = TrainingBatches(
         stream=build_stream(cfg, records),
         num_records=len(records),
@@ -224,6 +221,27 @@ def build_test_loader(cfg, dataset: Dataset, *, rank: int = 0, world_size: int =
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
     )
+
+
+def training_records(cfg, dataset: Dataset, mapper: JitterMapper) -> list[dict]:
+    """The records of a data set that are trained on.
+
+    Raises:
+        FileNotFoundError, ValueError: a broken data set, or one without the ground truth that the mapper reads.
+    """
+    records = dataset.records()
+    kinds = _one_of_each_kind(records)
+    for record in kinds:
+        where = f"data set '{dataset.name}'"
+        check_ground_truth(record, mapper, where=where if len(kinds) == 1 else f"{where}: {record['file_name']}")
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = _with_instances(records, dataset.name)
+    return records
+
+
+def _one_of_each_kind(records: list[dict]) -> list[dict]:
+    """The first record with each set of fields: data sets of different types may stand one after the other."""
+    return list({tuple(record): record for record in reversed(records)}.values())
 
 
 def _agreed_seed(seed: int, world_size: int) -> int:

@@ -25,6 +25,7 @@ from fcclip.config import lookup
 from fcclip.data.catalog import DATASETS, get_dataset
 from fcclip.data.color_jitter import ColorJitter
 from fcclip.data.images import read_id_map, read_label_map, read_picture
+from fcclip.data.own_data import is_own_data
 from fcclip.data.segmentations import fill_polygons, has_area, read_run_lengths
 from fcclip.data.transforms import (
     Geometry,
@@ -65,7 +66,7 @@ class JitterMapper(ABC):
         channel_order: "RGB" or "BGR", of the image that comes out.
     """
 
-    needs: ClassVar[tuple[str, ...]]  # the fields of a record that it reads
+    needs: ClassVar[tuple[tuple[str, ...], ...]]  # the fields of a record that it reads; each tuple is enough
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class PanopticJitterMapper(JitterMapper):
         options: as for `JitterMapper`.
     """
 
-    needs = ("pan_seg_file_name", "segments_info")
+    needs = (("pan_seg_file_name", "segments_info"),)
 
     def __init__(self, *, ignored_label: int = 255, **options: Any) -> None:
         super().__init__(**options)
@@ -146,14 +147,14 @@ class PanopticJitterMapper(JitterMapper):
         """The semantic label map of the record, as published; made of the segments where the record has none."""
         if "sem_seg_file_name" in record:
             return _read_labels(record, truth.shape)
-        order = sorted(record["segments_info"], key=lambda segment: segment["id"])
-        ids = np.array([VOID_ID, *(segment["id"] for segment in order)])
-        categories = np.array([self.ignored_label, *(segment["category_id"] for segment in order)])
-        return categories[np.searchsorted(ids, truth)]
+        return _paint_classes(truth, record["segments_info"], self.ignored_label)
 
 
 class SemanticJitterMapper(JitterMapper):
     """One segment for each class that the label map shows after the transform; the published `mask_former_semantic`.
+
+    The label map of a record that has none is painted from its panoptic segments, crowds like any other, as the
+    published ones of COCO are.
 
     Args:
         ignore_label: value of unlabelled pixels.
@@ -161,7 +162,7 @@ class SemanticJitterMapper(JitterMapper):
         options: as for `JitterMapper`.
     """
 
-    needs = ("sem_seg_file_name",)
+    needs = (("sem_seg_file_name",), ("pan_seg_file_name", "segments_info"))
 
     def __init__(self, *, ignore_label: int, num_classes: int | None = None, **options: Any) -> None:
         super().__init__(**options)
@@ -169,6 +170,8 @@ class SemanticJitterMapper(JitterMapper):
         self.num_classes = num_classes
 
     def read(self, record: dict, size: tuple[int, int]) -> np.ndarray:
+        if "sem_seg_file_name" not in record:
+            return _paint_classes(_read_id_map(record, size), record["segments_info"], self.ignore_label)
         labels = _read_labels(record, size)
         found = _distinct(labels)
         unknown = [] if self.num_classes is None else sorted(found - {*range(self.num_classes), self.ignore_label})
@@ -202,7 +205,7 @@ class InstanceJitterMapper(JitterMapper):
         options: as for `JitterMapper`.
     """
 
-    needs = ("annotations",)
+    needs = (("annotations",),)
 
     def __init__(self, *, drops_empty: bool, **options: Any) -> None:
         super().__init__(**options)
@@ -286,16 +289,16 @@ def build_train_mapper(cfg, metadata: Mapping[str, Any] | None = None) -> Jitter
 
     Args:
         cfg: reads INPUT, MODEL.SEM_SEG_HEAD.IGNORE_VALUE and DATASETS.TRAIN.
-        metadata: of the data set to train on, for its label maps; None: of the first of DATASETS.TRAIN. Without a data
-            set of fcclip there, IGNORE_VALUE is the label of unlabelled pixels and labels are not checked.
+        metadata: of the data set to train on, for its label maps; None: of the first of DATASETS.TRAIN. With a name
+            there that fcclip does not know, IGNORE_VALUE is the label of unlabelled pixels and labels are not checked.
 
     Raises:
         ValueError: an unknown mapper, or values of INPUT that cannot work.
     """
     build = lookup("INPUT.DATASET_MAPPER_NAME", cfg.INPUT.DATASET_MAPPER_NAME, MAPPERS)
     if metadata is None:
-        first = next(iter(cfg.DATASETS.TRAIN), None)
-        metadata = get_dataset(first).metadata if first in DATASETS else {}
+        first = next(iter(cfg.DATASETS.TRAIN), "")
+        metadata = get_dataset(first).metadata if first in DATASETS or is_own_data(first) else {}
     return build(cfg, metadata)
 
 
@@ -365,15 +368,19 @@ def check_ground_truth(record: Mapping[str, Any], mapper: JitterMapper, *, where
     Raises:
         ValueError: a field is missing; the message names the mappers that can read what there is.
     """
-    missing = [key for key in mapper.needs if key not in record]
-    if not missing:
+    if _can_read(mapper, record):
         return
-    others = [name for name, kind in _READERS.items() if all(key in record for key in kind.needs)]
+    missing = [key for key in mapper.needs[0] if key not in record]
+    others = [name for name, kind in _READERS.items() if _can_read(kind, record)]
     remedy = f"set INPUT.DATASET_MAPPER_NAME to {' or '.join(others)}" if others else "no mapper can read it"
     raise ValueError(
         f"{where}: the ground truth has no {' and no '.join(missing)}, which INPUT.DATASET_MAPPER_NAME '{mapper.name}' "
         f"reads. For this data set, {remedy}."
     )
+
+
+def _can_read(mapper: JitterMapper | type[JitterMapper], record: Mapping[str, Any]) -> bool:
+    return any(all(key in record for key in fields) for fields in mapper.needs)
 
 
 def _named(cfg) -> dict[str, str]:
@@ -447,6 +454,14 @@ def _read_labels(record: dict, image_size: tuple[int, int]) -> np.ndarray:
     if labels.size and labels.min() < 0:
         raise ValueError(f"{path}: label {labels.min()} is negative. Prepare the label map again.")
     return labels
+
+
+def _paint_classes(id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], ignored: int) -> np.ndarray:
+    """The class of each pixel, `ignored` without a segment; every id but `VOID_ID` is one of the segments."""
+    order = sorted(segments, key=lambda segment: segment["id"])
+    ids = np.array([VOID_ID, *(segment["id"] for segment in order)])
+    classes = np.array([ignored, *(segment["category_id"] for segment in order)], np.int32)
+    return classes[np.searchsorted(ids, id_map)]
 
 
 def _check_size(record: dict, path: str, kind: str, size: tuple[int, ...], image_size: tuple[int, int]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pycocotools.mask
 
-__all__ = ["compressed", "fill_polygons", "has_area", "read_run_lengths"]
+__all__ = ["check_code", "compressed", "fill_polygons", "has_area", "read_run_lengths", "run_lengths"]
 
 
 def has_area(polygon: Sequence[float]) -> bool:
@@ -26,7 +26,7 @@ def compressed(segmentation: dict[str, Any]) -> dict[str, Any]:
         if isinstance(segmentation["counts"], list):
             return pycocotools.mask.frPyObjects(segmentation, *segmentation["size"])
         return {"size": list(segmentation["size"]), "counts": segmentation["counts"]}
-    except (KeyError, TypeError, IndexError) as error:
+    except (KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"a run-length code needs 'size' [height, width] and 'counts': {error}") from error
 
 
@@ -34,7 +34,7 @@ def read_run_lengths(codes: Iterable[dict[str, Any]], size: tuple[int, int]) -> 
     """n run-length codes -> (n, height, width) bool.
 
     Raises:
-        ValueError: a code of another size than the picture, or none at all.
+        ValueError: a code of another size than the picture, one that does not fill it, or none at all.
     """
     codes = [compressed(code) for code in codes]
     strange = [code["size"] for code in codes if tuple(code["size"]) != tuple(size)]
@@ -45,7 +45,52 @@ def read_run_lengths(codes: Iterable[dict[str, Any]], size: tuple[int, int]) -> 
         )
     if not codes:
         return np.zeros((0, *size), bool)
+    for code in codes:
+        check_code(code)
     return np.ascontiguousarray(pycocotools.mask.decode(codes).transpose(2, 0, 1)).view(bool)
+
+
+def check_code(code: dict[str, Any]) -> None:
+    """Refuses a compressed run-length code whose runs do not fill its size: pycocotools would give unset memory for the
+    rest.
+
+    Raises:
+        ValueError: they do not, or it is no code.
+    """
+    height, width = code["size"]
+    lengths = run_lengths(code["counts"])
+    if (lengths < 0).any() or lengths.sum() != height * width:
+        raise ValueError(
+            f"a run-length code has runs of {lengths.sum()} pixels in all, its size {height} x {width} has "
+            f"{height * width}"
+        )
+
+
+def run_lengths(counts: str | bytes) -> np.ndarray:
+    """(n,) int64, the runs in a compressed run-length code.
+
+    A run is stored as the difference to the last but one before it, in digits of 5 bits, the lowest first: character
+    48 + digit, plus 32 if more digits follow; bit 4 of the last digit is the sign.
+
+    Raises:
+        ValueError: other characters, or one after which more should follow at the end.
+    """
+    digits = (
+        np.frombuffer(counts.encode("latin-1") if isinstance(counts, str) else counts, np.uint8).astype(np.int64) - 48
+    )
+    last = (digits & 32) == 0
+    if not len(digits) or not last[-1] or digits.min() < 0 or digits.max() > 63:
+        raise ValueError("the 'counts' are no run-length code")
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    places = np.arange(len(digits)) - np.repeat(starts, np.diff(starts, append=len(digits)))
+    if places.max() > 6:
+        raise ValueError("the 'counts' are no run-length code")
+    runs = np.add.reduceat((digits & 31) << 5 * places, starts)
+    sign = (digits[last] & 16) > 0
+    runs -= np.where(sign, np.int64(1) << 5 * (places[last] + 1), 0)
+    runs[1::2] = np.cumsum(runs[1::2])  # differences begin at the fourth run
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs
 
 
 def fill_polygons(polygons: Sequence[np.ndarray], canvas: np.ndarray) -> None:

@@ -85,11 +85,11 @@ def dataset_vocabulary(
 
 
 def _said(dataset: Dataset, vocabulary: Vocabulary) -> Vocabulary:
+    described = dataset.metadata.get("yaml_file")
+    ours = f"the classes of {described}" if described else "fcclip (not the published one)"
     logger.info(
         "data set '%s': vocabulary: %s, '%s', sha256 %s",
-        dataset.name,
-        "the published one" if vocabulary.is_published else "fcclip (not the published one)",
-        vocabulary.name,
-        vocabulary.hash[:12],
+        *(dataset.name, "the published one" if vocabulary.is_published else ours),
+        *(vocabulary.name, vocabulary.hash[:12]),
     )
     return vocabulary

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fcclip.data.images import image_size, read_id_map, read_image, read_label_map, read_picture
+from fcclip.data.images import image_size, read_header, read_id_map, read_image, read_label_map, read_picture
 
 
 def test_an_id_map_is_red_plus_256_green_plus_65536_blue(tmp_path):
@@ -178,3 +178,48 @@ def test_paths_may_have_spaces_and_letters_that_are_not_ascii(tmp_path):
     assert read_image(path)[0, 0].tolist() == [1, 2, 3]
     assert read_id_map(str(path))[0, 0] == 1 + 256 * 2 + 65536 * 3
     assert image_size(path) == (5, 6)
+
+
+# ---- headers ----
+
+
+def png_chunks(content):
+    """(name, whole chunk) of each part of a PNG."""
+    position = 8
+    while position < len(content):
+        length = int.from_bytes(content[position : position + 4], "big")
+        yield content[position + 4 : position + 8], content[position : position + 12 + length]
+        position += 12 + length
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_is_turned_wherever_its_exif_stands(tmp_path, behind):
+    path, exif = tmp_path / "turned.png", Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(6 * 10 * 3, dtype=np.uint8).reshape(6, 10, 3)).save(path, exif=exif)
+    if behind:  # the pixels first, as the format allows
+        chunks = dict(png_chunks(path.read_bytes()))
+        order = (b"IHDR", b"IDAT", b"eXIf", b"IEND")
+        path.write_bytes(path.read_bytes()[:8] + b"".join(chunks[name] for name in order))
+    assert read_image(path).shape == (10, 6, 3)
+    assert image_size(path) == (10, 6)
+    assert read_header(path).orientation == 6
+
+
+def test_the_header_of_a_png_is_read_without_its_pixels(tmp_path):
+    path = tmp_path / "broken.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 100, 3), dtype=np.uint8)).save(path)
+    content = bytearray(path.read_bytes())
+    content[200:4000] = bytes(3800)
+    path.write_bytes(content)
+    assert read_header(path).upright == (60, 100)
+    with pytest.raises(ValueError, match=r"broken\.png: cannot be read as a picture"):
+        read_image(path)
+
+
+def test_a_header_tells_what_the_pixels_are(tmp_path):
+    Image.new("CMYK", (5, 4)).save(tmp_path / "a.jpg")
+    cv2.imwrite(str(tmp_path / "b.png"), np.zeros((4, 5, 3), np.uint16))
+    one, two = read_header(tmp_path / "a.jpg"), read_header(tmp_path / "b.png")
+    assert (one.format, one.mode, one.stored, one.orientation, one.is_deep) == ("JPEG", "CMYK", (4, 5), 1, False)
+    assert (two.format, two.is_deep) == ("PNG", True)

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fcclip.data import build_test_loader, build_train_loader, get_dataset, loaders
 from fcclip.data.loaders import LoaderError
@@ -217,10 +218,60 @@ def test_ground_truth_counts_as_a_part_of_the_picture(cfg, coco_val, coco_root):
     assert "panoptic_val2017/000000000102.png: no such picture" in problem
 
 
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def shifted(path):
+    Image.fromarray(np.asarray(Image.open(path)) + np.array([1, 0, 0], np.uint8)).save(path)
+
+
+def turned(path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(path).save(path, exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("file", "spoiled"),
+    [
+        ("val2017/000000000102.jpg", cut),
+        ("val2017/000000000102.jpg", turned),
+        ("val2017/000000000102.jpg", lambda path: path.write_text("<html>not found</html>")),
+        ("val2017/000000000102.jpg", lambda path: Image.new("RGB", (7, 9)).save(path)),
+        ("panoptic_val2017/000000000102.png", lambda path: path.write_bytes(b"")),
+        ("panoptic_val2017/000000000102.png", lambda path: path.write_bytes(path.read_bytes()[:-30])),
+        ("panoptic_val2017/000000000102.png", shifted),
+        ("panoptic_val2017/000000000102.png", lambda path: Image.new("RGB", (7, 9)).save(path)),
+        ("panoptic_val2017/000000000102.png", lambda path: cv2.imwrite(str(path), np.ones((24, 36, 3), np.uint16))),
+    ],
+    ids=["cut", "turned", "no picture", "size", "empty ids", "cut ids", "shifted ids", "size of ids", "deep ids"],
+)
+def test_every_kind_of_bad_file_is_counted_and_named(cfg, coco_val, coco_root, file, spoiled):
+    spoiled(coco_root / "coco" / file)
+    cfg.DATALOADER.MAX_BAD_IMAGES = 1
+    loader = build_train_loader(cfg, dataset=coco_val)
+    assert all(2 not in batch for batch in ids(take(loader, 8)))
+    ((picture, problem),) = loader.bad_pictures.items()
+    assert Path(picture).name == "000000000102.jpg" and file in problem
+
+
 def test_a_negative_number_of_bad_pictures_is_refused(cfg, coco_val):
     cfg.DATALOADER.MAX_BAD_IMAGES = -1
     with pytest.raises(ValueError, match=r"DATALOADER\.MAX_BAD_IMAGES must be 0 or more, got -1"):
         build_train_loader(cfg, dataset=coco_val)
+
+
+def test_a_broken_run_length_code_counts_as_a_bad_picture(cfg, instances):
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
+    records = [record for record in instances.records() if record["annotations"]]
+    broken = {"size": [records[0]["height"], records[0]["width"]], "counts": "55"}
+    records[0]["annotations"][0]["segmentation"] = broken
+    cfg.DATALOADER.MAX_BAD_IMAGES = 1
+    loader = build_train_loader(cfg, dataset=dataclasses.replace(instances, load=lambda: records))
+    take(loader, 8)
+    ((picture, problem),) = loader.bad_pictures.items()
+    assert picture == records[0]["file_name"] and "a run-length code has runs of" in problem
 
 
 # ---- kinds of ground truth ----

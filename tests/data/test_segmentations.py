@@ -2,7 +2,7 @@ import numpy as np
 import pycocotools.mask
 import pytest
 
-from fcclip.data.segmentations import compressed, fill_polygons, has_area, read_run_lengths
+from fcclip.data.segmentations import compressed, fill_polygons, has_area, read_run_lengths, run_lengths
 from tests.data.published_trees import counts_of
 
 
@@ -65,3 +65,25 @@ def test_filling_keeps_what_is_there():
     assert canvas.astype(int).tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [1, 1, 1, 1]]
     fill_polygons([], canvas)
     assert canvas.sum() == 8
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_run_length_codes_are_read_as_they_were_written(share):
+    mask = np.random.default_rng(0).random((300, 200)) < share
+    mask[:, 60:160] = False  # a run that needs several digits
+    np.testing.assert_array_equal(run_lengths(encoded(mask)["counts"]), counts_of(mask) if mask.any() else [mask.size])
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ("55", r"runs of \d+ pixels in all, its size 12 x 17 has 204"),  # pycocotools decodes it to unset memory
+        ("0" * 50, "runs of 0 pixels in all"),
+        ("P" * 9, "the 'counts' are no run-length code"),
+        ("\x00 ", "the 'counts' are no run-length code"),
+        ("", "the 'counts' are no run-length code"),
+    ],
+)
+def test_a_run_length_code_that_does_not_fill_its_picture_is_refused(counts, message):
+    with pytest.raises(ValueError, match=message):
+        read_run_lengths([{"size": [12, 17], "counts": counts}], (12, 17))

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import WHERE_DATA_IS, read_json
+from fcclip.data.datasets.files import WHERE_DATA_IS, check_first_files, read_json
 from fcclip.data.datasets.metadata import class_metadata, thing_vocabulary
 from fcclip.data.segmentations import compressed, has_area
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["BOX_MODE", "instance_dataset", "read_instance_json"]
+__all__ = ["BOX_MODE", "NOT_INSTANCES", "instance_dataset", "instance_records", "read_instance_json"]
 
 BOX_MODE = 1  # detectron2's number for boxes [x, y, width, height] in pixels
-_NOT_INSTANCES = (
+NOT_INSTANCES = (
     "Expected COCO instance annotations: lists 'images' (id, file_name, height, width) and 'annotations' (image_id, "
     "category_id, segmentation)."
 )
@@ -80,7 +80,26 @@ def read_instance_json(
             it does not list, or a category id that is not in the vocabulary.
     """
     where = f"data set '{name}': {path}"
-    content = read_json(where, path, ("images", "annotations"), _NOT_INSTANCES)
+    content = read_json(where, path, ("images", "annotations"), NOT_INSTANCES)
+    return instance_records(where, content, vocabulary=vocabulary, picture=picture)
+
+
+def instance_records(
+    where: str,
+    content: dict,
+    *,
+    vocabulary: Vocabulary,
+    picture: Callable[[dict], dict[str, Any]],
+    remedy: str = WHERE_DATA_IS,
+) -> list[dict]:
+    """The records of instance annotations that are read already; see `read_instance_json`.
+
+    Args:
+        where: data set and file, for messages.
+        content: of the file; `images` and `annotations` are lists.
+        vocabulary, picture: as for `read_instance_json`.
+        remedy: sentence that tells where files are looked for.
+    """
     classes = {entry.id: index for index, entry in enumerate(vocabulary.classes)}
     records: dict[Any, dict] = {}
     try:
@@ -100,13 +119,12 @@ def read_instance_json(
             if instance is not None:
                 records[annotation["image_id"]]["annotations"].append(instance)
     except KeyError as error:
-        raise ValueError(f"{where}: an entry has no {error}. {_NOT_INSTANCES}") from error
+        raise ValueError(f"{where}: an entry has no {error}. {NOT_INSTANCES}") from error
     except TypeError as error:
-        raise ValueError(f"{where}: {error}. {_NOT_INSTANCES}") from error
+        raise ValueError(f"{where}: {error}. {NOT_INSTANCES}") from error
     found = list(records.values())
-    if found and not Path(found[0]["file_name"]).is_file():
-        missing = found[0]["file_name"]
-        raise FileNotFoundError(f"{where} lists the picture {missing}, which does not exist. {WHERE_DATA_IS}")
+    for record in found[:1]:
+        check_first_files(where, {"picture": record["file_name"]}, remedy)
     return found
 
 

@@ -64,6 +64,8 @@ def _vocabulary(name: str, path: Path, changed: int) -> Vocabulary:
         classes = tuple(map(_class, sorted(categories, key=lambda category: category["id"])))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{where}: a category has no {error}. {_EXPECTED}") from error
+    except AttributeError as error:
+        raise ValueError(f"{where}: a name or synonym of a category is no text ({error}). {_EXPECTED}") from error
     if not classes:
         raise ValueError(f"{where} has no categories. {_EXPECTED}")
     return Vocabulary(VOCABULARY, classes)

@@ -42,8 +42,8 @@ class LateMetadata(Mapping):
     """Metadata of a data set whose classes stand in a file of the user, which is read when one asks for them.
 
     Args:
-        known: what needs no file.
-        words: reads the vocabulary.
+        known: what needs no file; class names among it are taken as they are.
+        words: reads the vocabulary, with the category ids of the data set.
     """
 
     _CLASS_KEYS = (
@@ -58,13 +58,14 @@ class LateMetadata(Mapping):
         self._words = words
 
     def __getitem__(self, key: str) -> Any:
-        return class_metadata(self._words())[key] if key in self._CLASS_KEYS else self._known[key]
+        late = key in self._CLASS_KEYS and key not in self._known
+        return class_metadata(self._words())[key] if late else self._known[key]
 
     def __contains__(self, key: object) -> bool:
         return key in self._CLASS_KEYS or key in self._known
 
     def __iter__(self) -> Iterator[str]:
-        yield from (*self._CLASS_KEYS, *self._known)
+        yield from dict.fromkeys((*self._CLASS_KEYS, *self._known))
 
     def __len__(self) -> int:
-        return len(self._CLASS_KEYS) + len(self._known)
+        return len({*self._CLASS_KEYS, *self._known})

@@ -8,11 +8,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import WHERE_DATA_IS, read_json
+from fcclip.data.datasets.files import WHERE_DATA_IS, check_first_files, read_json
 from fcclip.data.datasets.metadata import class_metadata
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["panoptic_dataset", "read_panoptic_json"]
+__all__ = ["NOT_PANOPTIC", "panoptic_dataset", "panoptic_records", "read_panoptic_json"]
+
+NOT_PANOPTIC = "Expected COCO panoptic annotations: image_id, file_name and segments_info with id and category_id."
 
 
 def panoptic_dataset(
@@ -94,7 +96,27 @@ def read_panoptic_json(
             that is not in the vocabulary.
     """
     where = f"data set '{name}': {path}"
-    content = read_json(where, path, ("annotations",), _NOT_PANOPTIC)
+    content = read_json(where, path, ("annotations",), NOT_PANOPTIC)
+    return panoptic_records(where, content, vocabulary=vocabulary, image_id=image_id, files=files)
+
+
+def panoptic_records(
+    where: str,
+    content: dict,
+    *,
+    vocabulary: Vocabulary,
+    image_id: Callable[[Any], Any],
+    files: Callable[[dict], dict[str, str]],
+    remedy: str = WHERE_DATA_IS,
+) -> list[dict]:
+    """The records of panoptic annotations that are read already; see `read_panoptic_json`.
+
+    Args:
+        where: data set and file, for messages.
+        content: of the file; `annotations` is a list.
+        vocabulary, image_id, files: as for `read_panoptic_json`.
+        remedy: sentence that tells where files are looked for.
+    """
     sizes = {str(image.get("id")): image for image in content.get("images") or ()}  # ids: numbers here, strings there
     classes = {entry.id: (index, entry.thing) for index, entry in enumerate(vocabulary.classes)}
     records, known = [], set()
@@ -105,7 +127,9 @@ def read_panoptic_json(
                 _segment(where, annotation, segment, classes, vocabulary) for segment in annotation["segments_info"]
             ]
         except KeyError as error:
-            raise ValueError(f"{where}: annotation {len(records)} has no {error}. {_NOT_PANOPTIC}") from error
+            raise ValueError(f"{where}: annotation {len(records)} has no {error}. {NOT_PANOPTIC}") from error
+        except TypeError as error:
+            raise ValueError(f"{where}: annotation {len(records)}: {error}. {NOT_PANOPTIC}") from error
         if record["image_id"] in known:
             raise ValueError(
                 f"{where} has two annotations of the picture {record['image_id']!r}. Give each picture an id of its "
@@ -116,14 +140,9 @@ def read_panoptic_json(
         if size.get("height") and size.get("width"):
             record.update(height=size["height"], width=size["width"])
         records.append(record)
-    for kind, key in (("picture", "file_name"), ("id PNG", "pan_seg_file_name")):
-        if records and not Path(records[0][key]).is_file():
-            missing = records[0][key]
-            raise FileNotFoundError(f"{where} lists the {kind} {missing}, which does not exist. {WHERE_DATA_IS}")
+    for record in records[:1]:
+        check_first_files(where, {"picture": record["file_name"], "id PNG": record["pan_seg_file_name"]}, remedy)
     return records
-
-
-_NOT_PANOPTIC = "Expected COCO panoptic annotations: image_id, file_name and segments_info with id and category_id."
 
 
 def _segment(where: str, annotation: dict, segment: dict, classes: dict, vocabulary: Vocabulary) -> dict:

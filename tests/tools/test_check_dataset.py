@@ -1,0 +1,226 @@
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.data.published_trees import write_tree
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COCO = "openvocab_coco_2017_val_panoptic_with_sem_seg"
+
+
+def load_program(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_program(REPOSITORY / "tools" / "check_dataset.py")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The shapes world with three training pictures and two in every other set."""
+    root = tmp_path_factory.mktemp("datasets")
+    program = load_program(REPOSITORY / "datasets" / "prepare_shapes.py")
+    program.prepare(out=root, seed=3, num_pictures=3, num_workers=1, num_evaluation=2)
+    return root
+
+
+@pytest.fixture
+def root(world, tmp_path, monkeypatch):
+    """A world of its own for each test; the present folder is beside it."""
+    root = tmp_path / "datasets"
+    shutil.copytree(world, root)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    monkeypatch.chdir(tmp_path)
+    return root
+
+
+@pytest.fixture
+def run(root, capsys):
+    """Function (*words) -> (exit code, what is printed, what is said on the error stream)."""
+
+    def call(*words):
+        capsys.readouterr()
+        try:
+            code = tool.main([*map(str, words), "--workers", "0"])
+        except SystemExit as error:
+            code = error.code
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+def own_yaml(root, **changes):
+    """A YAML that describes shapes_val as the user's own."""
+    content = json.loads((root / "shapes/annotations/panoptic_val.json").read_text())
+    keys = {
+        "type": "panoptic",
+        "images": "shapes/val",
+        "annotations": "shapes/annotations/panoptic_val.json",
+        "masks": "shapes/panoptic_val",
+        "classes": [one["name"] for one in content["categories"]],
+        "things": [one["name"] for one in content["categories"] if one["isthing"]],
+    }
+    path = root / "meine Daten.yaml"
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in {**keys, **changes}.items()))
+    return path
+
+
+@pytest.mark.parametrize("words", [(), ("--fast",)])
+def test_a_healthy_data_set_leaves_with_0(run, words):
+    code, out, _ = run("shapes_train", "shapes_val", *words)
+    assert code == 0
+    assert "shapes_train: in order" in out and "shapes_val: in order" in out
+    assert "ERROR" not in out and "warn" not in out
+    assert ("pixels were not decoded" in out) == bool(words)
+
+
+def test_the_summary_names_words_pictures_classes_and_what_was_seen(run, root):
+    _, out, _ = run("shapes_val")
+    lines = [line.strip() for line in out.splitlines()]
+    assert lines[0] == "shapes_val (panoptic)"
+    assert lines[1] == f"files      {os.path.join('shapes', 'annotations', 'panoptic_val.json')} below {root}"
+    assert lines[2].startswith("vocabulary 'shapes' (not published), 60 classes, ") and "sha256 " in lines[2]
+    assert lines[3] == "pictures   2"
+    assert lines[4].startswith("classes    60, ") and lines[4].endswith("of them used; 48 things, 12 stuff")
+    assert lines[5] == "seen       40 share a word with the training vocabulary 'shapes_seen', 20 are unseen"
+
+
+def test_errors_leave_with_1_and_are_named_with_file_and_remedy(run, root):
+    picture = root / "shapes/val/000000000001.jpg"
+    picture.write_bytes(picture.read_bytes()[:1000])
+    code, out, _ = run("shapes_val")
+    assert code == 1
+    assert "ERROR pictures that cannot be read: 1" in out
+    assert "shapes/val/000000000001.jpg: image file is truncated" in out
+    assert "-> copy or download them again" in out
+    assert "shapes_val: not fit for use (1 error, " in out
+
+
+def test_one_bad_data_set_of_several_is_enough_to_leave_with_1(run, root):
+    shutil.rmtree(root / "shapes/panoptic_train")
+    code, out, _ = run("shapes_train", "shapes_val")
+    assert code == 1
+    assert "shapes_train: not fit for use" in out and "shapes_val: in order" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["shapes_vall"], "unknown data set 'shapes_vall'. Did you mean 'shapes_val'?"),
+        (["nowhere.yaml"], "the data set 'nowhere.yaml' does not exist"),
+        ([], "the following arguments are required: NAME_OR_YAML"),
+        (["shapes_val", "--preview", "0"], "--preview must be 1 or more, got 0"),
+        (["shapes_val", "--training", "shapes_trian"], "Did you mean 'shapes_train'?"),
+        (["shapes_val", "--training", COCO, "--vocabularies", "nowhere"], "MODEL.FC_CLIP.VOCABULARIES is 'nowhere'"),
+        (["shapes_val", "--quick"], "unrecognized arguments: --quick"),
+    ],
+)
+def test_a_command_line_that_cannot_be_used_leaves_with_2(run, words, message):
+    code, out, error = run(*words)
+    assert code == 2 and not out
+    assert message in error
+
+
+def test_a_negative_number_of_processes_leaves_with_2(root, capsys):
+    with pytest.raises(SystemExit) as error:
+        tool.main(["shapes_val", "--workers", "-1"])
+    assert error.value.code == 2
+    assert "--workers must be 0 or more, got -1" in capsys.readouterr().err
+
+
+def test_the_first_files_of_a_kind_are_shown_and_all_of_them_on_demand(run, root):
+    for number in range(5):
+        Image.new("RGB", (8, 8)).save(root / f"shapes/val/more_{number}.jpg")
+    code, out, _ = run("shapes_val")
+    assert code == 0
+    assert "pictures that no annotation lists: they are not used: 5" in out
+    assert out.count("more_") == 3 and "and 2 more (--all, --output)" in out
+    assert run("shapes_val", "--all")[1].count("more_") == 5
+
+
+def test_the_output_file_has_every_finding_and_every_class(run, root, tmp_path):
+    for number in range(5):
+        Image.new("RGB", (8, 8)).save(root / f"shapes/val/more_{number}.jpg")
+    code, out, _ = run("shapes_val", "shapes_train", "--output", tmp_path / "reports" / "é.json")
+    assert code == 0 and "é.json" in out
+    content = json.loads((tmp_path / "reports" / "é.json").read_text(encoding="utf-8"))
+    first, second = content["reports"]
+    assert (first["dataset"], second["dataset"]) == ("shapes_val", "shapes_train")
+    unlisted = [one for one in first["findings"] if one["kind"] == "unlisted-file"]
+    assert len(unlisted) == 5 and {*unlisted[0]} == {"severity", "file", "what", "remedy", "kind"}
+    assert len(first["classes"]) == 60 and sum(one["pictures"] > 0 for one in second["classes"]) > 3
+
+
+@pytest.mark.parametrize("words", [(), ("--fast",)])
+def test_a_preview_is_a_sheet_of_pictures_with_labels_drawn(run, tmp_path, words):
+    code, out, _ = run("shapes_train", "--preview", "12", "--output", tmp_path / "out" / "report.json", *words)
+    assert code == 0
+    assert f"3 pictures with their labels: {tmp_path / 'out' / 'shapes_train_preview.jpg'}" in out
+    sheet = np.asarray(Image.open(tmp_path / "out" / "shapes_train_preview.jpg"))
+    assert sheet.shape[0] > 1000 and sheet.shape[1] > 1000  # two rows of two
+    assert (sheet[-600:, -500:] > 250).mean() > 0.99  # the fourth place stays empty
+    assert sheet[:500, :500].std() > 20
+
+
+def test_without_an_output_file_the_preview_goes_to_the_folder_output(run, tmp_path):
+    run("shapes_val", "--preview", "1")
+    assert (tmp_path / "output" / "shapes_val_preview.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [COCO, "openvocab_coco_2017_val", "openvocab_ade20k_full_sem_seg_val", "openvocab_lvis_v1_val"],
+)
+def test_every_kind_of_label_can_be_drawn(run, tmp_path, monkeypatch, name):
+    write_tree(name, tmp_path / "tree")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "tree"))
+    code, out, _ = run(name, "--preview", "12")
+    assert code == 0
+    assert "usable; look at the warnings (1 warning, " in out
+    sheet = Image.open(tmp_path / "output" / f"{name}_preview.jpg")
+    assert min(sheet.size) > 1000
+
+
+def test_a_picture_that_nobody_could_read_has_its_place_in_the_preview(run, root, tmp_path):
+    picture = root / "shapes/val/000000000001.jpg"
+    picture.write_bytes(picture.read_bytes()[:-1000])
+    code, out, _ = run("shapes_val", "--fast", "--preview", "2")
+    assert code == 0
+    assert "warn  files that do not end as their format does; probably cut off: 1" in out
+    assert (tmp_path / "output" / "shapes_val_preview.jpg").is_file()
+
+
+def test_own_data_are_checked_and_drawn_by_their_yaml(run, root, tmp_path):
+    code, out, _ = run(own_yaml(root), "--preview", "2", "--training", "shapes_train")
+    assert code == 0
+    assert "meine Daten: in order" in out
+    assert "40 share a word with the training vocabulary 'shapes_seen', 20 are unseen" in out
+    assert (tmp_path / "output" / "meine Daten_preview.jpg").is_file()
+
+
+def test_a_yaml_that_describes_no_data_set_is_an_error_of_the_data(run, root):
+    code, out, _ = run(own_yaml(root, picture="shapes/val"), "shapes_val")
+    assert code == 1
+    assert "ERROR descriptions of data sets that cannot be used: 1" in out
+    assert "Did you mean 'images'?" in out or "'picture'" in out
+    assert "meine Daten: not fit for use" in out and "shapes_val: in order" in out
+
+
+def test_the_program_runs_by_itself_in_processes(root):
+    command = [sys.executable, str(REPOSITORY / "tools" / "check_dataset.py"), "shapes_val", "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "shapes_val: in order" in done.stdout
+    assert done.stderr == ""
