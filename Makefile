@@ -3,6 +3,7 @@
 #
 #   make quickstart   render the shapes world, train, evaluate, draw, print the table
 #   make test         the test suite
+#   make build        compile the faster engines of deformable attention for this machine (optional; needs a C++ compiler)
 #   make demo         segment pictures of the shapes world with the shipped weights
 #   make lint         ruff
 #
@@ -16,13 +17,16 @@ PYTEST_ARGS ?=
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 
-.PHONY: quickstart test demo lint
+.PHONY: quickstart test build demo lint
 
 quickstart: $(STAMP)
 	$(RUN) tools/quickstart.py $(QUICKSTART_ARGS)
 
 test: $(STAMP)
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+build: $(STAMP)
+	$(RUN) -m fcclip.ops.build
 
 lint: $(STAMP)
 	$(RUN) -m ruff check .

@@ -15,7 +15,13 @@ setup(
     packages=[*find_packages(include=["fcclip", "fcclip.*"]), "fcclip.configs"],
     package_dir={"fcclip.configs": "configs"},
     package_data={
-        "fcclip": ["assets/*.json", "assets/*.safetensors", "vocabulary/names/*.json"],
+        "fcclip": [
+            "assets/*.json",
+            "assets/*.safetensors",
+            "vocabulary/names/*.json",
+            "evaluation/*.json",
+            "ops/csrc/*",
+        ],
         "fcclip.configs": yaml_files,
     },
 )

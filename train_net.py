@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import json
 import logging
@@ -37,24 +36,33 @@ from fcclip.config import keys_without_effect, load_config, resolve_device, reso
 from fcclip.data import (
     DATASETS,
     Dataset,
+    build_replay_loader,
     build_test_mapper,
     build_train_loader,
     dataset_vocabulary,
+    distinct_datasets,
     get_dataset,
+    is_own_data,
+    joined,
     read_image,
 )
 from fcclip.engine import (
     REQUEUE_EXIT_CODE,
     Checkpointer,
+    FineTuning,
     ProcessFailedError,
     RunLock,
     StopRequest,
+    StopRequested,
     Trainer,
     apply_numeric_settings,
+    begin_finetuning,
     broadcast_object,
     build_trainer,
+    check_finetuning,
     check_resume,
     check_training,
+    check_words,
     close_logging,
     draw_seed,
     duration,
@@ -66,14 +74,22 @@ from fcclip.engine import (
     load_weights,
     log_exception,
     lost_processes_named,
+    replay_sets,
     scale_to_world_size,
     seed_everything,
     setup_logging,
     shield_worker,
     write_atomically,
 )
-from fcclip.evaluation import copypaste_lines, evaluate, evaluate_augmented, format_table, unmet_expectations
-from fcclip.modeling import build_model, build_variants, test_modes
+from fcclip.evaluation import (
+    Comparison,
+    copypaste_lines,
+    evaluate,
+    evaluate_augmented,
+    format_table,
+    unmet_expectations,
+)
+from fcclip.modeling import FCCLIP, build_model, build_variants, test_modes
 from fcclip.structures import Segment
 from fcclip.visualization import draw_panoptic
 from fcclip.vocabulary import Vocabulary
@@ -172,8 +188,7 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> None:
         ValueError, FileNotFoundError: unknown data sets or device, missing weights, classes that do not fit.
     """
     resolve_device(cfg.MODEL.DEVICE)
-    for name in cfg.DATASETS.TEST:
-        get_dataset(name)
+    distinct_datasets(cfg.DATASETS.TEST)
     checkpoint = Checkpointer(cfg.OUTPUT_DIR).last() if args.resume else None
     if cfg.MODEL.WEIGHTS and checkpoint is None:
         resolve_file(cfg.MODEL.WEIGHTS, what="MODEL.WEIGHTS")
@@ -181,7 +196,9 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> None:
         raise ValueError("--dry-run tries out a training; leave --eval-only out")
     if not args.eval_only:
         world_size = max(args.num_gpus, 1) * args.num_machines
-        check_training(scale_to_world_size(cfg, world_size), training_vocabulary(cfg), world_size=world_size)
+        scaled = scale_to_world_size(cfg, world_size)
+        check_training(scaled, training_vocabulary(cfg), world_size=world_size)
+        check_finetuning(scaled, world_size=world_size, resumes=checkpoint is not None)
         check_best(cfg)
         return
     if cfg.TEST.AUG.ENABLED:
@@ -199,12 +216,12 @@ def check_best(cfg: CfgNode) -> None:
     """Refuses SOLVER.BEST.* that cannot choose; whether the metric exists is known after the first evaluation.
 
     Raises:
-        ValueError: an unknown data set or task.
+        ValueError: an unknown data set or task, or another data set of the name of one in DATASETS.TEST.
     """
     if not cfg.TEST.EVAL_PERIOD:
         return
     if cfg.SOLVER.BEST.DATASET:
-        get_dataset(cfg.SOLVER.BEST.DATASET)
+        is_reported(cfg, cfg.SOLVER.BEST.DATASET)
     task, _, metric = cfg.SOLVER.BEST.METRIC.partition("/")
     if task not in _TASKS or not metric:
         raise ValueError(
@@ -245,15 +262,16 @@ def train(cfg: CfgNode, args: argparse.Namespace, stop: StopRequest) -> Results:
     vocabulary = training_vocabulary(cfg)
     model = build_model(cfg, train_vocabulary=vocabulary, test_vocabulary=None)
     log_parameters(model)
-    if cfg.MODEL.WEIGHTS and last is None:
-        load_weights(model, cfg.MODEL.WEIGHTS, initialise=True)
-        logger.info("starting from the weights in %s", cfg.MODEL.WEIGHTS)
+    tuning = load_start(cfg, model, last)
     if cfg.TEST.AUG.ENABLED:
         logger.info("TEST.AUG.ENABLED: test-time augmentation belongs to --eval-only, not to evaluations in training")
     dataset, results = training_set(cfg), {}
 
+    replayed = replay_sets(cfg) if cfg.FINETUNE.METHOD == "replay" and cfg.FINETUNE.REPLAY_SHARE else []
+    build_loader = functools.partial(build_replay_loader, former=replayed) if replayed else build_train_loader
+
     def batches(start: int):
-        return build_train_loader(
+        return build_loader(
             cfg,
             dataset=dataset,
             rank=get_rank(),
@@ -263,10 +281,11 @@ def train(cfg: CfgNode, args: argparse.Namespace, stop: StopRequest) -> Results:
         )
 
     best = best_dataset(cfg)
+    best_metric = f"{get_dataset(best).name}/{cfg.SOLVER.BEST.METRIC}" if best else ""
 
     def evaluate_and_keep(bare: nn.Module) -> dict[str, float]:
-        results.update(evaluate_all(bare, cfg, vocabulary))
-        return scalars(results, cfg.TEST.MODE) | best_scalars(bare, cfg, vocabulary, best, results)
+        results.update(evaluate_all(bare, cfg, bare.seen_vocabulary))
+        return scalars(results, cfg.TEST.MODE) | best_scalars(bare, cfg, bare.seen_vocabulary, best, results)
 
     trainer = build_trainer(
         cfg,
@@ -275,9 +294,10 @@ def train(cfg: CfgNode, args: argparse.Namespace, stop: StopRequest) -> Results:
         device=model.device,
         vocabulary=vocabulary,
         evaluate=evaluate_and_keep if cfg.DATASETS.TEST or best else None,
-        best_metric=f"{best}/{cfg.SOLVER.BEST.METRIC}" if best else "",
+        best_metric=best_metric,
         draw=functools.partial(draw_predictions, cfg) if cfg.DATASETS.TEST and cfg.TEST.EVAL_PERIOD else None,
         stop=stop,
+        notes=tuning.notes if tuning else None,
         output_dir=cfg.OUTPUT_DIR,
     )
     if last is not None:
@@ -292,10 +312,55 @@ def train(cfg: CfgNode, args: argparse.Namespace, stop: StopRequest) -> Results:
             "%s holds an earlier training, whose checkpoints this one replaces; --resume would go on with it",
             cfg.OUTPUT_DIR,
         )
+    comparison = begin_comparison(cfg, model, vocabulary, tuning, stop, resumes=last is not None)
     if not trainer.train():
         raise SystemExit(REQUEUE_EXIT_CODE)
+    if comparison is not None:
+        comparison.finish(results)
     check_expectations(cfg, results)
     return results
+
+
+def load_start(cfg: CfgNode, model: FCCLIP, last: Path | None) -> FineTuning | None:
+    """Loads MODEL.WEIGHTS, unless the checkpoint `last` will be resumed from; for a fine-tuning what that needs."""
+    if cfg.FINETUNE.METHOD:
+        return begin_finetuning(cfg, model, resumed=None if last is None else Checkpointer(cfg.OUTPUT_DIR).load(last))
+    if cfg.MODEL.WEIGHTS and last is None:
+        load_weights(model, cfg.MODEL.WEIGHTS, initialise=True)
+        model.former_vocabulary = None  # an ordinary training knows the words of DATASETS.TRAIN alone
+        logger.info("starting from the weights in %s", cfg.MODEL.WEIGHTS)
+    return None
+
+
+def begin_comparison(
+    cfg: CfgNode,
+    model: FCCLIP,
+    vocabulary: Vocabulary,
+    tuning: FineTuning | None,
+    stop: StopRequest,
+    *,
+    resumes: bool,
+) -> Comparison | None:
+    """Evaluates what a fine-tuning starts from, or finds the figures in OUTPUT_DIR when it is resumed.
+
+    Raises:
+        SystemExit: REQUEUE_EXIT_CODE, when it was asked to stop meanwhile; nothing is lost.
+    """
+    if tuning is None:
+        return None
+    if not cfg.DATASETS.TEST:
+        logger.info("DATASETS.TEST is empty: nothing is compared before and after the fine-tuning")
+        return None
+    comparison = Comparison(cfg, former=tuning.former, own=vocabulary, rank=get_rank(), world_size=get_world_size())
+    if resumes:
+        comparison.resume()
+        return comparison
+    try:
+        with stop.interrupting():
+            comparison.measure(model)
+    except StopRequested:
+        raise SystemExit(REQUEUE_EXIT_CODE) from None
+    return comparison
 
 
 def report_dry_run(trainer: Trainer, cfg: CfgNode) -> None:
@@ -316,24 +381,25 @@ def report_dry_run(trainer: Trainer, cfg: CfgNode) -> None:
 def best_dataset(cfg: CfgNode) -> str:
     """The data set that chooses `best.pth`, "" for none; the log says which, or why none.
 
-    By default the val split of the training set, never one of DATASETS.TEST: a number that is reported must not have
-    chosen the weights that it is reported for.
+    By default the val split of a registered training set, never one of DATASETS.TEST: a number that is reported must
+    not have chosen the weights that it is reported for.
     """
     name = cfg.SOLVER.BEST.DATASET
     if not cfg.TEST.EVAL_PERIOD:
         why = "TEST.EVAL_PERIOD is 0, so only the final weights are evaluated"
     elif name:
-        get_dataset(name)
-        if name in cfg.DATASETS.TEST:
+        if is_reported(cfg, name):
             logger.warning(
                 "best.pth is chosen by '%s', which is in DATASETS.TEST: its results there look better than they are",
                 name,
             )
         why = ""
+    elif is_own_data(cfg.DATASETS.TRAIN[0]):
+        why = "the training set is a YAML file, which has no val split; SOLVER.BEST.DATASET can name a data set"
     else:
         name = cfg.DATASETS.TRAIN[0].replace("train", "val")
         why = "" if name in DATASETS and name != cfg.DATASETS.TRAIN[0] else "the training set has no val split"
-        if name in cfg.DATASETS.TEST:
+        if name in [one.name for one in distinct_datasets(cfg.DATASETS.TEST)]:
             why = f"'{name}' is reported (DATASETS.TEST), so it chooses nothing unless SOLVER.BEST.DATASET names it"
         if not why:
             try:
@@ -347,6 +413,25 @@ def best_dataset(cfg: CfgNode) -> str:
     return name
 
 
+def is_reported(cfg: CfgNode, name: str) -> bool:
+    """Whether a data set is one of DATASETS.TEST.
+
+    Raises:
+        ValueError: it is not, but has the name of one; metrics are stored by name.
+    """
+    dataset = get_dataset(name)
+    for other, reported in zip(cfg.DATASETS.TEST, distinct_datasets(cfg.DATASETS.TEST)):
+        if dataset.name != reported.name:
+            continue
+        if Path(name).expanduser().resolve() == Path(other).expanduser().resolve():  # names are no paths, and compare
+            return True
+        raise ValueError(
+            f"SOLVER.BEST.DATASET '{name}' and '{other}' of DATASETS.TEST are both named '{dataset.name}', the name "
+            "that metrics are stored by. Rename the YAML of one of them."
+        )
+    return False
+
+
 def best_scalars(model: nn.Module, cfg: CfgNode, training: Vocabulary, name: str, results: Results) -> dict[str, float]:
     """The metrics that choose `best.pth`, `data set/task/metric`; evaluated unless they are among the results already.
 
@@ -355,9 +440,8 @@ def best_scalars(model: nn.Module, cfg: CfgNode, training: Vocabulary, name: str
     """
     if not name:
         return {}
-    mode = cfg.TEST.MODE
-    if name not in cfg.DATASETS.TEST:
-        dataset = get_dataset(name)
+    mode, dataset = cfg.TEST.MODE, get_dataset(name)
+    if not is_reported(cfg, name):
         found = evaluate(
             model,
             cfg,
@@ -369,7 +453,8 @@ def best_scalars(model: nn.Module, cfg: CfgNode, training: Vocabulary, name: str
             world_size=get_world_size(),
         )
     else:
-        found = results.get(name, {})
+        found = results.get(dataset.name, {})
+    name = dataset.name
     if not is_main_process():
         return {}
     flat = {f"{name}/{task}/{key}": value for task, metrics in found[mode].items() for key, value in metrics.items()}
@@ -405,9 +490,9 @@ def evaluate_only(cfg: CfgNode, args: argparse.Namespace) -> Results:
     weights = cfg.MODEL.WEIGHTS if last is None else last
     load_weights(model, weights)
     logger.info("evaluating the weights in %s", weights)
-    results = evaluate_all(model, cfg, vocabulary)
+    results = evaluate_all(model, cfg, model.seen_vocabulary)
     if cfg.TEST.AUG.ENABLED:
-        for name, modes in evaluate_all(model, cfg, vocabulary, augmented=True).items():
+        for name, modes in evaluate_all(model, cfg, model.seen_vocabulary, augmented=True).items():
             for mode, tasks in modes.items():
                 results[name][mode] |= tasks
     check_expectations(cfg, results)
@@ -450,6 +535,7 @@ def as_begun(cfg: CfgNode, last: Path) -> CfgNode:
     cfg = with_seed(cfg, state.get("seed"))
     if "config" in state and "iteration" in state:
         check_resume(state["config"], cfg, source=str(last), iteration=state["iteration"] + 1)
+    check_words(state.get("vocabulary"), training_vocabulary(cfg), source=last)
     return cfg
 
 
@@ -476,15 +562,7 @@ def training_set(cfg: CfgNode) -> Dataset:
         raise ValueError(
             "DATASETS.TRAIN is empty; its data set brings the training pictures and decides which classes are seen"
         )
-    datasets = [get_dataset(name) for name in cfg.DATASETS.TRAIN]
-    vocabularies = {one.name: one.vocabulary for one in datasets}
-    if len(set(vocabularies.values())) > 1:
-        raise ValueError(f"the data sets of DATASETS.TRAIN have different classes: {vocabularies}")
-    if len(datasets) == 1:
-        return datasets[0]
-    return dataclasses.replace(
-        datasets[0], name="+".join(vocabularies), load=lambda: [record for one in datasets for record in one.records()]
-    )
+    return joined([get_dataset(name) for name in cfg.DATASETS.TRAIN])
 
 
 def training_vocabulary(cfg: CfgNode) -> Vocabulary:
@@ -499,9 +577,8 @@ def evaluate_all(model: nn.Module, cfg: CfgNode, training: Vocabulary, *, augmen
     """
     results: Results = {}
     folder = Path(cfg.OUTPUT_DIR) / ("inference_TTA" if augmented else "inference")
-    for name in cfg.DATASETS.TEST:
-        dataset = get_dataset(name)
-        vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES)
+    for dataset in distinct_datasets(cfg.DATASETS.TEST):
+        name, vocabulary = dataset.name, dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES)
         found = (evaluate_augmented if augmented else evaluate)(
             model,
             cfg,

@@ -386,7 +386,7 @@ class Recorder(TorchDispatchMode):
     @contextlib.contextmanager
     def operator(self, module: MSDeformAttn, call: tuple) -> Iterator[None]:
         """Around a call of multi-scale deformable attention: counted by its own formula, whatever its engine does."""
-        query, _, value, shapes = call
+        query, value, shapes = call
         forward = deformable_attention_flops(
             batch=query.shape[0],
             queries=query.shape[1],

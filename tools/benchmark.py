@@ -2,12 +2,21 @@
 
     python tools/benchmark.py training-step --config-file FILE [--batch 2] [--size 1024] [--largest] [KEY VALUE ...]
     python tools/benchmark.py mapper [--pictures 24] [--rounds 8] [--size 1024]
+    python tools/benchmark.py evaluation [--pictures 8] [--rounds 5] [--size 640 960] [--classes 150]
+    python tools/benchmark.py ops [--device auto] [--sizes 640x960 ...] [--batch 1 ...] [--dtypes float32 ...]
 
 training-step: one step of training on made-up pictures (random pixels, `--segments` segments each, CLIP with random
 weights, which changes no time), as `train_net.py` takes it: forward, losses with matching, backward, clipping, AdamW.
 
 mapper: the training mapper `coco_panoptic_lsj` on made-up 640 x 480 pictures, beside the published steps in their order
 (benchmarks/peers/published_panoptic_lsj.py), which must give the same samples; one process and one thread, in turns.
+
+evaluation: panoptic quality, mean IoU and the encoding of instances on made-up 640 x 960 pictures, beside the published
+steps (benchmarks/peers/published_evaluation.py), which must give the same numbers; one thread, in turns. Then how much
+all three add to a network that keeps one core busy for 100 ms a picture.
+
+ops: multi-scale deformable attention at the sizes of FC-CLIP, forward and backward, both forms, every engine that can
+run here, in turns (benchmark_ops.py). The default ends in about a minute on a CPU and covers all sizes on a GPU.
 """
 
 from __future__ import annotations
@@ -18,14 +27,17 @@ import importlib.util
 import itertools
 import json
 import logging
+import operator
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import benchmark_ops
 import cv2
 import numpy as np
 import torch
@@ -39,8 +51,19 @@ from fcclip.data import build_train_mapper
 from fcclip.engine import apply_numeric_settings, build_trainer, environment_report, write_atomically
 from fcclip.engine.metrics import History
 from fcclip.engine.trainer import amp_dtype, peak_memory_mb
+from fcclip.evaluation import (
+    Background,
+    Evaluator,
+    InstanceEvaluator,
+    PanopticEvaluator,
+    Picture,
+    SemanticEvaluator,
+    encode_masks,
+    write_id_map,
+)
 from fcclip.modeling import build_model
-from fcclip.structures import Targets
+from fcclip.modeling.inference import semantic_inference, semantic_labels
+from fcclip.structures import Instances, Targets, boxes_of_masks
 from fcclip.vocabulary import Vocabulary
 
 WARM_UP = 3  # steps that are not counted: caches fill, cuDNN chooses, the frozen copy is made
@@ -84,6 +107,17 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     mapper.add_argument("--segments", type=int, default=12, metavar="N", help="segments a picture (default 12)")
     mapper.add_argument("--output", metavar="FILE", help="JSON file for the results")
     mapper.set_defaults(run=benchmark_mapper)
+    evaluation = kinds.add_parser("evaluation", help="evaluators beside the published steps, and beside a network")
+    evaluation.add_argument("--pictures", type=int, default=8, metavar="N", help="made-up pictures (default 8)")
+    evaluation.add_argument("--rounds", type=int, default=5, metavar="N", help="times each is evaluated (default 5)")
+    evaluation.add_argument("--size", type=int, nargs=2, default=[640, 960], metavar="PIXELS", help="height and width")
+    evaluation.add_argument("--classes", type=int, default=150, metavar="N", help="classes (default 150)")
+    evaluation.add_argument("--segments", type=int, default=20, metavar="N", help="segments a picture (default 20)")
+    evaluation.add_argument("--queries", type=int, default=100, metavar="N", help="masks of the network (default 100)")
+    evaluation.add_argument("--instances", type=int, default=100, metavar="N", help="instances a picture (default 100)")
+    evaluation.add_argument("--output", metavar="FILE", help="JSON file for the results")
+    evaluation.set_defaults(run=benchmark_evaluation)
+    benchmark_ops.add_arguments(kinds.add_parser("ops", help="multi-scale deformable attention, all engines in turns"))
     return parser.parse_args(arguments)
 
 
@@ -304,6 +338,269 @@ def made_up_records(folder: Path, count: int, segments: int) -> list[dict]:
         names = {"file_name": str(folder / f"{index}.jpg"), "pan_seg_file_name": str(folder / f"{index}.png")}
         records.append({**names, "image_id": index, "height": height, "width": width, "segments_info": segments_info})
     return records
+
+
+# ---- evaluation ----
+
+BUSY_SECONDS = 0.1  # a picture, of the stand-in for a network
+BUSY_PICTURES = 40  # beside which they are evaluated, so that what is done once for a set weighs little
+
+
+class MadeUpPicture(NamedTuple):
+    """A record with its files, and what a network found there."""
+
+    record: dict
+    output: dict[str, Any]  # panoptic_seg, sem_seg (labels), instances
+
+
+class MadeUpHead(NamedTuple):
+    """What the semantic head starts from, the same in every picture, and the scores of all classes it leads to."""
+
+    class_logits: torch.Tensor
+    mask_logits: torch.Tensor
+    scores: torch.Tensor
+
+
+def benchmark_evaluation(options: argparse.Namespace) -> dict[str, Any]:
+    """Checks that ours and the published steps give the same numbers, measures them in turns, prints the ratios, and
+    returns everything as JSON values.
+
+    Raises:
+        ValueError: the numbers differ, or the options cannot work.
+    """
+    counts = (options.pictures, options.rounds, options.segments, options.queries, options.instances)
+    if min(*counts, *options.size) < 1 or options.classes < 2:
+        raise ValueError("--pictures, --rounds, --size, --segments, --queries, --instances: 1 or more; --classes: 2")
+    peer = load_peer("published_evaluation")
+    with tempfile.TemporaryDirectory() as folder, one_thread():
+        pictures, head = made_up_predictions(Path(folder), options)
+        tasks = evaluation_tasks(peer, head, options.classes)
+        for ours, published, same in tasks.values():
+            for picture in pictures:
+                if not same(ours(picture), published(picture)):
+                    raise ValueError(f"picture {picture.record['image_id']}: ours and the published steps differ")
+        rows = {}
+        for name, (ours, published, _) in tasks.items():
+            both = {"ours": ours, "published": published}
+            rounds = [evaluation_times(both, pictures, turn) for turn in range(options.rounds)]
+            rows[name] = _ratios(rounds)
+        added = added_to_network(pictures, options)
+    report = {
+        "benchmark": "evaluation",
+        "picture": list(options.size),
+        **{name: getattr(options, name) for name in ("classes", "segments", "queries", "instances", "pictures")},
+        "tasks": rows,
+        "beside_a_network": added,
+        "allocator": allocator(),
+        "environment": environment_report(torch.device("cpu")),
+    }
+    for name, row in rows.items():
+        ours, published = (1000 * row["seconds"][key] for key in ("ours", "published"))
+        print(
+            f"{name:>22}: ours {ours:7.2f} ms a picture, published {published:7.2f} ms, ratio {row['ratio']:.2f} "
+            f"({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+        )
+    for name, row in added.items():
+        print(f"{name:>22}: {1000 * row['seconds']:.1f} ms a picture, {100 * row['added']:+.1f} % of the network alone")
+    print(f"{len(pictures)} pictures compared in each task, all equal; allocator: {report['allocator']}")
+    return report
+
+
+def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str, tuple[Callable, Callable, Callable]]:
+    """Task -> ours, the published one, and whether what they return is the same."""
+    names = [f"class {index}" for index in range(num_classes)]
+
+    def panoptic(picture: MadeUpPicture) -> dict[int, tuple]:
+        evaluator = PanopticEvaluator(class_names=names, thing_classes=range(num_classes // 2))
+        evaluator.process(Picture(picture.record), picture.output)
+        return evaluator.pictures[picture.record["image_id"]]
+
+    def published_panoptic(picture: MadeUpPicture) -> Any:
+        counts = peer.PanopticCounts()
+        id_map, segments = picture.output["panoptic_seg"]
+        truth = picture.record["pan_seg_file_name"], picture.record["segments_info"]
+        peer.compare_panoptic(*truth, peer.encode_panoptic(id_map), segments, counts)
+        return counts
+
+    def same_panoptic(ours: dict[int, tuple], published: Any) -> bool:
+        theirs = (published.tp, published.fp, published.fn)
+        whole = all(tuple(count[k] for count in theirs) == tuple(one[:3]) for k, one in ours.items())
+        known = {k for count in theirs for k in count} <= ours.keys()
+        return whole and known and all(abs(published.iou[k] - one.iou) < 1e-9 for k, one in ours.items())
+
+    def semantic(picture: MadeUpPicture) -> np.ndarray:
+        evaluator = SemanticEvaluator(class_names=names)
+        evaluator.process(Picture(picture.record), picture.output)
+        return evaluator.confusion
+
+    def semantic_with_head(picture: MadeUpPicture) -> np.ndarray:
+        labels = semantic_labels(head.class_logits, head.mask_logits)
+        return semantic(MadeUpPicture(picture.record, {"sem_seg": labels}))
+
+    def published_semantic(picture: MadeUpPicture, scores: torch.Tensor = head.scores) -> np.ndarray:
+        counts = peer.SemanticCounts(num_classes)
+        peer.compare_semantic(scores, picture.record["sem_seg_file_name"], 255, counts)
+        return counts.confusion[:-1, :-1].T
+
+    def published_with_head(picture: MadeUpPicture) -> np.ndarray:
+        return published_semantic(picture, semantic_inference(head.class_logits, head.mask_logits))
+
+    def instances(picture: MadeUpPicture) -> list[dict]:
+        return encode_masks(picture.output["instances"].pred_masks)
+
+    def published_instances(picture: MadeUpPicture) -> list[dict]:
+        return peer.encode_instances(picture.output["instances"].pred_masks)
+
+    return {
+        "panoptic quality": (panoptic, published_panoptic, same_panoptic),
+        "mean IoU": (semantic, published_semantic, np.array_equal),
+        "mean IoU with head": (semantic_with_head, published_with_head, np.array_equal),
+        "instance encoding": (instances, published_instances, operator.eq),
+    }
+
+
+def evaluation_times(both: dict[str, Callable], pictures: Sequence[MadeUpPicture], turn: int) -> dict[str, float]:
+    """Mean seconds a picture of each, which take turns picture after picture."""
+    spent = dict.fromkeys(both, 0.0)
+    for index, picture in enumerate(pictures):
+        names = list(both) if (turn + index) % 2 == 0 else list(reversed(both))
+        for name in names:
+            began = time.perf_counter()
+            both[name](picture)
+            spent[name] += time.perf_counter() - began
+    return {name: seconds / len(pictures) for name, seconds in spent.items()}
+
+
+def _ratios(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
+    ratios = [one["published"] / one["ours"] for one in rounds]
+    seconds = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+    return {"seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios, "rounds": list(rounds)}
+
+
+def added_to_network(pictures: Sequence[MadeUpPicture], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Seconds a picture with all three tasks and their results, with the network alone, and the share that is added:
+    in threads beside the network, and in its place."""
+    work = busy_work()
+    pictures = [
+        MadeUpPicture(one.record | {"image_id": number}, one.output)
+        for number, one in zip(range(BUSY_PICTURES), itertools.cycle(pictures))
+    ]
+
+    def alone() -> None:
+        for _ in pictures:
+            work()
+
+    def beside() -> None:
+        group = three_evaluators(pictures, options.classes)
+        with Background({"": group}) as background:
+            for picture in pictures:
+                work()
+                background.process(Picture(picture.record), {"": picture.output})
+        for evaluator in group:
+            evaluator.results()
+
+    def in_turns() -> None:
+        group = three_evaluators(pictures, options.classes)
+        for picture in pictures:
+            work()
+            shared = Picture(picture.record)
+            for evaluator in group:
+                evaluator.process(shared, picture.output)
+        for evaluator in group:
+            evaluator.results()
+
+    seconds: dict[str, list[float]] = {"network alone": [], "with three tasks": [], "without threads": []}
+    for _ in range(options.rounds):
+        for name, run in zip(seconds, (alone, beside, in_turns)):
+            began = time.perf_counter()
+            run()
+            seconds[name].append((time.perf_counter() - began) / len(pictures))
+    added = {
+        name: [one / base - 1 for one, base in zip(values, seconds["network alone"])]
+        for name, values in seconds.items()
+    }
+    return {
+        name: {"seconds": statistics.median(values), "added": statistics.median(added[name]), "rounds": values}
+        for name, values in seconds.items()
+    }
+
+
+def busy_work() -> Callable[[], None]:
+    """Something that keeps one core busy for `BUSY_SECONDS`, always the same work."""
+    left, right = torch.randn(256, 256), torch.randn(256, 256)
+
+    def multiply(times: int) -> None:
+        for _ in range(times):
+            left @ right
+
+    multiply(20)
+    began = time.thread_time()
+    multiply(200)
+    times = round(200 * BUSY_SECONDS / (time.thread_time() - began))
+    return lambda: multiply(times)
+
+
+def three_evaluators(pictures: Sequence[MadeUpPicture], num_classes: int) -> tuple[Evaluator, ...]:
+    names = [f"class {index}" for index in range(num_classes)]
+    things = range(num_classes // 2)
+    return (
+        PanopticEvaluator(class_names=names, thing_classes=things),
+        InstanceEvaluator(truth=None, class_names=names, dataset_ids={index: index + 1 for index in things}),
+        SemanticEvaluator(class_names=names),
+    )
+
+
+def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list[MadeUpPicture], MadeUpHead]:
+    """Pictures of wavy segments, the first half of the classes things, and predictions that are a little off."""
+    height, width = options.size
+    generator = torch.Generator().manual_seed(0)
+    class_logits = 3 * torch.randn(options.queries, options.classes + 1, generator=generator)
+    coarse = 4 * torch.randn(1, options.queries, height // 16 + 1, width // 16 + 1, generator=generator)
+    mask_logits = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
+    head = MadeUpHead(class_logits, mask_logits, semantic_inference(class_logits, mask_logits))
+    pictures = []
+    for index in range(options.pictures):
+        rng = np.random.default_rng(index)
+        rows, columns = np.mgrid[:height, :width] + 20 * np.sin(np.mgrid[:height, :width][::-1] / 15)
+        centres = rng.random((options.segments + 1, 2)) * (height, width)
+        nearest = np.argmin([(rows - y) ** 2 + (columns - x) ** 2 for y, x in centres], axis=0)
+        ids = np.array([0, *rng.choice(np.arange(1, 1 << 24), options.segments, replace=False)])
+        classes = np.array([255, *rng.integers(0, options.classes, options.segments)])
+        write_id_map(folder / f"{index}.png", ids[nearest])
+        Image.fromarray(classes[nearest].astype(np.uint8)).save(folder / f"{index}_labels.png")
+        sizes = np.bincount(nearest.ravel(), minlength=len(ids)).tolist()
+        segments = [
+            {"id": int(one), "category_id": int(label), "area": size, "iscrowd": int(rng.random() < 0.1)}
+            for one, label, size in zip(ids[1:], classes[1:], sizes[1:])
+        ]
+        shifted = np.roll(nearest, rng.integers(-6, 7, 2), (0, 1))
+        guesses = np.where(rng.random(len(ids)) < 0.7, classes % options.classes, 0)
+        found = [{"id": one, "category_id": int(guesses[one])} for one in np.unique(shifted).tolist() if one]
+        things = [one for one in found if one["category_id"] < options.classes // 2] or found[:1]
+        masks = torch.from_numpy(np.stack([shifted == one["id"] for one in things]))
+        chosen = torch.from_numpy(rng.integers(0, len(things), options.instances))
+        instances = Instances(
+            scores=torch.from_numpy(rng.random(options.instances)),
+            pred_classes=torch.from_numpy(rng.integers(0, options.classes // 2, options.instances)),
+            pred_masks=masks[chosen],
+            pred_boxes=boxes_of_masks(masks)[chosen],
+        )
+        record = {"image_id": index, "file_name": f"{index}.jpg", "segments_info": segments}
+        files = {"pan_seg_file_name": f"{folder}/{index}.png", "sem_seg_file_name": f"{folder}/{index}_labels.png"}
+        output = {
+            "panoptic_seg": (torch.from_numpy(shifted).to(torch.int32), found),
+            "sem_seg": head.scores.argmax(0),
+            "instances": instances,
+        }
+        pictures.append(MadeUpPicture(record | files, output))
+    return pictures, head
+
+
+def allocator() -> str:
+    """Which memory allocator the process runs with; large arrays cost page faults in the default one."""
+    names = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
+    changed = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
+    return ", ".join(changed) or "the system's default"
 
 
 def load_peer(name: str) -> Any:

@@ -18,13 +18,14 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,15 +44,35 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fcclip.config import find_config, keys_without_effect, load_config, lookup, resolve_device, resolve_file
-from fcclip.data import Dataset, build_test_mapper, build_train_mapper, dataset_vocabulary, get_dataset, root_folder
-from fcclip.data.datasets.panoptic import WHERE_DATA_IS
+from fcclip.data import (
+    Dataset,
+    build_test_mapper,
+    build_train_mapper,
+    dataset_vocabulary,
+    distinct_datasets,
+    get_dataset,
+    joined,
+    root_folder,
+)
+from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
+from fcclip.data.datasets.files import WHERE_DATA_IS
+from fcclip.data.replay import with_replay_mapper
 from fcclip.data.samplers import SAMPLERS
 from fcclip.data.vocabularies import PUBLISHED_FILES
-from fcclip.engine import build_multiplier, build_optimizer, check_training, scale_to_world_size, write_atomically
-from fcclip.engine.checkpoint import initialise_from, is_mask2former, load_state
+from fcclip.engine import (
+    build_multiplier,
+    build_optimizer,
+    check_finetuning,
+    check_training,
+    scale_to_world_size,
+    write_atomically,
+)
+from fcclip.engine.checkpoint import FORMER, initialise_from, is_mask2former, load_state, trained_vocabulary
+from fcclip.engine.finetuning import former_vocabulary
 from fcclip.engine.optimizer import build_clip as build_gradient_clip
 from fcclip.engine.trainer import amp_dtype
 from fcclip.evaluation import build_evaluators
+from fcclip.evaluation.cityscapes import read_instance_ids
 from fcclip.evaluation.pictures import Picture
 from fcclip.evaluation.runner import EVALUATORS
 from fcclip.modeling import FCCLIP, build_model
@@ -60,6 +81,8 @@ from fcclip.modeling.augmentation import build_variants
 from fcclip.modeling.clip import FROZEN_PREFIX, CLIPBackbone, set_quick_gelu, tag_has_quick_gelu
 from fcclip.modeling.fingerprint import adopt_activation, clip_weights_hash
 from fcclip.modeling.weight_files import WeightFile, read_weight_file
+from fcclip.ops import build_advice, select_engine
+from fcclip.ops.engines import automatic_engine
 from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
 
 OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
@@ -97,6 +120,7 @@ _CLIP_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".pkl")
 _CLIP_CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _SPOT_CHECKS = 64  # records of a data set whose files are looked for
+_INSTANCE_IDS = "instance_ids_file"  # field of a record of Cityscapes, here alone
 _CLIP_KEY = "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"
 
 
@@ -216,6 +240,10 @@ def check(args: argparse.Namespace) -> Report:
         cfg = check_config(report, args.config_file, args.opts)
     if cfg is None:
         return report
+    if args.weights:
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = args.weights
+        cfg.freeze()
     training = not args.eval_only
     needed = ERROR if training else WARNING  # what training alone needs
     with report.section("machine"):
@@ -224,10 +252,10 @@ def check(args: argparse.Namespace) -> Report:
         check_output_folder(report, cfg)
     with report.section("model"):
         model = check_model(report, cfg)
-    with report.section("words"):
-        trained_words = check_words(report, cfg, model, needed)
     with report.section("weights"):
-        weights = check_weights(report, cfg, args.weights or cfg.MODEL.WEIGHTS, model, trained_words, training)
+        weights = check_weights(report, cfg, model, training)
+    with report.section("words"):
+        trained_words = check_words(report, cfg, model, weights, training)
     with report.section("CLIP"):
         check_clip(report, cfg, model, weights)
     if training:
@@ -237,12 +265,29 @@ def check(args: argparse.Namespace) -> Report:
     for name in dict.fromkeys(cfg.DATASETS.TRAIN):
         with report.section("training data", about=name):
             check_training_set(report, cfg, name, needed)
+    before = report.count(ERROR)
+    for name in dict.fromkeys(former_sets(cfg, training)):
+        with report.section("former training data", about=name):
+            check_training_set(report, with_replay_mapper(cfg), name, ERROR)
+    if training and cfg.FINETUNE.METHOD and report.count(ERROR) == before:  # it would name missing data once more
+        with report.section("fine-tuning"):
+            check_finetuning(scale_to_world_size(cfg, max(args.num_gpus, 1)), world_size=max(args.num_gpus, 1))
+            report.add(OK, f"FINETUNE.METHOD {cfg.FINETUNE.METHOD} can start")
     for name in dict.fromkeys(cfg.DATASETS.TEST):
         with report.section("test data", about=name):
             check_test_set(report, cfg, name)
+    with report.section("test data"):
+        distinct_datasets(cfg.DATASETS.TEST)
     with report.section("evaluation"):
         check_evaluation(report, cfg, training)
+    with report.section("data in full"):
+        name_next_check(report, cfg, training)
     return report
+
+
+def former_sets(cfg: CfgNode, training: bool) -> tuple[str, ...]:
+    """The data sets whose pictures a fine-tuning would show again."""
+    return tuple(cfg.FINETUNE.REPLAY_DATASETS) if training and cfg.FINETUNE.METHOD == "replay" else ()
 
 
 # ---- config ----
@@ -321,6 +366,14 @@ def check_machine(report: Report, cfg: CfgNode) -> None:
         raise ValueError(f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', which is no device of torch: {error}") from error
     name = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     report.add(OK, f"device {device}{name}, torch {torch.__version__}, open_clip {version('open_clip_torch')}")
+    with report.attempt():
+        engine = select_engine(cfg.MODEL.MSDA_ENGINE, device)
+        auto = engine == "auto"
+        engine = automatic_engine(device.type) if auto else engine
+        text = f"deformable attention runs on the engine '{engine}'{' (the fastest of those that can)' if auto else ''}"
+        report.add(OK, text)
+        if auto and (advice := build_advice(device)):
+            report.add(NOTE, advice)
     if cfg.FLOAT32_PRECISION:
         lookup("FLOAT32_PRECISION", cfg.FLOAT32_PRECISION, dict.fromkeys(("highest", "high", "medium")))
 
@@ -409,25 +462,30 @@ def _name_all_faults(report: Report, cfg: CfgNode) -> None:
 # ---- words ----
 
 
-def check_words(report: Report, cfg: CfgNode, model: FCCLIP | None, needed: str) -> Vocabulary | None:
-    """Vocabularies of all data sets, the training one first, which is returned."""
+def check_words(
+    report: Report, cfg: CfgNode, model: FCCLIP | None, weights: WeightFile | None, training: bool
+) -> Vocabulary | None:
+    """Vocabularies of all data sets, the training one first, which is returned; those that the weights know."""
+    needed = ERROR if training else WARNING
     trained: Vocabulary | None = None
+    former = former_words(report, cfg, weights, training)
     context = int(model.backbone.clip_model.positional_embedding.shape[0]) if model is not None else 77
     if not cfg.DATASETS.TRAIN:
         report.add(ERROR, "DATASETS.TRAIN is empty; its data set decides which classes are seen", "name a data set")
-    builtin: dict[str, str] = {}
+    sets: list[Dataset] = []  # to train on
     found: dict[str, list[str]] = {}  # what a vocabulary is -> data sets
     ours: list[str] = []
     cut: dict[str, int] = {}
-    for index, name in enumerate(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))):
+    names = dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *former_sets(cfg, training)))
+    for index, name in enumerate(names):
         with report.attempt():
             dataset = get_dataset(name)
             vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES)
             if name in cfg.DATASETS.TRAIN:
-                builtin[name] = dataset.vocabulary
+                sets.append(dataset)
             if index == 0 and cfg.DATASETS.TRAIN:
                 trained = vocabulary
-            found.setdefault(_described(vocabulary, trained), []).append(name)
+            found.setdefault(_described(vocabulary, trained, former), []).append(name)
             if dataset.vocabulary in PUBLISHED_FILES and not vocabulary.is_published:
                 ours.append(name)
             cut |= long_prompts(vocabulary, context)
@@ -445,8 +503,12 @@ def check_words(report: Report, cfg: CfgNode, model: FCCLIP | None, needed: str)
             f"the longest prompt of '{word}' has {tokens} tokens, but CLIP reads {context}: the rest is cut off",
             "shorten the word",
         )
-    if len(set(builtin.values())) > 1:
-        report.add(needed, f"the data sets of DATASETS.TRAIN have different classes: {builtin}")
+    if sets:
+        with report.attempt(needed):
+            joined(sets)
+    if weights is not None and trained is not None:
+        with report.attempt():
+            _compare_words(report, cfg, weights, trained, former, training)
     classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if trained is not None and len(trained) != classes and needed == WARNING:  # training has a check of its own
         report.add(
@@ -457,13 +519,26 @@ def check_words(report: Report, cfg: CfgNode, model: FCCLIP | None, needed: str)
     return trained
 
 
-def _described(vocabulary: Vocabulary, trained: Vocabulary | None) -> str:
+def former_words(report: Report, cfg: CfgNode, weights: WeightFile | None, training: bool) -> Vocabulary | None:
+    """Words that count as seen beside those of DATASETS.TRAIN: of a fine-tuning's start, or of fine-tuned weights."""
+    if weights is None:
+        return None
+    with report.attempt():
+        if training and cfg.FINETUNE.METHOD:
+            with contextlib.suppress(ValueError, OSError):  # the section on fine-tuning says why
+                return former_vocabulary(cfg, weights.rest)
+        elif not training and FORMER in weights.rest:
+            return trained_vocabulary(weights.rest)
+    return None
+
+
+def _described(vocabulary: Vocabulary, trained: Vocabulary | None, former: Vocabulary | None) -> str:
     words = sum(map(len, vocabulary.synonyms))
     origin = "published" if vocabulary.is_published else "of fcclip"
     text = f"'{vocabulary.name}' ({origin}), {len(vocabulary)} classes, {words} words"
     if trained is None or trained is vocabulary:
         return text
-    seen = int(vocabulary.seen_by(trained).sum())
+    seen = int(vocabulary.seen_by(trained if former is None else former.joined(trained)).sum())
     return f"{text}; {seen} classes seen in training, {len(vocabulary) - seen} unseen"
 
 
@@ -485,10 +560,9 @@ def _token_counts(texts: Sequence[str], context: int) -> list[int]:
 # ---- weights ----
 
 
-def check_weights(
-    report: Report, cfg: CfgNode, name: str, model: FCCLIP | None, trained: Vocabulary | None, training: bool
-) -> WeightFile | None:
+def check_weights(report: Report, cfg: CfgNode, model: FCCLIP | None, training: bool) -> WeightFile | None:
     """MODEL.WEIGHTS: readable, all keys and shapes those of the model, and made for the same settings."""
+    name = cfg.MODEL.WEIGHTS
     if not name:
         if training:
             report.add(NOTE, "MODEL.WEIGHTS is empty: training starts with freshly initialised heads")
@@ -505,7 +579,6 @@ def check_weights(
             warnings.simplefilter("ignore")  # of torch, that tensors without values are not written to
             _check_fit(report, file, model, name, training)
     _compare_configs(report, cfg, file, training)
-    _compare_words(report, file, trained)
     return file
 
 
@@ -549,12 +622,34 @@ def _value(tree: Mapping[str, Any], key: str) -> Any:
     return list(tree) if isinstance(tree, tuple) else tree
 
 
-def _compare_words(report: Report, file: WeightFile, trained: Vocabulary | None) -> None:
+def _compare_words(
+    report: Report, cfg: CfgNode, file: WeightFile, trained: Vocabulary, former: Vocabulary | None, training: bool
+) -> None:
     """The vocabulary stored beside the weights against that of DATASETS.TRAIN, which decides what counts as seen."""
+    if training and cfg.FINETUNE.METHOD:
+        if former is not None:
+            new = int((~trained.seen_by(former)).sum())
+            report.add(
+                OK,
+                f"the weights know {len(former)} classes ('{former.name}'), which stay seen; {new} of the "
+                f"{len(trained)} classes of DATASETS.TRAIN are new to them",
+            )
+        return
     stored = file.rest.get("vocabulary")
-    if trained is None or not stored:
+    if not stored:
         return
     remedy = "set DATASETS.TRAIN and MODEL.FC_CLIP.VOCABULARIES as in the training"
+    if training:
+        remedy += "; for a fine-tuning set FINETUNE.METHOD"
+    if former is not None:  # of fine-tuned weights: all that they know counts as seen
+        new = [words for words, known in zip(trained.synonyms, trained.seen_by(former).tolist()) if not known]
+        if not new:
+            report.add(OK, f"the weights were fine-tuned: all {len(former)} classes that they know count as seen")
+            return
+        examples = "; ".join(", ".join(words[:3]) for words in new[:3])
+        text = f"{len(new)} classes of DATASETS.TRAIN ('{trained.name}') are unknown to the weights ({examples})"
+        report.add(WARNING, f"{text}: they would count as seen", remedy)
+        return
     if isinstance(stored, str):
         if stored != trained.name:
             text = f"trained on the words '{stored}', but those of DATASETS.TRAIN are '{trained.name}'"
@@ -902,15 +997,21 @@ def check_test_set(report: Report, cfg: CfgNode, name: str) -> None:
         )
     places = ["panoptic_json", "image_root"]
     files = ["file_name"]
-    for task, place, key in (
-        ("panoptic", "panoptic_root", "pan_seg_file_name"),
-        ("instance", "json_file", None),
-        ("semantic", "sem_seg_root", "sem_seg_file_name"),
-    ):
+    of_instances, of_labels = ("json_file", None), ("sem_seg_root", "sem_seg_file_name")
+    if kind == CITYSCAPES:  # both are evaluated with the files of instance ids beside the label maps
+        of_instances = of_labels = ("sem_seg_root", _INSTANCE_IDS)
+    for task, (place, key) in {
+        "panoptic": ("panoptic_root", "pan_seg_file_name"),
+        "instance": of_instances,
+        "semantic": of_labels,
+    }.items():
         if task in tasks:
             places.append(place)
             files += [key] if key else []
-    records = read_records(report, dataset, places, ERROR)
+    records = read_records(report, dataset, dict.fromkeys(places), ERROR)
+    if records and _INSTANCE_IDS in files:
+        records = [{**record, _INSTANCE_IDS: instance_ids_file(record)} for record in records]
+    files = [key for key in dict.fromkeys(files) if records and key in records[0]]
     before = report.count(ERROR)
     if records is not None or kind not in EVALUATORS or not tasks:
         with report.attempt():
@@ -928,13 +1029,13 @@ def check_test_set(report: Report, cfg: CfgNode, name: str) -> None:
 
 
 def _dataset(report: Report, name: str) -> Dataset | None:
-    with contextlib.suppress(ValueError):  # the section on words says that there is none of this name
+    with contextlib.suppress(ValueError, FileNotFoundError):  # the section on words says that there is none
         return get_dataset(name)
-    report.add(NOTE, "not looked at, because there is no such data set")
+    report.add(NOTE, "not looked at, because it is no data set")
     return None
 
 
-def read_records(report: Report, dataset: Dataset, places: Sequence[str], level: str) -> list[dict] | None:
+def read_records(report: Report, dataset: Dataset, places: Iterable[str], level: str) -> list[dict] | None:
     """The records of a data set, or None with findings: everything missing at once, or what is wrong with a file."""
     wanted = [Path(dataset.metadata[place]) for place in places if dataset.metadata.get(place)]
     missing = [path for path in wanted if not path.exists()]
@@ -946,9 +1047,12 @@ def read_records(report: Report, dataset: Dataset, places: Sequence[str], level:
         where = f"$DETECTRON2_DATASETS, {root}" if place else f"'{root}' ($DETECTRON2_DATASETS is not set)"
         if not root.is_dir():
             where += ", which is no folder"
-        report.add(
-            level, f"{found} of {len(wanted)} files and folders found below {where}; missing: {named}", WHERE_DATA_IS
-        )
+        where, remedy = f"below {where}", WHERE_DATA_IS
+        described = dataset.metadata.get("yaml_file")
+        if described:
+            where = f"where {described} says"
+            remedy = f"paths in it are relative to its folder, {Path(described).absolute().parent}"
+        report.add(level, f"{found} of {len(wanted)} files and folders found {where}; missing: {named}", remedy)
         return None
     with report.attempt(level):
         records = dataset.annotations()
@@ -979,6 +1083,9 @@ def check_truth(
     if "sem_seg_file_name" in files:
         known = {*range(len(dataset.metadata["stuff_classes"])), dataset.metadata["ignore_label"]}
         truths["sem_seg_file_name"] = (picture.labels, known, "labels that are no class")
+    if _INSTANCE_IDS in files:
+        ids = read_instance_ids(picture)  # refuses ids that Cityscapes does not have
+        truths[_INSTANCE_IDS] = (ids, {*np.unique(ids).tolist()}, "")
     for key, (values, known, what) in truths.items():
         if values.shape != size:
             shapes = [f"{height} x {width}" for height, width in (values.shape, size)]
@@ -1031,6 +1138,21 @@ def check_evaluation(report: Report, cfg: CfgNode, training: bool) -> None:
         f"beta {cfg.MODEL.FC_CLIP.GEOMETRIC_ENSEMBLE_BETA:g}",
     )
     return None
+
+
+# ---- what comes next ----
+
+
+def name_next_check(report: Report, cfg: CfgNode, training: bool) -> None:
+    """The program that looks at every file of these data sets."""
+    names = []
+    for name in dict.fromkeys((*cfg.DATASETS.TRAIN, *former_sets(cfg, training), *cfg.DATASETS.TEST)):
+        with contextlib.suppress(ValueError, FileNotFoundError):  # the section on words says that there is none
+            get_dataset(name)
+            names.append(name)
+    if names:
+        text = "this program looks at the annotations and a few pictures of each data set"
+        report.add(NOTE, text, f"for every file: python tools/check_dataset.py {shlex.join(names)}")
 
 
 # ---- printing ----

@@ -24,11 +24,12 @@ from fvcore.common.config import CfgNode
 from PIL import Image
 
 from fcclip import Segmenter
-from fcclip.config import load_config
+from fcclip.config import load_config, resolve_device
 from fcclip.data import dataset_vocabulary, get_dataset, read_id_map, read_image
 from fcclip.engine import load_weights
 from fcclip.evaluation import evaluate, format_table, write_results
 from fcclip.modeling import build_model, test_modes
+from fcclip.ops import build_advice
 from fcclip.structures import Segment
 from fcclip.visualization import contact_sheet, draw_panoptic
 
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = load_config(REPOSITORY / CONFIG, ["MODEL.WEIGHTS", str(weights), *short_train])
         for old in (weights, results_file):  # of an earlier run, so that nothing old is taken for new
             old.unlink(missing_ok=True)
+        if advice := build_advice(resolve_device(cfg.MODEL.DEVICE)):
+            print(f"advice: {advice}")
         call("datasets/prepare_shapes.py", "--seed", str(SEED), "--out", str(output / "datasets"), *short_render)
     batch, devices = cfg.SOLVER.IMS_PER_BATCH, max(1, torch.cuda.device_count())
     gpus = str(max(count for count in range(1, devices + 1) if batch % count == 0))
@@ -101,7 +104,7 @@ def evaluate_sets(cfg: CfgNode, max_images: int | None) -> dict:
     """{set: {mode: {task: {metric: percent}}}}, all modes from one pass of the network over each set."""
     model = build_model(cfg)
     load_weights(model, cfg.MODEL.WEIGHTS)
-    options = {"modes": test_modes(cfg), "training_vocabulary": model.train_vocabulary, "max_images": max_images}
+    options = {"modes": test_modes(cfg), "training_vocabulary": model.seen_vocabulary, "max_images": max_images}
     return {name: evaluate(model, cfg, get_dataset(name), **options) for name in SETS}
 
 

@@ -27,13 +27,15 @@ def get_cfg() -> CfgNode:
     cfg.WANDB.ENTITY = ""  # team or user; "": the user's own
     cfg.MODEL = _model()
     cfg.DATASETS = CN()
-    cfg.DATASETS.TRAIN = ()  # names; the first one's vocabulary is the training vocabulary, also at evaluation
-    cfg.DATASETS.TEST = ()  # names; each is evaluated with its own vocabulary
+    # Names, or paths of YAML files that describe data sets (GETTING_STARTED, Your own data).
+    cfg.DATASETS.TRAIN = ()  # the first one's vocabulary is the training vocabulary, also at evaluation
+    cfg.DATASETS.TEST = ()  # each is evaluated with its own vocabulary
     cfg.DATASETS.PROPOSAL_FILES_TRAIN = ()
     cfg.DATASETS.PROPOSAL_FILES_TEST = ()
     cfg.DATALOADER = _dataloader()
     cfg.INPUT = _input()
     cfg.SOLVER = _solver()
+    cfg.FINETUNE = _finetune()
     cfg.TEST = _test()
     return cfg
 
@@ -250,6 +252,20 @@ def _solver() -> CfgNode:
     return solver
 
 
+def _finetune() -> CfgNode:
+    tuning = CN()
+    # What a training that starts from weights of FC-CLIP (MODEL.WEIGHTS) does against forgetting: "", nothing, and it
+    # compares nothing (published) | plain, nothing, but results before and after are compared | replay, shows former
+    # pictures too | distill, keeps what the start says of the same pictures in the former words.
+    tuning.METHOD = ""
+    tuning.VOCABULARY = ""  # former classes: a data set or a vocabulary file; "": as the checkpoint says
+    tuning.REPLAY_DATASETS = ()  # replay: former training sets; each picture is trained with the words of its own set
+    tuning.REPLAY_SHARE = 0.5  # replay: share of the pictures of each batch that is theirs, 0 up to less than 1
+    tuning.REPLAY_MAPPER = ""  # replay: INPUT.DATASET_MAPPER_NAME for them; "": the same
+    tuning.DISTILL_WEIGHT = 1.0  # distill: factor of the losses towards the start, beside the ordinary ones
+    return tuning
+
+
 def _test() -> CfgNode:
     test = CN()
     test.EVAL_PERIOD = 0  # iterations between evaluations while training; 0: only at the end
@@ -257,8 +273,8 @@ def _test() -> CfgNode:
     test.EXPECTED_RESULTS = []  # [[task, metric, expected, tolerance], ...], checked after evaluation
     test.MODE = "ensemble"  # or in_vocabulary (alpha = beta = 0), out_of_vocabulary (alpha = beta = 1)
     test.BATCH_SIZE = 1
-    test.QUERY_CHUNK = 0  # queries upsampled at once; 0: chosen by memory
-    test.CLASS_CHUNK = 0  # classes scored at once; 0: chosen by memory
+    test.QUERY_CHUNK = 0  # masks held at the output size at once; 0: what fits into 64 MiB (GPU: 256 MiB)
+    test.CLASS_CHUNK = 0  # classes whose semantic scores are held at once, some rows of them; 0: all
     test.AUG = CN()
     test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each picture
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels
@@ -298,9 +314,3 @@ WITHOUT_EFFECT = {
     "SOLVER.BIAS_LR_FACTOR": "biases learn like weights",
     "TEST.PRECISE_BN": "no batch norm is trained",
 }
-
-# Keys whose feature does not exist yet: every value but the default is refused, rather than silently ignored.
-NOT_YET = (
-    "TEST.QUERY_CHUNK",
-    "TEST.CLASS_CHUNK",
-)

@@ -1,8 +1,9 @@
-"""Where shipped files are, and what the paths and devices of a config mean."""
+"""Where shipped files and the user's cache are, and what the paths and devices of a config mean."""
 
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 
 import torch
@@ -62,6 +63,13 @@ def find_config(name: str | Path) -> Path:
     raise FileNotFoundError(
         f"config file '{name}' not found (looked at {given.absolute()} and below the shipped configs folder).{hint}"
     )
+
+
+def cache_folder(part: str = "") -> Path:
+    """The user's folder for what can be made again, or that of a part of it: $XDG_CACHE_HOME/fcclip, else
+    ~/.cache/fcclip. It is not made here."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "fcclip" / part
 
 
 def resolve_device(name: str) -> torch.device:

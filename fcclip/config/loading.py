@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
-from fcclip.config.defaults import NOT_YET, WITHOUT_EFFECT, get_cfg
+from fcclip.config.defaults import WITHOUT_EFFECT, get_cfg
 from fcclip.config.files import find_config
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,6 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
         )
     for key, value in zip(overrides[::2], overrides[1::2]):
         _assign(cfg, str(key), _parse(value) if isinstance(value, str) else value, where="command line")
-    for key in NOT_YET:
-        if _value(cfg, key) != _value(get_cfg(), key):
-            raise ValueError(
-                f"'{key}' is {_value(cfg, key)!r}, but this feature does not exist yet; leave the key at its default"
-            )
     unused = keys_without_effect(source)
     if unused:
         logger.info("keys of %s without effect: %s", path, ", ".join(f"{key} ({why})" for key, why in unused.items()))

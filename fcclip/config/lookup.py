@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 Value = TypeVar("Value")
@@ -22,6 +22,15 @@ def lookup(kind: str, name: str, known: Mapping[str, Value]) -> Value:
     """
     if name in known:
         return known[name]
-    close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise ValueError(f"unknown {kind} '{name}'.{hint} Known: {', '.join(sorted(known)) or 'none'}.")
+    raise ValueError(f"unknown {kind} '{name}'.{nearest(name, known)} Known: {', '.join(sorted(known)) or 'none'}.")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """For messages: a sentence with a space before it that asks for the name most like this one; "" if none is.
+
+    Example:
+        >>> nearest("gras", ["grass", "car"])
+        " Did you mean 'grass'?"
+    """
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean '{close[0]}'?" if close else ""

@@ -5,7 +5,7 @@ own_data.py      own_dataset: what a YAML file of the user describes
 dataset.py       Dataset: what the catalog holds; joined: several to train on
 datasets/        one module a family of data sets, and the readers they share
 images.py        reading pictures, id PNGs and label maps, with errors that name the file
-segmentations.py polygons and run-length codes to masks
+segmentations.py polygons and run-length codes to masks, segments to classes
 transforms.py    geometry of the published augmentations and of the test-time resize
 color_jitter.py  colour augmentation
 mappers.py       from a record to a sample, for training and for testing
@@ -28,6 +28,7 @@ from fcclip.data.mappers import MAPPERS, build_test_mapper, build_train_mapper
 from fcclip.data.own_data import is_own_data, own_dataset
 from fcclip.data.replay import build_replay_loader, replayed_pictures
 from fcclip.data.samplers import inference_share
+from fcclip.data.segmentations import paint_classes
 from fcclip.data.transforms import LargeScaleJitter, resize_image, shortest_edge_size
 from fcclip.data.vocabularies import dataset_vocabulary
 
@@ -51,6 +52,7 @@ __all__ = [
     "is_own_data",
     "joined",
     "own_dataset",
+    "paint_classes",
     "read_id_map",
     "read_image",
     "read_label_map",

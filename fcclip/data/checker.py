@@ -28,11 +28,12 @@ from fcclip.data.checker_annotations import (
     usable_instances,
     usable_panoptic,
 )
-from fcclip.data.checker_findings import KINDS, SEVERITIES, Finding, Findings
+from fcclip.data.checker_findings import KINDS, SEVERITIES, Finding, Findings, some
 from fcclip.data.checker_pictures import Looked, Rules, look
 from fcclip.data.checker_processes import Death, map_in_processes
 from fcclip.data.dataset import Dataset, _garbage_left_alone
-from fcclip.data.datasets.files import given_content, read_json
+from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
+from fcclip.data.datasets.files import read_json
 from fcclip.data.datasets.instances import NOT_INSTANCES
 from fcclip.data.datasets.panoptic import NOT_PANOPTIC
 from fcclip.data.transport import CompactRecords
@@ -209,6 +210,7 @@ def check_dataset(
         report.num_pictures = len(records)
         _check_count(report)
         _check_unlisted(report, dataset, records)
+        _check_instance_ids(report, dataset, records)
         rules = _rules(report, dataset, records)
         report.records = CompactRecords(records)
         del records  # a hundred thousand dicts
@@ -262,7 +264,7 @@ def _records(report: Report, dataset: Dataset) -> list[dict] | None:
     for folder in missing:
         say.say("missing-folder", folder, "a file" if Path(folder).exists() else "no such folder")
     if report.kind == "semantic":
-        records = None if missing else _read(report, dataset)
+        records = None if missing else _read(report, dataset.annotations)
     else:
         records = _from_json(report, dataset)
     if records is not None and not records:
@@ -281,10 +283,10 @@ def _what_is_there(folder: str) -> str:
     return f"the folder of pictures, {folder}, has files that end in: {found}" if found else f"{folder} is empty"
 
 
-def _read(report: Report, dataset: Dataset) -> list[dict] | None:
-    """The records that the data set's own reader gives."""
+def _read(report: Report, reader: Callable[[], list[dict]]) -> list[dict] | None:
+    """The records that the data set's own reader gives; None with a finding."""
     try:
-        return dataset.annotations()
+        return reader()
     except (ValueError, OSError) as error:
         report.findings.say("annotation-file", report.source, str(error), remedy="see there")
     except Exception as error:  # a reader may stumble over what nobody has thought of
@@ -310,8 +312,7 @@ def _from_json(report: Report, dataset: Dataset) -> list[dict] | None:
             usable = usable_panoptic(say, path, content, classes, as_published=_has_stale_areas(dataset))
         else:
             usable = usable_instances(say, path, content, classes)
-        with given_content(path, usable):
-            records = _read(report, dataset)
+        records = _read(report, partial(dataset.parse, usable) if dataset.parse else dataset.annotations)
         if records is not None and not is_panoptic:
             _add_areas(records, usable["annotations"])
         for record in records or () if is_panoptic else ():
@@ -437,7 +438,7 @@ def _check_names(say: Findings, vocabulary: Vocabulary, is_own: bool) -> None:
     if shared:
         names = {word: [vocabulary.class_names[index] for index in sorted(owners[word])] for word in shared}
         named = [f"'{word}' ({', '.join(those)})" for word, those in names.items()]
-        say.say("shared-word", file, _some(named))
+        say.say("shared-word", file, some(named, _SHOWN))
 
 
 def _severity(is_own: bool) -> dict[str, str]:
@@ -473,6 +474,19 @@ def _check_unlisted(report: Report, dataset: Dataset, records: Sequence[Mapping[
             if path not in used:
                 what = f"no record; the records have names like {os.path.basename(records[0][key])}"
                 say.say(kind, path, what)
+
+
+def _check_instance_ids(report: Report, dataset: Dataset, records: Sequence[Mapping[str, Any]]) -> None:
+    """The files that Cityscapes is evaluated with, beside the label maps."""
+    if dataset.metadata["evaluator_type"] != CITYSCAPES:
+        return
+    missing = [path for path in map(instance_ids_file, records) if not os.path.isfile(path)]
+    if len(missing) == len(records):
+        what = f"none of {len(records):,} *_gtFine_instanceIds.png is there"
+        report.findings.say("missing-instance-ids", dataset.metadata["sem_seg_root"], what)
+        return
+    for path in missing:
+        report.findings.say("missing-instance-ids", path, "no such file")
 
 
 def _pictures_in(folders: set[str]) -> Iterator[str]:
@@ -563,10 +577,5 @@ def _check_classes(report: Report) -> None:
     """Classes that nothing belongs to."""
     unused = [one.name for one in report.classes if not one.pictures]
     if report.knows_classes and unused and len(unused) < len(report.classes):
-        what = f"{len(unused)} of {len(report.classes)}: {_some(unused)}"
+        what = f"{len(unused)} of {len(report.classes)}: {some(unused, _SHOWN)}"
         report.findings.say("unused-class", report.source, what)
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fcclip.data.checker_findings import PUBLISHED_SO, Findings
+from fcclip.data.checker_findings import PUBLISHED_SO, Findings, plural, some
 from fcclip.data.dataset import Dataset
+from fcclip.data.own_data import class_of
 from fcclip.data.segmentations import compressed, has_area
 from fcclip.vocabulary import Vocabulary
 
@@ -20,7 +21,6 @@ __all__ = ["Classes", "check_categories", "known_classes", "spelling", "usable_i
 
 _HIGHEST_ID = 2**24 - 1
 _LONGEST_SIDE = 1_000_000  # of a picture, pixels; more is a mistake
-_SHOWN = 5  # examples in a finding
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,10 @@ def known_classes(dataset: Dataset, content: Mapping[str, Any]) -> Classes:
         return Classes(vocabulary, dataset.metadata["stuff_dataset_id_to_contiguous_id"], things, by_name=False)
     index_of = {}
     for category in _dicts(content.get("categories")):
-        index = _class_of(str(category.get("name", "")).strip(), vocabulary)
+        index = class_of(str(category.get("name", "")), vocabulary)
         if index is not None and _is_id(category.get("id")):
             index_of.setdefault(category["id"], index)
     return Classes(vocabulary, index_of, things, by_name=True)
-
-
-def _class_of(name: str, vocabulary: Vocabulary) -> int | None:
-    """The class with this name, else the only one with this synonym."""
-    if name in vocabulary.class_names:
-        return vocabulary.class_names.index(name)
-    those = [index for index, words in enumerate(vocabulary.synonyms) if name in words]
-    return those[0] if len(those) == 1 else None
 
 
 # ---- categories ----
@@ -106,7 +98,7 @@ def check_categories(say: Findings, path: Path, content: dict, classes: Classes,
     listed_classes = {classes.index_of[one] for one in kept if one in classes.index_of}
     missing = [name for index, name in enumerate(classes.vocabulary.class_names) if index not in listed_classes]
     if missing:
-        say.say("class-not-listed", path, _some(missing))
+        say.say("class-not-listed", path, some(missing))
 
 
 def _compare_names(say: Findings, path: Path, categories: Mapping[Any, dict], classes: Classes) -> None:
@@ -131,7 +123,7 @@ def _compare_names(say: Findings, path: Path, categories: Mapping[Any, dict], cl
             others.append(f"'{name}' for '{entry.name}'")
     if others:
         kind = "other-categories" if 2 * len(others) > len(categories) else "category-name"
-        say.say(kind, path, f"{len(others)} of {len(categories)}: {_some(others)}")
+        say.say(kind, path, f"{len(others)} of {len(categories)}: {some(others)}")
 
 
 def _words(vocabulary: Vocabulary) -> Iterable[tuple[int, tuple[str, ...]]]:
@@ -205,7 +197,7 @@ def usable_panoptic(say: Findings, path: Path, content: dict, classes: Classes, 
                 ids.add(segment["id"])
                 segments.append(_without_nonsense(say, path, f"{name}, segment {segment['id']}", segment))
         if doubles:
-            say.say("duplicate-segment-id", path, f"{name}: {_some(doubles)}", **twice)
+            say.say("duplicate-segment-id", path, f"{name}: {some(doubles)}", **twice)
         kept.append({**annotation, "segments_info": segments})
     strange.tell("segment")
     for image_id, image in images.items():
@@ -272,7 +264,7 @@ def usable_instances(say: Findings, path: Path, content: dict, classes: Classes)
             kept.append({**_without_nonsense(say, path, which, annotation), "image_id": image["id"]})
     strange.tell("instance")
     for image_id, count in orphans.items():
-        say.say("unlisted-picture", path, f"image_id {image_id!r}: {_plural(count, 'annotation')}")
+        say.say("unlisted-picture", path, f"image_id {image_id!r}: {plural(count, 'annotation')}")
     _tell_sizes(say, path, images.values())
     return {**content, "images": list(images.values()), "annotations": kept}
 
@@ -333,21 +325,21 @@ class _Strange:
         for category, (count, where) in self.unknown.items():
             name = self.names.get(category)
             called = f" ('{name}')" if name is not None else ""
-            what = f"category_id {category!r}{called}: {_plural(count, entry)}, first in {where}"
+            what = f"category_id {category!r}{called}: {plural(count, entry)}, first in {where}"
             alike = spellings.get(spelling(str(name))) if name is not None else None
             if alike is None:
                 self.say.say("unknown-category", self.path, what)
                 continue
             ours = self.classes.vocabulary.class_names[alike]
             ids = [one for one, index in self.classes.index_of.items() if index == alike]
-            remedy = f"write '{ours}' in both" if self.classes.by_name else f"the id of '{ours}' is {_some(ids)}"
+            remedy = f"write '{ours}' in both" if self.classes.by_name else f"the id of '{ours}' is {some(ids)}"
             self.say.say("unknown-category", self.path, what, remedy=remedy)
         for category, (count, where) in self.stuff.items():
             ours = self.classes.vocabulary.class_names[self.classes.index_of[category]]
-            what = f"'{ours}' (category_id {category!r}): {_plural(count, entry)}, first in {where}"
+            what = f"'{ours}' (category_id {category!r}): {plural(count, entry)}, first in {where}"
             self.say.say("instance-of-stuff", self.path, what)
         if self.unlisted:
-            self.say.say("category-not-listed", self.path, _some(sorted(self.unlisted, key=str)))
+            self.say.say("category-not-listed", self.path, some(sorted(self.unlisted, key=str)))
 
 
 def _usable_images(say: Findings, path: Path, images: Iterable[Any], *, needs_file: bool = False) -> dict[str, dict]:
@@ -383,7 +375,7 @@ def _file_of(image: Mapping[str, Any]) -> str:
 def _tell_sizes(say: Findings, path: Path, images: Iterable[Mapping[str, Any]]) -> None:
     without = [_file_of(image) for image in images if not (image.get("height") and image.get("width"))]
     if without:
-        say.say("size-not-told", path, f"{_plural(len(without), 'picture')}: {_some(without)}")
+        say.say("size-not-told", path, f"{plural(len(without), 'picture')}: {some(without)}")
 
 
 def _without_nonsense(say: Findings, path: Path, which: str, entry: dict) -> dict:
@@ -414,13 +406,3 @@ def _is_number(value: Any) -> bool:
 
 def _dicts(entries: Any) -> list[dict]:
     return [one for one in entries if isinstance(one, dict)] if isinstance(entries, list) else []
-
-
-def _some(values: Iterable[Any]) -> str:
-    texts = [str(value) for value in values]
-    more = f" and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else ""
-    return ", ".join(texts[:_SHOWN]) + more
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"

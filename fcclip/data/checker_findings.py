@@ -7,9 +7,11 @@ note     good to know
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["KINDS", "PUBLISHED_SO", "SEVERITIES", "Finding", "Findings", "Kind", "finding"]
+__all__ = ["KINDS", "PUBLISHED_SO", "SEVERITIES", "Finding", "Findings", "Kind", "finding", "plural", "some"]
 
 SEVERITIES = ("error", "warning", "note")
 _AGAIN = "copy or download them again"
@@ -202,6 +204,12 @@ KINDS: dict[str, Kind] = {
         "no semantic label maps: training and panoptic quality do not need them, mIoU does",
         "prepare them, as datasets/README.md says",
     ),
+    "missing-instance-ids": Kind(
+        "warning",
+        "files of instance ids that do not exist: the Cityscapes protocol (AP, IoU, iIoU) cannot be followed without",
+        "copy all of gtFine, or switch off MODEL.MASK_FORMER.TEST.INSTANCE_ON and SEMANTIC_ON; training and panoptic "
+        "quality do not need them",
+    ),
     "unreadable-labels": Kind("error", "label files that cannot be read", "copy or prepare them again"),
     "lossy-labels": Kind("error", "labels in a lossy format, which changes them", "make them again as PNG"),
     "coloured-labels": Kind(
@@ -260,3 +268,19 @@ def finding(kind: str, file: object, what: str, *, remedy: str | None = None, se
     """A finding of one of `KINDS`."""
     known = KINDS[kind]
     return Finding(severity or known.severity, str(file), what, known.remedy if remedy is None else remedy, kind)
+
+
+def some(values: Sequence[Any], limit: int = 5) -> str:
+    """The first of some values, and how many more there are."""
+    more = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(str, values[:limit])) + more
+
+
+def plural(count: int, word: str) -> str:
+    """A number of things.
+
+    Example:
+        >>> plural(1200, "pixel"), plural(1, "pixel")
+        ('1,200 pixels', '1 pixel')
+    """
+    return f"{count:,} {word}{'' if count == 1 else 's'}"

@@ -15,7 +15,7 @@ import numpy as np
 import pycocotools.mask
 from PIL import Image
 
-from fcclip.data.checker_findings import PUBLISHED_SO, Findings
+from fcclip.data.checker_findings import PUBLISHED_SO, Findings, plural, some
 from fcclip.data.images import Header, read_header, read_id_map, read_label_map, read_picture
 from fcclip.data.segmentations import check_code, has_area
 
@@ -203,7 +203,7 @@ def _look_at_segments(looked: Looked, record: Mapping[str, Any], rules: Rules, s
     if not segments:
         looked.say("empty", record["file_name"], "no segment")
     elif all(one.get("iscrowd", 0) for one in segments):
-        looked.say("crowd-only", record["file_name"], _plural(len(segments), "crowd segment"))
+        looked.say("crowd-only", record["file_name"], plural(len(segments), "crowd segment"))
     if found is not None:
         _compare_segments(looked, record, rules, found, areas)
     if rules.has_label_maps and record.get("sem_seg_file_name"):
@@ -222,12 +222,12 @@ def _compare_segments(
     unknown = [one for one in areas if one and one not in told]
     if unknown:
         pixels = sum(areas[one] for one in unknown)
-        ids = f"{_few(unknown)} ({_plural(pixels, 'pixel')})"
-        looked.say("unknown-id", path, f"{ids}; the JSON has {_few(sorted(known)) or 'no id'}{_shift(unknown, known)}")
+        ids = f"{some(unknown)} ({plural(pixels, 'pixel')})"
+        looked.say("unknown-id", path, f"{ids}; the JSON has {some(sorted(known)) or 'no id'}{_shift(unknown, known)}")
     as_published = {"remedy": PUBLISHED_SO, "severity": "note"} if rules.stale_areas else {}
     empty = [one["id"] for one in segments if not areas.get(one["id"])]
     if empty:
-        looked.say("empty-segment", path, f"id {_few(empty)}", **as_published)
+        looked.say("empty-segment", path, f"id {some(empty)}", **as_published)
     wrong = [
         f"id {one['id']}: {one['area']} in the JSON, {areas[one['id']]} in the PNG"
         for one in segments
@@ -293,7 +293,7 @@ def _look_at_labels(looked: Looked, record: Mapping[str, Any], rules: Rules, siz
         looked.say(
             "unknown-label",
             path,
-            f"{_few(unknown)} ({_plural(pixels, 'pixel')}); classes are 0..{names[-1]}, unlabelled is "
+            f"{some(unknown)} ({plural(pixels, 'pixel')}); classes are 0..{names[-1]}, unlabelled is "
             f"{rules.ignore_label}",
             remedy=_label_remedy(unknown, rules),
         )
@@ -387,7 +387,7 @@ def _look_at_instances(looked: Looked, record: Mapping[str, Any], rules: Rules, 
     if not instances:
         looked.say("empty", path, "no annotation")
     elif all(one.get("iscrowd", 0) for one in instances):
-        looked.say("crowd-only", path, _plural(len(instances), "crowd"))
+        looked.say("crowd-only", path, plural(len(instances), "crowd"))
 
 
 def _box_problems(box: Any, shape: tuple[int, int]) -> list[str]:
@@ -504,14 +504,5 @@ def _class_name(rules: Rules, index: int) -> str:
     return f"'{rules.class_names[index]}'" if 0 <= index < len(rules.class_names) else str(index)
 
 
-def _few(values: list[int], limit: int = 5) -> str:
-    more = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(str, values[:limit])) + more
-
-
 def _first(problems: list[str]) -> str:
     return problems[0] + (f"; and {len(problems) - 1} more in this picture" if len(problems) > 1 else "")
-
-
-def _plural(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"

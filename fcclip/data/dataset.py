@@ -31,6 +31,8 @@ class Dataset:
         vocabulary: name of its vocabulary, which data sets with the same classes share; a contiguous class id is a
             position in it.
         words: makes that vocabulary; None: it is the built-in one of that name.
+        parse: makes the same records of the content of the annotation file, looking for no file; None: they do not
+            come from one file, or only `load` knows how.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Dataset:
     load: Callable[[], list[dict]]
     vocabulary: str
     words: Callable[[], Vocabulary] | None = None
+    parse: Callable[[dict], list[dict]] | None = None
 
     def own_vocabulary(self) -> Vocabulary:
         """Its classes in order, with the words of the package or of its own files.
@@ -103,6 +106,7 @@ def joined(datasets: Sequence[Dataset]) -> Dataset:
         first,
         name="+".join(one.name for one in datasets),
         load=lambda: [record for one in datasets for record in one.records()],
+        parse=None,
     )
 
 

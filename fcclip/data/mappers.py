@@ -26,7 +26,7 @@ from fcclip.data.catalog import DATASETS, get_dataset
 from fcclip.data.color_jitter import ColorJitter
 from fcclip.data.images import read_id_map, read_label_map, read_picture
 from fcclip.data.own_data import is_own_data
-from fcclip.data.segmentations import fill_polygons, has_area, read_run_lengths
+from fcclip.data.segmentations import fill_polygons, has_area, paint_classes, read_run_lengths
 from fcclip.data.transforms import (
     Geometry,
     LargeScaleJitter,
@@ -147,7 +147,7 @@ class PanopticJitterMapper(JitterMapper):
         """The semantic label map of the record, as published; made of the segments where the record has none."""
         if "sem_seg_file_name" in record:
             return _read_labels(record, truth.shape)
-        return _paint_classes(truth, record["segments_info"], self.ignored_label)
+        return paint_classes(truth, record["segments_info"], self.ignored_label)
 
 
 class SemanticJitterMapper(JitterMapper):
@@ -171,7 +171,7 @@ class SemanticJitterMapper(JitterMapper):
 
     def read(self, record: dict, size: tuple[int, int]) -> np.ndarray:
         if "sem_seg_file_name" not in record:
-            return _paint_classes(_read_id_map(record, size), record["segments_info"], self.ignore_label)
+            return paint_classes(_read_id_map(record, size), record["segments_info"], self.ignore_label)
         labels = _read_labels(record, size)
         found = _distinct(labels)
         unknown = [] if self.num_classes is None else sorted(found - {*range(self.num_classes), self.ignore_label})
@@ -454,14 +454,6 @@ def _read_labels(record: dict, image_size: tuple[int, int]) -> np.ndarray:
     if labels.size and labels.min() < 0:
         raise ValueError(f"{path}: label {labels.min()} is negative. Prepare the label map again.")
     return labels
-
-
-def _paint_classes(id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], ignored: int) -> np.ndarray:
-    """The class of each pixel, `ignored` without a segment; every id but `VOID_ID` is one of the segments."""
-    order = sorted(segments, key=lambda segment: segment["id"])
-    ids = np.array([VOID_ID, *(segment["id"] for segment in order)])
-    classes = np.array([ignored, *(segment["category_id"] for segment in order)], np.int32)
-    return classes[np.searchsorted(ids, id_map)]
 
 
 def _check_size(record: dict, path: str, kind: str, size: tuple[int, ...], image_size: tuple[int, int]) -> None:

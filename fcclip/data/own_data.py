@@ -14,26 +14,26 @@ ignore_label: 255          # of unlabelled pixels
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
+from fcclip.config import nearest
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import read_json
+from fcclip.data.datasets.files import check_first_files, check_lists, read_json
 from fcclip.data.datasets.instances import NOT_INSTANCES, instance_records
 from fcclip.data.datasets.metadata import LateMetadata, class_metadata
 from fcclip.data.datasets.panoptic import NOT_PANOPTIC, panoptic_records
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["is_own_data", "own_dataset"]
+__all__ = ["class_of", "is_own_data", "own_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class _Description:
             folder = path.absolute().parent
             there = sorted(one.name for one in folder.iterdir() if is_own_data(one)) if folder.is_dir() else []
             raise FileNotFoundError(
-                f"the data set '{path}' does not exist (looked at {path.absolute()}).{_nearest(path.name, there)} Give "
+                f"the data set '{path}' does not exist (looked at {path.absolute()}).{nearest(path.name, there)} Give "
                 "the path of a YAML that describes it, from the folder in which the program is started."
             ) from error
         except yaml.YAMLError as error:
@@ -120,14 +120,14 @@ class _Description:
         for key in self.content:
             if key not in _MEANINGS:
                 raise ValueError(
-                    f"{self.path}: unknown key '{key}'.{_nearest(str(key), _MEANINGS)} Known: {', '.join(_MEANINGS)}."
+                    f"{self.path}: unknown key '{key}'.{nearest(str(key), _MEANINGS)} Known: {', '.join(_MEANINGS)}."
                 )
         for key in _NEEDED:
             if self.content.get(key) is None:
                 raise ValueError(f"{self.path}: key '{key}' is missing: {_MEANINGS[key]}. Add it.")
         kind = self.content["type"]
         if kind not in _KINDS:
-            near = _nearest(kind, _KINDS) if isinstance(kind, str) else ""
+            near = nearest(kind, _KINDS) if isinstance(kind, str) else ""
             raise self.wrong("type", f"expected {', '.join(_KINDS[:-1])} or {_KINDS[-1]}, got {kind!r}.{near}")
         for key in self.content:
             if key in _WITHOUT[kind]:
@@ -291,7 +291,7 @@ def _things(description: _Description, vocabulary: Vocabulary, told: Mapping[int
         if name not in position:
             raise description.wrong(
                 "things",
-                f"'{one}' is no class.{_nearest(name, position)} Expected names of `classes`: "
+                f"'{one}' is no class.{nearest(name, position)} Expected names of `classes`: "
                 f"{_some(vocabulary.class_names)}",
             )
         chosen.add(position[name])
@@ -306,6 +306,15 @@ def _things(description: _Description, vocabulary: Vocabulary, told: Mapping[int
 
 
 # ---- category ids ----
+
+
+def class_of(name: str, vocabulary: Vocabulary) -> int | None:
+    """The class that a category of a JSON belongs to: the one with this name, else the only one with this synonym."""
+    name = name.strip()
+    if name in vocabulary.class_names:
+        return vocabulary.class_names.index(name)
+    those = [index for index, words in enumerate(vocabulary.synonyms) if name in words]
+    return those[0] if len(those) == 1 else None
 
 
 class _CocoFile:
@@ -346,6 +355,16 @@ class _CocoFile:
             self.where, self.path, ("categories", *self.lists), self.expected, remedy=self.description.remedy
         )
 
+    def records(self, parse: Callable[[dict], list[dict]]) -> list[dict]:
+        """What `parse` makes of the file; the files of the first record must be there.
+
+        Raises:
+            FileNotFoundError, ValueError: as `read`, and what `parse` raises.
+        """
+        records = parse(self.read())
+        check_first_files(self.where, records, self.description.remedy)
+        return records
+
     def matched(self, content: dict | None = None) -> Vocabulary:
         """The classes with the category ids of the JSON; a class that it does not have gets an id that is free there.
 
@@ -357,6 +376,7 @@ class _CocoFile:
         """
         if self._matched is None:
             content = self.read() if content is None else content
+            check_lists(self.where, content, ("categories",), self.expected)
             names = self._categories(content["categories"])
             ids = self._ids(names, Counter(_used(content["annotations"])))
             fresh = itertools.count(max([0, *names]) + 1)
@@ -395,7 +415,7 @@ class _CocoFile:
                 f"{self.where}: {used[unlisted[0]]} annotations have category_id {unlisted[0]!r}, which is not in its "
                 f"'categories' ({len(names)} ids: {_some(names)}). {self.expected}"
             )
-        found = {identifier: self._class(name) for identifier, name in names.items()}
+        found = {identifier: class_of(name, self.vocabulary) for identifier, name in names.items()}
         strange = [identifier for identifier, index in found.items() if index is None and used.get(identifier)]
         if strange:
             raise ValueError(self._without_class([(names[one], used[one]) for one in strange]))
@@ -413,21 +433,13 @@ class _CocoFile:
             ids.setdefault(index, identifier)
         return ids
 
-    def _class(self, name: str) -> int | None:
-        """The class with this name, else the only one with this synonym."""
-        name = name.strip()
-        if name in self.vocabulary.class_names:
-            return self.vocabulary.class_names.index(name)
-        those = [index for index, words in enumerate(self.vocabulary.synonyms) if name in words]
-        return those[0] if len(those) == 1 else None
-
     def _without_class(self, categories: Sequence[tuple[str, int]]) -> str:
         words = [*self.vocabulary.class_names, *(word for words in self.vocabulary.synonyms for word in words)]
         lines = []
         for name, count in categories[:_SHOWN]:
             case = next((word for word in words if word.casefold() == name.strip().casefold()), None)
             several = sum(name.strip() in one for one in self.vocabulary.synonyms) > 1
-            hint = _nearest(name, words)
+            hint = nearest(name, words)
             if several:
                 hint = " Several classes have it among their words."
             elif case is not None:
@@ -471,29 +483,29 @@ def _panoptic(description: _Description) -> Dataset:
     masks = description.place("masks") if "masks" in description.content else default
     images = description.place("images")
 
-    def load() -> list[dict]:
-        folder, mask_folder = description.folder("images"), description.folder("masks", masks)
-        content = source.read()
+    def parse(content: dict) -> list[dict]:
         words = source.matched(content)
-        pictures = _Pictures(folder, content.get("images") or ())
+        pictures = _Pictures(images, content.get("images") or ())
 
         def files(annotation: dict) -> dict[str, str]:
             mask = annotation["file_name"]
             return {
-                "file_name": str(folder / pictures.of(annotation["image_id"], mask)),
-                "pan_seg_file_name": str(mask_folder / mask),
+                "file_name": str(images / pictures.of(annotation["image_id"], mask)),
+                "pan_seg_file_name": str(masks / mask),
             }
 
-        records = panoptic_records(
-            source.where, content, vocabulary=words, image_id=lambda value: value, files=files,
-            remedy=description.remedy,
-        )  # fmt: skip
+        records = panoptic_records(source.where, content, vocabulary=words, image_id=lambda value: value, files=files)
         if pictures.num_listed > len(records):
             logger.info(
                 "%s: %d of %d pictures have no annotation; left out",
                 *(source.where, pictures.num_listed - len(records), pictures.num_listed),
             )
         return records
+
+    def load() -> list[dict]:
+        description.folder("images")
+        description.folder("masks", masks)
+        return source.records(parse)
 
     known = {
         **_class_names(vocabulary),
@@ -507,33 +519,35 @@ def _panoptic(description: _Description) -> Dataset:
         "label_divisor": 1000,
         "yaml_file": str(description.path),
     }
-    return _dataset(description, vocabulary, LateMetadata(known, source.matched), load)
+    return _dataset(description, vocabulary, LateMetadata(known, source.matched), load, parse)
 
 
 def _instances(description: _Description) -> Dataset:
     vocabulary = _vocabulary(description)
     source = _CocoFile(description, vocabulary, lists=("images", "annotations"), expected=NOT_INSTANCES)
+    images = description.place("images")
 
-    def load() -> list[dict]:
-        folder = description.folder("images")
-        content = source.read()
+    def picture(image: dict) -> dict[str, Any]:
+        return {"file_name": str(images / image["file_name"]), "image_id": image["id"]}
+
+    def parse(content: dict) -> list[dict]:
         words = source.matched(content)
-
-        def picture(image: dict) -> dict[str, Any]:
-            return {"file_name": str(folder / image["file_name"]), "image_id": image["id"]}
-
-        records = instance_records(source.where, content, vocabulary=words, picture=picture, remedy=description.remedy)
+        records = instance_records(source.where, content, vocabulary=words, picture=picture)
         _check_instances(description, source.where, words, records)
         return records
+
+    def load() -> list[dict]:
+        description.folder("images")
+        return source.records(parse)
 
     known = {
         **_class_names(vocabulary),
         "evaluator_type": "coco",
-        "image_root": str(description.place("images")),
+        "image_root": str(images),
         "json_file": str(source.path),
         "yaml_file": str(description.path),
     }
-    return _dataset(description, vocabulary, LateMetadata(known, source.matched), load)
+    return _dataset(description, vocabulary, LateMetadata(known, source.matched), load, parse)
 
 
 def _check_instances(description: _Description, where: str, words: Vocabulary, records: Iterable[dict]) -> None:
@@ -583,11 +597,18 @@ def _semantic(description: _Description) -> Dataset:
     return _dataset(description, vocabulary, metadata, load)
 
 
-def _dataset(description: _Description, vocabulary: Vocabulary, metadata: Mapping[str, Any], load: Any) -> Dataset:
+def _dataset(
+    description: _Description,
+    vocabulary: Vocabulary,
+    metadata: Mapping[str, Any],
+    load: Callable[[], list[dict]],
+    parse: Callable[[dict], list[dict]] | None = None,
+) -> Dataset:
     return Dataset(
         name=description.name,
         metadata=metadata,
         load=load,
+        parse=parse,
         vocabulary=f"own-{vocabulary.hash[:12]}",  # data sets with the same classes share it
         words=lambda: vocabulary,
     )
@@ -682,11 +703,6 @@ def _files(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
 
 
 # ---- words of messages ----
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _described(value: Any) -> str:

@@ -19,7 +19,7 @@ from fcclip.data.transforms import RandomNumbers
 from fcclip.data.transport import CompactRecords
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["MixedBatches", "ReplayLoader", "build_replay_loader", "replayed_pictures"]
+__all__ = ["MixedBatches", "ReplayLoader", "build_replay_loader", "replayed_pictures", "with_replay_mapper"]
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def build_replay_loader(
     if cfg.SEED < 0 or not count:
         raise ValueError(f"replay needs a SEED of 0 or more and a share above 0, got {cfg.SEED} and {count} pictures")
     mappers = [build_train_mapper(cfg, dataset.metadata)]
-    mappers += [build_train_mapper(_with_replay_mapper(cfg), one.metadata) for one, _ in former]
+    mappers += [build_train_mapper(with_replay_mapper(cfg), one.metadata) for one, _ in former]
     records = training_records(cfg, dataset, mappers[0])
     former_records = [
         {**record, _SOURCE: source}
@@ -181,7 +181,7 @@ def build_replay_loader(
     return ReplayLoader(loader, [words for _, words in former])
 
 
-def _with_replay_mapper(cfg):
+def with_replay_mapper(cfg):
     """The config with FINETUNE.REPLAY_MAPPER as the mapper."""
     if not cfg.FINETUNE.REPLAY_MAPPER:
         return cfg

@@ -1,14 +1,16 @@
-"""From the `segmentation` of COCO annotations - polygons or run-length codes - to masks."""
+"""From annotations to pixels: polygons and run-length codes to masks, segments to classes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pycocotools.mask
 
-__all__ = ["check_code", "compressed", "fill_polygons", "has_area", "read_run_lengths", "run_lengths"]
+__all__ = [
+    "check_code", "compressed", "fill_polygons", "has_area", "paint_classes", "read_run_lengths", "run_lengths",
+]  # fmt: skip
 
 
 def has_area(polygon: Sequence[float]) -> bool:
@@ -108,3 +110,18 @@ def fill_polygons(polygons: Sequence[np.ndarray], canvas: np.ndarray) -> None:
     left, top = np.maximum(np.floor(corners.min(axis=0)).astype(int) - 1, 0)
     right, bottom = np.ceil(corners.max(axis=0)).astype(int) + 1
     canvas[top:bottom, left:right] |= mask[top:bottom, left:right].view(bool)
+
+
+def paint_classes(id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], ignore_label: int) -> np.ndarray:
+    """(h, w) int segment ids, not empty -> (h, w) int32 classes; `ignore_label` where the id is that of no segment.
+
+    Example:
+        >>> paint_classes(np.array([[0, 7, 9]]), [{"id": 7, "category_id": 2}], 255).tolist()
+        [[255, 2, 255]]
+    """
+    class_of = {segment["id"]: segment["category_id"] for segment in segments}
+    row = id_map.ravel()
+    starts = np.flatnonzero(np.concatenate(([True], row[1:] != row[:-1])))  # of runs, which are few and long
+    ids, which = np.unique(row[starts], return_inverse=True)
+    classes = np.array([class_of.get(one, ignore_label) for one in ids.tolist()], np.int32)
+    return np.repeat(classes[which], np.diff(starts, append=row.size)).reshape(id_map.shape)

@@ -3,6 +3,7 @@
 optimizer.py    AdamW and SGD with the published parameter groups, gradient clipping
 schedule.py     the learning rate as a function of the iteration; scaling to the number of processes
 trainer.py      Trainer: the loop; build_trainer: the loop of a config
+finetuning.py   begin_finetuning: what a fine-tuning starts from and must not forget
 guards.py       numbers that are not finite, memory that is full
 signals.py      SIGTERM and SIGUSR1: finish the step, save, leave
 run_folder.py   one training at a time in a folder; what may change when it is resumed
@@ -53,10 +54,11 @@ from fcclip.engine.environment import (
     seed_everything,
     set_random_state,
 )
+from fcclip.engine.finetuning import FineTuning, begin_finetuning, check_finetuning, replay_sets
 from fcclip.engine.guards import NonFiniteError, OnNonFinite
 from fcclip.engine.metrics import build_writers, close_logging, duration, log_exception, setup_logging
 from fcclip.engine.optimizer import build_clip, build_optimizer, parameter_groups
-from fcclip.engine.run_folder import RunLock, check_resume
+from fcclip.engine.run_folder import RunLock, check_resume, check_words
 from fcclip.engine.schedule import build_lr_scheduler, build_multiplier, scale_to_world_size
 from fcclip.engine.signals import REQUEUE_EXIT_CODE, StopRequest, StopRequested, shield_worker
 from fcclip.engine.trainer import Trainer, build_trainer, check_training
@@ -64,6 +66,7 @@ from fcclip.engine.trainer import Trainer, build_trainer, check_training
 __all__ = [
     "REQUEUE_EXIT_CODE",
     "Checkpointer",
+    "FineTuning",
     "NonFiniteError",
     "OnNonFinite",
     "ProcessFailedError",
@@ -74,6 +77,7 @@ __all__ = [
     "all_gather_object",
     "apply_numeric_settings",
     "barrier",
+    "begin_finetuning",
     "broadcast_object",
     "build_clip",
     "build_lr_scheduler",
@@ -81,8 +85,10 @@ __all__ = [
     "build_optimizer",
     "build_trainer",
     "build_writers",
+    "check_finetuning",
     "check_resume",
     "check_training",
+    "check_words",
     "clip_fingerprint",
     "close_logging",
     "draw_seed",
@@ -104,6 +110,7 @@ __all__ = [
     "model_weights",
     "parameter_groups",
     "random_state",
+    "replay_sets",
     "save_checkpoint",
     "save_weights",
     "scale_to_world_size",

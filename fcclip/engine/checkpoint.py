@@ -7,6 +7,7 @@ may look like is the business of `modeling/weight_files.py`; here is what their 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from fcclip.config import resolve_file
 from fcclip.modeling.clip import FROZEN_PREFIX, set_quick_gelu
 from fcclip.modeling.fingerprint import adopt_activation, check_fingerprint, clip_fingerprint
 from fcclip.modeling.weight_files import read_plain_data, read_weight_file
+from fcclip.vocabulary import ClassEntry, Vocabulary, builtin_names
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ PIXEL_DECODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predicto
 # Keys that files may hold and that never come from a file: constants, and the class weights that the config decides.
 _CLIP_CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 _IGNORED = {"pixel_mean", "pixel_std", "criterion.empty_weight", *(FROZEN_PREFIX + name for name in _CLIP_CONSTANTS)}
+FORMER = "former_vocabulary"  # note of a fine-tuned file
 _COUNTER = ".num_batches_tracked"  # of batch normalisation; nothing reads it in evaluation mode
 _IMAGE_TOWER = FROZEN_PREFIX + "visual."
 _PERIODIC = re.compile(r"model_(\d{7})\.pth")
@@ -49,7 +52,8 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
 
     Every key of the model must be in the file with the same shape, and the other way round, apart from the frozen CLIP
     (`backbone.clip_model.*`), of which a file may hold any part, and constants. Class weights of the loss stay as the
-    config built them. The CLIP that the file was trained with must be the one the model has.
+    config built them. The CLIP that the file was trained with must be the one the model has. Of a fine-tuned file, the
+    model learns all words that count as seen.
 
     Args:
         model: the model, or its DistributedDataParallel wrapper.
@@ -70,7 +74,51 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
         logger.info("%s", start.report())
     else:
         load_state(model, file.tensors, source=str(path), fingerprint=file.rest.get("clip"))
+    bare = unwrap(model)
+    if hasattr(bare, "former_vocabulary"):
+        bare.former_vocabulary = trained_vocabulary(file.rest) if FORMER in file.rest else None
     return file.rest
+
+
+def vocabulary_note(vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a checkpoint says of the classes it was trained on, under `vocabulary`, and of those before a fine-tuning,
+    under `former_vocabulary`."""
+    classes = [list(words) for words in vocabulary.synonyms]
+    things = list(vocabulary.thing_classes)
+    return {"name": vocabulary.name, "sha256": vocabulary.hash, "classes": classes, "things": things}
+
+
+def trained_vocabulary(notes: Mapping[str, Any]) -> Vocabulary | None:
+    """All classes that a file was trained on, in this training and in those before it.
+
+    Args:
+        notes: what stands beside the weights.
+
+    Returns:
+        None where the file does not tell: the published ones, and those that name words which this package does not
+        have.
+
+    Raises:
+        ValueError: the note is broken.
+    """
+    found = [_noted_vocabulary(notes[key]) for key in (FORMER, "vocabulary") if notes.get(key)]
+    if not found or None in found:
+        return None
+    return functools.reduce(Vocabulary.joined, found)
+
+
+def _noted_vocabulary(note: Any) -> Vocabulary | None:
+    if isinstance(note, str):  # the shipped files name a vocabulary of the package
+        return Vocabulary.builtin(note) if note in builtin_names() else None
+    try:
+        entries = [tuple(map(str, words)) for words in note["classes"]]
+        things = {int(index) for index in note.get("things", range(len(entries)))}  # earlier files do not say
+        classes = tuple(ClassEntry(index, words[0], words, index in things) for index, words in enumerate(entries))
+        return Vocabulary(str(note.get("name", "words")), classes)
+    except (TypeError, KeyError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"the note on the vocabulary of the weights is broken ({error!r}): {str(note)[:200]}"
+        ) from error
 
 
 def load_state(

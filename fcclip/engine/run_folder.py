@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import itertools
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from fcclip.config import WITHOUT_EFFECT, get_cfg
+from fcclip.vocabulary import Vocabulary
 
 try:
     import fcntl
@@ -291,6 +293,33 @@ def check_resume(stored: str, here: CfgNode, *, source: str | Path, iteration: i
         logger.info(
             "resuming with changes that the training does not depend on (there -> here): %s", "; ".join(harmless)
         )
+
+
+def check_words(stored: Mapping[str, Any] | None, here: Vocabulary, *, source: str | Path) -> None:
+    """Refuses to resume a training whose classes or words have changed, though the config still names the same data.
+
+    Args:
+        stored: what the checkpoint says of the training classes, `{"classes": [[word, …], …]}`; without it nothing is
+            compared.
+        here: the training classes of this run.
+        source: the checkpoint, for the message.
+
+    Raises:
+        ValueError: names the first class that has changed.
+    """
+    if not isinstance(stored, Mapping) or "classes" not in stored:
+        return
+    there = [tuple(words) for words in stored["classes"]]
+    if there == list(here.synonyms):
+        return
+    pairs = enumerate(itertools.zip_longest(there, here.synonyms, fillvalue=("nothing",)))
+    index, (old, new) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
+    raise ValueError(
+        f"the training in '{source}' was begun with other classes ({len(there)}, here {len(here)}): class {index} was "
+        f"'{', '.join(old)}' and is '{', '.join(new)}'. Restore the list of classes (MODEL.FC_CLIP.VOCABULARIES for "
+        "published words) to resume; or start a new run from its weights: another OUTPUT_DIR, MODEL.WEIGHTS "
+        f"{source}, without --resume."
+    )
 
 
 def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None) -> tuple[list[str], list[str]]:

@@ -36,6 +36,7 @@ from fcclip.engine.checkpoint import (
     load_state,
     model_weights,
     unwrap,
+    vocabulary_note,
 )
 from fcclip.engine.distributed import (
     all_gather_object,
@@ -797,6 +798,7 @@ def build_trainer(
     best_metric: str = "",
     draw: Draw | None = None,
     stop: StopRequest | None = None,
+    notes: Mapping[str, Any] | None = None,
     output_dir: str | Path | None = None,
 ) -> Trainer:
     """The trainer of a config for a model that is already on its device.
@@ -804,6 +806,7 @@ def build_trainer(
     Args:
         vocabulary: the training classes; their number must be MODEL.SEM_SEG_HEAD.NUM_CLASSES.
         evaluate, best_metric, draw, stop: as for `Trainer`.
+        notes: entries of every checkpoint besides config, vocabulary, CLIP and seed.
         output_dir: checkpoints, metrics and the progress bar; None writes nothing.
 
     Raises:
@@ -818,13 +821,10 @@ def build_trainer(
     writes = output_dir is not None
     notes = {
         "config": cfg.dump(),
-        "vocabulary": {
-            "name": vocabulary.name,
-            "sha256": vocabulary.hash,
-            "classes": [list(words) for words in vocabulary.synonyms],
-        },
+        "vocabulary": vocabulary_note(vocabulary),
         "clip": clip_fingerprint(model),
         "seed": cfg.SEED,
+        **(notes or {}),
     }
 
     def writers(start: int) -> list[Writer]:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pycocotools.mask
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
+from fcclip.data.segmentations import compressed, fill_polygons, has_area, read_run_lengths
 from fcclip.engine.checkpoint import write_atomically
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
-from fcclip.evaluation.pictures import Evaluator, Picture
-from fcclip.structures import Instances
+from fcclip.evaluation.pictures import Evaluator, Picture, check_classes, in_order, keep_once
+from fcclip.structures import Instances, boxes_of_masks
 
 logger = logging.getLogger(__name__)
+LVIS_DETECTIONS = 300  # a picture, all classes together
 _AREAS = {"s": 1, "m": 2, "l": 3}  # suffix of the metric -> area range of the protocol, which calls all areas 0
 
 
@@ -30,7 +34,7 @@ class InstanceTruth(NamedTuple):
     path: str
     images: dict[Hashable, dict]  # image id -> entry
     annotations: list[dict]
-    category_ids: frozenset[int]
+    categories: dict[int, dict]  # category id -> entry
 
     @classmethod
     def read(cls, path: str | os.PathLike) -> InstanceTruth:
@@ -43,7 +47,8 @@ class InstanceTruth(NamedTuple):
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             images = {image["id"]: image for image in content["images"]}
-            return cls(str(path), images, content["annotations"], frozenset(one["id"] for one in content["categories"]))
+            categories = {category["id"]: category for category in content["categories"]}
+            return cls(str(path), images, content["annotations"], categories)
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"instances file '{path}' does not exist; it holds the ground truth of AP"
@@ -55,12 +60,40 @@ class InstanceTruth(NamedTuple):
                 f"instances file '{path}' is not in the COCO instances format: {error!r} is missing"
             ) from error
 
+    def completed(self, category_ids: Iterable[int]) -> InstanceTruth:
+        """The same with what users' own files may leave out: categories that nothing belongs to, and boxes.
+
+        Args:
+            category_ids: of the thing classes.
+        """
+        categories = {identifier: {"id": identifier} for identifier in category_ids} | self.categories
+        annotations = [one if "bbox" in one else one | {"bbox": self._box(one)} for one in self.annotations]
+        return self._replace(annotations=annotations, categories=categories)
+
+    def _box(self, annotation: Mapping) -> list[float]:
+        """[x, y, width, height] around the mask of an annotation."""
+        segmentation, image = annotation["segmentation"], self.images[annotation["image_id"]]
+        if isinstance(segmentation, Mapping):
+            return pycocotools.mask.toBbox(compressed(segmentation)).tolist()
+        polygons = [one for one in segmentation if has_area(one)]
+        codes = pycocotools.mask.frPyObjects(polygons, image["height"], image["width"])
+        return pycocotools.mask.toBbox(pycocotools.mask.merge(codes)).tolist()
+
+
+class PictureInstances(NamedTuple):
+    """What AP needs to know of one picture."""
+
+    rows: list[dict]  # of COCO results
+    image: dict  # id, height, width
+    truth: list[dict] | None  # annotations, where they do not stand in a file
+
 
 class InstanceEvaluator(Evaluator):
     """COCO average precision of masks (`segm`) and boxes (`bbox`) of the thing classes.
 
     Args:
-        truth: the ground truth, shared by evaluators of the same data set.
+        truth: the ground truth, shared by evaluators of the same data set; None: the thing segments of each picture's
+            panoptic annotation, for data sets that have no other.
         class_names: name of each of the K classes, by contiguous index.
         dataset_ids: contiguous index of each thing class -> the data set's category id.
         seen: (K,) whether training knew the class; None when unknown.
@@ -71,10 +104,12 @@ class InstanceEvaluator(Evaluator):
             class.
     """
 
+    file_name = "coco_instances_results.json"
+
     def __init__(
         self,
         *,
-        truth: InstanceTruth,
+        truth: InstanceTruth | None,
         class_names: Sequence[str],
         dataset_ids: Mapping[int, int],
         seen: Sequence[bool] | None = None,
@@ -84,9 +119,12 @@ class InstanceEvaluator(Evaluator):
         self.class_names = tuple(class_names)
         self.dataset_ids = dict(sorted(dataset_ids.items()))
         self.seen = None if seen is None else tuple(seen)
+        check_classes(self.class_names, self.dataset_ids, self.seen)
         self.folder = None if folder is None else Path(folder)
-        self.pictures: dict[Hashable, list[dict]] = {}  # image id -> rows of COCO results
-        lacking = sorted(set(self.dataset_ids.values()) - truth.category_ids)
+        self.pictures: dict[Hashable, PictureInstances] = {}
+        if truth is None:
+            return
+        lacking = sorted(set(self.dataset_ids.values()) - truth.categories.keys())
         strange = sorted({one["category_id"] for one in truth.annotations} - set(self.dataset_ids.values()))
         if lacking or strange:
             problem = f"has no categories {lacking[:5]}" if lacking else f"annotates unknown categories {strange[:5]}"
@@ -99,24 +137,46 @@ class InstanceEvaluator(Evaluator):
             ValueError: a picture the ground truth does not have or that came before, masks of another size, a stuff
                 class.
         """
-        if image_id in self.pictures:
-            raise ValueError(f"picture {image_id!r} came twice; each picture may be evaluated once")
+        image = self._image(image_id)
+        self.keep(image_id, PictureInstances(self._rows(image_id, image, instances, encoded_masks), image, None))
+
+    def measure(self, picture: Picture, output: Mapping) -> PictureInstances:
+        if self.truth is None:
+            height, width = picture.id_map.shape
+            image = {"id": picture.image_id, "height": height, "width": width}
+            truth = picture.once("thing segments", lambda: segment_annotations(picture, self.dataset_ids))
+        else:
+            image, truth = self._image(picture.image_id), None
+        encoded_masks = picture.once("encoded masks", dict)
+        rows = self._rows(picture.image_id, image, output["instances"], encoded_masks)
+        return PictureInstances(rows, image, truth)
+
+    def keep(self, image_id: int | str, measured: PictureInstances) -> None:
+        keep_once(self.pictures, {image_id: measured})
+
+    def _image(self, image_id: int | str) -> dict:
         if image_id not in self.truth.images:
             raise ValueError(f"picture {image_id!r} is not in {self.truth.path}, which holds the ground truth of AP")
-        image = self.truth.images[image_id]
+        return self.truth.images[image_id]
+
+    def _rows(
+        self, image_id: int | str, image: Mapping, instances: Instances, encoded_masks: dict[bytes, dict] | None
+    ) -> list[dict]:
         size = (image["height"], image["width"])
         if tuple(instances.pred_masks.shape[1:]) != size:
+            where = "its annotation" if self.truth is None else self.truth.path
             raise ValueError(
                 f"picture {image_id!r}: masks are {tuple(instances.pred_masks.shape[1:])} (height, width), the picture "
-                f"in {self.truth.path} is {size}"
+                f"in {where} is {size}"
             )
+        instances = self._chosen(instances)
         classes = instances.pred_classes.tolist()
         strange = sorted(set(classes) - self.dataset_ids.keys())
         if strange:
             raise ValueError(f"picture {image_id!r}: instances of the classes {strange}, which are no thing classes")
         boxes = instances.pred_boxes.detach().cpu().double()
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # XYXY -> XYWH
-        self.pictures[image_id] = [
+        return [
             {
                 "image_id": image_id,
                 "category_id": self.dataset_ids[index],
@@ -129,61 +189,28 @@ class InstanceEvaluator(Evaluator):
             )
         ]
 
-    def process(self, picture: Picture, output: Mapping) -> None:
-        self.add(picture.image_id, output["instances"], encoded_masks=picture.encoded_masks)
+    def _chosen(self, instances: Instances) -> Instances:
+        """Those of a picture that count, before anything else is known."""
+        return instances
 
-    def state(self) -> dict[Hashable, list[dict]]:
+    def state(self) -> dict[Hashable, PictureInstances]:
         return self.pictures
 
-    def merge(self, state: Mapping[Hashable, list[dict]]) -> None:
-        twice = sorted(self.pictures.keys() & state.keys(), key=str)
-        if twice:
-            raise ValueError(f"pictures {twice[:5]} came twice; each picture may be evaluated once")
-        self.pictures.update(state)
+    def merge(self, state: Mapping[Hashable, PictureInstances]) -> None:
+        keep_once(self.pictures, state)
 
     def results(self) -> dict[str, dict[str, float]]:
         return {task: self._average_precision(task) for task in ("bbox", "segm")}
 
     def save(self) -> None:
         if self.folder is not None:
-            rows = [row for rows in self.pictures.values() for row in rows]
+            rows = [row for image_id in in_order(self.pictures) for row in self.pictures[image_id].rows]
             content = json.dumps(rows).encode()
-            write_atomically(self.folder / "coco_instances_results.json", lambda file: file.write(content))
+            write_atomically(self.folder / self.file_name, lambda file: file.write(content))
 
     def _average_precision(self, task: str) -> dict[str, float]:
         """AP over the pictures that were evaluated."""
-        # The protocol breaks ties of scores by the order of the pictures. Numbers stand in for the ids, which may be
-        # strings, and annotations are counted from 1 because 0 means unmatched there.
-        number = {image_id: index for index, image_id in enumerate(sorted(self.pictures), start=1)}
-        truth = {
-            "images": [self.truth.images[image_id] | {"id": index} for image_id, index in number.items()],
-            "categories": [{"id": category} for category in self.dataset_ids.values()],
-            "annotations": [
-                one | {"id": index, "image_id": number[one["image_id"]]}
-                for index, one in enumerate(self.truth.annotations, start=1)
-                if one["image_id"] in number
-            ],
-        }
-        rows = [row | {"image_id": number[image_id]} for image_id in number for row in self.pictures[image_id]]
-        areas = _areas(rows, task)  # decide which of the area ranges a detection belongs to
-        detections = {
-            "images": truth["images"],
-            "categories": truth["categories"],
-            "annotations": [
-                row | {"id": index, "area": area, "iscrowd": 0}
-                for index, (row, area) in enumerate(zip(rows, areas), start=1)
-            ],
-        }
-        # (10 IoU thresholds, 101 recalls, classes, 4 areas, 3 limits of detections), -1 where there is no ground truth
-        precision = np.full((10, 1, len(self.dataset_ids), 4, 1), -1.0)
-        if rows:  # without a single detection AP is undefined, as in detectron2
-            evaluation = COCOeval_faster(COCO(truth), COCO(detections), task, print_function=logger.debug)
-            evaluation.params.catIds = list(self.dataset_ids.values())
-            evaluation.evaluate()
-            evaluation.accumulate()
-            order = np.argsort(np.argsort(list(self.dataset_ids.values())))  # the protocol sorts by category id
-            precision = np.asarray(evaluation.eval["precision"])[:, :, order]
-        precision = 100 * np.where(precision < 0, np.nan, precision)[..., -1]
+        precision = 100 * self._precision(task)
         per_class = dict.fromkeys(range(len(self.class_names)), np.nan)
         per_class |= {index: _mean(precision[:, :, row, 0]) for row, index in enumerate(self.dataset_ids)}
         metrics = {
@@ -192,8 +219,153 @@ class InstanceEvaluator(Evaluator):
             "AP75": _mean(precision[5, ..., 0]),
         }
         metrics |= {f"AP{suffix}": _mean(precision[..., area]) for suffix, area in _AREAS.items()}
+        metrics |= self._more_metrics(precision)
         metrics |= seen_and_unseen("AP", list(per_class.values()), self.seen)
         return metrics | {f"AP-{self.class_names[index]}": per_class[index] for index in self.dataset_ids}
+
+    def _more_metrics(self, precision: np.ndarray) -> dict[str, float]:
+        return {}
+
+    def _precision(self, task: str) -> np.ndarray:
+        """(10 IoU thresholds, 101 recalls, thing classes, 4 areas), 0..1; NaN where there is no ground truth."""
+        truth, rows = self._numbered()
+        if not rows:  # without a single detection AP is undefined, as in detectron2
+            return np.full((10, 101, len(self.dataset_ids), 4), np.nan)
+        return protocol_precision(truth, rows, list(self.dataset_ids.values()), task)
+
+    def _numbered(self) -> tuple[dict[str, list[dict]], list[dict]]:
+        """Ground truth and detections of the evaluated pictures as the protocol's implementation wants them.
+
+        It breaks ties of scores by the order of the pictures. Numbers stand in for the ids, which may be strings, and
+        annotations are counted from 1 because 0 means unmatched there.
+        """
+        number = {image_id: index for index, image_id in enumerate(in_order(self.pictures), start=1)}
+        if self.truth is not None:
+            annotations = [one for one in self.truth.annotations if one["image_id"] in number]
+        else:
+            annotations = [one for image_id in number for one in self.pictures[image_id].truth or ()]
+        truth = {
+            "images": [self.pictures[image_id].image | {"id": index} for image_id, index in number.items()],
+            "annotations": [
+                one | {"id": index, "image_id": number[one["image_id"]]}
+                for index, one in enumerate(annotations, start=1)
+            ],
+        }
+        rows = [row | {"image_id": index} for image_id, index in number.items() for row in self.pictures[image_id].rows]
+        return truth, rows
+
+
+def protocol_precision(
+    truth: Mapping[str, list[dict]],
+    rows: Sequence[dict],
+    category_ids: Sequence[int],
+    task: str,
+    *,
+    federated: bool = False,
+    categories: Sequence[Mapping] | None = None,
+) -> np.ndarray:
+    """Precision by the COCO protocol.
+
+    Args:
+        truth: `images` and `annotations`, ids counted from 1.
+        rows: detections, those of a picture together, pictures in ascending order of their ids.
+        category_ids: the classes, in the order of the result.
+        task: `segm` or `bbox`.
+        federated: by the rules of LVIS: up to 300 detections, and `neg_category_ids` and `not_exhaustive_category_ids`
+            of the pictures decide which of them count.
+        categories: entries of the classes in the data set's file; None: the ids alone.
+
+    Returns:
+        (10 IoU thresholds, 101 recalls, classes, 4 areas), 0..1; NaN where there is no ground truth.
+    """
+    categories = [{"id": one} for one in category_ids] if categories is None else list(categories)
+    areas = _areas(rows, task)  # decide which of the area ranges a detection belongs to
+    detections = {
+        "images": truth["images"],
+        "categories": categories,
+        "annotations": [
+            row | {"id": index, "area": area, "iscrowd": 0} for index, (row, area) in enumerate(zip(rows, areas), 1)
+        ],
+    }
+    evaluation = COCOeval_faster(
+        COCO({**truth, "categories": categories}), COCO(detections), task, print_function=logger.debug,
+        lvis_style=federated,
+    )  # fmt: skip
+    evaluation.params.catIds = list(category_ids)
+    if federated:
+        evaluation.params.maxDets = [LVIS_DETECTIONS]
+    evaluation.evaluate()
+    evaluation.accumulate()
+    order = np.argsort(np.argsort(category_ids))  # the implementation sorts by category id
+    # (thresholds, recalls, classes, areas, limits of detections), -1 where there is no ground truth
+    precision = np.asarray(evaluation.eval["precision"])[..., -1][:, :, order]
+    return np.where(precision < 0, np.nan, precision)
+
+
+def instances_of_rows(
+    rows: Sequence[Mapping], *, classes: Mapping[int, int], size: tuple[int, int], name: str = "the picture"
+) -> Instances:
+    """The instances of one picture from a file of COCO results, for any evaluator of instances.
+
+    Args:
+        rows: `category_id, score, segmentation` (run-length code or polygons), and `bbox` where the file has it.
+        classes: the data set's category id -> contiguous index, of the thing classes.
+        size: (height, width) of the picture in pixels.
+        name: what errors call the picture.
+
+    Raises:
+        ValueError: a category that is no thing class, a mask of another size, an entry that is missing.
+    """
+    masks = np.zeros((len(rows), *size), bool)
+    for mask, row in zip(masks, rows):
+        lacking = {"category_id", "score", "segmentation"} - row.keys()
+        if lacking:
+            raise ValueError(f"{name}: a row has no {', '.join(sorted(lacking))}; expected COCO results with masks")
+        if row["category_id"] not in classes:
+            raise ValueError(f"{name}: category_id {row['category_id']} is none of the data set's thing classes")
+        if isinstance(row["segmentation"], Mapping):
+            try:
+                mask[:] = read_run_lengths([row["segmentation"]], size)[0]
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        else:
+            fill_polygons([np.reshape(one, (-1, 2)) for one in row["segmentation"] if has_area(one)], mask)
+    pred_masks = torch.from_numpy(masks)
+    boxes = boxes_of_masks(pred_masks).double()
+    for box, row in zip(boxes, rows):
+        if "bbox" in row:
+            left, top, width, height = row["bbox"]
+            box[:] = torch.tensor([left, top, left + width, top + height], dtype=torch.float64)
+    return Instances(
+        scores=torch.tensor([float(row["score"]) for row in rows], dtype=torch.float64),
+        pred_classes=torch.tensor([classes[row["category_id"]] for row in rows], dtype=torch.int64),
+        pred_masks=pred_masks,
+        pred_boxes=boxes,
+    )
+
+
+def segment_annotations(picture: Picture, dataset_ids: Mapping[int, int]) -> list[dict]:
+    """COCO annotations of the thing segments of a panoptic picture.
+
+    Args:
+        picture: with an id map.
+        dataset_ids: contiguous index of each thing class -> the data set's category id.
+    """
+    segments = [one for one in picture.segments if one["category_id"] in dataset_ids]
+    masks = [torch.from_numpy(picture.id_map == one["id"]) for one in segments]
+    codes = encode_masks(torch.stack(masks)) if masks else []
+    return [
+        {
+            "image_id": picture.image_id,
+            "category_id": dataset_ids[segment["category_id"]],
+            "segmentation": code,
+            "area": area,
+            "bbox": pycocotools.mask.toBbox(code).tolist(),
+            "iscrowd": int(segment.get("iscrowd", 0)),
+        }
+        for segment, code in zip(segments, codes)
+        if (area := int(pycocotools.mask.area(code)))
+    ]
 
 
 def encode_masks(masks: Tensor, known: dict[bytes, dict] | None = None) -> list[dict]:
@@ -208,12 +380,12 @@ def encode_masks(masks: Tensor, known: dict[bytes, dict] | None = None) -> list[
         n codes {"size": [h, w], "counts": str}.
     """
     known = {} if known is None else known
-    masks = masks.detach().cpu()
-    content = [row.tobytes() for row in np.packbits(masks.flatten(1).numpy(), axis=1)]
-    new = {key: index for index, key in enumerate(content) if key not in known}
-    if new:
-        columns = masks[list(new.values())].transpose(1, 2).contiguous().numpy()  # the code runs down the columns
-        for key, code in zip(new, pycocotools.mask.encode(columns.view(np.uint8).T)):
+    masks = np.ascontiguousarray(masks.detach().cpu().numpy())
+    content = [row.tobytes() for row in np.packbits(masks.reshape(len(masks), math.prod(masks.shape[1:])), axis=1)]
+    for key, mask in zip(content, masks):
+        if key not in known:
+            columns = cv2.transpose(mask.view(np.uint8)).T  # the code runs down the columns; OpenCV turns them fastest
+            code = pycocotools.mask.encode(columns)
             known[key] = {"size": code["size"], "counts": code["counts"].decode("ascii")}
     return [known[key] for key in content]
 

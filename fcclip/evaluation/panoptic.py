@@ -17,17 +17,15 @@ import math
 import os
 from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from fcclip.data import read_id_map
-from fcclip.engine.checkpoint import write_atomically
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
-from fcclip.evaluation.pictures import Evaluator, Picture
-
-_ID_LIMIT = 1 << 24  # three bytes of a PNG
+from fcclip.evaluation.histograms import JointHistogram, as_array, joint_histogram
+from fcclip.evaluation.pictures import Evaluator, Picture, check_classes, in_order, keep_once
 
 
 class ClassCounts(NamedTuple):
@@ -76,15 +74,15 @@ def compare_segments(
     truth = {segment["id"]: segment for segment in truth_segments}  # a repeated id: the last entry counts
     predicted = {segment["id"]: segment for segment in predicted_segments}
     histogram = _joint_histogram(truth_map, predicted_map, name)
-    g_row, p_row = _rows(histogram.truth_id, list(truth)), _rows(histogram.predicted_id, list(predicted))
+    g_row, p_row = _rows(histogram.first, list(truth)), _rows(histogram.second, list(predicted))
     pixels = histogram.pixels
 
     def pixels_per_prediction(chosen: np.ndarray) -> np.ndarray:
         return np.bincount(p_row[chosen], pixels[chosen], len(predicted)).astype(np.int64)  # exact: far below 2**53
 
     area = pixels_per_prediction(p_row >= 0)
-    _check_prediction(predicted, area, histogram.predicted_id[p_row < 0], categories, name)
-    on_void = pixels_per_prediction((p_row >= 0) & (histogram.truth_id == 0))
+    _check_prediction(predicted, area, histogram.second[p_row < 0], categories, name)
+    on_void = pixels_per_prediction((p_row >= 0) & (histogram.first == 0))
 
     truth_area = _field(truth, "area", name)
     crowd = _field(truth, "iscrowd", name) == 1
@@ -126,7 +124,7 @@ def compare_segments(
 def sum_counts(pictures: Mapping[Hashable, Mapping[int, ClassCounts]]) -> dict[int, ClassCounts]:
     """Counts per category over all pictures, added in the order of the picture ids whatever the order they came in."""
     total: dict[int, ClassCounts] = {}
-    for image_id in sorted(pictures, key=lambda image_id: (isinstance(image_id, str), image_id)):
+    for image_id in in_order(pictures):
         for category, counts in pictures[image_id].items():
             before = total.get(category, ClassCounts())
             total[category] = ClassCounts(*(one + other for one, other in zip(before, counts)))
@@ -227,6 +225,7 @@ class PanopticEvaluator(Evaluator):
         self.class_names = tuple(class_names)
         self.thing_classes = frozenset(thing_classes)
         self.seen = None if seen is None else tuple(seen)
+        check_classes(self.class_names, self.thing_classes, self.seen)
         self.pictures: dict[Hashable, dict[int, ClassCounts]] = {}  # image id -> category -> counts
 
     def add(
@@ -238,29 +237,32 @@ class PanopticEvaluator(Evaluator):
         predicted_segments: Sequence[Mapping],
     ) -> None:
         """Counts one picture; arguments as for `compare_segments`, categories as contiguous indices."""
-        if image_id in self.pictures:
-            raise ValueError(f"picture {image_id!r} came twice; each picture may be evaluated once")
-        self.pictures[image_id] = compare_segments(
-            truth_map,
-            truth_segments,
-            predicted_map,
-            predicted_segments,
-            categories=range(len(self.class_names)),
-            name=f"picture {image_id!r}",
-        )
+        self.keep(image_id, self._counts(image_id, truth_map, truth_segments, predicted_map, predicted_segments))
 
-    def process(self, picture: Picture, output: Mapping) -> None:
+    def measure(self, picture: Picture, output: Mapping) -> dict[int, ClassCounts]:
         predicted_map, segments = output["panoptic_seg"]
-        self.add(picture.image_id, picture.id_map, picture.segments, predicted_map.cpu().numpy(), segments)
+        return self._counts(picture.image_id, picture.id_map, picture.segments, as_array(predicted_map), segments)
+
+    def _counts(self, image_id: int | str, *maps_and_segments: Any) -> dict[int, ClassCounts]:
+        categories = range(len(self.class_names))
+        return compare_segments(*maps_and_segments, categories=categories, name=f"picture {image_id!r}")
+
+    def keep(self, image_id: int | str, measured: dict[int, ClassCounts]) -> None:
+        keep_once(self.pictures, {image_id: measured})
+
+    @property
+    def per_picture(self) -> dict[Hashable, float]:
+        """Image id -> PQ of the picture alone: the mean over the classes in its ground truth or prediction."""
+        return {
+            image_id: 100 * mean_of_defined(class_quality(one).pq for one in counts.values())
+            for image_id, counts in self.pictures.items()
+        }
 
     def state(self) -> dict[Hashable, dict[int, ClassCounts]]:
         return self.pictures
 
     def merge(self, state: Mapping[Hashable, dict[int, ClassCounts]]) -> None:
-        twice = self.pictures.keys() & state.keys()
-        if twice:
-            raise ValueError(f"pictures {_some(twice)} came twice; each picture may be evaluated once")
-        self.pictures.update(state)
+        keep_once(self.pictures, state)
 
     def results(self) -> dict[str, dict[str, float]]:
         total = sum_counts(self.pictures)
@@ -279,81 +281,19 @@ class PanopticEvaluator(Evaluator):
         return {"panoptic_seg": metrics}
 
 
-class PanopticWriter(Evaluator):
-    """Saves panoptic predictions in COCO format: `predictions.json` and a PNG for each picture in `predictions/`.
-
-    Args:
-        folder: where to write; made when missing.
-        dataset_ids: contiguous index -> the data set's category id.
-        header: what `predictions.json` says besides its annotations: the ground truth's `images` and `categories`.
-    """
-
-    def __init__(self, *, folder: str | os.PathLike, dataset_ids: Mapping[int, int], header: Mapping) -> None:
-        self.folder = Path(folder)
-        self.dataset_ids = dict(dataset_ids)
-        self.header = dict(header)
-        self.annotations: list[dict] = []
-        (self.folder / "predictions").mkdir(parents=True, exist_ok=True)
-
-    def process(self, picture: Picture, output: Mapping) -> None:
-        id_map, segments = output["panoptic_seg"]
-        file_name = Path(picture.file_name).stem + ".png"
-        write_id_map(self.folder / "predictions" / file_name, id_map.cpu().numpy())
-        rows = [
-            {key: value for key, value in segment.items() if key != "isthing"}
-            | {"category_id": self.dataset_ids[segment["category_id"]]}
-            for segment in segments
-        ]
-        self.annotations.append({"image_id": picture.image_id, "file_name": file_name, "segments_info": rows})
-
-    def state(self) -> list[dict]:
-        return self.annotations
-
-    def merge(self, state: Iterable[dict]) -> None:
-        self.annotations.extend(state)
-
-    def results(self) -> dict:
-        return {}
-
-    def save(self) -> None:
-        content = json.dumps(self.header | {"annotations": self.annotations}).encode()
-        write_atomically(self.folder / "predictions.json", lambda file: file.write(content))
-
-
 def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
     """Writes (h, w) ids below 2**24 as a COCO panoptic PNG: id = R + 256 G + 65536 B."""
     planes = np.ascontiguousarray(ids, dtype="<u4").view(np.uint8).reshape(*ids.shape, 4)
     Image.fromarray(np.ascontiguousarray(planes[..., :3])).save(path)
 
 
-class _Histogram(NamedTuple):
-    """Pairs of ids that share a pixel, in ascending (g, p) order."""
-
-    truth_id: np.ndarray
-    predicted_id: np.ndarray
-    pixels: np.ndarray
-
-
-def _joint_histogram(truth_map: np.ndarray, predicted_map: np.ndarray, name: str) -> _Histogram:
+def _joint_histogram(truth_map: np.ndarray, predicted_map: np.ndarray, name: str) -> JointHistogram:
     if truth_map.ndim != 2 or truth_map.shape != predicted_map.shape or not truth_map.size:
         raise ValueError(
             f"{name}: the prediction is {_size(predicted_map)} (height x width), the ground truth {_size(truth_map)}; "
             "predict at the size of the ground truth"
         )
-    if predicted_map.min() < 0 or predicted_map.max() >= _ID_LIMIT:
-        raise ValueError(
-            f"{name}: predicted ids must be 0..{_ID_LIMIT - 1}, got {predicted_map.min()}..{predicted_map.max()}"
-        )
-    # Neighbours mostly belong to the same pair: only the first pixel of each run is looked at.
-    g, p = truth_map.ravel(), predicted_map.ravel()
-    starts = np.flatnonzero(np.concatenate(([True], (g[1:] != g[:-1]) | (p[1:] != p[:-1]))))
-    lengths = np.diff(starts, append=g.size)
-    pair = g[starts].astype(np.int64) << 24 | p[starts].astype(np.int64)
-    order = np.argsort(pair)
-    pair = pair[order]
-    first = np.flatnonzero(np.concatenate(([True], pair[1:] != pair[:-1])))
-    pair = pair[first]
-    return _Histogram(pair >> 24, pair & (_ID_LIMIT - 1), np.add.reduceat(lengths[order], first))
+    return joint_histogram(truth_map, predicted_map, what=f"{name}: predicted ids")
 
 
 def _rows(ids: np.ndarray, listed: Sequence[int]) -> np.ndarray:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from fcclip.data import read_id_map
+from fcclip.data import paint_classes, read_id_map, read_label_map
 
 
 @dataclass(frozen=True)
@@ -21,12 +19,12 @@ class Picture:
 
     Args:
         record: the data set's record.
-        encoded_masks: run-length codes of the masks already seen in this picture, by content. The same mask often comes
-            with several classes and in several modes.
+        ignore_label: what pixels without a class are in `labels` when these are painted from segments.
     """
 
     record: Mapping[str, Any]
-    encoded_masks: dict[bytes, dict] = field(default_factory=dict)
+    ignore_label: int = 255
+    _kept: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
     def image_id(self) -> int | str:
@@ -41,6 +39,11 @@ class Picture:
         """Ground-truth segments: `id, category_id` (contiguous), `area, iscrowd`."""
         return self.record["segments_info"]
 
+    @property
+    def label_source(self) -> str:
+        """The file that `labels` come from."""
+        return self.record.get("sem_seg_file_name") or self.record["pan_seg_file_name"]
+
     @functools.cached_property
     def id_map(self) -> np.ndarray:
         """(h, w) int32, ground-truth segment id of each pixel; 0 is void."""
@@ -48,20 +51,50 @@ class Picture:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """(h, w) int, ground-truth class of each pixel."""
-        return read_labels(self.record["sem_seg_file_name"])
+        """(h, w) int32, ground-truth class of each pixel: of the label map, or of the segments in the data sets that
+        have none. Crowds have the class of their segment, as in the label maps made of COCO's; ids without a segment
+        are ignored."""
+        if self.record.get("sem_seg_file_name"):
+            return read_label_map(self.record["sem_seg_file_name"])
+        return paint_classes(self.id_map, self.segments, self.ignore_label)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made at the first call with this key; evaluators and modes share it."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
 
 class Evaluator(ABC):
     """Compares predictions with ground truth, picture by picture.
 
-    Several processes each feed their own; `state` of the others goes into `merge` of the first, whose results must not
-    depend on how the pictures were shared out.
+    `measure` looks at a picture and changes nothing, so that threads can do it while the network runs; `keep` takes in
+    what came of it. Several processes each feed their own evaluator; `state` of the others goes into `merge` of the
+    first, whose results must not depend on how the pictures were shared out.
     """
 
     @abstractmethod
+    def measure(self, picture: Picture, output: Mapping[str, Any]) -> Any:
+        """What counts of the model's output for one picture."""
+
+    @abstractmethod
+    def keep(self, image_id: int | str, measured: Any) -> None:
+        """Takes in what `measure` returned."""
+
     def process(self, picture: Picture, output: Mapping[str, Any]) -> None:
-        """Takes in the model's output for one picture."""
+        """Takes in the model's output for one picture.
+
+        Args:
+            picture: with its ground truth.
+            output: what this evaluator looks at: `panoptic_seg` (id map (h, w) int, list of segments), `sem_seg` (h, w)
+                int, `instances`. Maps may be tensors or arrays.
+        """
+        self.keep(picture.image_id, self.measure(picture, output))
+
+    @property
+    def per_picture(self) -> dict[Hashable, float]:
+        """Image id -> how good this picture is, in percent, NaN where undefined; empty if it cannot be said of one."""
+        return {}
 
     @abstractmethod
     def state(self) -> Any:
@@ -79,22 +112,43 @@ class Evaluator(ABC):
         """Writes files for other programs, after everything is merged."""
 
 
-def read_labels(path: str | os.PathLike) -> np.ndarray:
-    """(h, w) integers of a label picture: grey of 8, 16 or 32 bit, or palette indices.
+def keep_once(pictures: dict[Hashable, Any], more: Mapping[Hashable, Any]) -> None:
+    """Adds what was found in more pictures.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a picture, or a coloured one.
+        ValueError: a picture that is already there.
     """
-    try:
-        with Image.open(path) as image:
-            labels = np.asarray(image)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such label picture, though the data set lists it") from None
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture: {error}. Copy or prepare the file again.") from error
-    if labels.ndim != 2 or labels.dtype.kind not in "iu":
+    twice = sorted(pictures.keys() & more.keys(), key=str)
+    if twice:
+        some = ", ".join(map(repr, twice[:5])) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
+        raise ValueError(f"picture {some} came twice; each picture may be evaluated once")
+    pictures.update(more)
+
+
+def check_classes(class_names: Sequence[str], chosen: Iterable[int], seen: Sequence[bool] | None) -> None:
+    """Refuses a class list that does not belong to the other things an evaluator is told about classes.
+
+    Args:
+        class_names: of the K classes.
+        chosen: indices that must be among them.
+        seen: (K,), or None.
+
+    Raises:
+        ValueError: an index beyond the list, or as many entries in `seen` as another list has classes.
+    """
+    beyond = sorted(index for index in chosen if not 0 <= index < len(class_names))
+    if beyond:
         raise ValueError(
-            f"{path}: a label picture has one integer per pixel, got {labels.dtype} of shape {labels.shape}"
+            f"there are {len(class_names)} class names and a class {beyond[-1]}, counted from 0; the names must be "
+            "those of the data set"
         )
-    return labels
+    if seen is not None and len(seen) != len(class_names):
+        raise ValueError(
+            f"there are {len(class_names)} class names, and {len(seen)} entries say whether training knew the class; "
+            "expected one for each"
+        )
+
+
+def in_order(image_ids: Mapping[Hashable, Any]) -> list:
+    """Image ids, numbers before strings, each ascending."""
+    return sorted(image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -24,10 +26,16 @@ from torch import nn
 
 from fcclip.config import lookup
 from fcclip.data import Dataset, build_test_loader, dataset_vocabulary
-from fcclip.engine import watch
+from fcclip.engine import broadcast_object, watch
+from fcclip.engine.checkpoint import write_atomically
+from fcclip.evaluation.background import Background
+from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth
-from fcclip.evaluation.panoptic import PanopticEvaluator, PanopticWriter
-from fcclip.evaluation.pictures import Evaluator, Picture
+from fcclip.evaluation.lvis import LvisEvaluator
+from fcclip.evaluation.oracle import ORACLES, TrueClassEvaluator, TrueMasks
+from fcclip.evaluation.panoptic import PanopticEvaluator
+from fcclip.evaluation.pictures import Evaluator, Picture, in_order
+from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, begin_predictions, prediction_header
 from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.modeling.augmentation import AugmentedModel, build_augmented
 from fcclip.vocabulary import Vocabulary
@@ -39,9 +47,11 @@ _LINE_SECONDS = 10  # between two lines of progress where there is no terminal
 EVALUATORS: dict[str, tuple[str, ...]] = {
     "coco_panoptic_seg": ("panoptic", "instance", "semantic"),
     "ade20k_panoptic_seg": ("panoptic", "instance", "semantic"),
+    "cityscapes_panoptic_seg": ("panoptic", "instance", "semantic"),
     "mapillary_vistas_panoptic_seg": ("panoptic", "instance", "semantic"),
     "sem_seg": ("semantic",),
     "coco": ("instance",),
+    "lvis": ("instance",),
 }
 
 
@@ -59,11 +69,14 @@ def evaluate(
     progress: bool = True,
     max_images: int | None = None,
     save_predictions: bool = False,
+    resume: bool = False,
+    oracle: str | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Evaluates a model on the pictures of one data set.
 
     The network sees each picture once, whatever the number of modes. With several processes each takes a share of the
-    pictures, and the numbers are exactly those of one process.
+    pictures, and the numbers are exactly those of one process. With saved predictions an evaluation that was killed can
+    be resumed, by any number of processes, and gives the numbers of one that was not.
 
     Args:
         model: what `build_model` returns, or anything that is called like it; its training flag is restored.
@@ -77,7 +90,11 @@ def evaluate(
         rank, world_size: this process and their number; torch.distributed is set up when there are several.
         progress: show a progress bar, or lines where there is no terminal.
         max_images: only the first pictures of the data set; None: all.
-        save_predictions: write panoptic predictions as JSON and PNGs.
+        save_predictions: write what is predicted to the folder `predictions` (see predictions.py), and to
+            `per_picture.json` how good each picture is.
+        resume: with `save_predictions`, go on with the predictions that are there; their pictures need no model. Else
+            they are removed.
+        oracle: `masks` or `classes`: what is true instead of predicted; see oracle.py. None: nothing.
 
     Returns:
         mode -> task (`panoptic_seg`, `segm`, `bbox`, `sem_seg`) -> metric -> value in percent, NaN where undefined; {}
@@ -89,6 +106,8 @@ def evaluate(
     """
     if save_predictions and output_dir is None:
         raise ValueError("save_predictions needs output_dir, the folder to write to")
+    if oracle is not None and oracle not in ORACLES:
+        raise ValueError(f"oracle must be one of {', '.join(ORACLES)} or None, got {oracle!r}")
     records = dataset.records()[:max_images]
     if not records:
         raise ValueError(f"data set '{dataset.name}' has no pictures to evaluate (max_images: {max_images})")
@@ -98,11 +117,37 @@ def evaluate(
     seen = None if training_vocabulary is None else vocabulary.seen_by(training_vocabulary).tolist()
     mode_names = tuple(modes) if modes is not None else (cfg.TEST.MODE,)
     folder = None if output_dir is None else Path(output_dir) / dataset.name
-    evaluators = build_evaluators(
-        cfg, dataset, modes=mode_names, seen=seen, folder=folder, save_predictions=save_predictions
-    )
-    loader = build_test_loader(cfg, limited, rank=rank, world_size=world_size)
-    call = functools.partial(model, vocabulary=vocabulary, semantic="labels")
+    evaluators = build_evaluators(cfg, dataset, modes=mode_names, seen=seen, folder=folder)
+    by_id = {record["image_id"]: record for record in records}
+    ignore_label = dataset.metadata.get("ignore_label", 255)
+
+    def picture_of(image_id: int | str) -> Picture:
+        return Picture(by_id[image_id], ignore_label)
+
+    if oracle is not None:
+        evaluators = with_oracle(evaluators, oracle, vocabulary, ignore_label)
+    folders = mode_folders(folder, mode_names)
+    done: list[int | str] = []
+    writers: dict[str, list[Evaluator]] = {mode: [] for mode in mode_names}
+    if save_predictions:
+        headers = functools.partial(prediction_header, model, cfg, dataset=dataset.name, vocabulary=vocabulary)
+        done, writers = _begin_saving(
+            lambda mode: headers(
+                mode=mode, ensemble=(modes or {}).get(mode), oracle=oracle if oracle == "masks" else None
+            ),
+            cfg,
+            dataset,
+            records,
+            folders,
+            resume=resume,
+            rank=rank,
+        )
+    limited = _without(limited, done)
+    loader = build_test_loader(cfg, limited, rank=rank, world_size=world_size) if len(done) < len(records) else ()
+    network = model
+    if oracle == "masks":
+        network = TrueMasks(model, picture_of=picture_of, ignore_label=ignore_label)
+    call = functools.partial(network, vocabulary=vocabulary, semantic="labels")
     if modes is not None:
         call = functools.partial(call, modes=dict(modes))
 
@@ -113,7 +158,10 @@ def evaluate(
     def evaluate_share() -> None:
         meter = _Meter(dataset.name, len(records), world_size, show=progress and rank == 0)
         with _evaluation_mode(model), meter:
-            _run(predict, loader, {record["image_id"]: record for record in records}, evaluators, meter)
+            saved = {mode: SavedPredictions(folders[mode] / "predictions") for mode in mode_names} if done else {}
+            evaluate_saved(saved, done[rank::world_size], picture_of, evaluators, meter.advance)
+            with_writers = {mode: [*group, *writers[mode]] for mode, group in evaluators.items()}
+            _run(predict, loader, picture_of, with_writers, meter)
 
     states = _gather(
         evaluate_share,
@@ -133,7 +181,76 @@ def evaluate(
         for evaluator in group:
             results[mode] |= evaluator.results()
             evaluator.save()
+        for writer in writers[mode]:
+            writer.save()
+            write_per_picture(folders[mode], group)
     return results
+
+
+def with_oracle(
+    evaluators: Mapping[str, Sequence[Evaluator]], oracle: str, vocabulary: Vocabulary, ignore_label: int
+) -> dict[str, list[Evaluator]]:
+    """The evaluators for outputs of which something is true: they allow pixels without a class, or see true classes."""
+    if oracle == "classes":
+        options = {"thing_classes": vocabulary.thing_classes, "ignore_label": ignore_label}
+        return {mode: [TrueClassEvaluator(one, **options) for one in group] for mode, group in evaluators.items()}
+    for evaluator in itertools.chain(*evaluators.values()):
+        if isinstance(evaluator, SemanticEvaluator):
+            evaluator.gaps = True
+    return {mode: list(group) for mode, group in evaluators.items()}
+
+
+def evaluate_saved(
+    saved: Mapping[str, Any],
+    image_ids: Iterable[int | str],
+    picture_of: Callable[[int | str], Picture],
+    evaluators: Mapping[str, Sequence[Evaluator]],
+    advance: Callable[[int], None] = lambda pictures: None,
+) -> None:
+    """Hands predictions that were saved to evaluators.
+
+    Args:
+        saved: mode -> something with `read(image_id)`, such as `SavedPredictions`.
+        image_ids: the pictures.
+        picture_of: image id -> picture.
+        evaluators: mode -> the evaluators.
+        advance: is told the number of pictures that are done.
+    """
+    with Background(evaluators) as background:
+        for image_id in image_ids:
+            background.process(picture_of(image_id), _ReadLater(saved, image_id))
+            advance(1)
+
+
+class _ReadLater(Mapping):
+    """Mode -> the saved output for a picture, read by the thread that looks at it."""
+
+    def __init__(self, saved: Mapping[str, Any], image_id: int | str) -> None:
+        self.saved, self.image_id = saved, image_id
+        self.kept: dict[str, Any] = {}
+
+    def __getitem__(self, mode: str) -> Any:
+        if mode not in self.kept:
+            self.kept[mode] = self.saved[mode].read(self.image_id)
+        return self.kept[mode]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.saved)
+
+    def __len__(self) -> int:
+        return len(self.saved)
+
+
+def write_per_picture(folder: Path, evaluators: Sequence[Evaluator]) -> None:
+    """Writes `per_picture.json`: task -> [image id, value in percent] of each picture, null where undefined."""
+    found = {
+        next(iter(evaluator.results())): [
+            [image_id, None if math.isnan(values[image_id]) else values[image_id]] for image_id in in_order(values)
+        ]
+        for evaluator in evaluators
+        if (values := evaluator.per_picture)
+    }
+    write_atomically(folder / "per_picture.json", lambda file: file.write(json.dumps(found).encode()))
 
 
 def evaluate_augmented(
@@ -180,7 +297,6 @@ def build_evaluators(
     modes: Sequence[str],
     seen: Sequence[bool] | None = None,
     folder: Path | None = None,
-    save_predictions: bool = False,
 ) -> dict[str, list[Evaluator]]:
     """The evaluators that a data set's kind and the config ask for, one set for each mode.
 
@@ -190,7 +306,6 @@ def build_evaluators(
         modes: a name for each set.
         seen: (K,) whether training knew the class; None when unknown.
         folder: for files, with several modes a folder for each below it; None: no files.
-        save_predictions: add a writer of panoptic predictions.
 
     Raises:
         ValueError: an unknown kind, no head on that the kind is evaluated for, missing ground truth.
@@ -206,25 +321,33 @@ def build_evaluators(
     names = distinct_names(metadata["stuff_classes"])
     thing_index = metadata.get("thing_dataset_id_to_contiguous_id", {})
     things = {index: identifier for identifier, index in thing_index.items()}
-    truth = InstanceTruth.read(_instances_file(dataset)) if "instance" in wanted else None
-    header = _predictions_header(metadata) if save_predictions and "panoptic" in wanted else None
+    truth = _instance_truth(dataset) if "instance" in wanted and kind != "cityscapes_panoptic_seg" else None
+    common = {"class_names": names, "seen": seen}
 
     def build(mode_folder: Path | None) -> Iterator[Evaluator]:
         if mode_folder is not None:
             mode_folder.mkdir(parents=True, exist_ok=True)
         if "panoptic" in wanted:
-            yield PanopticEvaluator(class_names=names, thing_classes=things, seen=seen)
-        if header is not None:
-            ids = metadata["stuff_dataset_id_to_contiguous_id"] | thing_index
-            dataset_ids = {index: identifier for identifier, index in ids.items()}
-            yield PanopticWriter(folder=mode_folder, dataset_ids=dataset_ids, header=header)
-        if truth is not None:
-            yield InstanceEvaluator(truth=truth, class_names=names, dataset_ids=things, seen=seen, folder=mode_folder)
+            yield PanopticEvaluator(**common, thing_classes=things)
+        if kind == "cityscapes_panoptic_seg":
+            ids = {index: identifier for identifier, index in metadata["stuff_dataset_id_to_contiguous_id"].items()}
+            if "instance" in wanted:
+                yield CityscapesInstanceEvaluator(**common, dataset_ids=things)
+            if "semantic" in wanted:
+                yield CityscapesSemanticEvaluator(**common, dataset_ids=ids)
+            return
+        if "instance" in wanted:
+            instance_evaluator = LvisEvaluator if kind == "lvis" else InstanceEvaluator
+            yield instance_evaluator(**common, truth=truth, dataset_ids=things, folder=mode_folder)
         if "semantic" in wanted:
-            yield SemanticEvaluator(class_names=names, ignore_label=metadata["ignore_label"], seen=seen)
+            yield SemanticEvaluator(**common, ignore_label=metadata["ignore_label"])
 
-    folders = {mode: folder / mode if folder is not None and len(modes) > 1 else folder for mode in modes}
-    return {mode: list(build(mode_folder)) for mode, mode_folder in folders.items()}
+    return {mode: list(build(mode_folder)) for mode, mode_folder in mode_folders(folder, modes).items()}
+
+
+def mode_folders(folder: Path | None, modes: Sequence[str]) -> dict[str, Path | None]:
+    """Mode -> the folder of its files: that of the data set, of several modes a folder for each below it."""
+    return {mode: folder / mode if folder is not None and len(modes) > 1 else folder for mode in modes}
 
 
 def distinct_names(names: Sequence[str]) -> list[str]:
@@ -243,22 +366,23 @@ def distinct_names(names: Sequence[str]) -> list[str]:
 def _run(
     predict: Callable[[list[dict]], dict[str, list[dict]]],
     loader: Iterable[list[dict]],
-    records: Mapping[int | str, dict],
+    picture_of: Callable[[int | str], Picture],
     evaluators: Mapping[str, Sequence[Evaluator]],
     meter: _Meter,
 ) -> None:
-    for samples in meter.timed("data", loader):
-        with meter.time("network"), torch.no_grad():
-            outputs = predict(samples)
-            if torch.cuda.is_initialized():
-                torch.cuda.synchronize()
+    with Background(evaluators) as background:
+        for samples in meter.timed("data", loader):
+            with meter.time("network"), torch.no_grad():
+                outputs = predict(samples)
+                if torch.cuda.is_initialized():
+                    torch.cuda.synchronize()
+            with meter.time("evaluation"):
+                for index, sample in enumerate(samples):
+                    picture = picture_of(sample["image_id"])
+                    background.process(picture, {mode: found[index] for mode, found in outputs.items()})
+            meter.advance(len(samples))
         with meter.time("evaluation"):
-            for index, sample in enumerate(samples):
-                picture = Picture(records[sample["image_id"]])
-                for mode, group in evaluators.items():
-                    for evaluator in group:
-                        evaluator.process(picture, outputs[mode][index])
-        meter.advance(len(samples))
+            background.finish()
 
 
 def _gather(work: Callable[[], None], state: Callable[[], Any], rank: int, world_size: int) -> list[Any]:
@@ -385,16 +509,98 @@ def _fitting(vocabulary: Vocabulary, dataset: Dataset) -> Vocabulary:
     return vocabulary.with_things(things) if things and things != set(vocabulary.thing_classes) else vocabulary
 
 
-def _instances_file(dataset: Dataset) -> str:
+def _instance_truth(dataset: Dataset) -> InstanceTruth | None:
+    """What AP is measured against; None: the segments of the panoptic annotation.
+
+    Of the kinds with panoptic annotations, the users' own may do without an instances file; a benchmark may not.
+    """
     path = dataset.metadata.get("json_file")
-    if not path:
-        raise ValueError(
-            f"data set '{dataset.name}' has no instances file, so AP cannot be evaluated; set "
-            "MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
-        )
-    return path
+    if path:
+        truth = InstanceTruth.read(path)
+        own = "yaml_file" in dataset.metadata
+        return truth.completed(dataset.metadata["thing_dataset_id_to_contiguous_id"]) if own else truth
+    if dataset.metadata["evaluator_type"] == "coco_panoptic_seg" and dataset.metadata.get("panoptic_json"):
+        return None
+    raise ValueError(
+        f"data set '{dataset.name}' has no instances file, so AP cannot be evaluated; set "
+        "MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
+    )
 
 
-def _predictions_header(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    content = json.loads(Path(metadata["panoptic_json"]).read_text(encoding="utf-8"))
-    return {key: value for key, value in content.items() if key != "annotations"}
+def _begin_saving(
+    header_of: Callable[[str], Mapping[str, Any]],
+    cfg: Any,
+    dataset: Dataset,
+    records: Sequence[Mapping],
+    folders: Mapping[str, Path],
+    *,
+    resume: bool,
+    rank: int,
+) -> tuple[list[int | str], dict[str, list[Evaluator]]]:
+    """The pictures whose predictions are there already, and mode -> what writes the others.
+
+    Args:
+        header_of: mode -> what its predictions depend on; asked on rank 0.
+        cfg, dataset, records: what is evaluated.
+        folders: mode -> folder of its files.
+        resume, rank: as for `evaluate`.
+
+    Raises:
+        ValueError: the predictions that are there depend on something else.
+        RuntimeError: rank 0 failed.
+    """
+    done = _on_first(
+        lambda: begin_predictions(
+            {mode: folder / "predictions" for mode, folder in folders.items()},
+            {mode: header_of(mode) for mode in folders},
+            [record["image_id"] for record in records],
+            resume=resume,
+        ),
+        rank,
+    )
+    if done:
+        logger.info("%s: %d of %d pictures are evaluated from saved predictions", dataset.name, len(done), len(records))
+    return done, {mode: [_writer(cfg, dataset, records, folder, rank)] for mode, folder in folders.items()}
+
+
+def _writer(cfg: Any, dataset: Dataset, records: Sequence[Mapping], folder: Path, rank: int) -> PredictionWriter:
+    metadata = dataset.metadata
+    header = None
+    if cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON and metadata.get("panoptic_json") and rank == 0:
+        content = json.loads(Path(metadata["panoptic_json"]).read_text(encoding="utf-8"))
+        header = {key: value for key, value in content.items() if key != "annotations"}
+    ids = metadata.get("stuff_dataset_id_to_contiguous_id", {}) | metadata.get("thing_dataset_id_to_contiguous_id", {})
+    return PredictionWriter(
+        folder=folder / "predictions",
+        records=records,
+        num_classes=len(metadata["stuff_classes"]),
+        dataset_ids={index: identifier for identifier, index in ids.items()},
+        panoptic_header=header,
+        rank=rank,
+    )
+
+
+def _without(dataset: Dataset, image_ids: Sequence[int | str]) -> Dataset:
+    """The data set without these pictures."""
+    if not image_ids:
+        return dataset
+    done = set(image_ids)
+    left = [record for record in dataset.load() if record["image_id"] not in done]
+    return dataclasses.replace(dataset, load=lambda: list(left))
+
+
+def _on_first(work: Callable[[], Any], rank: int) -> Any:
+    """What rank 0 makes of `work`, on every rank; where it fails, all do."""
+    failure, made = None, None
+    if rank == 0:
+        try:
+            made = work()
+        except Exception as error:
+            failure = error
+    message = None if failure is None else f"{type(failure).__name__}: {failure}"
+    message, made = broadcast_object((message, made))
+    if failure is not None:
+        raise failure
+    if message is not None:
+        raise RuntimeError(f"evaluation stopped because process 0 failed: {message}")
+    return made

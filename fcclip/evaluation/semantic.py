@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
-from fcclip.evaluation.pictures import Evaluator, Picture
+from fcclip.evaluation.histograms import JointHistogram, as_array, joint_histogram
+from fcclip.evaluation.pictures import Evaluator, Picture, check_classes, keep_once
 
 
 class SemanticEvaluator(Evaluator):
-    """Counts pixels by true and predicted class, on the device of the predictions.
+    """Counts pixels by true and predicted class, on the device of the predictions; only the counts leave it.
 
     `mIoU` is the mean over the classes with ground truth, `mIoU_union` over the classes with ground truth or
     predictions, where a class without ground truth counts as 0. Published tables use the first since 2022 and the
     second before; they differ where a data set has classes that none of its pictures show. Predictions on ignored
-    pixels never count.
+    pixels never count. Where nothing is predicted (class K, only with `gaps`) the true class is missed, and no other
+    is blamed.
 
     Args:
         class_names: name of each of the K classes, by index.
@@ -27,16 +30,21 @@ class SemanticEvaluator(Evaluator):
         seen: (K,) whether training knew the class; None when unknown.
     """
 
+    gaps = False  # whether a prediction may leave pixels without a class, as value K; a model here never does
+
     def __init__(
         self, *, class_names: Sequence[str], ignore_label: int = 255, seen: Sequence[bool] | None = None
     ) -> None:
         self.class_names = tuple(class_names)
         self.ignore_label = ignore_label
         self.seen = None if seen is None else tuple(seen)
+        check_classes(self.class_names, (), self.seen)
         num_classes = len(self.class_names)
-        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)  # [true class, predicted class]
+        self.confusion = np.zeros((num_classes, num_classes), np.int64)  # [true class, predicted class]
+        self.gap_pixels = np.zeros(num_classes, np.int64)  # [true class], where nothing is predicted
+        self.mean_ious: dict[Hashable, float] = {}  # image id -> mIoU of the picture alone
 
-    def add(self, truth: Tensor | np.ndarray, predicted: Tensor, *, name: str = "the picture") -> None:
+    def add(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str = "the picture") -> None:
         """Counts one picture.
 
         Args:
@@ -47,44 +55,70 @@ class SemanticEvaluator(Evaluator):
         Raises:
             ValueError: sizes that differ, a value that is no class.
         """
-        num_classes = len(self.class_names)
-        if truth.shape != predicted.shape or predicted.ndim != 2:
+        self._add(self.count(truth, predicted, name=name))
+
+    def count(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str) -> JointHistogram:
+        """Pixels by (true class, predicted class) without the ignored ones; arguments and errors as for `add`."""
+        self.check(truth, predicted, name=name)
+        if isinstance(predicted, Tensor) and predicted.is_cuda:
+            found = _histogram_on_device(truth, predicted)
+        else:
+            found = joint_histogram(as_array(truth), as_array(predicted))
+        counted = found.first != self.ignore_label
+        found = JointHistogram(*(column[counted] for column in found))
+        strange = found.first[(found.first < 0) | (found.first >= len(self.class_names))]
+        if strange.size:
+            advice = f". If {strange[-1]} means unlabelled, set ignore_label: {strange[-1]}."
+            self._refuse(f"{name}: ground-truth class {strange[-1]}", advice)
+        return found
+
+    def check(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str) -> None:
+        """Refuses a prediction of another size than the ground truth, or with a value that is no class."""
+        if truth.shape != predicted.shape or predicted.ndim != 2 or 0 in predicted.shape:
             raise ValueError(
                 f"{name}: the prediction has shape {tuple(predicted.shape)}, the ground truth {tuple(truth.shape)}; "
                 "expected the same (height, width)"
             )
-        # NumPy's unsigned 16 bit is not a torch type that can be compared.
-        truth = torch.as_tensor(truth.astype(np.int64) if isinstance(truth, np.ndarray) else truth)
-        truth = truth.to(predicted.device, torch.int64)
-        ignored = truth == self.ignore_label
-        for labels, what in ((truth.masked_fill(ignored, 0), "ground-truth class"), (predicted, "predicted class")):
-            lowest, highest = labels.aminmax()
-            if lowest < 0 or highest >= num_classes:
-                wrong = lowest if lowest < 0 else highest
-                advice = (
-                    f" If {wrong} means unlabelled, set ignore_label: {wrong}." if what.startswith("ground") else ""
-                )
-                raise ValueError(
-                    f"{name}: {what} {wrong} is not one of the {num_classes} classes (0..{num_classes - 1}, ignore "
-                    f"{self.ignore_label}).{advice}"
-                )
-        cell = truth.masked_fill(ignored, num_classes) * num_classes + predicted
-        counts = torch.bincount(cell.flatten(), minlength=(num_classes + 1) * num_classes)
-        self.confusion = self.confusion.to(predicted.device)
-        self.confusion += counts[: num_classes * num_classes].view(num_classes, num_classes)
+        lowest, highest = int(predicted.min()), int(predicted.max())
+        if lowest < 0 or highest >= len(self.class_names) + self.gaps:
+            self._refuse(f"{name}: predicted class {lowest if lowest < 0 else highest}")
 
-    def process(self, picture: Picture, output: Mapping) -> None:
-        self.add(picture.labels, output["sem_seg"], name=picture.record["sem_seg_file_name"])
+    def _refuse(self, what: str, advice: str = "") -> NoReturn:
+        num_classes = len(self.class_names)
+        raise ValueError(
+            f"{what} is not one of the {num_classes} classes (0..{num_classes - 1}, ignore {self.ignore_label}){advice}"
+        )
 
-    def state(self) -> Tensor:
-        return self.confusion.cpu()
+    def measure(self, picture: Picture, output: Mapping) -> JointHistogram:
+        return self.count(picture.labels, output["sem_seg"], name=picture.label_source)
 
-    def merge(self, state: Tensor) -> None:
-        self.confusion = self.confusion.cpu() + state
+    def keep(self, image_id: int | str, measured: JointHistogram) -> None:
+        keep_once(self.mean_ious, {image_id: _mean_iou(measured)})
+        self._add(measured)
+
+    def _add(self, found: JointHistogram) -> None:
+        gap = found.second == len(self.class_names)
+        self.gap_pixels[found.first[gap]] += found.pixels[gap]  # every pair stands once in a histogram
+        self.confusion[found.first[~gap], found.second[~gap]] += found.pixels[~gap]
+
+    @property
+    def per_picture(self) -> dict[Hashable, float]:
+        """Image id -> mIoU of the picture alone, over the classes in its ground truth."""
+        return self.mean_ious
+
+    def state(self) -> tuple[np.ndarray, np.ndarray, dict[Hashable, float]]:
+        return self.confusion, self.gap_pixels, self.mean_ious
+
+    def merge(self, state: tuple[np.ndarray, np.ndarray, Mapping[Hashable, float]]) -> None:
+        confusion, gap_pixels, mean_ious = state
+        keep_once(self.mean_ious, mean_ious)
+        self.confusion = self.confusion + confusion
+        self.gap_pixels = self.gap_pixels + gap_pixels
 
     def results(self) -> dict[str, dict[str, float]]:
-        confusion = self.confusion.cpu().numpy()
-        hits, true, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+        confusion = self.confusion
+        hits, predicted = confusion.diagonal(), confusion.sum(axis=0)
+        true = confusion.sum(axis=1) + self.gap_pixels
         union = true + predicted - hits
         iou = _percent(hits, np.where(true > 0, union, 0))  # NaN for a class without ground truth
         iou_union = _percent(hits, union)  # 0 for one that is only predicted
@@ -107,3 +141,24 @@ class SemanticEvaluator(Evaluator):
 
 def _percent(part: np.ndarray, whole: np.ndarray) -> list[float]:
     return [100 * some / every if every else math.nan for some, every in zip(part.tolist(), whole.tolist())]
+
+
+def _histogram_on_device(truth: Tensor | np.ndarray, predicted: Tensor) -> JointHistogram:
+    """`joint_histogram` of a prediction on a GPU."""
+    truth = torch.as_tensor(truth.astype(np.int64) if isinstance(truth, np.ndarray) else truth)
+    pair = truth.to(predicted.device, torch.int64) << 24 | predicted.to(torch.int64)
+    pair, pixels = pair.unique(return_counts=True)
+    pair = pair.cpu().numpy()
+    return JointHistogram(pair >> 24, pair & ((1 << 24) - 1), pixels.cpu().numpy())
+
+
+def _mean_iou(found: JointHistogram) -> float:
+    true, predicted, hits = ({} for _ in range(3))
+    for g, p, pixels in zip(*(column.tolist() for column in found)):
+        true[g] = true.get(g, 0) + pixels
+        predicted[p] = predicted.get(p, 0) + pixels
+        if g == p:
+            hits[g] = pixels
+    return mean_of_defined(
+        100 * hits.get(g, 0) / (count + predicted.get(g, 0) - hits.get(g, 0)) for g, count in true.items()
+    )

@@ -3,10 +3,20 @@
 points.py     where losses look: points, bilinear sampling of predictions and of labels, the uncertain ones
 matching.py   match: the Hungarian assignment of queries to segments
 criterion.py  SetCriterion: the three losses with deep supervision
+distillation.py  DistillationLoss: the distance to the answers of a frozen start
 """
 
 from fcclip.losses.criterion import SetCriterion
+from fcclip.losses.distillation import DistillationLoss
 from fcclip.losses.matching import match
-from fcclip.losses.points import sample_maps, sample_targets, uncertain_points
+from fcclip.losses.points import point_sources, sample_maps, sample_targets, uncertain_points
 
-__all__ = ["SetCriterion", "match", "sample_maps", "sample_targets", "uncertain_points"]
+__all__ = [
+    "DistillationLoss",
+    "SetCriterion",
+    "match",
+    "point_sources",
+    "sample_maps",
+    "sample_targets",
+    "uncertain_points",
+]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.losses.matching import match, match_costs
-from fcclip.losses.points import sample_maps, sample_targets, uncertain_points
+from fcclip.losses.points import point_sources, sample_maps, sample_targets, uncertain_points
 from fcclip.structures import Targets
 
 
@@ -99,7 +99,7 @@ class SetCriterion(nn.Module):
                 mask_features.float(),
                 targets,
                 padded_size,
-                _point_sources(point_seeds, len(targets), mask_features.device),
+                point_sources(point_seeds, len(targets), mask_features.device),
                 [len(target) for target in targets] if segment_counts is None else segment_counts,
             )
 
@@ -194,18 +194,6 @@ class SetCriterion(nn.Module):
         dice = 1 - (2 * (probability * t).sum(1) + 1) / (probability.sum(1) + t.sum(1) + 1)
         start = x.new_zeros(num_sets)
         return start.index_add(0, sets, cross_entropy), start.index_add(0, sets, dice)
-
-
-def _point_sources(seeds: Sequence[int] | None, num_images: int, device: torch.device):
-    """One function (n, count) -> (n, count, 2) a picture, uniform in 0..1."""
-
-    def source(seed: int | None):
-        generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
-        return lambda num, count: torch.rand(num, count, 2, device=device, generator=generator)
-
-    if seeds is not None and len(seeds) != num_images:
-        raise ValueError(f"{len(seeds)} point seeds for {num_images} pictures")
-    return [source(None if seeds is None else seed) for seed in (seeds or [None] * num_images)]
 
 
 def _world_mean(value: Tensor) -> Tensor:

@@ -6,11 +6,15 @@ Points are (x, y), 0..1 over the padded network input, so one set of points serv
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fcclip.structures import Targets
+
+PointSource = Callable[[int, int], Tensor]  # (n, count) -> (n, count, 2), (x, y) uniform in 0..1
 
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
@@ -83,3 +87,24 @@ def uncertain_points(
         if num_points > num_uncertain:
             points = torch.cat([points, draw(num_points - num_uncertain)], dim=1)
         return points
+
+
+def point_sources(seeds: Sequence[int] | None, num_images: int, device: torch.device) -> list[PointSource]:
+    """One source of uniform points a picture.
+
+    Args:
+        seeds: one a picture, which makes its points independent of all others; None: torch's global generator.
+        num_images: how many pictures.
+        device: of the points.
+
+    Raises:
+        ValueError: another number of seeds than of pictures.
+    """
+
+    def source(seed: int | None) -> PointSource:
+        generator = None if seed is None else torch.Generator(device).manual_seed(int(seed))
+        return lambda num, count: torch.rand(num, count, 2, device=device, generator=generator)
+
+    if seeds is not None and len(seeds) != num_images:
+        raise ValueError(f"{len(seeds)} point seeds for {num_images} pictures")
+    return [source(None if seeds is None else seed) for seed in (seeds or [None] * num_images)]

@@ -2,6 +2,7 @@
 
 build.py          build_model: from a config to a model; the dicts in which names become parts
 fcclip.py         FCCLIP: the parts put together; losses in training, predictions else
+teacher.py        Teacher: the frozen start of a fine-tuning
 clip.py           the frozen CLIP: features, region embeddings, weights
 fingerprint.py    what a CLIP is and computes, stored beside weights and compared when they are loaded
 weight_files.py   files of weights, read without running what is in them
@@ -12,6 +13,7 @@ mask_decoder.py   masked transformer decoder with the in-vocabulary classifier
 classifier.py     mask pooling, similarity to words, the geometric ensemble
 augmentation.py   test-time augmentation: AugmentedModel, the mean semantic maps of a picture's variants
 inference.py      semantic, panoptic and instance post-processing
+semantic_blocks.py  semantic maps in blocks of rows, whatever the number of classes
 position.py       sine position embedding
 """
 
@@ -19,12 +21,14 @@ from fcclip.modeling.augmentation import AugmentedModel, build_augmented, build_
 from fcclip.modeling.build import build_model, test_modes
 from fcclip.modeling.clip import CLIPBackbone, build_clip
 from fcclip.modeling.fcclip import FCCLIP, InferenceSettings
+from fcclip.modeling.teacher import Teacher
 
 __all__ = [
     "FCCLIP",
     "AugmentedModel",
     "CLIPBackbone",
     "InferenceSettings",
+    "Teacher",
     "build_augmented",
     "build_clip",
     "build_model",

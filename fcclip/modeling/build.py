@@ -10,14 +10,14 @@ from typing import Any, Protocol
 
 from fvcore.common.config import CfgNode
 
-from fcclip.config import lookup, resolve_device
+from fcclip.config import cache_folder, lookup, resolve_device
 from fcclip.data.vocabularies import dataset_vocabulary
 from fcclip.losses import SetCriterion
 from fcclip.modeling.clip import CLIPBackbone, build_clip
 from fcclip.modeling.fcclip import FCCLIP, FCCLIPHead, InferenceSettings
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
 from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
-from fcclip.modeling.text import TextEncoder, default_cache_dir
+from fcclip.modeling.text import TextEncoder
 from fcclip.ops import select_engine
 from fcclip.vocabulary import Vocabulary
 
@@ -127,7 +127,7 @@ def fcclip_arguments(cfg: CfgNode, backbone: CLIPBackbone) -> dict[str, Any]:
         "size_divisibility": cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY,
         "settings": build_inference_settings(cfg),
         "text_encoder": TextEncoder(
-            backbone.clip_model, cache_dir=Path(cache).expanduser() if cache else default_cache_dir()
+            backbone.clip_model, cache_dir=Path(cache).expanduser() if cache else cache_folder()
         ),
     }
 
@@ -148,6 +148,8 @@ def build_inference_settings(cfg: CfgNode) -> InferenceSettings:
         topk=cfg.TEST.DETECTIONS_PER_IMAGE,
         postprocess_masks_first=test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE,
         zero_boxes=cfg.MODEL.FC_CLIP.ZERO_BOXES,
+        query_chunk=cfg.TEST.QUERY_CHUNK,
+        class_chunk=cfg.TEST.CLASS_CHUNK,
     )
 
 
@@ -244,7 +246,7 @@ def pixel_decoder_arguments(cfg: CfgNode, backbone: Levels) -> dict[str, Any]:
         "feedforward": head.TRANSFORMER_ENC_DIM_FEEDFORWARD,
         "dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
         "norm": head.NORM,
-        "engine": select_engine(cfg.MODEL.MSDA_ENGINE),
+        "engine": select_engine(cfg.MODEL.MSDA_ENGINE, resolve_device(cfg.MODEL.DEVICE)),
     }
 
 

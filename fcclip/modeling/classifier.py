@@ -5,11 +5,16 @@ Legend: B images, Q queries, D embedding, K classes, W words.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcclip.structures import WordEmbeddings
+from fcclip.structures import Targets, WordEmbeddings
+from fcclip.vocabulary import Vocabulary
 
 
 def mask_pool(features: Tensor, mask_logits: Tensor) -> Tensor:
@@ -50,6 +55,45 @@ def word_logits(embeddings: Tensor, words: WordEmbeddings, logit_scale: Tensor) 
         scores = scaled @ words.vectors.float().T  # (B, Q, W)
         logits = scores.new_full((*scores.shape[:-1], words.num_classes), -torch.inf)
         return logits.scatter_reduce(-1, words.class_of_word.expand_as(scores), scores, "amax")
+
+
+def cut_classes(class_logits: Tensor, start: int, stop: int) -> Tensor:
+    """(…, K + 1) -> (…, stop - start + 1): some of the classes, and void.
+
+    Words do not see each other before the softmax, so what is cut out of many is what these alone would give.
+    """
+    return torch.cat([class_logits[..., start:stop], class_logits[..., -1:]], dim=-1)
+
+
+def own_classes(
+    class_logits: Sequence[Tensor], targets: Sequence[Targets], vocabularies: Sequence[Vocabulary]
+) -> tuple[list[Tensor], list[Targets]]:
+    """Leaves each picture of a training batch the classes of its own vocabulary.
+
+    Args:
+        class_logits: tensors (B, Q, K + 1) for the distinct vocabularies, in the order of their first pictures, and
+            then for classes that are no picture's.
+        targets: of the B pictures; labels are positions in their vocabularies.
+        vocabularies: of the B pictures.
+
+    Returns:
+        class logits without the last kind, minus infinity where a class is another vocabulary's; and targets whose
+        labels are positions among them.
+    """
+    lists = list(dict.fromkeys(vocabularies))
+    starts = dict(zip(lists, accumulate(map(len, lists), initial=0)))
+    num_classes = sum(map(len, lists))
+    if num_classes + 1 < class_logits[0].shape[-1]:
+        class_logits = [cut_classes(one, 0, num_classes) for one in class_logits]
+    if len(lists) == 1:
+        return list(class_logits), list(targets)
+    foreign = torch.ones(len(targets), 1, num_classes + 1, dtype=torch.bool)
+    foreign[..., -1] = False
+    for row, own in zip(foreign, vocabularies):
+        row[:, starts[own] : starts[own] + len(own)] = False
+    foreign = foreign.to(class_logits[0].device, non_blocking=True)
+    moved = [replace(one, labels=one.labels + starts[own]) for one, own in zip(targets, vocabularies)]
+    return [one.masked_fill(foreign, -torch.inf) for one in class_logits], moved
 
 
 def with_void(words: WordEmbeddings, void: Tensor) -> WordEmbeddings:

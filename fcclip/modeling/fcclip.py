@@ -4,7 +4,7 @@ outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,18 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.losses import SetCriterion
-from fcclip.modeling.classifier import geometric_ensemble, resize_masks, with_void, word_logits
-from fcclip.modeling.clip import DENSE, CLIPBackbone
-from fcclip.modeling.inference import (
-    crop_and_resize,
-    enlarge,
-    instance_inference,
-    panoptic_inference,
-    semantic_inference,
-    semantic_labels,
+from fcclip.modeling.classifier import (
+    cut_classes,
+    geometric_ensemble,
+    own_classes,
+    resize_masks,
+    with_void,
+    word_logits,
 )
+from fcclip.modeling.clip import DENSE, CLIPBackbone
+from fcclip.modeling.inference import InstanceSelection, PanopticMerge, mask_chunk, postprocess_masks
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder, QueryPredictions
 from fcclip.modeling.pixel_decoder import MSDeformAttnPixelDecoder
+from fcclip.modeling.semantic_blocks import best_classes, semantic_blocks
+from fcclip.modeling.teacher import Teacher
 from fcclip.modeling.text import TextEncoder
 from fcclip.structures import Targets, WordEmbeddings
 from fcclip.vocabulary import Vocabulary
@@ -44,6 +46,8 @@ class InferenceSettings:
         postprocess_masks_first: resize mask logits to the output size, not class scores; implied by the other two
             outputs.
         zero_boxes: the published all-zero boxes.
+        query_chunk: masks held at the output size at once; 0: chosen, see `mask_chunk`.
+        class_chunk: classes whose scores are held at once while labels are computed; 0: all, for few rows.
     """
 
     alpha: float
@@ -57,11 +61,18 @@ class InferenceSettings:
     topk: int
     postprocess_masks_first: bool = False
     zero_boxes: bool = False
+    query_chunk: int = 0
+    class_chunk: int = 0
 
     def __post_init__(self) -> None:
         if not (self.semantic_on or self.instance_on or self.panoptic_on):
             raise ValueError(
                 "MODEL.MASK_FORMER.TEST turns SEMANTIC_ON, INSTANCE_ON and PANOPTIC_ON off: nothing would be computed"
+            )
+        if self.query_chunk < 0 or self.class_chunk < 0:
+            raise ValueError(
+                "TEST.QUERY_CHUNK and TEST.CLASS_CHUNK must be 0 (chosen) or a number of queries and of classes, got "
+                f"{self.query_chunk} and {self.class_chunk}"
             )
 
 
@@ -116,6 +127,11 @@ class FCCLIP(nn.Module):
         text_encoder: turns vocabularies into vectors with the backbone's text tower.
         train_vocabulary: classes of the training labels; also decides which classes count as seen.
         test_vocabulary: classes to use when a call brings none.
+
+    Attributes:
+        former_vocabulary: classes that the weights were trained on before a fine-tuning, which count as seen too; None:
+            there was none.
+        teacher: the start of a fine-tuning, whose answers the losses keep to; None: they do not.
     """
 
     def __init__(
@@ -144,6 +160,15 @@ class FCCLIP(nn.Module):
         self.text_encoder = text_encoder
         self.train_vocabulary = train_vocabulary
         self.test_vocabulary = test_vocabulary
+        self.former_vocabulary: Vocabulary | None = None
+        self.teacher: Teacher | None = None
+
+    @property
+    def seen_vocabulary(self) -> Vocabulary | None:
+        """The classes that count as seen: of the training labels, and of the trainings before."""
+        if self.train_vocabulary is None or self.former_vocabulary is None:
+            return self.train_vocabulary or self.former_vocabulary
+        return self.former_vocabulary.joined(self.train_vocabulary)
 
     @property
     def device(self) -> torch.device:
@@ -168,8 +193,8 @@ class FCCLIP(nn.Module):
         Args:
             inputs: a mapping a picture: `image` (3, H, W) uint8 or float, 0..255, channels as the pixel statistics;
                 optionally `height` and `width`, the size of the outputs (default: the picture's), and `vocabulary`,
-                classes for this picture alone; in training `targets` (`structures.Targets`) and optionally
-                `point_seed`, an int that fixes where its losses look.
+                classes for this picture alone, which in training its labels mean; in training `targets`
+                (`structures.Targets`) and optionally `point_seed`, an int that fixes where its losses look.
             vocabulary: classes for the pictures that bring none; default: `set_vocabulary`'s.
             semantic: "scores" for (K, h, w) float, "labels" for (h, w) int64, None for no semantic map.
             modes: name -> (alpha, beta), to score one pass of the network in several ways.
@@ -231,41 +256,45 @@ class FCCLIP(nn.Module):
         missing = [index for index, sample in enumerate(inputs) if "targets" not in sample]
         if missing:
             raise ValueError(f"training needs 'targets' in every picture; pictures {missing} of this batch have none")
-        worded = [index for index, sample in enumerate(inputs) if sample.get("vocabulary") is not None]
-        if worded:
-            raise ValueError(
-                f"pictures {worded} bring a 'vocabulary', but labels in training mean the classes of the training "
-                f"vocabulary '{self.train_vocabulary.name}'; leave the key out"
-            )
-        for index, sample in enumerate(inputs):
-            self._check_targets(index, sample["targets"], tuple(sample["image"].shape[-2:]))
+        vocabularies = [sample.get("vocabulary") or self.train_vocabulary for sample in inputs]
+        for index, (sample, own) in enumerate(zip(inputs, vocabularies)):
+            self._check_targets(index, sample["targets"], own, tuple(sample["image"].shape[-2:]))
         images, _ = self.preprocess(inputs)
         targets = [sample["targets"].to(self.device) for sample in inputs]
         features = self.backbone(images)
-        words = with_void(self.text_encoder.encode(self.train_vocabulary), self.void_embedding.weight)
-        found = self.sem_seg_head(features, words, all_sets=self.criterion.deep_supervision)
+        asked = [*dict.fromkeys(vocabularies), *([self.teacher.vocabulary] if self.teacher else [])]
+        words = _joined([self.text_encoder.encode(one) for one in asked])
+        void = self.void_embedding.weight
+        found = self.sem_seg_head(features, with_void(words, void), all_sets=self.criterion.deep_supervision)
+        class_logits, targets = own_classes(found.class_logits, targets, vocabularies)
         seeds = [sample.get("point_seed") for sample in inputs]
-        return self.criterion(
-            found.class_logits,
+        point_seeds = None if None in seeds else seeds
+        losses = self.criterion(
+            class_logits,
             found.mask_embeddings,
             found.mask_features,
             targets,
             padded_size=tuple(images.shape[-2:]),
-            point_seeds=None if None in seeds else seeds,
+            point_seeds=point_seeds,
             segment_counts=segment_counts,
         )
+        if self.teacher is not None:
+            num_pictures = len(inputs if segment_counts is None else segment_counts)
+            losses |= self.teacher.losses(features, words, found, point_seeds=point_seeds, num_pictures=num_pictures)
+        return losses
 
-    def _check_targets(self, index: int, targets: Targets, image_size: tuple[int, int]) -> None:
+    def _check_targets(self, index: int, targets: Targets, vocabulary: Vocabulary, image_size: tuple[int, int]) -> None:
         """Refuses targets that would be read at a wrong scale or as void; on the CPU, so that no GPU is waited for."""
         if targets.image_size != image_size:
             raise ValueError(
                 f"picture {index}: its targets are {targets.image_size} (height, width), but the image is {image_size}"
             )
-        num_classes = len(self.train_vocabulary)
+        num_classes = len(vocabulary)
         if len(targets) and not 0 <= int(targets.labels.min()) <= int(targets.labels.max()) < num_classes:
+            whose = "the training vocabulary" if vocabulary is self.train_vocabulary else "its vocabulary"
             raise ValueError(
-                f"picture {index}: labels must lie in 0..{num_classes - 1}, the classes of the training vocabulary "
-                f"'{self.train_vocabulary.name}', got {sorted(set(targets.labels.tolist()))}"
+                f"picture {index}: labels must lie in 0..{num_classes - 1}, the classes of {whose} "
+                f"'{vocabulary.name}', got {sorted(set(targets.labels.tolist()))}"
             )
 
     @torch.no_grad()
@@ -283,9 +312,8 @@ class FCCLIP(nn.Module):
         wanted = self._modes(modes)
         results: dict[str, list[dict]] = {name: [] for name in wanted}
         for found in self._scored_masks(inputs, vocabulary, wanted):
-            masks = self._masks(found)
-            for name, class_logits in found.class_logits.items():
-                results[name].append(self._outputs(found, class_logits, masks, semantic))
+            for name, output in self._outputs(found, semantic).items():
+                results[name].append(output)
         return results if modes else results[""]
 
     def semantic_scores(
@@ -306,9 +334,8 @@ class FCCLIP(nn.Module):
         if not self.settings.semantic_on:
             raise ValueError("semantic maps are turned off; set MODEL.MASK_FORMER.TEST.SEMANTIC_ON True")
         for index, found in enumerate(self._scored_masks(inputs, vocabulary, self._modes(modes))):
-            masks = self._masks(found)
-            for name, class_logits in found.class_logits.items():
-                yield index, name, self._semantic(found, class_logits, masks)
+            for name in found.class_logits:
+                yield index, name, self._semantic_scores(found, [name])[name]
 
     def _modes(self, modes: Modes | None) -> Modes:
         return modes or {"": (self.settings.alpha, self.settings.beta)}
@@ -331,7 +358,7 @@ class FCCLIP(nn.Module):
         for (one, pictures), own_words in zip(groups.items(), words):
             # words do not see each other before the softmax, so a vocabulary's logits can be cut out of all
             end = start + own_words.num_classes
-            own_logits = torch.cat([in_logits[..., start:end], in_logits[..., -1:]], dim=-1)
+            own_logits = cut_classes(in_logits, start, end)
             rows = slice(None) if len(groups) == 1 else pictures
             scored = self.classify(own_logits[rows], mask_logits[rows], dense[rows], own_words, one, modes)
             for row, index in enumerate(pictures):
@@ -379,10 +406,8 @@ class FCCLIP(nn.Module):
         embeddings = self.backbone.region_embeddings(dense, small)
         out_logits = word_logits(embeddings, words, self.backbone.logit_scale)
         valid = (small > 0).flatten(2).any(-1) if self.settings.ensemble_on_valid_mask else None
-        if self.train_vocabulary is None:
-            seen = torch.zeros(len(vocabulary), dtype=torch.bool)
-        else:
-            seen = vocabulary.seen_by(self.train_vocabulary)
+        known = self.seen_vocabulary
+        seen = torch.zeros(len(vocabulary), dtype=torch.bool) if known is None else vocabulary.seen_by(known)
         return {
             name: geometric_ensemble(in_logits, out_logits, seen, alpha=alpha, beta=beta, valid=valid)
             for name, (alpha, beta) in modes.items()
@@ -393,41 +418,84 @@ class FCCLIP(nn.Module):
         settings = self.settings
         return settings.postprocess_masks_first or settings.panoptic_on or settings.instance_on
 
-    @torch.no_grad()
-    def _masks(self, found: ScoredMasks) -> Tensor:
-        """(Q, ·, ·) mask logits at the padded size, or at the output size where masks are resized first."""
-        masks = enlarge(found.mask_logits, found.padded_size)
-        return crop_and_resize(masks, found.image_size, found.output_size) if self._masks_first else masks
-
-    @torch.no_grad()
-    def _semantic(self, found: ScoredMasks, class_logits: Tensor, masks: Tensor) -> Tensor:
-        """(K, h, w) scores."""
-        scores = semantic_inference(class_logits, masks)
-        return scores if self._masks_first else crop_and_resize(scores, found.image_size, found.output_size)
-
-    def _outputs(self, found: ScoredMasks, class_logits: Tensor, masks: Tensor, semantic: str | None) -> dict:
-        settings, outputs = self.settings, {}
+    def _outputs(self, found: ScoredMasks, semantic: str | None) -> dict[str, dict]:
+        """Mode name -> outputs of one picture."""
+        settings = self.settings
+        outputs: dict[str, dict] = {name: {} for name in found.class_logits}
+        if settings.semantic_on and semantic is not None:
+            maps = self._semantic_labels(found) if semantic == "labels" else self._semantic_scores(found, list(outputs))
+            for name, semantic_map in maps.items():
+                outputs[name]["sem_seg"] = semantic_map
+        makers: dict[tuple[str, str], PanopticMerge | InstanceSelection] = {}
         things = found.vocabulary.thing_classes
-        if settings.semantic_on and semantic == "labels":
-            if self._masks_first:
-                outputs["sem_seg"] = semantic_labels(class_logits, masks)
-            else:
-                outputs["sem_seg"] = self._semantic(found, class_logits, masks).argmax(0)
-        elif settings.semantic_on and semantic == "scores":
-            outputs["sem_seg"] = self._semantic(found, class_logits, masks)
-        if settings.panoptic_on:
-            outputs["panoptic_seg"] = panoptic_inference(
-                class_logits,
-                masks,
-                thing_classes=things,
-                object_mask_threshold=settings.object_mask_threshold,
-                overlap_threshold=settings.overlap_threshold,
-            )
-        if settings.instance_on:
-            outputs["instances"] = instance_inference(
-                class_logits, masks, thing_classes=things, topk=settings.topk, zero_boxes=settings.zero_boxes
-            )
+        for name, class_logits in found.class_logits.items():
+            if settings.panoptic_on:
+                makers[name, "panoptic_seg"] = PanopticMerge(
+                    class_logits,
+                    thing_classes=things,
+                    object_mask_threshold=settings.object_mask_threshold,
+                    overlap_threshold=settings.overlap_threshold,
+                )
+            if settings.instance_on:
+                makers[name, "instances"] = InstanceSelection(
+                    class_logits, thing_classes=things, topk=settings.topk, zero_boxes=settings.zero_boxes
+                )
+        self._hand_out_masks(found, list(makers.values()))
+        for (name, output), maker in makers.items():
+            outputs[name][output] = maker.result(found.output_size)
         return outputs
+
+    @torch.no_grad()
+    def _hand_out_masks(self, found: ScoredMasks, makers: Sequence[PanopticMerge | InstanceSelection]) -> None:
+        """Brings the masks that are wanted to the output size, each once and few at a time."""
+        wanted = [_numbers(maker.queries) for maker in makers]
+        queries = sorted(set().union(*wanted))
+        step = mask_chunk(found.output_size, found.mask_logits.device, self.settings.query_chunk)
+        for start in range(0, len(queries), step):
+            chunk = queries[start : start + step]
+            row_of = {query: row for row, query in enumerate(chunk)}
+            masks = postprocess_masks(found.mask_logits[chunk], found.padded_size, found.image_size, found.output_size)
+            for maker, its_queries in zip(makers, wanted):
+                rows = [row_of[query] for query in its_queries if query in row_of]
+                maker.add(masks if len(rows) == len(chunk) else masks[rows])
+
+    def _blocks(self, found: ScoredMasks, *, class_chunk: int = 0) -> Iterator[tuple[slice, Callable]]:
+        return semantic_blocks(
+            found.mask_logits,
+            len(found.vocabulary),
+            padded_size=found.padded_size,
+            image_size=found.image_size,
+            output_size=found.output_size,
+            masks_first=self._masks_first,
+            class_chunk=class_chunk,
+        )
+
+    @torch.no_grad()
+    def _semantic_scores(self, found: ScoredMasks, modes: Sequence[str]) -> dict[str, Tensor]:
+        """Mode name -> (K, h, w) scores."""
+        shares = {name: found.class_logits[name].softmax(-1)[:, :-1] for name in modes}
+        shape = (len(found.vocabulary), *found.output_size)
+        maps = {name: share.new_empty(shape) for name, share in shares.items()}
+        for rows, scores in self._blocks(found):
+            for name, share in shares.items():
+                maps[name][:, rows] = scores(share)
+        return maps
+
+    @torch.no_grad()
+    def _semantic_labels(self, found: ScoredMasks) -> dict[str, Tensor]:
+        """Mode name -> (h, w) int64."""
+        chunk = self.settings.class_chunk
+        shares = {name: class_logits.softmax(-1)[:, :-1] for name, class_logits in found.class_logits.items()}
+        parts: dict[str, list[Tensor]] = {name: [] for name in shares}
+        for _, scores in self._blocks(found, class_chunk=chunk):
+            for name, share in shares.items():
+                parts[name].append(best_classes(scores, share, class_chunk=chunk))
+        return {name: torch.cat(labels) for name, labels in parts.items()}
+
+
+def _numbers(queries: Tensor) -> list[int]:
+    """(n,) int64 ascending -> the same; on the meta device, which knows shapes alone, the first n numbers."""
+    return list(range(len(queries))) if queries.is_meta else queries.tolist()
 
 
 def _joined(words: Sequence[WordEmbeddings]) -> WordEmbeddings:

@@ -5,7 +5,6 @@ Legend: B images, d width, S = sum of H_l * W_l over the encoder's levels, M hea
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.modeling.position import sine_positions
-from fcclip.ops import ms_deform_attn
+from fcclip.ops import ms_deform_attn_fused
 
 NUM_POINTS = 4  # per level, as published
 
@@ -25,10 +24,10 @@ class MSDeformAttn(nn.Module):
     Args:
         dim: d, divisible by `heads`.
         levels, heads, points: L, M, P.
-        engine: of `fcclip.ops`.
+        engine: of `fcclip.ops.ms_deform_attn`.
     """
 
-    def __init__(self, *, dim: int, levels: int, heads: int, points: int = NUM_POINTS, engine: str = "torch") -> None:
+    def __init__(self, *, dim: int, levels: int, heads: int, points: int = NUM_POINTS, engine: str = "auto") -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(
@@ -58,16 +57,13 @@ class MSDeformAttn(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, query: Tensor, reference: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """query (B, N, d), reference (N, 2) x and y in 0..1, value (B, S, d), shapes of the levels -> (B, N, d)."""
-        batch, queries, _ = query.shape
+    def forward(self, query: Tensor, value: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """query (B, S, d) and value (B, S, d) of the cells of all levels, whose shapes are given -> (B, S, d)."""
         values = self.value_proj(value).unflatten(-1, (self.heads, -1))
-        offsets = self.sampling_offsets(query).view(batch, queries, self.heads, self.levels, self.points, 2)
-        weights = self.attention_weights(query).view(batch, queries, self.heads, -1).softmax(-1)
-        sizes = _level_sizes(tuple(shapes), offsets.device)
-        locations = reference[:, None, None, None] + offsets / sizes[:, None]
-        weights = weights.view(batch, queries, self.heads, self.levels, self.points)
-        return self.output_proj(ms_deform_attn(values, shapes, locations, weights, engine=self.engine))
+        sizes = (self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*sizes, 2))
+        logits = self.attention_weights(query).unflatten(-1, sizes)
+        return self.output_proj(ms_deform_attn_fused(values, shapes, offsets, logits, engine=self.engine))
 
 
 class EncoderLayer(nn.Module):
@@ -82,9 +78,9 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """x (B, S, d), position (S, d), reference (S, 2) -> (B, S, d)."""
-        x = self.norm1(x + self.dropout(self.self_attn(x + position, reference, x, shapes)))
+    def forward(self, x: Tensor, position: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """x (B, S, d), position (S, d) -> (B, S, d)."""
+        x = self.norm1(x + self.dropout(self.self_attn(x + position, x, shapes)))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
@@ -130,9 +126,8 @@ class DeformableEncoder(nn.Module):
         x = torch.cat([one.flatten(2).transpose(1, 2) for one in maps], dim=1)
         positions = [sine_positions(*shape, x.shape[-1], device).flatten(1).T for shape in shapes]
         position = torch.cat([one + embed for one, embed in zip(positions, self.level_embed)])  # (S, d)
-        reference = torch.cat([_cell_centres(*shape, device) for shape in shapes])  # (S, 2)
         for layer in self.encoder.layers:
-            x = layer(x, position, reference, shapes)
+            x = layer(x, position, shapes)
         levels = x.transpose(1, 2).split([height * width for height, width in shapes], dim=-1)
         return [one.unflatten(-1, shape) for one, shape in zip(levels, shapes)]
 
@@ -180,7 +175,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         feedforward: int = 1024,
         dropout: float = 0.0,
         norm: str = "GN",
-        engine: str = "torch",
+        engine: str = "auto",
     ) -> None:
         super().__init__()
         if dim % 32:
@@ -227,19 +222,3 @@ class MSDeformAttnPixelDecoder(nn.Module):
                 x = lateral + F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
                 x = F.relu(getattr(self, f"layer_{index}")(x))
             return self.mask_features(x), pyramid[:3]
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)  # what is kept must serve training too
-def _level_sizes(shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """(L, 2) float32 width and height of each level; made once per size, because a copy to a GPU stops it."""
-    return torch.tensor([(width, height) for height, width in shapes], dtype=torch.float32, device=device)
-
-
-@functools.lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)
-def _cell_centres(height: int, width: int, device: torch.device) -> Tensor:
-    """(height * width, 2) x and y of every cell centre, 0..1, row-major."""
-    y = (torch.arange(height, dtype=torch.float32, device=device) + 0.5) / height
-    x = (torch.arange(width, dtype=torch.float32, device=device) + 0.5) / width
-    return torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], dim=-1).flatten(0, 1)

@@ -92,12 +92,6 @@ class TextEncoder:
         return self.cache_dir / f"text-{digest[:32]}.safetensors"
 
 
-def default_cache_dir() -> Path:
-    """The user's cache folder for text features: $XDG_CACHE_HOME/fcclip, else ~/.cache/fcclip."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "fcclip"
-
-
 def text_weights_hash(clip_model: nn.Module) -> str:
     """SHA-256 of everything a text embedding depends on: weights, activation and depth of the text tower."""
     digest = hashlib.sha256(repr([type(module).__name__ for module in clip_model.transformer.modules()]).encode())

@@ -1,9 +1,40 @@
-"""Multi-scale deformable attention: one operator, one dispatcher, its engines.
+"""Multi-scale deformable attention: one operator in two forms, one dispatcher, its engines.
 
-ms_deform_attn.py  ms_deform_attn, ENGINES and select_engine: the operator and the choice of its engine
-torch_engine.py    the plain PyTorch engine, the truth that every other engine is tested against
+ms_deform_attn.py   ms_deform_attn (locations and weights) and ms_deform_attn_fused (offsets and logits of the network)
+library.py          torch.ops.fcclip.*: the operator for compilers, autograd and autocast; every check of its inputs
+engines.py          ENGINES, select_engine: which engine runs
+torch_engine.py     plain PyTorch, the truth that every other engine is tested against
+cpp_engine.py       C++ for the CPU, from csrc/ms_deform_attn_cpu.cpp
+cuda_engine.py      CUDA, from csrc/ms_deform_attn.cu
+triton_engine.py    Triton, for GPUs without nvcc; its kernels are in triton_kernels.py
+availability.py     Availability: whether an engine can run on a device
+builder.py          builds compiled engines into the user's cache folder and loads them
+build.py            `python -m fcclip.ops.build`
+
+An engine is a module and one line in `ENGINES` (and its place in `AUTO`). It has
+
+    DEVICES: tuple[str, ...]                          # kinds of devices it computes on; () means any
+    available(device) -> Availability                 # builds nothing, is cheap, does not raise
+    forward(value, shapes, locations, weights) -> output
+    backward(grad_output, value, shapes, locations, weights) -> (grad_value, grad_locations, grad_weights)
+    forward_fused(value, shapes, offsets, logits) -> output
+    backward_fused(grad_output, value, shapes, offsets, logits) -> (grad_value, grad_offsets, grad_logits)
+    EXTENSION: Extension                              # only where something must be compiled
+
+and gets, checked by library.py: `shapes` as pairs of Python ints, tensors of the shapes that `ms_deform_attn` names, of
+one of the four float types, on one device, contiguous, without empty dimensions and without autograd. It returns fresh
+tensors of the dtype of `value`. What all engines share, so that they can be exchanged:
+
+- pixel x = location_x * W - 0.5; fused: (i + 0.5) / W_own * W - 0.5 + offset_x for column i of the query's own level.
+- A sample counts when -1 <= x < W and -1 <= y < H. Corners outside the level are 0; at whole pixels the derivative is
+  that to the right. This is grid_sample; the published kernel has -1 < x, which differs in one subgradient alone.
+- A location that is not finite contributes 0 and gets gradients of 0, as in the published kernel (grid_sample does the
+  same on GPUs and gives NaN on CPUs). It hides nothing: offsets and logits come from the same query, so a network that
+  diverges has logits that are NaN, and these do reach the output.
+- Half types are computed in fp32 (coordinates, softmax, sums) and rounded once, fp64 in fp64, fp32 in full fp32.
 """
 
-from fcclip.ops.ms_deform_attn import ENGINES, ms_deform_attn, select_engine
+from fcclip.ops.engines import ENGINES, build_advice, select_engine
+from fcclip.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_fused
 
-__all__ = ["ENGINES", "ms_deform_attn", "select_engine"]
+__all__ = ["ENGINES", "build_advice", "ms_deform_attn", "ms_deform_attn_fused", "select_engine"]

@@ -1,33 +1,14 @@
-"""The operator of multi-scale deformable attention (Zhu et al., Deformable DETR, section 4.1) and its engines."""
+"""The operator of multi-scale deformable attention (Zhu et al., Deformable DETR, section 4.1), in two forms."""
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
-from fcclip.config import lookup
-from fcclip.ops.torch_engine import ms_deform_attn_torch
-
-logger = logging.getLogger(__name__)
-
-Engine = Callable[[Tensor, Sequence[tuple[int, int]], Tensor, Tensor], Tensor]
-ENGINES: dict[str, Engine] = {"torch": ms_deform_attn_torch}
-
-
-def select_engine(name: str = "auto") -> str:
-    """The name of the engine to use; the variable FCCLIP_MSDA wins over `name` (the key MODEL.MSDA_ENGINE).
-
-    Raises:
-        ValueError: an engine that does not exist.
-    """
-    wanted = os.environ.get("FCCLIP_MSDA") or name
-    engine = "torch" if wanted == "auto" else wanted
-    lookup("engine of multi-scale deformable attention (MODEL.MSDA_ENGINE)", engine, ENGINES)
-    logger.info("multi-scale deformable attention: engine '%s'%s", engine, "" if wanted == engine else " (auto)")
-    return engine
+from fcclip.ops import library, torch_engine  # library: registers torch.ops.fcclip
+from fcclip.ops.engines import automatic_engine
 
 
 def ms_deform_attn(
@@ -36,7 +17,7 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
-    engine: str = "torch",
+    engine: str = "auto",
 ) -> Tensor:
     """Weighted sum of values sampled bilinearly around each query, over all levels.
 
@@ -46,28 +27,92 @@ def ms_deform_attn(
         value: (B, S, M, D) float, the levels one after the other, each row-major.
         spatial_shapes: L pairs (H_l, W_l), Python ints, in pixels.
         sampling_locations: (B, N, M, L, P, 2) float as `value`, (x, y), 0..1 inside a level, unbounded; pixel centres
-            lie at (i + 0.5) / W_l and everything outside counts as 0.
+            lie at (i + 0.5) / W_l and everything outside counts as 0, as does a location that is not finite.
         attention_weights: (B, N, M, L, P) float as `value`.
-        engine: a key of `ENGINES`.
+        engine: a key of `ENGINES`, or "auto".
 
     Returns:
-        (B, N, M * D) float as `value`.
+        (B, N, M * D) float as `value`. Half types are computed in fp32 and rounded once; under autocast the inputs are
+        turned into fp32, fp64 excepted.
 
     Raises:
-        ValueError: shapes that do not fit together, or an unknown engine.
+        ValueError: shapes, dtypes or devices that do not fit together, an unknown engine, or one that cannot run here.
     """
-    total = sum(height * width for height, width in spatial_shapes)
-    if value.dim() != 4 or value.shape[1] != total:
-        raise ValueError(
-            f"value must be (B, S, M, D) with S = {total} for the levels {list(spatial_shapes)}, got "
-            f"{tuple(value.shape)}"
+    run = torch.ops.fcclip.ms_deform_attn
+    return _run(
+        "ms_deform_attn",
+        run,
+        torch_engine.forward,
+        value,
+        spatial_shapes,
+        sampling_locations,
+        attention_weights,
+        engine,
+    )
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    engine: str = "auto",
+) -> Tensor:
+    """`ms_deform_attn` of every cell to all levels, from what the network predicts: query n is cell n of `value`, its
+    samples lie at the cell's centre plus the offsets, weighted by the softmax over all points of all levels.
+
+    Args:
+        value: (B, S, M, D) float.
+        spatial_shapes: L pairs (H_l, W_l), Python ints, in pixels.
+        sampling_offsets: (B, S, M, L, P, 2) float as `value`, (x, y), in pixels of level l.
+        attention_logits: (B, S, M, L, P) float as `value`.
+        engine: a key of `ENGINES`, or "auto".
+
+    Returns:
+        (B, S, M * D) float as `value`.
+
+    Raises:
+        ValueError: as `ms_deform_attn`.
+    """
+    run = torch.ops.fcclip.ms_deform_attn_fused
+    return _run(
+        "ms_deform_attn_fused",
+        run,
+        torch_engine.forward_fused,
+        value,
+        spatial_shapes,
+        sampling_offsets,
+        attention_logits,
+        engine,
+    )
+
+
+def _run(
+    form: str,
+    operator: Callable[..., Tensor],
+    plain: Callable[..., Tensor],
+    value: Tensor,
+    spatial_shapes: Sequence[tuple[int, int]],
+    points: Tensor,
+    weights: Tensor,
+    engine: str,
+) -> Tensor:
+    if isinstance(spatial_shapes, Tensor):
+        raise ValueError("spatial_shapes must be pairs of Python ints; reading them from a tensor would stop a GPU")
+    flat = [size for pair in spatial_shapes for size in pair]
+    if engine == "auto":
+        engine = automatic_engine(value.device.type)
+    if engine != "torch":
+        return operator(value, flat, points, weights, engine)
+    # Plain operations instead of the operator: exports show GridSample, compilers look inside, and autograd keeps what
+    # the operator's backward would compute a second time.
+    kind = value.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        value, points, weights = (
+            one if one.dtype == torch.float64 else one.float() for one in (value, points, weights)
         )
-    batch, _, heads, _ = value.shape
-    expected = (batch, sampling_locations.shape[1], heads, len(spatial_shapes), attention_weights.shape[-1])
-    if tuple(attention_weights.shape) != expected or tuple(sampling_locations.shape) != (*expected, 2):
-        raise ValueError(
-            f"expected attention_weights {expected} and sampling_locations {(*expected, 2)}, got "
-            f"{tuple(attention_weights.shape)} and {tuple(sampling_locations.shape)}"
-        )
-    run = lookup("engine of multi-scale deformable attention", engine, ENGINES)
-    return run(value, spatial_shapes, sampling_locations, attention_weights)
+        with torch.autocast(kind, enabled=False):
+            return _run(form, operator, plain, value, spatial_shapes, points, weights, engine)
+    library.check_tensors(form, value, flat, points, weights)
+    return plain(value, library.pairs(flat), points, weights)

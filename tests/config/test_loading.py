@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fcclip.config import (
+    cache_folder,
     configs_dir,
     find_config,
     get_cfg,
@@ -152,7 +153,6 @@ def test_keys_without_effect_are_told_with_the_reason(tmp_path):
         ("TEST:\n  AUG:\n    FLIP: 1\n", [], "'TEST.AUG.FLIP' takes a bool .*got int 1"),
         ("SOLVER: 3\n", [], "'SOLVER' is a group of keys"),
         ("", ["SEED"], "pairs KEY VALUE"),
-        ("TEST:\n  CLASS_CHUNK: 3\n", [], "'TEST.CLASS_CHUNK' is 3, but this feature does not exist yet"),
         ("- 1\n", [], "expected a mapping"),
         ("SEED: !!python/object/apply:os.getpid []\n", [], "not a plain YAML file"),
         ("_BASE_: a.yaml\n", [], "leads back to itself"),
@@ -182,6 +182,14 @@ def test_files_are_taken_as_given_or_from_the_assets(tmp_path):
     assert resolve_file("shapes_convnext.json").parent.name == "assets"
     with pytest.raises(FileNotFoundError, match="weights 'gone.pth' not found"):
         resolve_file("gone.pth", what="weights")
+
+
+def test_the_cache_is_where_the_user_keeps_caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "fcclip" and cache_folder("ops") == tmp_path / "fcclip" / "ops"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder("ops") == tmp_path / ".cache" / "fcclip" / "ops"
 
 
 def test_lookup_names_what_exists():

@@ -22,6 +22,7 @@ INSTANCES = "openvocab_coco_2017_val"
 SEMANTIC = "openvocab_pascal_ctx59_sem_seg_val"
 DEEP = "openvocab_ade20k_full_sem_seg_val"
 ADE20K = "openvocab_ade20k_panoptic_val"
+CITYSCAPES = "openvocab_cityscapes_fine_panoptic_val"
 NAMES = sorted(name for name in DATASETS if not name.startswith("shapes_"))
 HARMLESS = {"count", "unused-class", "grey"}  # of every small tree: its fourth picture is grey
 
@@ -442,6 +443,27 @@ def test_missing_folders_are_one_finding_each(tmp_path):
     assert report.records is None
 
 
+def test_a_missing_folder_of_own_data_is_one_finding(copy):
+    _, root = copy(PANOPTIC)
+    edit(root / PANOPTIC_JSON, of_three_categories)
+    shutil.rmtree(root / "coco/val2017")
+    report = check_dataset(get_dataset(str(own_panoptic(root, ["dog", "sky", "brush"]))))
+    assert only(report, "missing-folder").file == str(root / "coco/val2017")
+
+
+def test_a_missing_file_of_instance_ids_of_cityscapes_is_named(copy):
+    dataset, root = copy(CITYSCAPES)
+    folder = root / "cityscapes/gtFine/val"
+    path = folder / "lindau/lindau_000000_000019_gtFine_instanceIds.png"
+    path.unlink()
+    assert only(check_dataset(dataset), "missing-instance-ids").file == str(path)
+    for path in folder.glob("*/*_gtFine_instanceIds.png"):
+        path.unlink()
+    found = only(check_dataset(dataset, fast=True), "missing-instance-ids")
+    assert (found.file, found.what) == (str(folder), "none of 4 *_gtFine_instanceIds.png is there")
+    assert found.severity == "warning"
+
+
 # ---- annotation files ----
 
 PANOPTIC_JSON = "coco/annotations/panoptic_val2017.json"
@@ -734,6 +756,14 @@ def test_own_data_are_checked_by_their_yaml(copy):
         ("dog", 4, True), ("sky", 4, False), ("brush", 4, True), ("cow", 0, False),
     ]  # fmt: skip
     assert report.num_published is None
+
+
+def test_own_data_whose_json_has_no_categories_are_told_what_is_missing(copy):
+    _, root = copy(PANOPTIC)
+    edit(root / PANOPTIC_JSON, lambda content: content.pop("categories"))
+    report = check_dataset(get_dataset(str(own_panoptic(root, ["dog", "sky", "brush"]))))
+    found = [one.what for one in report.findings if one.kind == "annotation-file"]
+    assert len(found) == 1 and "has no list 'categories'" in found[0]
 
 
 def test_a_category_of_own_data_that_differs_by_case_is_told_with_the_class(copy):

@@ -1,5 +1,8 @@
 """Every published data set on a small tree in its true layout: registration, loading, mapping, batches."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +51,19 @@ every_data_set = pytest.mark.parametrize("tree", NAMES, indirect=True)
 
 def test_there_is_a_tree_for_every_published_data_set():
     assert {template_and_split(name)[0] for name in NAMES} == set(CLASSES)
+
+
+@every_data_set
+def test_the_content_of_its_annotation_file_gives_the_same_records_wherever_its_files_are(tree, tmp_path):
+    name, dataset = tree
+    if kind_of(name) == "semantic":
+        assert dataset.parse is None
+        return
+    source = Path(dataset.metadata["panoptic_json" if kind_of(name) == "panoptic" else "json_file"])
+    content = json.loads(source.read_text())
+    assert dataset.parse(content) == dataset.annotations()
+    if "lvis" not in name:  # its classes stand in the file
+        assert len(get_dataset(name, tmp_path).parse(content)) == len(dataset.annotations())
 
 
 @every_data_set

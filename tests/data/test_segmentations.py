@@ -2,7 +2,14 @@ import numpy as np
 import pycocotools.mask
 import pytest
 
-from fcclip.data.segmentations import compressed, fill_polygons, has_area, read_run_lengths, run_lengths
+from fcclip.data.segmentations import (
+    compressed,
+    fill_polygons,
+    has_area,
+    paint_classes,
+    read_run_lengths,
+    run_lengths,
+)
 from tests.data.published_trees import counts_of
 
 
@@ -87,3 +94,13 @@ def test_run_length_codes_are_read_as_they_were_written(share):
 def test_a_run_length_code_that_does_not_fill_its_picture_is_refused(counts, message):
     with pytest.raises(ValueError, match=message):
         read_run_lengths([{"size": [12, 17], "counts": counts}], (12, 17))
+
+
+def test_segments_are_painted_with_their_classes_and_all_else_with_the_ignore_label():
+    id_map = np.random.default_rng(0).choice([0, 3, 70_000, 2**24 - 1, 9], (7, 5)).astype(np.int32)
+    id_map[2:4] = 3
+    class_of = {2**24 - 1: 0, 3: 132, 70_000: 5, 8: 1}  # 8 is nowhere, 0 and 9 are no segment
+    painted = paint_classes(id_map, [{"id": one, "category_id": index} for one, index in class_of.items()], 255)
+    assert painted.dtype == np.int32
+    assert painted.tolist() == [[class_of.get(one, 255) for one in row] for row in id_map.tolist()]
+    assert (paint_classes(id_map, [], 7) == 7).all()

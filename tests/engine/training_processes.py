@@ -10,7 +10,7 @@ from fvcore.common.config import CfgNode
 from torch import nn
 
 from fcclip.config import load_config
-from fcclip.engine import all_gather_object, barrier, build_trainer, get_rank, get_world_size
+from fcclip.engine import Trainer, all_gather_object, barrier, build_trainer, get_rank, get_world_size
 from fcclip.modeling import build_model
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
@@ -125,6 +125,12 @@ def three_steps(counts: Sequence[int] = CROWDED, **changes) -> dict:
     clipped, and the `weights` after them."""
     cfg = small_cfg(**(WIDE | {"SOLVER.IMS_PER_BATCH": len(counts)} | changes))
     trainer = trainer_on_my_pictures(cfg, samples=lambda: my_pictures(counts))
+    return noted_training(trainer)
+
+
+def noted_training(trainer: Trainer) -> dict:
+    """Trains to the end; `losses` (a list by name), `gradients` of each iteration before they are clipped, and the
+    `weights` afterwards."""
     found, clip = {"gradients": []}, trainer.clip
 
     def clip_and_note(parameters):

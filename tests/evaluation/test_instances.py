@@ -11,7 +11,7 @@ from faster_coco_eval.core.mask import decode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fcclip.evaluation import InstanceEvaluator, InstanceTruth, encode_masks
+from fcclip.evaluation import InstanceEvaluator, InstanceTruth, Picture, encode_masks, instances_of_rows, write_id_map
 from fcclip.structures import Instances
 
 NAMES = ("sand", "cup", "ball", "kite", "sea", "drum")
@@ -213,6 +213,66 @@ def two_squares(tmp_path, **options):
     return evaluator_for(tmp_path, content, **options)
 
 
+def panoptic_picture(folder, image_id, masks, classes, crowds):
+    """A record whose segments are these masks, later ones on top, and a stuff segment below them."""
+    ids, segments = np.full(masks[0].shape, 1), [{"id": 1, "category_id": 0, "area": 1, "iscrowd": 0}]
+    for index, (mask, label, crowd) in enumerate(zip(masks, classes, crowds), start=70_000):
+        ids[mask] = index
+        segments.append({"id": index, "category_id": label, "area": 5, "iscrowd": crowd})
+    write_id_map(folder / f"{image_id}.png", ids)
+    files = {"pan_seg_file_name": str(folder / f"{image_id}.png"), "file_name": f"{image_id}.jpg"}
+    return Picture({"image_id": image_id, "segments_info": segments, **files})
+
+
+def test_without_an_instances_file_the_thing_segments_are_the_ground_truth(tmp_path):
+    content, detections = random_world(5, string_ids=True)
+    annotations, from_file, from_segments = [], None, []
+    for image_id, found in detections.items():
+        masks = [mask.numpy() for mask in found.pred_masks if mask.any()][:4]
+        if not masks:
+            masks = [square(0, 0, 9, *found.pred_masks.shape[1:])]
+        classes, crowds = [(1, 2, 3, 1)[index] for index in range(len(masks))], [0, 1, 0, 0][: len(masks)]
+        picture = panoptic_picture(tmp_path, image_id, masks, classes, crowds)
+        from_segments.append((picture, found))
+        for segment in picture.segments[1:]:
+            mask = picture.id_map == segment["id"]
+            if mask.any():  # covered by the others
+                left, top, right, bottom = box_of(mask)
+                entry = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": segment["iscrowd"]}
+                entry |= {"category_id": DATASET_IDS[segment["category_id"]], "area": int(mask.sum())}
+                entry |= {"segmentation": encode_masks(torch.as_tensor(mask)[None])[0]}
+                annotations.append(entry | {"bbox": [left, top, right - left, bottom - top]})
+    from_file = evaluator_for(tmp_path, content | {"annotations": annotations})
+    alone, first, second = (
+        InstanceEvaluator(truth=None, class_names=NAMES, dataset_ids=DATASET_IDS, seen=None) for _ in range(3)
+    )
+    for index, (picture, found) in enumerate(from_segments):
+        from_file.add(picture.image_id, found)
+        alone.process(picture, {"instances": found})
+        (second, first)[index % 2].process(picture, {"instances": found})
+    first.merge(second.state())
+    assert repr(alone.results()) == repr(first.results())
+    assert alone.results()["segm"] == pytest.approx(from_file.results()["segm"], nan_ok=True)
+    assert alone.results()["bbox"] == pytest.approx(from_file.results()["bbox"], nan_ok=True)
+    assert 0 < alone.results()["segm"]["AP"] < 100
+
+
+def test_masks_of_another_size_than_the_panoptic_annotation_are_refused(tmp_path):
+    evaluator = InstanceEvaluator(truth=None, class_names=NAMES, dataset_ids=DATASET_IDS)
+    picture = panoptic_picture(tmp_path, 4, [square(0, 0, 9)], [1], [0])
+    with pytest.raises(ValueError, match=r"picture 4: masks are \(60, 40\) .* in its annotation is \(40, 60\)"):
+        evaluator.process(picture, {"instances": instances_of(np.zeros((1, 60, 40)), [1], [0.5])})
+
+
+def test_ground_truth_without_an_instance_leaves_every_score_undefined(tmp_path):
+    content, detections = random_world(4)
+    evaluator = evaluator_for(tmp_path, content | {"annotations": []}, seen=[True] * 6)
+    for image_id, found in detections.items():
+        evaluator.add(image_id, found)
+    for metrics in evaluator.results().values():
+        assert all(math.isnan(value) for value in metrics.values())
+
+
 def test_seen_and_unseen_average_the_classes_with_ground_truth(tmp_path):
     evaluator = two_squares(tmp_path, seen=[True, True, False, True, True, False])
     evaluator.add(1, instances_of([square(2, 3, 10), square(0, 0, 5)], [1, 2], [0.9, 0.8]))
@@ -239,6 +299,61 @@ def test_results_are_written_with_the_ids_of_the_data_set(tmp_path):
     assert saved["bbox"] == [3.0, 2.0, 10.0, 10.0]
     assert saved["score"] == 0.5
     np.testing.assert_array_equal(decode(saved["segmentation"]), square(2, 3, 10))
+
+
+@pytest.mark.parametrize("boxes", [True, False])
+def test_a_file_of_results_gives_the_numbers_of_the_run_that_wrote_it(tmp_path, boxes):
+    content, detections = random_world(5)
+    run, again = evaluator_for(tmp_path, content, folder=tmp_path), evaluator_for(tmp_path, content)
+    for image_id, found in detections.items():
+        run.add(image_id, found)
+    run.save()
+    rows = json.loads((tmp_path / "coco_instances_results.json").read_text())
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    classes = {identifier: index for index, identifier in DATASET_IDS.items()}
+    for image_id, size in sizes.items():
+        own = [row for row in rows if row["image_id"] == image_id]
+        if not boxes:
+            own = [{key: value for key, value in row.items() if key != "bbox"} for row in own]
+        picture = Picture({"image_id": image_id, "file_name": "-"})
+        again.process(picture, {"instances": instances_of_rows(own, classes=classes, size=size)})
+    assert repr(again.results()) == repr(run.results())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"category_id": 3}, "photo: category_id 3 is none of the data set's thing classes"),
+        ({"segmentation": {"size": [60, 40], "counts": [2400]}}, r"photo: a run-length code is 60 x 40 .* 40 x 60"),
+        ({"segmentation": {"size": [40, 60]}}, "photo: a run-length code needs .* 'counts'"),
+        ({"score": None}, "photo: a row has no score; expected COCO results with masks"),
+    ],
+)
+def test_rows_of_results_that_do_not_fit_are_refused(change, message):
+    row = {"category_id": 7, "score": 0.5, "segmentation": [[0, 0, 9, 0, 9, 9]]} | change
+    row = {key: value for key, value in row.items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        instances_of_rows([row], classes={7: 2}, size=(40, 60), name="photo")
+
+
+def test_a_polygon_in_a_row_of_results_is_filled():
+    found = instances_of_rows(
+        [{"category_id": 7, "score": 0.5, "segmentation": [[5, 2, 15, 2, 15, 12, 5, 12], [1, 1]]}],
+        classes={7: 2},
+        size=(40, 60),
+    )
+    np.testing.assert_array_equal(found.pred_masks[0], square(2, 5, 10))
+    assert found.pred_boxes.tolist() == [[5, 2, 15, 12]] and found.pred_classes.tolist() == [2]
+
+
+def test_class_names_of_another_data_set_are_refused_at_once(tmp_path):
+    content, _ = random_world(0)
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    options = {"truth": InstanceTruth.read(tmp_path / "gt.json"), "dataset_ids": DATASET_IDS}
+    with pytest.raises(ValueError, match="there are 4 class names and a class 5, counted from 0"):
+        InstanceEvaluator(class_names=NAMES[:4], **options)
+    with pytest.raises(ValueError, match="there are 6 class names, and 5 entries say whether training knew"):
+        InstanceEvaluator(class_names=NAMES, seen=[True] * 5, **options)
 
 
 @pytest.mark.parametrize(

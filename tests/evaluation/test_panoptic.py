@@ -298,6 +298,15 @@ def test_classes_without_any_segment_make_empty_groups_not_errors():
     assert math.isnan(metrics["PQ_st"]) and math.isnan(metrics["PQ_unseen"])
 
 
+def test_no_picture_at_all_leaves_every_score_undefined():
+    assert all(math.isnan(value) for value in evaluator(seen=[True] * 6).results()["panoptic_seg"].values())
+
+
+def test_a_thing_class_beyond_the_names_is_refused_at_once():
+    with pytest.raises(ValueError, match="there are 2 class names and a class 4, counted from 0"):
+        PanopticEvaluator(class_names=["cup", "sand"], thing_classes=[0, 4])
+
+
 def test_a_class_that_is_only_missed_counts_as_zero():
     assert class_quality(ClassCounts(fn=2)) == (0.0, 0.0, 0.0)
     assert all(math.isnan(value) for value in class_quality(ClassCounts()))
@@ -308,6 +317,18 @@ def test_pictures_are_added_in_the_order_of_their_ids():
     pictures = {index: {0: ClassCounts(1, 0, 0, value)} for index, value in enumerate(values)}
     backwards = dict(reversed(pictures.items()))
     assert sum_counts(backwards)[0].iou == sum_counts(pictures)[0].iou == 0.1 + 0.2 + 0.3 + 1e9
+
+
+def test_each_picture_has_a_quality_of_its_own():
+    pictures = {seed: random_picture(seed) for seed in range(4)}
+    quality = evaluator()
+    for image_id, picture in pictures.items():
+        quality.add(image_id, *picture)
+    assert quality.per_picture.keys() == pictures.keys()
+    for image_id, picture in pictures.items():
+        alone = evaluator()
+        alone.add(image_id, *picture)
+        assert quality.per_picture[image_id] == pytest.approx(alone.results()["panoptic_seg"]["PQ"])
 
 
 def test_a_picture_may_come_once():

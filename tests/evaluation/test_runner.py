@@ -386,7 +386,7 @@ def test_only_heads_that_are_on_are_evaluated(folder):
 
 
 def test_a_data_set_without_instances_file_is_refused_for_ap(folder):
-    dataset = tiny_world.dataset(folder, json_file=None)
+    dataset = tiny_world.dataset(folder, json_file=None, evaluator_type="mapillary_vistas_panoptic_seg")
     with pytest.raises(ValueError, match=r"'tiny_val' has no instances file.*INSTANCE_ON False"):
         build_evaluators(tiny_world.config(), dataset, modes=["ensemble"])
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fcclip.evaluation import SemanticEvaluator, read_labels
+from fcclip.evaluation import Picture, SemanticEvaluator
 
 NAMES = ("cup", "sand", "sea", "sky", "walkie-talkie")
 
@@ -85,7 +85,32 @@ def test_merged_shares_equal_one_process():
         alone.add(*picture)
         (first, second)[index % 2].add(*picture)
     first.merge(second.state())
-    assert first.results() == alone.results()
+    assert repr(first.results()) == repr(alone.results())
+
+
+def test_each_picture_has_a_mean_of_its_own(tmp_path):
+    rng, evaluator = np.random.default_rng(2), SemanticEvaluator(class_names=NAMES)
+    expected = {}
+    for image_id in (8, 3):
+        truth, predicted = rng.choice([0, 1, 3, 255], (6, 7)), rng.integers(0, 5, (6, 7))
+        Image.fromarray(truth.astype(np.uint8)).save(tmp_path / f"{image_id}.png")
+        record = {"image_id": image_id, "sem_seg_file_name": str(tmp_path / f"{image_id}.png")}
+        evaluator.process(Picture(record), {"sem_seg": predicted})
+        expected[image_id] = metrics(truth, predicted)["mIoU"]
+    assert evaluator.per_picture == pytest.approx(expected)
+    with pytest.raises(ValueError, match="picture 3 came twice"):
+        evaluator.process(Picture(record), {"sem_seg": predicted})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_counts_on_a_gpu_equal_those_in_main_memory():
+    rng = np.random.default_rng(3)
+    truth, predicted = rng.choice([0, 1, 3, 255], (60, 70)), torch.as_tensor(rng.integers(0, 5, (60, 70)))
+    on_gpu, here = (SemanticEvaluator(class_names=NAMES) for _ in range(2))
+    on_gpu.add(truth, predicted.cuda())
+    here.add(truth, predicted)
+    np.testing.assert_array_equal(on_gpu.confusion, here.confusion)
 
 
 @pytest.mark.parametrize(
@@ -101,29 +126,3 @@ def test_a_map_that_does_not_fit_is_refused(truth, predicted, message):
     evaluator = SemanticEvaluator(class_names=NAMES)
     with pytest.raises(ValueError, match=f"val/7.png: .*{message}"):
         evaluator.add(np.array(truth), torch.tensor(predicted), name="val/7.png")
-
-
-def test_labels_are_read_as_they_are_stored(tmp_path):
-    values = np.array([[0, 3], [254, 255]], np.uint8)
-    palette = Image.fromarray(values).convert("L")
-    palette.putpalette([7] * 768)
-    for name, image in (
-        ("grey.png", Image.fromarray(values)),
-        ("palette.png", palette),
-        ("deep.png", Image.fromarray(values.astype(np.uint16) * 257)),
-        ("deep.tif", Image.fromarray(values.astype(np.uint16) * 257)),
-    ):
-        image.save(tmp_path / name)
-        scale = 257 if "deep" in name else 1
-        np.testing.assert_array_equal(read_labels(tmp_path / name), values.astype(int) * scale)
-
-
-def test_a_file_that_holds_no_labels_is_refused(tmp_path):
-    Image.new("RGB", (2, 2)).save(tmp_path / "colour.png")
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(ValueError, match=r"colour\.png: a label picture has one integer per pixel"):
-        read_labels(tmp_path / "colour.png")
-    with pytest.raises(ValueError, match=r"text\.png: cannot be read"):
-        read_labels(tmp_path / "text.png")
-    with pytest.raises(FileNotFoundError, match=r"none\.png: no such label picture"):
-        read_labels(tmp_path / "none.png")

@@ -97,7 +97,7 @@ def test_each_variant_is_one_pass_for_all_modes_and_only_semantic_maps_are_made(
     model, passes = tiny_model(), []
     assert model.settings.panoptic_on and model.settings.instance_on
     expected = AugmentedModel(model, variants=VARIANTS)([picture()])
-    for name in ("panoptic_inference", "instance_inference"):
+    for name in ("PanopticMerge", "InstanceSelection"):
         monkeypatch.setattr(assembly, name, None)  # calling it would fail
     model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
     together = AugmentedModel(model, variants=VARIANTS)([picture()], modes=test_modes(tiny_cfg))
@@ -111,15 +111,15 @@ def test_each_variant_is_one_pass_for_all_modes_and_only_semantic_maps_are_made(
 
 def test_one_map_a_mode_is_held_while_the_next_is_computed(tiny_cfg, tiny_model, monkeypatch):
     model, made, alive = tiny_model(), [], []
-    compute = model._semantic
+    compute = model._semantic_scores
 
-    def watched(*args):
+    def watched(found, modes):
         alive.append(sum(one() is not None for one in made))
-        scores = compute(*args)
-        made.append(weakref.ref(scores))
+        scores = compute(found, modes)
+        made.extend(weakref.ref(one) for one in scores.values())
         return scores
 
-    monkeypatch.setattr(model, "_semantic", watched)
+    monkeypatch.setattr(model, "_semantic_scores", watched)
     augmented = AugmentedModel(model, variants=VARIANTS, batch_size=4)
     augmented([picture(), picture(seed=1)], semantic="labels", modes=test_modes(tiny_cfg))
     assert len(alive) == 2 * 3 * len(VARIANTS)

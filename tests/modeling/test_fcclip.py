@@ -270,8 +270,6 @@ def test_what_is_missing_is_said(tiny_model):
     model.train()
     with pytest.raises(ValueError, match=r"pictures \[1\] of this batch have none"):
         model([training_sample(), picture()])
-    with pytest.raises(ValueError, match=r"pictures \[0\] bring a 'vocabulary', but .* training vocabulary 'train'"):
-        model([{**training_sample(), "vocabulary": Vocabulary.from_names("a; b")}])
     model.train_vocabulary = None
     with pytest.raises(ValueError, match="no training vocabulary"):
         model([training_sample()])
@@ -283,6 +281,8 @@ def test_targets_of_another_size_or_class_list_are_refused(tiny_model):
         model([{**training_sample(), "image": picture(64, 96)["image"]}])
     with pytest.raises(ValueError, match=r"picture 1: labels must lie in 0\.\.2, .* got \[3\]"):
         model([training_sample(), training_sample(labels=(3,))])
+    with pytest.raises(ValueError, match=r"must lie in 0\.\.1, the classes of its vocabulary 'words', got \[2\]"):
+        model([{**training_sample(labels=(2,)), "vocabulary": Vocabulary.from_names("a; b")}])
 
 
 def test_a_model_that_has_predicted_in_inference_mode_can_still_be_trained(tiny_model):

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from fcclip.modeling.inference import (
+    InstanceSelection,
+    PanopticMerge,
     instance_inference,
     panoptic_inference,
     postprocess_masks,
@@ -42,8 +44,10 @@ def test_labels_are_the_argmax_of_the_scores_whatever_the_chunks(monkeypatch):
     class_logits, mask_logits = torch.randn(9, 8), torch.randn(9, 11, 13)
     expected = semantic_inference(class_logits, mask_logits).argmax(0)
     assert torch.equal(semantic_labels(class_logits, mask_logits), expected)
-    monkeypatch.setattr("fcclip.modeling.inference._LABEL_BUDGET", 200)
+    assert torch.equal(semantic_labels(class_logits, mask_logits, class_chunk=2), expected)
+    monkeypatch.setattr("fcclip.modeling.semantic_blocks._BLOCK_CPU", 200)
     assert torch.equal(semantic_labels(class_logits, mask_logits), expected)
+    assert torch.equal(semantic_labels(class_logits, mask_logits, class_chunk=3), expected)
 
 
 def test_things_get_a_segment_each_and_stuff_of_a_class_shares_one():
@@ -102,6 +106,40 @@ def test_an_empty_mask_scores_zero_and_no_things_give_no_instances():
 def test_the_published_zero_boxes_come_on_request():
     found = instance_inference(one_hot_logits(0), masks([1, -1]), thing_classes=[0], topk=1, zero_boxes=True)
     assert found.pred_boxes.tolist() == [[0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("parts", [1, 3, 100])
+def test_masks_that_come_in_parts_give_the_same_to_the_bit(parts):
+    torch.manual_seed(0)
+    class_logits, mask_logits = torch.randn(20, 6), torch.randn(20, 9, 11) * 3
+    mask_logits[7] = mask_logits[4]  # of equal ones the first wins
+    class_logits[7] = class_logits[4]
+    panoptic_options = {"thing_classes": [0, 2], "object_mask_threshold": 0.1, "overlap_threshold": 0.02}
+    id_map, segments = panoptic_inference(class_logits, mask_logits, **panoptic_options)
+    merge = PanopticMerge(class_logits, **panoptic_options)
+    for queries in merge.queries.split(parts):
+        merge.add(mask_logits[queries])
+    found_map, found_segments = merge.result((9, 11))
+    assert len(segments) >= 3 and torch.equal(found_map, id_map) and found_segments == segments
+
+    instances = instance_inference(class_logits, mask_logits, thing_classes=[0, 2], topk=30)
+    selection = InstanceSelection(class_logits, thing_classes=[0, 2], topk=30)
+    for queries in selection.queries.split(parts):
+        selection.add(mask_logits[queries])
+    found = selection.result((9, 11))
+    assert len(instances.scores) > 5
+    for name in ("scores", "pred_classes", "pred_masks", "pred_boxes"):
+        assert torch.equal(getattr(found, name), getattr(instances, name))
+
+
+def test_a_mask_that_was_forgotten_is_noticed():
+    merge = PanopticMerge(one_hot_logits(0, 1), thing_classes=[], object_mask_threshold=0, overlap_threshold=0)
+    merge.add(masks([1, 1]))
+    with pytest.raises(ValueError, match="1 of 2 masks were added"):
+        merge.result((1, 2))
+    selection = InstanceSelection(one_hot_logits(0), thing_classes=[0], topk=1)
+    with pytest.raises(ValueError, match="0 of 1 masks were added"):
+        selection.result((1, 2))
 
 
 def test_masks_are_enlarged_cropped_and_resized():

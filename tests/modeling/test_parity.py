@@ -14,7 +14,9 @@ from fcclip.config import load_config
 from fcclip.modeling import build_model
 from fcclip.modeling.classifier import with_void
 from fcclip.modeling.inference import instance_inference, panoptic_inference, semantic_inference
+from fcclip.modeling.pixel_decoder import MSDeformAttn
 from fcclip.vocabulary import Vocabulary
+from tests.msda_engines import built, engine  # noqa: F401
 from tests.parity_weights import seeded_image, seeded_mask_predictions, seeded_state_dict
 
 DATA = Path(__file__).parents[1] / "data" / "parity"
@@ -136,6 +138,31 @@ def test_outputs_agree_with_the_recording(recording):
     assert recorded == deviations.info["segments_info"]
     assert [segment["area"] for segment in segments] == [int((panoptic == segment["id"]).sum()) for segment in segments]
     assert_instances_agree(output["instances"], deviations.arrays, score_tolerance=1e-4, area_tolerance=1e-3)
+
+
+def test_every_engine_of_deformable_attention_agrees_with_the_recording(recording, engine):  # noqa: F811
+    """The pixel decoder on the device of the engine; on a CPU the final outputs, too."""
+    model, image, _, deviations = recording
+    decoder = model.sem_seg_head.pixel_decoder
+    attentions = [module for module in decoder.modules() if isinstance(module, MSDeformAttn)]
+    before = [module.engine for module in attentions]
+    try:
+        for module in attentions:
+            module.engine = engine.name
+        with torch.no_grad():
+            features = model.backbone(model.preprocess([{"image": image}])[0])
+            decoder.to(engine.device)
+            mask_features, pyramid = decoder({name: one.to(engine.device) for name, one in features.items()})
+        assert deviations.of("pixel_decoder.mask_features", mask_features.cpu()).max() < 1e-4
+        for index, level in enumerate(pyramid):
+            assert deviations.of(f"pixel_decoder.multi_scale.{index}", level.cpu()).max() < 1e-4
+        if engine.device == "cpu":
+            test_every_decoder_layer_agrees_for_98_percent_of_the_queries(recording)
+            test_outputs_agree_with_the_recording(recording)
+    finally:
+        decoder.to("cpu")
+        for module, name in zip(attentions, before):
+            module.engine = name
 
 
 def assert_instances_agree(instances, arrays, *, score_tolerance: float, area_tolerance: float) -> None:

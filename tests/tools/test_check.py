@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from fcclip.config import assets_dir
 from fcclip.engine import save_checkpoint
+from fcclip.engine.checkpoint import vocabulary_note
 from fcclip.vocabulary import Vocabulary
+from tests.data.published_trees import write_tree
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = "shapes/fcclip_shapes.yaml"
@@ -159,6 +161,16 @@ def test_a_device_that_is_not_there_is_named(root, device):
     assert any("can be written" in one.text for one in report.findings)  # the rest is still looked at
 
 
+def test_the_engine_of_deformable_attention_is_named_or_why_it_cannot_run(root, monkeypatch):
+    texts = [one.text for one in of_level(checked(), tool.OK, "machine")]
+    assert "deformable attention runs on the engine 'torch' (the fastest of those that can)" in texts
+    error = the_error(checked("MODEL.MSDA_ENGINE", "cpp"))
+    assert error.section == "machine" and "cannot run on cpu: it is not built" in error.text
+    monkeypatch.setenv("FCCLIP_MSDA", "torch")
+    texts = [one.text for one in of_level(checked("MODEL.MSDA_ENGINE", "cpp"), tool.OK, "machine")]
+    assert "deformable attention runs on the engine 'torch'" in texts
+
+
 def test_an_output_folder_that_is_a_file_is_named(root, tmp_path):
     (tmp_path / "taken").write_text("")
     error = the_error(checked("OUTPUT_DIR", tmp_path / "taken" / "run"))
@@ -270,6 +282,59 @@ def test_the_words_of_the_training_are_compared(root, tmp_path):
     named = checkpoint(tmp_path / "named.pth", vocabulary="coco_panoptic")
     (warning,) = of_level(checked("--eval-only", "--weights", named), tool.WARNING)
     assert "'coco_panoptic'" in warning.text and "DATASETS.TRAIN" in warning.remedy
+
+
+# ---- fine-tuning ----
+
+FINETUNE = ("FINETUNE.METHOD", "plain", "DATASETS.TRAIN", "('shapes_val',)", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 60)
+
+
+def test_a_fine_tuning_on_other_words_is_no_mistake(root, tmp_path):
+    report = checked("--weights", WEIGHTS, *FINETUNE)
+    assert not report.count(tool.ERROR) and not report.count(tool.WARNING)
+    texts = [one.text for one in of_level(report, tool.OK)]
+    assert any("know 40 classes ('shapes_seen'), which stay seen; 20 of the 60 classes of" in one for one in texts)
+    assert "FINETUNE.METHOD plain can start" in texts
+    (warning,) = of_level(checked("--weights", WEIGHTS, *FINETUNE[2:]), tool.WARNING)
+    assert "trained on the words 'shapes_seen'" in warning.text and "set FINETUNE.METHOD" in warning.remedy
+
+
+def test_former_classes_of_fine_tuned_weights_count_as_seen(root, tmp_path):
+    seen, own = Vocabulary.builtin("shapes_seen"), Vocabulary.from_names("red moon; green moon", name="own")
+    notes = {"vocabulary": vocabulary_note(own), "former_vocabulary": vocabulary_note(seen)}
+    report = checked("--eval-only", "--weights", checkpoint(tmp_path / "tuned.pth", **notes))
+    assert not report.count(tool.ERROR) and not report.count(tool.WARNING)
+    texts = " ".join(one.text for one in of_level(report, tool.OK, "words"))
+    assert "fine-tuned: all 42 classes that they know count as seen" in texts
+    assert "40 classes seen in training, 20 unseen" in texts
+    notes["former_vocabulary"] = vocabulary_note(Vocabulary.builtin("shapes"))
+    report = checked("--eval-only", "--weights", checkpoint(tmp_path / "all.pth", **notes))
+    assert "60 classes seen in training, 0 unseen" in " ".join(one.text for one in report.findings)
+    notes = {"vocabulary": vocabulary_note(own), "former_vocabulary": vocabulary_note(own)}
+    report = checked("--eval-only", "--weights", checkpoint(tmp_path / "none.pth", **notes))
+    (warning,) = of_level(report, tool.WARNING)
+    assert "40 classes of DATASETS.TRAIN ('shapes_seen') are unknown to the weights" in warning.text
+
+
+def test_a_fine_tuning_that_cannot_start_is_named(root, tmp_path):
+    assert "MODEL.WEIGHTS is empty" in the_error(checked(*FINETUNE)).text
+    assert "Did you mean 'replay'" in the_error(checked("--weights", WEIGHTS, "FINETUNE.METHOD", "repaly")).text
+    nothing_known = checkpoint(tmp_path / "published.pth")
+    assert "does not say which classes" in the_error(checked("--weights", nothing_known, *FINETUNE)).text
+    assert not checked("--eval-only", "--weights", WEIGHTS, "FINETUNE.METHOD", "repaly").count(tool.ERROR)
+
+
+def test_former_pictures_are_looked_at_like_new_ones(root):
+    replay = ("--weights", WEIGHTS, *FINETUNE, "FINETUNE.METHOD", "replay", "FINETUNE.REPLAY_DATASETS")
+    report = checked(*replay, "('shapes_tune',)")
+    assert not report.count(tool.ERROR)
+    assert "shapes_tune: 2 pictures" in of_level(report, tool.OK, "former training data")[0].text
+    mapper = ("FINETUNE.REPLAY_MAPPER", "coco_instance_lsj")
+    assert "shapes_tune" in the_error(checked(*replay, "('shapes_tune',)", *mapper)).text
+    shutil.rmtree(root / "shapes" / "tune")
+    error = the_error(checked(*replay, "('shapes_tune',)"))
+    assert (error.section, "only 2 of 3" in error.text) == ("former training data", True)
+    assert "Did you mean 'shapes_tune'" in " ".join(one.text for one in checked(*replay, "('shapes_tun',)").findings)
 
 
 def test_weights_of_mask2former_are_a_start_for_training_and_nothing_to_evaluate(root, tmp_path):
@@ -517,6 +582,30 @@ def test_missing_ground_truth_of_instances_matters_only_while_they_are_evaluated
         (root / "shapes" / "annotations" / f"instances_{name}.json").unlink()
     assert len(of_level(checked(), tool.ERROR, "test data")) == 3
     assert not checked("MODEL.MASK_FORMER.TEST.INSTANCE_ON", "False").count(tool.ERROR)
+
+
+def test_the_files_that_cityscapes_is_evaluated_with_are_looked_for(root):
+    name = "openvocab_cityscapes_fine_panoptic_val"
+    write_tree(name, root)
+    words = ("--eval-only", "--weights", WEIGHTS, "DATASETS.TEST", f"('{name}',)")
+    report = checked(*words)
+    assert not report.count(tool.ERROR)
+    assert "evaluated for panoptic, instance, semantic" in of_level(report, tool.OK, "test data")[0].text
+    folder = root / "cityscapes" / "gtFine" / "val"
+    for path in folder.glob("*/*_gtFine_labelTrainIds.png"):  # nothing reads them
+        path.unlink()
+    assert not checked(*words).count(tool.ERROR)
+    (folder / "lindau" / "lindau_000000_000019_gtFine_instanceIds.png").unlink()
+    error = the_error(checked(*words))
+    assert "1 of 4 files" in error.text and "lindau_000000_000019_gtFine_instanceIds.png" in error.text
+    off = ("MODEL.MASK_FORMER.TEST.INSTANCE_ON", False, "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", False)
+    assert not checked(*words, *off).count(tool.ERROR)
+
+
+def test_the_program_for_every_file_is_named_with_the_data_sets(root):
+    report = checked("--weights", WEIGHTS, "DATASETS.TEST", "('shapes_val', 'shapes_vall')")
+    (note,) = of_level(report, tool.NOTE, "data in full")
+    assert note.remedy == "for every file: python tools/check_dataset.py shapes_train shapes_val"
 
 
 def test_semantic_sets_are_looked_at_too(root):

@@ -152,3 +152,15 @@ def test_the_published_files_give_the_published_counts(name):
     words = sum(len(synonyms) for synonyms in vocabulary.synonyms)
     assert (len(vocabulary), words, int(vocabulary.seen_by(training).sum())) == COUNTS[name]
     assert vocabulary.is_published
+
+
+def test_joined_lists_keep_every_word_once_and_classes_that_share_a_word_are_one():
+    one = Vocabulary.from_names("cat; dog, hound; sand:stuff", name="one")
+    other = Vocabulary.from_names("cow; puppy, hound; beach, sand:stuff; lake, cow", name="other")
+    both = one.joined(other)
+    assert both.synonyms == (("cat",), ("dog", "hound", "puppy"), ("sand", "beach"), ("cow", "lake"))
+    assert both.name == "one+other" and both.thing_classes == (0, 1, 3)
+    assert [entry.id for entry in both.classes] == [0, 1, 2, 3]
+    for words in (one, other):
+        assert words.seen_by(both).all()
+    assert one.joined(Vocabulary.from_names("hound; cat")) is one

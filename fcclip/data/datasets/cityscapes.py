@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 
-__all__ = ["cityscapes_panoptic"]
+__all__ = ["CITYSCAPES", "cityscapes_panoptic", "instance_ids_file"]
+
+CITYSCAPES = "cityscapes_panoptic_seg"  # evaluator type
 
 
 def cityscapes_panoptic(root: Path, *, name: str, split: str) -> Dataset:
@@ -16,7 +19,7 @@ def cityscapes_panoptic(root: Path, *, name: str, split: str) -> Dataset:
     dataset = panoptic_dataset(
         name=name,
         vocabulary="cityscapes",
-        evaluator_type="cityscapes_panoptic_seg",
+        evaluator_type=CITYSCAPES,
         image_root=city / "leftImg8bit" / split,
         panoptic_root=city / "gtFine" / f"cityscapes_panoptic_{split}",
         panoptic_json=city / "gtFine" / f"cityscapes_panoptic_{split}.json",
@@ -27,6 +30,23 @@ def cityscapes_panoptic(root: Path, *, name: str, split: str) -> Dataset:
     )
     dataset.metadata["gt_dir"] = str(city / "gtFine" / split)
     return dataset
+
+
+def instance_ids_file(record: Mapping) -> str:
+    """The file of instance ids that lies beside the label map of a record; Cityscapes' protocol reads it alone.
+
+    Raises:
+        ValueError: the label map is not named as those of Cityscapes are.
+    """
+    labels = record.get("sem_seg_file_name", "")
+    stem = labels.removesuffix("_gtFine_labelTrainIds.png")
+    if stem == labels:
+        raise ValueError(
+            f"the label map '{labels}' of picture {record['image_id']!r} is not named "
+            "<city>_<sequence>_<frame>_gtFine_labelTrainIds.png; the Cityscapes protocol needs the instanceIds file "
+            "beside it"
+        )
+    return f"{stem}_gtFine_instanceIds.png"
 
 
 def _in_city(annotation: dict, ending: str) -> str:

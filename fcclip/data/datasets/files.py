@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["WHERE_DATA_IS", "check_first_files", "given_content", "read_json"]
+__all__ = ["WHERE_DATA_IS", "check_first_files", "check_lists", "read_json"]
 
 WHERE_DATA_IS = (
     "Data sets are looked for below $DETECTRON2_DATASETS, else below the folder 'datasets'; "
     "datasets/README.md shows the layout."
 )
-_given: dict[Path, dict] = {}  # what `given_content` puts in the place of a file
+_FILES = {"file_name": "picture", "pan_seg_file_name": "id PNG"}  # of a record
 
 
 def read_json(where: str, path: Path, lists: Sequence[str], expected: str, remedy: str = WHERE_DATA_IS) -> dict:
@@ -31,7 +31,7 @@ def read_json(where: str, path: Path, lists: Sequence[str], expected: str, remed
         ValueError: it is not valid JSON, or lacks a list.
     """
     try:
-        content = _given[path] if path in _given else json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{where} does not exist. {remedy}") from error
     except (ValueError, RecursionError) as error:
@@ -39,36 +39,33 @@ def read_json(where: str, path: Path, lists: Sequence[str], expected: str, remed
             f"{where} is not valid JSON ({path.stat().st_size} bytes): {error}. "
             "It may have been cut off; copy or prepare it again."
         ) from error
-    for name in lists:
-        if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f"{where} has no list '{name}'. {expected}")
+    check_lists(where, content, lists, expected)
     return content
 
 
-def check_first_files(where: str, files: Mapping[str, str], remedy: str = WHERE_DATA_IS) -> None:
+def check_lists(where: str, content: Any, lists: Sequence[str], expected: str) -> None:
+    """Refuses content of a JSON file without a list that it must have; arguments as of `read_json`.
+
+    Raises:
+        ValueError: it lacks one, or is no object.
+    """
+    for name in lists:
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise ValueError(f"{where} has no list '{name}'. {expected}")
+
+
+def check_first_files(where: str, records: Sequence[Mapping], remedy: str = WHERE_DATA_IS) -> None:
     """A wrong folder shows at the files of the first record.
 
     Args:
         where: data set and file, for messages.
-        files: what a file is -> the file.
+        records: of the data set.
         remedy: sentence that tells where files are looked for.
 
     Raises:
         FileNotFoundError: there is no such file.
     """
-    for kind, path in files.items():
-        if not _given and not Path(path).is_file():
-            raise FileNotFoundError(f"{where} lists the {kind} {path}, which does not exist. {remedy}")
-
-
-@contextlib.contextmanager
-def given_content(path: str | Path, content: dict) -> Iterator[None]:
-    """Inside, `read_json` of this file gives `content`, and a reader asks for no picture.
-
-    For the checker: it has read the file, leaves out of it what is broken, and looks for every picture itself.
-    """
-    _given[Path(path)] = content
-    try:
-        yield
-    finally:
-        del _given[Path(path)]
+    for record in records[:1]:
+        for key, kind in _FILES.items():
+            if key in record and not Path(record[key]).is_file():
+                raise FileNotFoundError(f"{where} lists the {kind} {record[key]}, which does not exist. {remedy}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import WHERE_DATA_IS, check_first_files, read_json
+from fcclip.data.datasets.files import check_first_files, read_json
 from fcclip.data.datasets.metadata import class_metadata, thing_vocabulary
 from fcclip.data.segmentations import compressed, has_area
 from fcclip.vocabulary import Vocabulary
@@ -49,8 +49,10 @@ def instance_dataset(
     def picture(image: dict) -> dict[str, Any]:
         return {"file_name": f"{image_root}/{image['file_name']}", "image_id": image_id(image["id"])}
 
-    load = partial(read_instance_json, name, json_file, vocabulary=words, picture=picture)
-    return Dataset(name=name, metadata=metadata, load=load, vocabulary=words.name, words=lambda: words)
+    how = {"vocabulary": words, "picture": picture}
+    load = partial(read_instance_json, name, json_file, **how)
+    parse = partial(instance_records, f"data set '{name}': {json_file}", **how)
+    return Dataset(name=name, metadata=metadata, load=load, parse=parse, vocabulary=words.name, words=lambda: words)
 
 
 def read_instance_json(
@@ -81,7 +83,9 @@ def read_instance_json(
     """
     where = f"data set '{name}': {path}"
     content = read_json(where, path, ("images", "annotations"), NOT_INSTANCES)
-    return instance_records(where, content, vocabulary=vocabulary, picture=picture)
+    records = instance_records(where, content, vocabulary=vocabulary, picture=picture)
+    check_first_files(where, records)
+    return records
 
 
 def instance_records(
@@ -90,15 +94,13 @@ def instance_records(
     *,
     vocabulary: Vocabulary,
     picture: Callable[[dict], dict[str, Any]],
-    remedy: str = WHERE_DATA_IS,
 ) -> list[dict]:
-    """The records of instance annotations that are read already; see `read_instance_json`.
+    """The records of instance annotations that are read already; see `read_instance_json`. Looks for no file.
 
     Args:
         where: data set and file, for messages.
         content: of the file; `images` and `annotations` are lists.
         vocabulary, picture: as for `read_instance_json`.
-        remedy: sentence that tells where files are looked for.
     """
     classes = {entry.id: index for index, entry in enumerate(vocabulary.classes)}
     records: dict[Any, dict] = {}
@@ -122,10 +124,7 @@ def instance_records(
         raise ValueError(f"{where}: an entry has no {error}. {NOT_INSTANCES}") from error
     except TypeError as error:
         raise ValueError(f"{where}: {error}. {NOT_INSTANCES}") from error
-    found = list(records.values())
-    for record in found[:1]:
-        check_first_files(where, {"picture": record["file_name"]}, remedy)
-    return found
+    return list(records.values())
 
 
 def _instance(where: str, annotation: dict, classes: dict[int, int], vocabulary: Vocabulary) -> dict | None:

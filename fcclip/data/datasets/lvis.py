@@ -10,7 +10,7 @@ from typing import Any
 
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.files import read_json
-from fcclip.data.datasets.instances import read_instance_json
+from fcclip.data.datasets.instances import instance_records, read_instance_json
 from fcclip.data.datasets.metadata import LateMetadata
 from fcclip.vocabulary import ClassEntry, Vocabulary
 
@@ -39,8 +39,12 @@ def lvis_instances(root: Path, *, name: str, split: str) -> Dataset:
     def load() -> list[dict]:
         return read_instance_json(name, path, vocabulary=words(), picture=picture)
 
+    def parse(content: dict) -> list[dict]:
+        return instance_records(f"data set '{name}': {path}", content, vocabulary=words(), picture=picture)
+
     known = {"evaluator_type": "lvis", "image_root": str(coco), "json_file": str(path)}
-    return Dataset(name=name, metadata=LateMetadata(known, words), load=load, vocabulary=VOCABULARY, words=words)
+    metadata = LateMetadata(known, words)
+    return Dataset(name=name, metadata=metadata, load=load, parse=parse, vocabulary=VOCABULARY, words=words)
 
 
 def lvis_vocabulary(name: str, path: Path) -> Vocabulary:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import WHERE_DATA_IS, check_first_files, read_json
+from fcclip.data.datasets.files import check_first_files, read_json
 from fcclip.data.datasets.metadata import class_metadata
 from fcclip.vocabulary import Vocabulary
 
@@ -65,8 +65,10 @@ def panoptic_dataset(
             "sem_seg_file_name": f"{sem_seg_root}/{sem_seg_file(annotation)}",
         }
 
-    load = partial(read_panoptic_json, name, panoptic_json, vocabulary=words, image_id=image_id, files=files)
-    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary)
+    how = {"vocabulary": words, "image_id": image_id, "files": files}
+    load = partial(read_panoptic_json, name, panoptic_json, **how)
+    parse = partial(panoptic_records, f"data set '{name}': {panoptic_json}", **how)
+    return Dataset(name=name, metadata=metadata, load=load, parse=parse, vocabulary=vocabulary)
 
 
 def read_panoptic_json(
@@ -97,7 +99,9 @@ def read_panoptic_json(
     """
     where = f"data set '{name}': {path}"
     content = read_json(where, path, ("annotations",), NOT_PANOPTIC)
-    return panoptic_records(where, content, vocabulary=vocabulary, image_id=image_id, files=files)
+    records = panoptic_records(where, content, vocabulary=vocabulary, image_id=image_id, files=files)
+    check_first_files(where, records)
+    return records
 
 
 def panoptic_records(
@@ -107,15 +111,13 @@ def panoptic_records(
     vocabulary: Vocabulary,
     image_id: Callable[[Any], Any],
     files: Callable[[dict], dict[str, str]],
-    remedy: str = WHERE_DATA_IS,
 ) -> list[dict]:
-    """The records of panoptic annotations that are read already; see `read_panoptic_json`.
+    """The records of panoptic annotations that are read already; see `read_panoptic_json`. Looks for no file.
 
     Args:
         where: data set and file, for messages.
         content: of the file; `annotations` is a list.
         vocabulary, image_id, files: as for `read_panoptic_json`.
-        remedy: sentence that tells where files are looked for.
     """
     sizes = {str(image.get("id")): image for image in content.get("images") or ()}  # ids: numbers here, strings there
     classes = {entry.id: (index, entry.thing) for index, entry in enumerate(vocabulary.classes)}
@@ -140,8 +142,6 @@ def panoptic_records(
         if size.get("height") and size.get("width"):
             record.update(height=size["height"], width=size["width"])
         records.append(record)
-    for record in records[:1]:
-        check_first_files(where, {"picture": record["file_name"], "id PNG": record["pan_seg_file_name"]}, remedy)
     return records
 
 

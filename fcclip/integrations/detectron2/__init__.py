@@ -10,7 +10,7 @@
 
 config.py      add_fcclip_config: the keys that detectron2's config lacks
 records.py     targets, predictions and their detectron2 forms
-catalog.py     data sets and their words in detectron2's catalogs; DatasetMapper
+catalog.py     data sets and their words in detectron2's catalogs, register_own_data; DatasetMapper
 model.py       FCCLIP, its backbone, head and decoders as detectron2 builds them
 checkpoint.py  Checkpointer: strict, safe, without the frozen CLIP
 lenient.py     LenientModel: how the engine loads into a model that is strict by itself
@@ -30,7 +30,12 @@ except ModuleNotFoundError as error:
         "PYTHONPATH. Everything else in fcclip works without it."
     ) from error
 
-from fcclip.integrations.detectron2.catalog import DatasetMapper, drawing_metadata, metadata_vocabulary
+from fcclip.integrations.detectron2.catalog import (
+    DatasetMapper,
+    drawing_metadata,
+    metadata_vocabulary,
+    register_own_data,
+)
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
 from fcclip.integrations.detectron2.config import add_fcclip_config, add_maskformer2_config
 from fcclip.integrations.detectron2.model import FCCLIP, TRANSFORMER_DECODER_REGISTRY
@@ -59,5 +64,6 @@ __all__ = [
     "metadata_vocabulary",
     "output_to_detectron2",
     "register",
+    "register_own_data",
     "targets_from_instances",
 ]

@@ -1,9 +1,11 @@
-"""Data sets in detectron2's catalogs: fcclip's under their published names, and the words of any other."""
+"""Data sets in detectron2's catalogs: fcclip's under their published names, those of a YAML, and the words of any
+other."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,16 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
 from fcclip.config import lookup
-from fcclip.data import DATASETS, build_test_mapper, build_train_mapper, dataset_vocabulary, get_dataset
+from fcclip.data import (
+    DATASETS,
+    Dataset,
+    build_test_mapper,
+    build_train_mapper,
+    dataset_vocabulary,
+    get_dataset,
+    is_own_data,
+    own_dataset,
+)
 from fcclip.integrations.detectron2.records import instances_from_targets
 from fcclip.vocabulary import Vocabulary
 
@@ -22,6 +33,7 @@ __all__ = [
     "drawing_metadata",
     "metadata_vocabulary",
     "register_datasets",
+    "register_own_data",
     "taken_datasets",
 ]
 
@@ -35,19 +47,41 @@ class DatasetMetadata(Metadata):
     def __getattr__(self, key: str) -> Any:
         if key.startswith("_") or key in self._RENAMED:
             return super().__getattr__(key)
-        known = get_dataset(self.name).metadata
+        known = self.dataset().metadata
         if key not in known:
             raise AttributeError(f"data set '{self.name}' has no '{key}' in its metadata. It has: {', '.join(known)}.")
         return known[key]
 
     def as_dict(self) -> dict[str, Any]:
         """Everything at once."""
-        return {**get_dataset(self.name).metadata, **super().as_dict()}
+        mine = {key: value for key, value in super().as_dict().items() if not key.startswith("_")}
+        return {**self.dataset().metadata, **mine}
+
+    def dataset(self) -> Dataset:
+        """The data set of fcclip."""
+        return get_dataset(self.name)
+
+
+class OwnMetadata(DatasetMetadata):
+    """What the data set of a YAML says about itself, as it was when it was registered."""
+
+    @classmethod
+    def of(cls, dataset: Dataset) -> OwnMetadata:
+        """The metadata of a data set of a YAML."""
+        metadata = cls(name=dataset.name)
+        metadata.__dict__["_dataset"] = dataset  # one object, which reads its COCO JSON once
+        if dataset.metadata["evaluator_type"] == "coco":  # detectron2 calls an instance thing_classes[category_id]
+            metadata.__dict__["thing_classes"] = list(dataset.metadata["stuff_classes"])
+        return metadata
+
+    def dataset(self) -> Dataset:
+        """The data set of the YAML."""
+        return self.__dict__["_dataset"]
 
 
 @dataclass(frozen=True)
 class _Records:
-    """Reads the records of a data set of fcclip when detectron2 asks for them."""
+    """Reads the records of a data set of fcclip when detectron2 asks for them; of a name, or of a YAML."""
 
     name: str
 
@@ -73,12 +107,46 @@ def register_datasets() -> None:
             MetadataCatalog[name] = DatasetMetadata(name=name)
 
 
+def register_own_data(path: str | Path) -> str:
+    """Puts the data set that a YAML describes (GETTING_STARTED.md, "Your own data") into both catalogs.
+
+    The YAML is read now, and again by a second call with the same path; pictures and labels are read when detectron2
+    asks for records.
+
+    Returns:
+        Its name, the file's without the ending: for DATASETS.TRAIN and DATASETS.TEST of a config of detectron2.
+
+    Raises:
+        FileNotFoundError: no such YAML.
+        ValueError: it describes no data set, or the catalogs hold something else under its name.
+    """
+    path = Path(path).expanduser().absolute()
+    dataset, records = own_dataset(path), _Records(str(path))
+    name = dataset.name
+    other = MetadataCatalog.data.get(name)
+    if DatasetCatalog.data.get(name, records) != records or not (
+        isinstance(other, OwnMetadata) or (not isinstance(other, DatasetMetadata) and _is_ours_or_empty(other))
+    ):
+        raise ValueError(
+            f"data set '{name}' is in detectron2's catalogs already, and not by {path}. Rename the YAML: the name of a "
+            "data set is that of its file."
+        )
+    DatasetCatalog[name] = records
+    MetadataCatalog[name] = OwnMetadata.of(dataset)
+    return name
+
+
 def catalog_vocabulary(name: str, *, folder: str, need_things: bool = False) -> Vocabulary:
     """The words of a data set of detectron2's catalog; arguments as of `metadata_vocabulary`.
 
     Raises:
         ValueError: no data set of that name, and as `metadata_vocabulary`.
     """
+    if is_own_data(name) and name not in MetadataCatalog.data:
+        raise ValueError(
+            f"data set '{name}' is a YAML, which detectron2 does not know: call register_own_data('{name}') of "
+            "fcclip.integrations.detectron2, and put the name that it returns into DATASETS"
+        )
     metadata = lookup("data set (of detectron2's MetadataCatalog)", name, MetadataCatalog.data)
     return metadata_vocabulary(metadata, folder=folder, need_things=need_things)
 
@@ -99,7 +167,7 @@ def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bo
         ValueError: no classes, no things where they are needed, or thing ids that are no classes.
     """
     if isinstance(metadata, DatasetMetadata):
-        return dataset_vocabulary(metadata.name, folder)
+        return dataset_vocabulary(metadata.dataset(), folder)
     where = f"metadata of data set '{metadata.name}'"
     if not _classes(metadata) and metadata.name in DatasetCatalog:
         DatasetCatalog.get(metadata.name)  # detectron2's COCO reader learns the classes when it reads the file

@@ -21,7 +21,8 @@ class Checkpointer(DetectionCheckpointer):
     """Reads and writes checkpoints of FC-CLIP; used like detectron2's.
 
     Reading takes everything `fcclip.engine.load_weights` takes (`.pth`, `.safetensors`, with any part of the CLIP),
-    runs no code of a file, and raises where a key does not fit. Files appear whole or not at all.
+    runs no code of a file, and raises where a key does not fit. Of a fine-tuned file the model learns all words that
+    count as seen; detectron2's own checkpointer gives a model weights alone. Files appear whole or not at all.
 
     Args:
         model, save_dir, save_to_disk, checkpointables: as of detectron2's.

@@ -8,7 +8,6 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from fcclip.config import get_cfg
-from fcclip.config.defaults import NOT_YET
 
 __all__ = ["add_fcclip_config", "add_maskformer2_config", "check_config", "check_unread", "value_of"]
 
@@ -48,7 +47,6 @@ def check_config(cfg: CfgNode) -> None:
         )
     if cfg.MODEL.DEVICE == "auto":
         raise ValueError("MODEL.DEVICE is 'auto', which detectron2 does not know: set it to 'cuda', 'mps' or 'cpu'")
-    check_unread(cfg, NOT_YET, "this feature does not exist yet")
     check_unread(
         cfg, ("MODEL.COMPILE",), "nothing reads it inside detectron2 (compile a part: model.backbone.compile())"
     )

@@ -14,12 +14,15 @@ class LenientModel:
     """The model inside with torch's own `load_state_dict` instead of the strict one that the model brings.
 
     Args:
-        model: stands behind every other attribute.
+        model: stands behind every other attribute, read or set.
         assign: as of torch's `load_state_dict`.
     """
 
     def __init__(self, model: nn.Module, *, assign: bool = False) -> None:
-        self._model, self._assign = model, assign
+        self.__dict__.update(_model=model, _assign=assign)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._model, name, value)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

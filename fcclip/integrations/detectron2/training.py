@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import weakref
 from collections import OrderedDict
@@ -29,6 +30,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fcclip.config import lookup
 from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer, check_training, unwrap
+from fcclip.engine.checkpoint import vocabulary_note
 from fcclip.engine.optimizer import trainable_parameters
 from fcclip.engine.trainer import amp_dtype
 from fcclip.integrations.detectron2.catalog import DatasetMapper, catalog_vocabulary
@@ -50,6 +52,7 @@ UNREAD = (
     "DATALOADER.MAX_BAD_IMAGES",
     "DETERMINISTIC",
     "TEST.BATCH_SIZE",
+    "FINETUNE.METHOD",
 )
 
 # What each kind of data set is evaluated for, in the published order, as far as {PANOPTIC,INSTANCE,SEMANTIC}_ON ask.
@@ -96,7 +99,7 @@ class Trainer(DefaultTrainer):
             self.model,
             self.cfg.OUTPUT_DIR,
             full=self.cfg.SOLVER.CHECKPOINT_FULL or not self.cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS,
-            notes={"config": self.cfg.dump()},
+            notes={"config": self.cfg.dump(), **_vocabulary_note(self.model)},
             trainer=weakref.proxy(self),
         )
         found = super().build_hooks()
@@ -104,6 +107,12 @@ class Trainer(DefaultTrainer):
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook.max_to_keep = self.cfg.SOLVER.CHECKPOINT_KEEP or None
         return found
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """As detectron2's; a training knows the words of DATASETS.TRAIN alone, also where its weights were fine-tuned
+        from others."""
+        super().resume_or_load(resume)
+        unwrap(self.model).former_vocabulary = None
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -199,7 +208,8 @@ class Trainer(DefaultTrainer):
 class InstanceSegEvaluator(COCOEvaluator):
     """COCO average precision where things are any of the classes, not the first ones (ADE20K has them interleaved).
 
-    The published name; arguments as of detectron2's `COCOEvaluator`, which insists on thing indices 0..n-1.
+    The published name; arguments as of detectron2's `COCOEvaluator`, which insists on thing indices 0..n-1 and on a
+    file whose categories are just the things. Here it may lack things, whose AP is then left out, and have others.
     """
 
     def __init__(self, dataset_name: str, *args: Any, **kwargs: Any) -> None:
@@ -216,8 +226,11 @@ class InstanceSegEvaluator(COCOEvaluator):
             name=dataset_name,
             json_file=self._metadata.json_file,
             thing_dataset_id_to_contiguous_id={key: self._rank[index] for key, index in things.items()},
-            thing_classes=[names[things[key]] for key in sorted(things)],  # the protocol sorts by dataset id
+            # the protocol sorts by dataset id
+            thing_classes=[names[things[key]] for key in sorted(self._coco_api.getCatIds()) if key in things],
         )
+        known = self._coco_api.dataset
+        known["categories"] = [one for one in known["categories"] if one["id"] in things]
 
     def process(self, inputs: Sequence[Mapping], outputs: Sequence[Mapping]) -> None:
         """Takes in the instances of a batch.
@@ -249,6 +262,11 @@ def _training_words(cfg: CfgNode) -> Vocabulary:
             f"classes: {sizes}). Train on data sets with the same classes in the same order."
         )
     return words[0]
+
+
+def _vocabulary_note(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint says of the words of its training: a fine-tuning asks for it."""
+    return {"vocabulary": vocabulary_note(unwrap(model).train_vocabulary)}
 
 
 def _only_or_all(results: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -290,6 +308,11 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
 
 
 def _semantic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
+    if getattr(metadata, "sem_seg_root", "") is None:
+        raise ValueError(
+            f"data set '{name}' has no semantic label maps, and detectron2's evaluator paints none from its segments "
+            "(fcclip.evaluation does); set MODEL.MASK_FORMER.TEST.SEMANTIC_ON False"
+        )
     return SemSegEvaluator(name, distributed=True, output_dir=folder)
 
 
@@ -302,6 +325,16 @@ def _panoptic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
             "git+https://github.com/cocodataset/panopticapi.git, or turn MODEL.MASK_FORMER.TEST.PANOPTIC_ON off. "
             "fcclip.evaluation computes the same numbers without it."
         ) from error
+    path = getattr(metadata, "panoptic_json", None)
+    if getattr(metadata, "yaml_file", None) and Path(path).is_file():  # fcclip reads what is a thing from the YAML
+        categories = json.loads(Path(path).read_bytes()).get("categories", ())
+        silent = [one["name"] for one in categories if "isthing" not in one]
+        if silent:
+            raise ValueError(
+                f"{path}: {len(silent)} of {len(categories)} categories do not say 'isthing' (e.g. '{silent[0]}'), "
+                f"which panopticapi needs for the panoptic quality of '{name}'. Add it, or evaluate with fcclip's "
+                "train_net.py --eval-only."
+            )
     return COCOPanopticEvaluator(name, folder)
 
 

@@ -12,7 +12,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from fcclip.engine import load_weights, save_weights
+from fcclip.engine.checkpoint import vocabulary_note
 from fcclip.integrations.detectron2 import Checkpointer
+from fcclip.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
 BOTH = pytest.mark.parametrize("checkpointer", [DetectionCheckpointer, Checkpointer])
@@ -115,6 +117,17 @@ def test_files_hold_no_frozen_clip_and_come_back(build, tmp_path):
     assert held["model"].keys() == source.state_dict().keys()
     DetectionCheckpointer(model).load(str(tmp_path / "full.pth"))
     Checkpointer(source, "").save("nowhere")
+
+
+def test_the_model_learns_the_former_words_of_a_fine_tuned_file(build, tmp_path):
+    model, own = build(), Vocabulary.from_names("zebra; red circle", name="own")
+    notes = {"vocabulary": vocabulary_note(own), "former_vocabulary": vocabulary_note(Vocabulary.builtin("shapes"))}
+    torch.save({"model": trained(build(seed=1)), **notes}, tmp_path / "tuned.pth")
+    Checkpointer(model).load(str(tmp_path / "tuned.pth"))
+    assert model.former_vocabulary.synonyms == Vocabulary.builtin("shapes").joined(own).synonyms
+    assert Vocabulary.builtin("shapes").seen_by(model.seen_vocabulary).all()
+    Checkpointer(model).load("shapes_fcclip.safetensors")
+    assert model.former_vocabulary is None
 
 
 def test_a_pickle_that_wants_code_does_nothing(build, tmp_path):

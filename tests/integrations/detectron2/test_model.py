@@ -271,17 +271,10 @@ def test_values_that_cannot_work_are_refused(detectron2_cfg, changes, message):
         build_model(cfg)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "why"),
-    [
-        ("MODEL.COMPILE", "backbone", "nothing reads it inside detectron2"),
-        ("TEST.CLASS_CHUNK", 4, "this feature does not exist yet"),
-    ],
-)
-def test_a_key_that_nothing_would_read_is_refused(detectron2_cfg, key, value, why):
+def test_a_key_that_nothing_would_read_is_refused(detectron2_cfg):
     cfg = detectron2_cfg(ADE20K)
-    cfg.merge_from_list([key, value])
-    with pytest.raises(ValueError, match=f"'{key}' is .*, but {why}"):
+    cfg.merge_from_list(["MODEL.COMPILE", "backbone"])
+    with pytest.raises(ValueError, match="'MODEL.COMPILE' is 'backbone', but nothing reads it inside detectron2"):
         build_model(cfg)
 
 

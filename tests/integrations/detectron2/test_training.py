@@ -15,9 +15,11 @@ from detectron2.solver import build_lr_scheduler as build_detectron2s_schedule
 from detectron2.utils.events import EventStorage
 
 from fcclip.engine import Trainer as OwnTrainer
-from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer
+from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer, model_weights
+from fcclip.engine.checkpoint import trained_vocabulary, vocabulary_note
 from fcclip.engine.optimizer import trainable_parameters
 from fcclip.integrations.detectron2 import Trainer, targets_from_instances
+from fcclip.vocabulary import Vocabulary
 from tests.integrations.detectron2.conftest import ADE20K
 
 pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
@@ -120,6 +122,20 @@ def test_checkpoints_leave_the_frozen_clip_out_unless_it_is_in_no_other_file(sha
 # ---- optimiser and schedule ----
 
 
+def test_a_training_knows_its_own_words_alone_and_its_checkpoints_say_them(cfg, quiet, tmp_path):
+    own = Vocabulary.from_names("zebra; red circle", name="own")
+    start = Trainer(cfg)
+    content = {"model": model_weights(start.model), "former_vocabulary": vocabulary_note(own)}
+    torch.save({**content, "vocabulary": vocabulary_note(own)}, tmp_path / "tuned.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "tuned.pth")
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    assert trainer.model.seen_vocabulary == Vocabulary.builtin("shapes_seen")
+    trainer.checkpointer.save("held")
+    held = trained_vocabulary(torch.load(tmp_path / "held.pth", weights_only=True))
+    assert held.synonyms == Vocabulary.builtin("shapes_seen").synonyms
+
+
 @pytest.mark.parametrize("scaled", [False, True], ids=["float32", "loss scaler"])
 def test_a_step_of_the_optimiser_clips_true_gradients(cfg, scaled):
     torch.manual_seed(0)
@@ -182,6 +198,7 @@ def test_periodic_checkpoints_are_kept_as_the_config_says(cfg):
         ("SOLVER.NON_FINITE", "rollback", "'SOLVER.NON_FINITE' is 'rollback'"),
         ("SOLVER.BEST.METRIC", "sem_seg/mIoU", "'SOLVER.BEST.METRIC' is 'sem_seg/mIoU'"),
         ("DETERMINISTIC", True, "'DETERMINISTIC' is True"),
+        ("FINETUNE.METHOD", "replay", r"'FINETUNE.METHOD' is 'replay', .* \(fcclip's train_net.py does\)"),
         ("DATALOADER.MAX_BAD_IMAGES", 1, "'DATALOADER.MAX_BAD_IMAGES' is 1"),
         ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 133, "'shapes_seen' has 40 classes, but .*NUM_CLASSES is 133"),
         ("SOLVER.OPTIMIZER", "ADAM", "unknown SOLVER.OPTIMIZER 'ADAM'. Did you mean 'ADAMW'"),

@@ -1,0 +1,486 @@
+"""Predictions on the disk: written picture by picture while a model runs, read back in its place.
+
+A folder `predictions` holds what one mode found in one data set:
+
+    header.json           what the predictions depend on: data set, mode, words, weights, config
+    pictures.<rank>.jsonl a line a picture, appended when its files are complete
+    <picture>.png         segment ids, as in COCO panoptic files
+    semantic/<picture>.png  classes, 8 bit, or 16 where there are 256 or more
+
+and `predictions.json` beside it lists the segments in COCO's format once everything is evaluated. Scores and boxes are
+written with every digit, so evaluating the files gives the bits that evaluating the model gave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections import Counter
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import pycocotools.mask
+import torch
+from torch import nn
+
+from fcclip.engine.checkpoint import write_atomically
+from fcclip.engine.finetuning import weights_hash
+from fcclip.evaluation.histograms import as_array
+from fcclip.evaluation.instances import encode_masks
+from fcclip.evaluation.pictures import Evaluator, Picture, in_order
+from fcclip.modeling.fingerprint import clip_fingerprint
+from fcclip.structures import Instances
+from fcclip.vocabulary import Vocabulary
+
+FORMAT = 1
+_HEADER = "header.json"
+_LINES = "pictures.{}.jsonl"
+_SEMANTIC = "semantic"
+# Config keys that decide what is predicted; of those below MODEL all but the ones that choose where and how fast.
+_DECIDING = ("MODEL.", "INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE")
+_NOT_DECIDING = (
+    "MODEL.WEIGHTS",  # a path; the header has the hash of what was loaded
+    "MODEL.DEVICE",
+    "MODEL.COMPILE",
+    "MODEL.MSDA_ENGINE",
+    "MODEL.FC_CLIP.VOCABULARIES",
+    "MODEL.FC_CLIP.TEXT_CACHE_DIR",
+    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS",  # the same: hashed
+    "MODEL.RESNETS.",
+    "MODEL.SWIN.",
+)
+_SHOWN = 6  # differences that a message names
+
+
+class _Line(NamedTuple):
+    """Where the record of a picture stands."""
+
+    path: Path
+    start: int
+    length: int
+
+
+class PredictionWriter(Evaluator):
+    """Writes what a model predicts, picture by picture, so that a kill loses at most the last one.
+
+    The files of a picture are complete before its line is appended, in one piece. Each process has a file of lines of
+    its own.
+
+    Args:
+        folder: the folder `predictions`; made when missing.
+        records: of the whole data set; their pictures give the files their names.
+        num_classes: K.
+        dataset_ids: contiguous index -> the data set's category id, for `predictions.json`.
+        panoptic_header: what `predictions.json` says besides its annotations, the ground truth's `images` and
+            `categories`; None: it is not written.
+        rank: of this process.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: str | os.PathLike,
+        records: Sequence[Mapping],
+        num_classes: int,
+        dataset_ids: Mapping[int, int],
+        panoptic_header: Mapping | None = None,
+        rank: int = 0,
+    ) -> None:
+        self.folder = Path(folder)
+        self.names = picture_names(records)
+        self.label_type = np.uint8 if num_classes < 256 else np.uint16  # K stands for no class
+        self.dataset_ids = dict(dataset_ids)
+        self.panoptic_header = None if panoptic_header is None else dict(panoptic_header)
+        self.path = self.folder / _LINES.format(rank)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def measure(self, picture: Picture, output: Mapping) -> bytes:
+        name = self.names[picture.image_id]
+        record: dict[str, Any] = {"image_id": picture.image_id, "name": name}
+        if "panoptic_seg" in output:
+            id_map, segments = output["panoptic_seg"]
+            ids = np.ascontiguousarray(as_array(id_map), dtype="<i4")
+            if ids.size and not 0 <= ids.min() <= ids.max() < 1 << 24:
+                raise ValueError(f"picture {picture.image_id!r}: predicted ids must be 0..{(1 << 24) - 1}")
+            planes = ids.view(np.uint8).reshape(*ids.shape, 4)
+            record["panoptic"] = self._write(f"{name}.png", np.ascontiguousarray(planes[..., 2::-1]))  # BGR
+            record["segments_info"] = [dict(segment) for segment in segments]
+        if "sem_seg" in output:
+            labels = as_array(output["sem_seg"]).astype(self.label_type)
+            record["semantic"] = self._write(f"{_SEMANTIC}/{name}.png", labels)
+        if "instances" in output:
+            record |= _instances_record(output["instances"], picture)
+        return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+
+    def keep(self, image_id: int | str, measured: bytes) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            written = os.write(descriptor, measured)
+            if written != len(measured):
+                raise OSError(f"cannot write '{self.path}': {written} of {len(measured)} bytes; is the disk full?")
+        finally:
+            os.close(descriptor)
+
+    def _write(self, name: str, pixels: np.ndarray) -> list[int]:
+        """Writes a PNG; its size and check sum, which go into the line."""
+        made, content = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, 6, cv2.IMWRITE_PNG_STRATEGY, 0])
+        assert made
+        content = content.tobytes()
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return [len(content), zlib.crc32(content)]
+
+    def state(self) -> None:
+        """Nothing: what was taken in stands on the disk."""
+
+    def merge(self, state: None) -> None:
+        pass
+
+    def results(self) -> dict:
+        return {}
+
+    def save(self) -> None:
+        """Writes `predictions.json`, which other programs read."""
+        if self.panoptic_header is None:
+            return
+        saved = SavedPredictions(self.folder)
+        chosen = [image_id for image_id in in_order(saved.image_ids) if image_id in self.names]
+        annotations = []
+        for image_id in chosen:
+            record = saved.record(image_id)
+            rows = [
+                {key: value for key, value in segment.items() if key != "isthing"}
+                | {"category_id": self.dataset_ids[segment["category_id"]]}
+                for segment in record["segments_info"]
+            ]
+            annotations.append({"image_id": image_id, "file_name": f"{record['name']}.png", "segments_info": rows})
+        content = json.dumps(self.panoptic_header | {"annotations": annotations}).encode()
+        write_atomically(self.folder.with_suffix(".json"), lambda file: file.write(content))
+
+
+class SavedPredictions:
+    """The predictions in a folder, read picture by picture; a line that a kill cut off does not count.
+
+    Args:
+        folder: the folder `predictions`, or the one that it lies in.
+
+    Raises:
+        FileNotFoundError: there are no saved predictions.
+        ValueError: they are broken in another place than the end.
+    """
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        folder = Path(folder)
+        if not (folder / _HEADER).is_file() and (folder / "predictions" / _HEADER).is_file():
+            folder = folder / "predictions"
+        self.folder = folder
+        self.header = read_header(folder)
+        self._lines: dict[Hashable, _Line] = {}
+        for path in sorted(folder.glob(_LINES.format("*"))):
+            for start, line in _whole_lines(path):
+                self._lines[_parsed(line, path, start)["image_id"]] = _Line(path, start, len(line))
+
+    @property
+    def image_ids(self) -> Collection[Hashable]:
+        """The pictures that are there."""
+        return self._lines.keys()
+
+    def record(self, image_id: Hashable) -> dict[str, Any]:
+        """The line of a picture."""
+        path, start, length = self._lines[image_id]
+        with path.open("rb") as file:
+            file.seek(start)
+            return _parsed(file.read(length), path, start)
+
+    def is_complete(self, image_id: Hashable) -> bool:
+        """Whether the picture's PNGs have the size that its line says; their content is checked when they are read."""
+        record = self.record(image_id)
+        for path, (size, _) in self._pngs(record):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_size == size:
+                    continue
+            return False
+        return True
+
+    def read(self, image_id: Hashable) -> dict[str, Any]:
+        """What the model gave for a picture, as evaluators take it.
+
+        Raises:
+            ValueError: a PNG is damaged.
+        """
+        record = self.record(image_id)
+        pixels = {path.parent.name == _SEMANTIC: _decoded(path, *told) for path, told in self._pngs(record)}
+        output: dict[str, Any] = {}
+        if "panoptic" in record:
+            planes = cv2.cvtColor(pixels[False], cv2.COLOR_BGR2RGBA)
+            id_map = planes.view("<i4")[..., 0] & 0xFFFFFF
+            output["panoptic_seg"] = id_map, record["segments_info"]
+        if "semantic" in record:
+            output["sem_seg"] = pixels[True].astype(np.int32)
+        if "masks" in record:
+            output["instances"] = _instances(record)
+        return output
+
+    def keep_only(self, image_ids: Collection[Hashable]) -> None:
+        """Takes every other line out of the files, those that were cut off too."""
+        kept = {(one.path, one.start) for image_id, one in self._lines.items() if image_id in image_ids}
+        for path in sorted(self.folder.glob(_LINES.format("*"))):
+            lines = [line for start, line in _whole_lines(path) if (path, start) in kept]
+            if sum(map(len, lines)) != path.stat().st_size:
+                write_atomically(path, lambda file, lines=lines: file.writelines(lines))
+        self.__init__(self.folder)
+
+    def _pngs(self, record: Mapping) -> Iterator[tuple[Path, Sequence[int]]]:
+        if "panoptic" in record:
+            yield self.folder / f"{record['name']}.png", record["panoptic"]
+        if "semantic" in record:
+            yield self.folder / _SEMANTIC / f"{record['name']}.png", record["semantic"]
+
+
+def begin_predictions(
+    folders: Mapping[str, Path], headers: Mapping[str, Mapping], image_ids: Iterable[Hashable], *, resume: bool
+) -> list[Hashable]:
+    """Makes the folders ready to be written to, before any process does.
+
+    Args:
+        folders: mode -> its folder `predictions`.
+        headers: mode -> what its predictions depend on.
+        image_ids: of the pictures to be evaluated.
+        resume: go on with the predictions that are there, if any; else they are removed.
+
+    Returns:
+        The pictures that are there in every mode, which need no model any more, in ascending order.
+
+    Raises:
+        ValueError: the predictions that are there depend on something else.
+    """
+    saved = {}
+    for mode, folder in folders.items():
+        if (folder / _HEADER).is_file():
+            if not resume:
+                shutil.rmtree(folder)
+                continue
+            check_header(read_header(folder), headers[mode], folder)
+            saved[mode] = SavedPredictions(folder)
+    present = set.intersection(*(set(one.image_ids) for one in saved.values())) if len(saved) == len(folders) else set()
+    complete = {image_id for image_id in present if all(one.is_complete(image_id) for one in saved.values())}
+    for one in saved.values():
+        one.keep_only(complete)
+    for mode, folder in folders.items():
+        if mode not in saved:
+            folder.mkdir(parents=True, exist_ok=True)
+            for stray in folder.glob(_LINES.format("*")):  # lines without a header belong to nothing
+                stray.unlink()
+            content = json.dumps(dict(headers[mode]), indent=1).encode()
+            write_atomically(folder / _HEADER, lambda file, content=content: file.write(content))
+    return [image_id for image_id in in_order(dict.fromkeys(image_ids)) if image_id in complete]
+
+
+def prediction_header(
+    model: Any,
+    cfg: Any,
+    *,
+    dataset: str,
+    vocabulary: Vocabulary,
+    mode: str,
+    ensemble: Sequence[float] | None,
+    oracle: str | None = None,
+) -> dict[str, Any]:
+    """What predictions depend on, as JSON values.
+
+    Args:
+        model: its weights are hashed, those of the CLIP included.
+        cfg: keys that decide what is predicted are kept.
+        dataset: its name.
+        vocabulary: the words.
+        mode: its name.
+        ensemble: (alpha, beta); None: as the config says.
+        oracle: "masks" where these are not the model's.
+    """
+    module = getattr(model, "model", model)
+    if not isinstance(module, nn.Module):
+        module = None
+    seen = getattr(module, "seen_vocabulary", None)  # decides where alpha counts, and where beta
+    return {
+        "format": FORMAT,
+        "data_set": dataset,
+        "mode": mode,
+        "alpha_and_beta": None if ensemble is None else list(ensemble),
+        "oracle": oracle,
+        "vocabulary": vocabulary.name,
+        "vocabulary_sha256": vocabulary.hash,
+        "seen_vocabulary_sha256": None if seen is None else seen.hash,
+        "weights_sha256": None if module is None else weights_hash(module),
+        "clip_weights": None if module is None else clip_fingerprint(module).get("weights"),
+        "config": deciding_settings(cfg),
+    }
+
+
+def deciding_settings(cfg: Any) -> dict[str, Any]:
+    """The keys of a config that decide what is predicted, with plain values.
+
+    Batch sizes, devices and engines are not among them: they change no more than rounding.
+    """
+    return {
+        key: value
+        for key, value in sorted(_leaves(cfg))
+        if key.startswith(_DECIDING) and not key.startswith(_NOT_DECIDING)
+    }
+
+
+def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
+
+
+def read_header(folder: str | os.PathLike) -> dict[str, Any]:
+    """What stands in `header.json`.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing or broken.
+    """
+    path = Path(folder) / _HEADER
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"'{folder}' holds no saved predictions: there is no {_HEADER}. Expected a folder that an evaluation "
+            "wrote, <output>/<data set> or its folder predictions."
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"'{path}' is broken ({error}); remove the folder and evaluate again") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ValueError(
+            f"'{path}' has format {header.get('format') if isinstance(header, dict) else None!r}, this version of "
+            f"fcclip reads {FORMAT}; remove the folder and evaluate again"
+        )
+    return header
+
+
+def check_header(there: Mapping[str, Any], here: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Refuses to mix predictions.
+
+    Raises:
+        ValueError: names what differs, and what to do.
+    """
+    old, new = ({**one, **one.get("config", {})} for one in (there, here))
+    keys = [key for key in dict.fromkeys([*new, *old]) if key != "config" and old.get(key) != new.get(key)]
+    if not keys:
+        return
+    told = [f"{key} was {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys]
+    more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
+    raise ValueError(
+        f"the predictions in '{folder}' were made with something else: {'; '.join(told[:_SHOWN])}{more}. Give the same "
+        "as then to go on with them; else choose another output folder, or remove this one to begin anew."
+    )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 else repr(value)
+
+
+def picture_names(records: Sequence[Mapping]) -> dict[Hashable, str]:
+    """Image id -> name of its files: that of the picture without the extension, made distinct where several have it.
+
+    Example:
+        >>> picture_names([{"image_id": 1, "file_name": "a/x.jpg"}, {"image_id": 2, "file_name": "b/x.png"}])
+        {1: 'x.6b86b273ff34', 2: 'x.d4735e3a265e'}
+    """
+    counts = Counter(Path(record["file_name"]).stem.casefold() for record in records)
+    names = {}
+    for record in records:
+        stem = Path(record["file_name"]).stem
+        if counts[stem.casefold()] > 1:
+            stem = f"{stem}.{hashlib.sha256(repr(record['image_id']).encode()).hexdigest()[:12]}"
+        names[record["image_id"]] = stem
+    return names
+
+
+def _instances_record(instances: Instances, picture: Picture) -> dict[str, Any]:
+    """Each mask once, and of each instance which of them it has."""
+    codes = encode_masks(instances.pred_masks, picture.once("encoded masks", dict))
+    row_of: dict[str, int] = {}
+    for code in codes:
+        row_of.setdefault(code["counts"], len(row_of))
+    boxes = instances.pred_boxes.detach().cpu().tolist()
+    rows = [
+        [row_of[code["counts"]], index, score, *box]
+        for code, index, score, box in zip(
+            codes, instances.pred_classes.tolist(), instances.scores.detach().cpu().tolist(), boxes, strict=True
+        )
+    ]
+    return {"size": list(instances.pred_masks.shape[1:]), "masks": list(row_of), "instances": rows}
+
+
+def _instances(record: Mapping) -> Instances:
+    rows, (height, width) = record["instances"], record["size"]
+    codes = [{"size": [height, width], "counts": counts.encode("ascii")} for counts in record["masks"]]
+    masks = np.zeros((0, height, width), bool)
+    if codes:
+        masks = np.ascontiguousarray(pycocotools.mask.decode(codes).transpose(2, 0, 1)).view(bool)
+    return Instances(
+        scores=torch.tensor([row[2] for row in rows], dtype=torch.float64),
+        pred_classes=torch.tensor([row[1] for row in rows], dtype=torch.int64),
+        pred_masks=torch.from_numpy(masks)[torch.tensor([row[0] for row in rows], dtype=torch.int64)],
+        pred_boxes=torch.tensor([row[3:] for row in rows], dtype=torch.float64).reshape(-1, 4),
+    )
+
+
+def _whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(position, line) of the lines that end."""
+    start = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield start, line
+            start += len(line)
+
+
+def _parsed(line: bytes, path: Path, start: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+        record["image_id"], record["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"'{path}' is damaged at byte {start} ({error}). Remove that line: its picture is then evaluated again."
+        ) from error
+    return record
+
+
+def _decoded(path: Path, size: int, check_sum: int) -> np.ndarray:
+    """Pixels of a PNG as they were written.
+
+    Raises:
+        ValueError: the file is missing or is not the one that was written.
+    """
+    content = path.read_bytes() if path.is_file() else b""
+    if len(content) != size or zlib.crc32(content) != check_sum:
+        what = "is missing" if not content else "is not the one that was written: its check sum differs"
+        raise ValueError(f"{path} {what}. Remove the file and go on with --resume, which makes it again.")
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+
+
+def saved_modes(folder: str | os.PathLike) -> dict[str, Path]:
+    """Mode -> the folder of its predictions, in the folder of a data set or of one mode.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    folder = Path(folder)
+    places = [one for one in (folder, folder / "predictions") if (one / _HEADER).is_file()]
+    places = places[:1] or sorted(path.parent for path in folder.glob(f"*/predictions/{_HEADER}"))
+    if not places:
+        read_header(folder)  # says what was expected
+    return {read_header(place)["mode"]: place for place in places}

@@ -1,0 +1,138 @@
+"""Semantic maps in blocks of rows, so that memory does not grow with the size of the picture.
+
+A hundred classes more cost a hundred maps of the whole picture otherwise, and ADE20K-847 several gigabytes. Blocks give
+the numbers of the whole to rounding: bilinear resizing and the sum over queries are linear, so they may change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["best_classes", "resize_rows", "semantic_blocks"]
+
+# Floats in the largest tensor of a block: what a CPU's cache holds well, and what keeps a GPU busy. Nobody asks how
+# much memory is free, so that results do not depend on what else is running.
+_BLOCK_CPU, _BLOCK = 2**22, 2**26
+
+
+def semantic_blocks(
+    mask_logits: Tensor,
+    num_classes: int,
+    *,
+    padded_size: tuple[int, int],
+    image_size: tuple[int, int],
+    output_size: tuple[int, int],
+    masks_first: bool,
+    class_chunk: int = 0,
+) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
+    """Semantic scores at the output size, some rows at a time.
+
+    Args:
+        mask_logits: (Q, ·, ·) float at network stride, over the padded picture.
+        num_classes: K.
+        padded_size, image_size, output_size: (height, width) of the network input with and without padding, and of the
+            result.
+        masks_first: resize the mask logits to the output size and then take their probabilities, as for panoptic maps;
+            else the scores at the size of the input are resized.
+        class_chunk: how many classes are asked for at once; 0: all.
+
+    Yields:
+        rows of the output, and a function from class probabilities (Q, k) to the scores (k, number of rows, width)
+        there; it may be called for several modes, and for some classes after the others.
+    """
+    queries, at_once = len(mask_logits), min(num_classes, class_chunk or num_classes)
+    budget = _BLOCK_CPU if mask_logits.device.type == "cpu" else _BLOCK
+    step = max(1, budget // (max(at_once, queries) * max(padded_size[1], output_size[1])))
+    for start in range(0, output_size[0], step):
+        rows = range(start, min(start + step, output_size[0]))
+        needed = _sources(rows, image_size[0], output_size[0])
+
+        def at_output(maps: Tensor, rows: range = rows, needed: range = needed) -> Tensor:
+            return resize_rows(maps, rows, output_size, first=needed.start, of=image_size[0])
+
+        masks = resize_rows(mask_logits, needed, padded_size)[..., : image_size[1]]
+        shares = at_output(masks).sigmoid() if masks_first else masks.sigmoid()
+        resizes_scores = not masks_first and num_classes < queries
+        if not masks_first and not resizes_scores:  # queries are fewer maps to resize
+            shares = at_output(shares)
+
+        def scores(probabilities: Tensor, shares: Tensor = shares, resize=at_output if resizes_scores else None):
+            found = (probabilities.T @ shares.flatten(1)).unflatten(1, shares.shape[1:])
+            return found if resize is None else resize(found)
+
+        yield slice(rows.start, rows.stop), scores
+
+
+def best_classes(scores: Callable[[Tensor], Tensor], probabilities: Tensor, *, class_chunk: int = 0) -> Tensor:
+    """The first class with the highest score.
+
+    Args:
+        scores: from (Q, k) probabilities to (k, h, w) scores.
+        probabilities: (Q, K).
+        class_chunk: how many classes are held at once; 0: all.
+
+    Returns:
+        (h, w) int64, 0..K - 1.
+    """
+    best = winner = None
+    chunk = class_chunk or probabilities.shape[1]
+    for start in range(0, probabilities.shape[1], chunk):
+        values, classes = scores(probabilities[:, start : start + chunk]).max(0)  # faster than argmax on a CPU
+        if best is None:
+            best, winner = values, classes
+        else:
+            better = values > best
+            best, winner = torch.where(better, values, best), torch.where(better, classes + start, winner)
+    return winner
+
+
+def resize_rows(maps: Tensor, rows: range, size: tuple[int, int], *, first: int = 0, of: int | None = None) -> Tensor:
+    """Some rows of maps resized bilinearly, as `interpolate` (align_corners=False) resizes them.
+
+    Args:
+        maps: (n, h, w) float; rows of larger maps, all that are needed and perhaps more.
+        rows: of the result, consecutive.
+        size: (height, width) of the whole result.
+        first: number of the first row of `maps` in the larger maps.
+        of: height of the larger maps; None: `maps` are whole.
+
+    Returns:
+        (n, len(rows), width).
+    """
+    height = maps.shape[1] if of is None else of
+    wanted = _sources(rows, height, size[0])
+    maps = maps[:, wanted.start - first : wanted.stop - first]
+    if size[0] % height == 0:  # a block of whole rows, and one more at each side, has the weights of the whole
+        factor = size[0] // height
+        resized = F.interpolate(maps[None], size=(len(wanted) * factor, size[1]), mode="bilinear", align_corners=False)[
+            0
+        ]
+        start = rows.start - wanted.start * factor
+        return resized[:, start : start + len(rows)]
+    wide = F.interpolate(maps[None], size=(len(wanted), size[1]), mode="bilinear", align_corners=False)[0]
+    above, below, share = _rows_between(rows, height, size[0], maps.device)
+    return torch.lerp(wide[:, above - wanted.start], wide[:, below - wanted.start], share.to(maps.dtype)[:, None])
+
+
+def _sources(rows: range, height: int, resized: int) -> range:
+    """The rows of a map of this height that `rows` of the resized one are made of."""
+    if height == resized:
+        return rows
+    above, below, _ = _rows_between(range(rows.start, rows.start + 1), height, resized)
+    start = int(above[0])
+    above, below, _ = _rows_between(range(rows.stop - 1, rows.stop), height, resized)
+    return range(start, int(below[0]) + 1)
+
+
+def _rows_between(
+    rows: range, height: int, resized: int, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each row of the resized map the two rows it lies between, and how far it is from the first to the second."""
+    centre = (torch.arange(rows.start, rows.stop, dtype=torch.float32, device=device) + 0.5) * (height / resized) - 0.5
+    centre = centre.clamp(min=0)
+    above = centre.long().clamp(max=height - 1)
+    return above, (above + 1).clamp(max=height - 1), centre - above

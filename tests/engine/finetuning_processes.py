@@ -1,0 +1,57 @@
+"""What two CPU processes do with a fine-tuning in test_finetuning.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from training_processes import WIDE, WORDS, noted_training, pictures, small_cfg, small_model
+
+from fcclip.engine import build_trainer, get_rank, get_world_size
+from fcclip.engine.finetuning import build_teacher
+from fcclip.vocabulary import Vocabulary
+
+FORMER = Vocabulary.from_names("star; sea:stuff; cat, kitty; tree", name="former")
+COUNTS = (1, 4, 2, 3)  # segments of the pictures
+
+
+def my_pictures(method: str) -> list[dict]:
+    """This process's share of four pictures; for replay one picture in two is a former one."""
+    samples = pictures(COUNTS)
+    if method == "replay":
+        for sample in samples[1::2]:
+            sample["vocabulary"] = FORMER
+    share = len(samples) // get_world_size()
+    return samples[get_rank() * share : (get_rank() + 1) * share]
+
+
+def student(cfg, method: str) -> nn.Module:
+    """The same weights in every process; a student has already left its teacher."""
+    model = small_model(cfg)
+    if method == "distill":
+        model.teacher = build_teacher(cfg, model, FORMER)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for parameter in model.sem_seg_head.parameters():
+                parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def three_steps(method: str, **changes) -> dict:
+    """Three iterations on the same pictures; `losses`, `gradients` before they are clipped, and `weights`."""
+    cfg = small_cfg(**(WIDE | {"SOLVER.IMS_PER_BATCH": len(COUNTS), "SOLVER.CE_NORM": "global"} | changes))
+
+    def batches(start: int):
+        while True:
+            yield my_pictures(method)
+
+    device = torch.device("cpu")
+    trainer = build_trainer(cfg, student(cfg, method), batches=batches, device=device, vocabulary=WORDS)
+    return noted_training(trainer)
+
+
+def both(folder: str) -> None:
+    """The steps of both methods, a file of each process."""
+    for method in ("replay", "distill"):
+        torch.save(three_steps(method), Path(folder, f"{method}_{get_rank()}.pth"))

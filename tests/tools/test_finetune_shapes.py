@@ -1,0 +1,86 @@
+"""The program that shows forgetting on the shapes world; its trainings take minutes and are not run here."""
+
+import importlib
+import importlib.util
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcclip.config import load_config
+from fcclip.data import dataset_vocabulary, get_dataset, read_id_map
+from fcclip.engine.finetuning import METHODS, check_finetuning
+from fcclip.vocabulary import Vocabulary
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def program():
+    spec = importlib.util.spec_from_file_location("finetune_shapes", REPOSITORY / "tools" / "finetune_shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A folder of data sets with six pictures in each set but the training set, which has one."""
+    folder = tmp_path_factory.mktemp("datasets")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "datasets")
+        prepare = importlib.import_module("prepare_shapes").prepare
+        prepare(out=folder, seed=3, num_pictures=1, num_workers=1, num_evaluation=6)
+    return folder
+
+
+def test_the_own_classes_are_unseen_ones(program):
+    unseen = ~Vocabulary.builtin("shapes").seen_by(Vocabulary.builtin("shapes_seen"))
+    names = [name for name, new in zip(Vocabulary.builtin("shapes").class_names, unseen) if new]
+    assert set(program.OWN) <= set(names)
+    counts = {"own": len(program.OWN), "seen": 60 - len(names), "unseen": len(names) - len(program.OWN)}
+    assert all(str(count) in program.GROUPS[group] for group, count in counts.items())
+    assert set(program.METHODS) == set(METHODS) - {""}
+
+
+def test_own_data_are_the_pictures_of_orange_shapes_with_nothing_else_labelled(program, world, tmp_path):
+    path = program.write_own_data(tmp_path / "own" / "test", world, ("val", "val_unseen"))
+    dataset = get_dataset(str(path))
+    assert dataset.name == "orange_test" and dataset.own_vocabulary().class_names == program.OWN
+    assert dataset_vocabulary(dataset).thing_classes == (0, 1, 2, 3, 4)
+    names, expected = Vocabulary.builtin("shapes").class_names, []
+    for split in ("val", "val_unseen"):
+        for record in get_dataset(f"shapes_{split}", world).records():
+            found = {one["id"]: names[one["category_id"]] for one in record["segments_info"]}
+            expected.append({id: name for id, name in found.items() if name in program.OWN})
+    records = dataset.records()
+    found = [{one["id"]: program.OWN[one["category_id"]] for one in record["segments_info"]} for record in records]
+    assert found and found == [one for one in expected if one]
+    for record in records:
+        ids = {one["id"] for one in record["segments_info"]}
+        assert set(np.unique(read_id_map(record["pan_seg_file_name"]))) == ids | {0}
+
+
+def test_every_method_has_a_command_line_that_can_start(program, world, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(world))
+    args = Namespace(iterations=60, opts=["SEED", "1"])
+    for method in program.METHODS:
+        words = program.overrides(method, tmp_path / "train.yaml", tmp_path / "test.yaml", tmp_path / method, args)
+        cfg = load_config(REPOSITORY / program.CONFIG, words)
+        assert method == cfg.FINETUNE.METHOD and cfg.SOLVER.MAX_ITER == 60 and cfg.SEED == 1
+        check_finetuning(cfg, world_size=1)
+
+
+def test_the_figure_has_a_bar_for_each_method_and_group(program, tmp_path):
+    def figures(value):
+        groups = {"all": value, "seen": value, "own": value + 5, "unseen": None}
+        return {"shapes_val": {metric: dict(groups) for metric in ("PQ", "AP", "mIoU")}}
+
+    found = {name: {"before": figures(50.0), "after": figures(40.0)} for name in program.METHODS}
+    figure = program.draw(found, "shapes_val")
+    assert [len(panel.patches) for panel in figure.axes] == [12, 12, 12]
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    assert heights[0] == 55.0 and heights[3] == 45.0 and np.isnan(heights[2])
+    figure.savefig(tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -1,0 +1,52 @@
+"""alpha and beta from one pass of the network, on any data set."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from fcclip.engine import save_weights
+from fcclip.modeling import build_model
+from tests.conftest import tiny_config
+from tests.data.published_trees import write_tree
+
+PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "sweep_ensemble.py"
+SPEC = importlib.util.spec_from_file_location("sweep_ensemble", PROGRAM)
+tool = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(tool)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    cfg = tiny_config()
+    save_weights(build_model(cfg), folder / "tiny.safetensors", full=True, dtype=None)
+    (folder / "tiny.yaml").write_text(cfg.dump())
+    return ["--config-file", str(folder / "tiny.yaml"), "--weights", str(folder / "tiny.safetensors")]
+
+
+def run(tiny, *words):
+    return tool.main([*tiny, *words, "--opts", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"])
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "warned"),
+    [
+        ("openvocab_ade20k_panoptic_val", "PQ", True),
+        ("openvocab_pascal20_sem_seg_val", "mIoU", True),
+        ("openvocab_coco_2017_val", "AP", False),
+    ],
+)
+def test_every_kind_of_data_set_is_swept_by_its_metric(tiny, name, metric, warned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    write_tree(name, tmp_path)
+    assert run(tiny, "--dataset", name, "--alphas", "0", "1", "--betas", "0.5", "--first", "2") == 0
+    printed = capsys.readouterr().out
+    assert f"{metric} on {name}, percent" in printed and f"best {metric} " in printed
+    assert "GEOMETRIC_ENSEMBLE_BETA 0.5" in printed
+    assert ("is reported in the table" in printed) == warned
+
+
+def test_a_metric_that_the_data_set_does_not_have_is_refused(tiny):
+    with pytest.raises(ValueError, match="is evaluated for semantic, which gives no PQ"):
+        run(tiny, "--dataset", "openvocab_pascal20_sem_seg_val", "--metric", "PQ")

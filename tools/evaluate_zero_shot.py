@@ -1,0 +1,358 @@
+"""One command for the whole table: every benchmark that is there, then a row as in the model zoo.
+
+    python tools/evaluate_zero_shot.py --weights FILE [--config-file FILE] [--datasets NAME ...] [--output FOLDER]
+        [--num-gpus N] [--resume] [--pictures N] [--oracle masks|classes] [KEY VALUE ...]
+
+Each data set is evaluated with the picture sizes, outputs and words it was published with; a KEY that is given wins,
+and its figures are then not compared. Beside the row stand the published one of the same backbone and the difference.
+Without --datasets, a model trained on COCO is evaluated on the nine benchmarks (those that are missing are named), any
+other on its config's DATASETS.TEST.
+
+Writes into FOLDER: results.json, results.md, log.txt, and for each data set its predictions. An evaluation that was
+interrupted goes on with --resume, also with another number of processes, and gives the numbers of one that was not.
+--pictures adds a page, page/index.html, with the best, the median and the worst pictures of each data set. --oracle
+shows what would be with true masks and predicted classes (masks), or predicted masks and true classes (classes).
+Leaves with 0; with 1 after an error, or when a figure is not the published one within its tolerance; with 2 when the
+command line cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+from fcclip.config import load_config, resolve_device, resolve_file
+from fcclip.data import dataset_vocabulary, get_dataset, joined
+from fcclip.engine import (
+    ProcessFailedError,
+    RunLock,
+    apply_numeric_settings,
+    clip_fingerprint,
+    close_logging,
+    duration,
+    environment_report,
+    get_rank,
+    get_world_size,
+    is_main_process,
+    launch,
+    load_weights,
+    log_exception,
+    lost_processes_named,
+    setup_logging,
+    write_atomically,
+)
+from fcclip.evaluation import (
+    FAIL,
+    MIOU_RULE,
+    ORACLES,
+    PageSet,
+    Plan,
+    Report,
+    backbone_of,
+    backbone_of_weights,
+    cells_of,
+    current_commit,
+    default_sets,
+    differences,
+    evaluate,
+    format_table,
+    logged_figures,
+    plan_sets,
+    write_page,
+)
+from fcclip.modeling import FCCLIP, build_model, test_modes
+from fcclip.modeling.build import build_inference_settings
+from fcclip.modeling.weight_files import read_weight_file
+from fcclip.vocabulary import Vocabulary
+
+logger = logging.getLogger("fcclip.evaluate_zero_shot")
+MODES = ("ensemble", "in_vocabulary", "out_of_vocabulary")
+_LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "Pillow")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns the exit code."""
+    args = parse_arguments(arguments)
+    try:
+        cfg = read_config(args)
+        plans, missing = plan_sets(cfg, args.datasets, given=args.opts[::2])
+        if not plans:
+            raise FileNotFoundError(
+                f"none of the data sets is there; looked at {', '.join(missing.values())}. Set $DETECTRON2_DATASETS to "
+                "the folder of all data sets, or name some with --datasets."
+            )
+        prepare_output(args, plans)
+        report = launch(run, cfg, args, num_processes=args.num_gpus, device_type=resolve_device(cfg.MODEL.DEVICE).type)
+    except KeyboardInterrupt:
+        print("interrupted; --resume goes on", file=sys.stderr)
+        return 130
+    except ProcessFailedError as error:
+        print(f"{error.trace}\nerror: {error}" if error.trace else f"error: {error}", file=sys.stderr)
+        return 1
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"\n{report.text()}\n\nresults: {args.output / 'results.md'} and {args.output / 'results.json'}")
+    return 1 if report.verdict == FAIL else 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", required=True, metavar="FILE", help="a checkpoint or a shipped asset")
+    parser.add_argument("--config-file", metavar="FILE", help="default: the one that the weights tell of or fit")
+    parser.add_argument("--datasets", nargs="+", metavar="NAME", help="data sets or YAML files")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: output/zero_shot/<name of the weights>")
+    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
+    parser.add_argument("--resume", action="store_true", help="go on with the predictions in the output folder")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first pictures of each data set")
+    parser.add_argument(
+        "--pictures", type=int, default=0, metavar="N", help="N best, median and worst ones of each set on a page"
+    )
+    parser.add_argument("--oracle", choices=ORACLES, help="masks or classes: what is true instead of predicted")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        metavar="MODE",
+        help="ensemble, in_vocabulary, out_of_vocabulary; all from one pass of the network (default: TEST.MODE)",
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys that override everything"
+    )
+    args, rest = parser.parse_known_args(arguments)
+    if rest:
+        parser.error(f"cannot read {' '.join(rest)}")
+    for name in ("datasets", "modes"):  # take every word up to the next option, so KEY VALUE pairs are among them
+        words = getattr(args, name) or []
+        end = next((index for index, word in enumerate(words) if is_key(word)), len(words))
+        args.opts = [*words[end:], *args.opts]
+        setattr(args, name, words[:end] or None)
+    unknown = [mode for mode in args.modes or () if mode not in MODES]
+    if unknown:
+        parser.error(f"unknown mode '{unknown[0]}'; known: {', '.join(MODES)}")
+    if len(args.opts) % 2:
+        parser.error(f"overrides come in pairs KEY VALUE, got {len(args.opts)} words: {' '.join(args.opts)}")
+    if args.first is not None and args.first < 1:
+        parser.error(f"--first must be 1 or more, got {args.first}")
+    if args.pictures < 0:
+        parser.error(f"--pictures must be 0 or more, got {args.pictures}")
+    name = Path(args.weights).stem + (f"_true_{args.oracle}" if args.oracle else "")
+    args.output = args.output or Path("output", "zero_shot", name)
+    return args
+
+
+def is_key(word: str) -> bool:
+    """Whether a word is a config key and no data set or file."""
+    return word.partition(".")[0].isupper() and not word.endswith((".yaml", ".yml"))
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The config of --config-file, else of the weights: the one they tell of, or that of the backbone they fit.
+
+    Raises:
+        ValueError: the weights tell nothing and fit no published backbone.
+    """
+    weights = resolve_file(args.weights, what="weights")
+    overrides = ["MODEL.WEIGHTS", args.weights, *args.opts]
+    if args.config_file:
+        return load_config(args.config_file, overrides)
+    file = read_weight_file(weights)
+    told = file.rest.get("config")
+    if isinstance(told, str) and "\n" in told:  # checkpoints hold the whole config
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "config.yaml")
+            path.write_text(told, encoding="utf-8")
+            return load_config(path, overrides)
+    if isinstance(told, str):
+        return load_config(told, overrides)
+    backbone = backbone_of_weights({key: tuple(value.shape) for key, value in file.tensors.items()})
+    if backbone is None:
+        raise ValueError(
+            f"'{args.weights}' does not tell its config and fits none of the published backbones; give --config-file"
+        )
+    print(f"'{args.weights}' is of {backbone['name']}: taking {backbone['config']}")
+    return load_config(backbone["config"], overrides)
+
+
+def prepare_output(args: argparse.Namespace, plans: Sequence[Plan]) -> None:
+    """Makes the output folder.
+
+    Raises:
+        ValueError: it holds predictions of another evaluation, and --resume is not given.
+    """
+    args.output.mkdir(parents=True, exist_ok=True)
+    if args.resume:
+        return
+    for plan in plans:
+        for path in sorted((args.output / plan.dataset.name).glob("**/predictions/header.json")):
+            raise ValueError(
+                f"'{path.parent}' holds predictions of an earlier evaluation. --resume goes on with them; choose "
+                "another --output, or remove the folder, to begin anew."
+            )
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
+    """What every process does. Returns the report on rank 0."""
+    lock = RunLock(args.output, "evaluation") if is_main_process() else contextlib.nullcontext()
+    with lock:
+        setup_logging(args.output, rank=get_rank())
+        try:
+            with lost_processes_named():
+                return evaluate_sets(cfg, args)
+        except Exception:
+            log_exception()
+            raise
+        finally:
+            close_logging()
+
+
+def evaluate_sets(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
+    """Evaluates one data set after the other; what is known so far is written after each."""
+    start = time.perf_counter()
+    apply_numeric_settings(cfg, training=False)
+    plans, missing = plan_sets(cfg, args.datasets, given=args.opts[::2])
+    folder = cfg.MODEL.FC_CLIP.VOCABULARIES
+    training = None
+    if cfg.DATASETS.TRAIN:
+        training = dataset_vocabulary(joined([get_dataset(name) for name in cfg.DATASETS.TRAIN]), folder)
+    model = build_model(cfg, train_vocabulary=training, test_vocabulary=None)
+    load_weights(model, cfg.MODEL.WEIGHTS)
+    everything = test_modes(cfg)
+    modes = {mode: everything[mode] for mode in args.modes or [cfg.TEST.MODE]}
+    if is_main_process():
+        write_atomically(args.output / "config.yaml", lambda file: file.write(cfg.dump().encode()))
+        for name, path in missing.items():
+            logger.info("data set '%s' is missing: there is no %s", name, path)
+    found, vocabularies, report = {}, {}, None
+    for plan in plans:
+        name = plan.dataset.name
+        vocabularies[name] = dataset_vocabulary(plan.dataset, folder)
+        model.settings = build_inference_settings(plan.cfg)
+        found[name] = evaluate(
+            model,
+            plan.cfg,
+            plan.dataset,
+            modes=modes,
+            training_vocabulary=model.seen_vocabulary,
+            vocabulary=vocabularies[name],
+            output_dir=args.output,
+            rank=get_rank(),
+            world_size=get_world_size(),
+            max_images=args.first,
+            save_predictions=True,
+            resume=args.resume,
+            oracle=args.oracle,
+        )
+        if not is_main_process():
+            continue
+        logger.info("%s, percent\n%s", name, format_table({name: found[name]}))
+        done = [one for one in plans if one.dataset.name in found]
+        notes = notes_of(cfg, args, model, time.perf_counter() - start)
+        report = report_of(done, found, vocabularies, training, missing, args, notes)
+        write_report(report, args.output)
+    if report is not None and args.pictures:
+        page = make_page(report, plans, found, args)
+        logger.info("page with pictures: %s", page)
+    return report
+
+
+def make_page(report: Report, plans: Sequence[Plan], found: Mapping[str, Mapping], args: argparse.Namespace) -> Path:
+    """The page with pictures of the first mode."""
+    sets = []
+    for plan in plans:
+        mode, results = next(iter(found[plan.dataset.name].items()))
+        folder = args.output / plan.dataset.name
+        folder = folder / mode if len(found[plan.dataset.name]) > 1 else folder
+        sets.append(PageSet(plan.dataset, folder, results))
+    title = "Zero-shot evaluation" + (f" with true {args.oracle}" if args.oracle else "")
+    return write_page(report, sets, args.output / "page", pictures=args.pictures, title=title)
+
+
+def report_of(
+    plans: Sequence[Plan],
+    found: Mapping[str, Mapping],
+    vocabularies: Mapping[str, Vocabulary],
+    training: Vocabulary | None,
+    missing: Mapping[str, str],
+    args: argparse.Namespace,
+    notes: Mapping[str, str],
+) -> Report:
+    """The table of what was evaluated, with a place for every benchmark where these are meant."""
+    backbone = backbone_of(plans[0].cfg)
+    extra = [f"mode {args.modes[0]}"] if args.modes and args.modes[0] != "ensemble" else []
+    extra += [f"true {args.oracle} instead of predicted ones"] if args.oracle else []
+    reasons, sets, cells = {}, {}, {}
+    for plan in plans:
+        name, vocabulary = plan.dataset.name, vocabularies[plan.dataset.name]
+        num_pictures = min(plan.num_pictures, args.first or plan.num_pictures)
+        reasons[name] = differences(
+            plan, vocabulary=vocabulary, training=training, num_pictures=num_pictures, extra=extra
+        )
+        cells[name] = cells_of(name, found[name], backbone=backbone, reasons=reasons[name])
+        sets[name] = {
+            "pictures": num_pictures,
+            "vocabulary": vocabulary.name,
+            "vocabulary_sha256": vocabulary.hash,
+            "published_vocabulary": vocabulary.is_published,
+            "results": found[name],
+            "log": logged_figures(name, next(iter(found[name].values())), backbone),
+        }
+    known = default_sets(plans[0].cfg) if args.datasets is None else []
+    order = [name for name in known if name in missing or name in cells]
+    order += [name for name in cells if name not in order]
+    all_cells = [
+        cell
+        for name in order
+        for cell in cells.get(name) or cells_of(name, {}, backbone=backbone, reasons=["it is missing"])
+    ]
+    words = {}
+    for name in sets:
+        words.setdefault(vocabulary_note(vocabularies[name]), []).append(name)
+    notes = {**notes, "vocabulary": "; ".join(f"{note} ({', '.join(names)})" for note, names in words.items())}
+    return Report(all_cells, reasons, missing, notes, backbone["name"] if backbone else "", sets)
+
+
+def vocabulary_note(vocabulary: Vocabulary) -> str:
+    """Whose words, which, and their hash."""
+    whose = "published" if vocabulary.is_published else "fcclip (not the published one)"
+    return f"{whose} '{vocabulary.name}', {len(vocabulary)} classes, sha256 {vocabulary.hash[:12]}"
+
+
+def notes_of(cfg: CfgNode, args: argparse.Namespace, model: FCCLIP, seconds: float) -> dict[str, str]:
+    """With what it was evaluated."""
+    environment = environment_report(resolve_device(cfg.MODEL.DEVICE))
+    clip = clip_fingerprint(model)
+    machine = [environment[name] for name in ("device", "GPU") if name in environment]
+    alpha, beta = test_modes(cfg)["ensemble"]
+    return {
+        "weights": str(args.weights),
+        "config": f"{args.config_file or 'the one of the weights'} {' '.join(args.opts)}".strip(),
+        "ensemble": f"alpha {alpha:g}, beta {beta:g}",
+        **({"pictures": f"only the first {args.first} of each data set"} if args.first else {}),
+        **({"oracle": f"true {args.oracle} instead of predicted ones"} if args.oracle else {}),
+        "mIoU rule": MIOU_RULE,
+        "CLIP": f"{clip.get('architecture')}, {clip.get('pretrained') or 'no tag'}, weights {clip['weights'][:12]}",
+        "versions": ", ".join(f"{name} {environment[name]}" for name in ("fcclip", "python", *_LIBRARIES)),
+        "commit": current_commit(),
+        "machine": f"{', '.join(machine)}, {get_world_size()} process(es)",
+        "time": duration(seconds),
+    }
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """`results.json` and `results.md`, each whole or not at all."""
+    content = json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n"
+    write_atomically(folder / "results.json", lambda file: file.write(content.encode()))
+    write_atomically(folder / "results.md", lambda file: file.write(report.markdown().encode()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
