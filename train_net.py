@@ -56,6 +56,7 @@ from fcclip.engine import (
     StopRequested,
     Trainer,
     apply_numeric_settings,
+    barrier,
     begin_finetuning,
     broadcast_object,
     build_trainer,
@@ -358,7 +359,12 @@ def begin_comparison(
     try:
         with stop.interrupting():
             comparison.measure(model)
+            barrier()  # nobody trains while the first process is still at its figures and can be stopped there
     except StopRequested:
+        pointer = Path(cfg.OUTPUT_DIR, "last_checkpoint")
+        if is_main_process() and pointer.is_file():
+            earlier = pointer.rename(pointer.with_name("last_checkpoint_earlier"))
+            logger.warning("%s pointed at an earlier training; --resume would have gone on with that", earlier)
         raise SystemExit(REQUEUE_EXIT_CODE) from None
     return comparison
 

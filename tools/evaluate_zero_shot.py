@@ -101,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if report is None:  # a process that torchrun started beside the first, which has the table and the verdict
+        return 0
     print(f"\n{report.text()}\n\nresults: {args.output / 'results.md'} and {args.output / 'results.json'}")
     return 1 if report.verdict == FAIL else 0
 

@@ -280,9 +280,10 @@ def _segmentation_is_usable(say: Findings, path: Path, which: str, annotation: d
             return False
         return True
     if not segmentation:
-        if not annotation.get("iscrowd", 0):
-            say.say("no-mask", path, which)
-        return True
+        if annotation.get("iscrowd", 0):
+            return True
+        say.say("no-mask", path, which)
+        return False
     if not isinstance(segmentation, list) or not all(isinstance(one, list) for one in segmentation):
         say.say("broken-entry", path, f"{which}: segmentation is neither a list of polygons nor a run-length code")
         return False

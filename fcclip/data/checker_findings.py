@@ -81,7 +81,7 @@ KINDS: dict[str, Kind] = {
         "error", "annotations of pictures that are not in 'images'", "list the pictures, or leave the annotations out"
     ),
     "no-mask": Kind(
-        "error", "instances without a segmentation: a box gives no mask", "leave them out, or mark them iscrowd"
+        "error", "instances without a segmentation: a box gives no mask", "draw the masks, or leave these instances out"
     ),
     "bad-polygon": Kind(
         "warning", "polygons without an area, which are left out", "remove them, or draw at least three corners"

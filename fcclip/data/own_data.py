@@ -378,7 +378,13 @@ class _CocoFile:
             content = self.read() if content is None else content
             check_lists(self.where, content, ("categories",), self.expected)
             names = self._categories(content["categories"])
-            ids = self._ids(names, Counter(_used(content["annotations"])))
+            try:
+                used = Counter(_used(content["annotations"]))
+            except TypeError as error:
+                raise ValueError(
+                    f"{self.where}: a category_id is neither a number nor a text: {error}. {self.expected}"
+                ) from error
+            ids = self._ids(names, used)
             fresh = itertools.count(max([0, *names]) + 1)
             classes = tuple(
                 dataclasses.replace(entry, id=ids[index] if index in ids else next(fresh))

@@ -14,7 +14,7 @@ from fcclip.config import resolve_device
 from fcclip.data.catalog import Dataset
 from fcclip.data.loaders import TrainLoader, WorkerInit, training_records
 from fcclip.data.mappers import JitterMapper, build_train_mapper
-from fcclip.data.samplers import Draw, TrainingBatches, build_stream
+from fcclip.data.samplers import REPLAYED_FROM, Draw, TrainingBatches, build_stream
 from fcclip.data.transforms import RandomNumbers
 from fcclip.data.transport import CompactRecords
 from fcclip.vocabulary import Vocabulary
@@ -23,7 +23,6 @@ __all__ = ["MixedBatches", "ReplayLoader", "build_replay_loader", "replayed_pict
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = "replayed_from"  # field of a record and of a sample: number of the former data set
 _FORMER_POSITIONS = 1 << 62  # where the positions of former pictures begin, so that no two pictures share a draw
 
 
@@ -45,8 +44,8 @@ class ReplayLoader:
     def __next__(self) -> list[dict[str, Any]]:
         batch = next(self.loader)
         for sample in batch:
-            if _SOURCE in sample:  # here, so that no process sends words with every picture
-                sample["vocabulary"] = self.vocabularies[sample.pop(_SOURCE)]
+            if REPLAYED_FROM in sample:  # here, so that no process sends words with every picture
+                sample["vocabulary"] = self.vocabularies[sample.pop(REPLAYED_FROM)]
         return batch
 
 
@@ -86,9 +85,9 @@ class _MixedMapper:
         self.former = tuple(former)
 
     def __call__(self, record: dict, rng: RandomNumbers) -> dict[str, Any]:
-        if _SOURCE not in record:
+        if REPLAYED_FROM not in record:
             return self.new(record, rng)
-        return {**self.former[record[_SOURCE]](record, rng), _SOURCE: record[_SOURCE]}
+        return {**self.former[record[REPLAYED_FROM]](record, rng), REPLAYED_FROM: record[REPLAYED_FROM]}
 
 
 def replayed_pictures(cfg, world_size: int = 1) -> int:
@@ -142,7 +141,7 @@ def build_replay_loader(
     mappers += [build_train_mapper(with_replay_mapper(cfg), one.metadata) for one, _ in former]
     records = training_records(cfg, dataset, mappers[0])
     former_records = [
-        {**record, _SOURCE: source}
+        {**record, REPLAYED_FROM: source}
         for source, (one, _) in enumerate(former)
         for record in training_records(cfg, one, mappers[1 + source])
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from fcclip.config import lookup
+
+REPLAYED_FROM = "replayed_from"  # field of a record and of a sample: number of the former data set
 
 __all__ = [
     "SAMPLERS",
@@ -72,7 +74,7 @@ def repeated_stream(num_records: int, seed: int, *, factors: Tensor) -> Iterator
         yield from epoch[torch.randperm(len(epoch), generator=generator)].tolist()
 
 
-def repeat_factors(categories: Iterable[Iterable[int]], *, threshold: float, square_root: bool = True) -> Tensor:
+def repeat_factors(categories: Iterable[Iterable[Hashable]], *, threshold: float, square_root: bool = True) -> Tensor:
     """How often each picture should come in an epoch, so that rare categories are seen more often (Gupta et al. 2019,
     LVIS, section 5.2).
 
@@ -110,15 +112,21 @@ def build_stream(cfg, records: Sequence[Mapping[str, Any]]) -> Stream:
 
 
 def _build_repeated(settings, records: Sequence[Mapping[str, Any]]) -> Stream:
-    key = next((key for key in ("annotations", "segments_info") if records and key in records[0]), None)
-    if key is None:
-        raise ValueError(
-            "DATALOADER.SAMPLER_TRAIN 'RepeatFactorTrainingSampler' needs to know the categories of each picture, but "
-            "the records of this data set have no annotations and no segments_info. Use 'TrainingSampler'."
-        )
-    categories = ((one["category_id"] for one in record[key]) for record in records)
+    categories = [_categories(record) for record in records]
     factors = repeat_factors(categories, threshold=settings.REPEAT_THRESHOLD, square_root=settings.REPEAT_SQRT)
     return partial(repeated_stream, factors=factors)
+
+
+def _categories(record: Mapping[str, Any]) -> list[Hashable]:
+    """The classes a picture shows; those of different former data sets are not the same."""
+    for key in ("annotations", "segments_info"):
+        if key in record:
+            return [(record.get(REPLAYED_FROM), one["category_id"]) for one in record[key]]
+    raise ValueError(
+        "DATALOADER.SAMPLER_TRAIN 'RepeatFactorTrainingSampler' needs to know the categories of each picture, but the "
+        f"record of {record.get('file_name', 'a picture')} has no annotations and no segments_info. Use "
+        "'TrainingSampler'."
+    )
 
 
 SAMPLERS: dict[str, Callable[..., Stream]] = {

@@ -29,6 +29,7 @@ from fcclip.engine.checkpoint import (
     trained_vocabulary,
     vocabulary_note,
 )
+from fcclip.engine.run_folder import check_words
 from fcclip.losses import DistillationLoss
 from fcclip.modeling import FCCLIP, Teacher
 from fcclip.modeling.weight_files import read_weight_file
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("", "plain", "replay", "distill")
 _START = "finetuned_from"  # note of a fine-tuned file: hash of the weights that it began with
+_REPLAYED = "replay_vocabularies"  # note of a replay: the words of each of FINETUNE.REPLAY_DATASETS
 _VOCABULARY_FILES = (".json", ".txt")
 
 
@@ -92,7 +94,8 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
             for `distill` alone.
 
     Raises:
-        ValueError: as `load_weights` and `former_vocabulary`; the start is not that of the training that is resumed.
+        ValueError: as `load_weights` and `former_vocabulary`; the start, or the words of the former data, are not those
+            of the training that is resumed.
     """
     method, source = cfg.FINETUNE.METHOD, cfg.MODEL.WEIGHTS
     if resumed is None:
@@ -114,6 +117,11 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
                     f"the fine-tuning that is resumed began with other weights than MODEL.WEIGHTS '{source}', and "
                     "FINETUNE.METHOD 'distill' keeps to the weights it began with; give the same file"
                 )
+    if method == "replay":
+        replayed = replay_sets(cfg)
+        for stored, (dataset, words) in zip((resumed or {}).get(_REPLAYED, ()), replayed):
+            check_words(stored, words, source=f"{cfg.OUTPUT_DIR}, pictures of '{dataset.name}'")
+        notes[_REPLAYED] = [vocabulary_note(words) for _, words in replayed]
     model.former_vocabulary = former
     new = int((~model.train_vocabulary.seen_by(former)).sum())
     logger.info(

@@ -18,6 +18,7 @@ import torch
 
 from fcclip.config import get_cfg
 from fcclip.data import Dataset, read_id_map, read_label_map
+from fcclip.data.segmentations import check_code
 from fcclip.evaluation.background import Background
 from fcclip.evaluation.pictures import Evaluator, Picture, in_order
 from fcclip.evaluation.predictions import SavedPredictions
@@ -206,6 +207,10 @@ class ResultsSource:
             raise ValueError(f"{where}: its segmentation cannot be read: {error!r}") from error
         if size != [height, width]:
             raise ValueError(f"{where}: its mask is {size} (height, width), the picture is {[height, width]}")
+        try:
+            check_code(segmentation)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
         return segmentation
 
 

@@ -61,23 +61,34 @@ class InstanceTruth(NamedTuple):
             ) from error
 
     def completed(self, category_ids: Iterable[int]) -> InstanceTruth:
-        """The same with what users' own files may leave out: categories that nothing belongs to, and boxes.
+        """The same with what users' own files may leave out: categories that nothing belongs to, boxes and areas; and
+        without the annotations that the reader leaves out too, all of whose polygons have no area.
 
         Args:
             category_ids: of the thing classes.
         """
         categories = {identifier: {"id": identifier} for identifier in category_ids} | self.categories
-        annotations = [one if "bbox" in one else one | {"bbox": self._box(one)} for one in self.annotations]
+        annotations = []
+        for one in self.annotations:
+            if "bbox" not in one or "area" not in one:
+                code = self._code(one)
+                if code is None:
+                    continue
+                bounds, area = pycocotools.mask.toBbox(code).tolist(), float(pycocotools.mask.area(code))
+                one = {"bbox": bounds, "area": area, **one}
+            annotations.append(one)
         return self._replace(annotations=annotations, categories=categories)
 
-    def _box(self, annotation: Mapping) -> list[float]:
-        """[x, y, width, height] around the mask of an annotation."""
+    def _code(self, annotation: Mapping) -> dict | None:
+        """The run-length code of an annotation's mask; None where no polygon has an area."""
         segmentation, image = annotation["segmentation"], self.images[annotation["image_id"]]
         if isinstance(segmentation, Mapping):
-            return pycocotools.mask.toBbox(compressed(segmentation)).tolist()
+            return compressed(segmentation)
         polygons = [one for one in segmentation if has_area(one)]
+        if not polygons:
+            return None
         codes = pycocotools.mask.frPyObjects(polygons, image["height"], image["width"])
-        return pycocotools.mask.toBbox(pycocotools.mask.merge(codes)).tolist()
+        return pycocotools.mask.merge(codes)
 
 
 class PictureInstances(NamedTuple):

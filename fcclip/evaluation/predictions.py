@@ -35,6 +35,7 @@ from fcclip.engine.finetuning import weights_hash
 from fcclip.evaluation.histograms import as_array
 from fcclip.evaluation.instances import encode_masks
 from fcclip.evaluation.pictures import Evaluator, Picture, in_order
+from fcclip.modeling.augmentation import AugmentedModel
 from fcclip.modeling.fingerprint import clip_fingerprint
 from fcclip.structures import Instances
 from fcclip.vocabulary import Vocabulary
@@ -320,8 +321,17 @@ def prediction_header(
         "seen_vocabulary_sha256": None if seen is None else seen.hash,
         "weights_sha256": None if module is None else weights_hash(module),
         "clip_weights": None if module is None else clip_fingerprint(module).get("weights"),
+        "augmentation": _augmentation(model),
         "config": deciding_settings(cfg),
     }
+
+
+def _augmentation(model: Any) -> dict[str, Any] | None:
+    """Sizes and mirroring of test-time augmentation; None without it."""
+    if not isinstance(model, AugmentedModel):
+        return None
+    variants = model.variants
+    return {"min_sizes": list(variants.min_sizes), "max_size": variants.max_size, "flip": variants.flip}
 
 
 def deciding_settings(cfg: Any) -> dict[str, Any]:

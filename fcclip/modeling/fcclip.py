@@ -161,6 +161,7 @@ class FCCLIP(nn.Module):
         self.train_vocabulary = train_vocabulary
         self.test_vocabulary = test_vocabulary
         self.former_vocabulary: Vocabulary | None = None
+        self._joined: tuple[Vocabulary, Vocabulary, Vocabulary] | None = None  # former and training words, and both
         self.teacher: Teacher | None = None
 
     @property
@@ -168,7 +169,10 @@ class FCCLIP(nn.Module):
         """The classes that count as seen: of the training labels, and of the trainings before."""
         if self.train_vocabulary is None or self.former_vocabulary is None:
             return self.train_vocabulary or self.former_vocabulary
-        return self.former_vocabulary.joined(self.train_vocabulary)
+        parts = (self.former_vocabulary, self.train_vocabulary)
+        if self._joined is None or any(one is not other for one, other in zip(self._joined, parts)):
+            self._joined = (*parts, parts[0].joined(parts[1]))
+        return self._joined[2]
 
     @property
     def device(self) -> torch.device:

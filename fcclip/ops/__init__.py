@@ -29,8 +29,9 @@ tensors of the dtype of `value`. What all engines share, so that they can be exc
 - A sample counts when -1 <= x < W and -1 <= y < H. Corners outside the level are 0; at whole pixels the derivative is
   that to the right. This is grid_sample; the published kernel has -1 < x, which differs in one subgradient alone.
 - A location that is not finite contributes 0 and gets gradients of 0, as in the published kernel (grid_sample does the
-  same on GPUs and gives NaN on CPUs). It hides nothing: offsets and logits come from the same query, so a network that
-  diverges has logits that are NaN, and these do reach the output.
+  same on GPUs and gives NaN on CPUs). It hides no network that diverges: a logit that is NaN reaches the output through
+  the samples whose locations are finite. Of a query whose offsets and logits are all NaN, torch and triton
+  give NaN and the compiled engines 0; in the network that query is NaN by itself, which the output is added to.
 - Half types are computed in fp32 (coordinates, softmax, sums) and rounded once, fp64 in fp64, fp32 in full fp32.
 """
 

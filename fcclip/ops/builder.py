@@ -58,6 +58,7 @@ class Extension:
         compiler: () -> its command and a line that tells its version; raises NoCompilerError.
         arguments: compiler's command -> what follows the source.
         try_out: takes the fresh library through a small problem; raises BuildError.
+        fits: whether this machine can use a library; of several that were built, the newest that fits is loaded.
     """
 
     name: str
@@ -65,14 +66,20 @@ class Extension:
     compiler: Callable[[], tuple[list[str], str]]
     arguments: Callable[[list[str]], list[str]]
     try_out: Callable[[ctypes.CDLL], None]
+    fits: Callable[[ctypes.CDLL], bool] = lambda library: True
 
 
 def find(extension: Extension) -> Path | None:
     """The newest library that was built for this source, torch and processor, by whatever compiler."""
+    return next(iter(_found(extension)), None)
+
+
+def _found(extension: Extension) -> list[Path]:
+    """All of them, the newest first."""
     with contextlib.suppress(OSError):
         found = cache_folder(_LIBRARIES).glob(f"{extension.name}-{_key(extension)}-*.so")
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
-    return None
+        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return []
 
 
 def load(extension: Extension) -> ctypes.CDLL:
@@ -87,10 +94,14 @@ def load(extension: Extension) -> ctypes.CDLL:
 
 @functools.cache
 def _load(extension: Extension, _folder: Path) -> ctypes.CDLL:
-    path = find(extension)
-    if path is None:
+    libraries = []
+    for path in _found(extension):
+        libraries.append(_open(path, f"`{COMMAND} {extension.name} --force` builds it again"))
+        if extension.fits(libraries[-1]):
+            return libraries[-1]
+    if not libraries:
         raise NotBuiltError(f"it is not built; `{COMMAND} {extension.name}` builds it")
-    return _open(path, f"`{COMMAND} {extension.name} --force` builds it again")
+    return libraries[0]  # which the engine will refuse, with the reason
 
 
 def _open(path: Path, advice: str) -> ctypes.CDLL:

@@ -340,4 +340,12 @@ def _try_out(library: ctypes.CDLL) -> None:
                 )
 
 
-EXTENSION = Extension("cuda", "ms_deform_attn.cu", _compiler, _arguments, _try_out)
+def _fits(library: ctypes.CDLL) -> bool:
+    """Whether it was built for a GPU of this machine: homes are shared by machines with different ones."""
+    if not torch.cuda.is_available():
+        return True
+    built = _architectures_of(library)
+    return any(_covers(built, torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count()))
+
+
+EXTENSION = Extension("cuda", "ms_deform_attn.cu", _compiler, _arguments, _try_out, _fits)

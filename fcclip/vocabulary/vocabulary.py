@@ -117,9 +117,11 @@ class Vocabulary:
             >>> pets.joined(farm).synonyms
             (('cat',), ('dog', 'hound'), ('cow',))
         """
-        classes, owner = list(self.classes), {}
+        classes: list[ClassEntry] = list(self.classes)
+        owner: dict[str, int] = {}  # of each word, the first class that has it
         for index, entry in enumerate(classes):
-            owner = dict.fromkeys(entry.synonyms, index) | owner
+            for word in entry.synonyms:
+                owner.setdefault(word, index)
         for entry in other.classes:
             index = next((owner[word] for word in entry.synonyms if word in owner), len(classes))
             if index == len(classes):
@@ -127,7 +129,8 @@ class Vocabulary:
             mine = classes[index].synonyms
             words = (*mine, *(word for word in entry.synonyms if word not in mine))
             classes[index] = dataclasses.replace(classes[index], synonyms=words)
-            owner = dict.fromkeys(words, index) | owner
+            for word in words:
+                owner.setdefault(word, index)
         if tuple(classes) == self.classes:
             return self
         return Vocabulary(f"{self.name}+{other.name}", tuple(classes))

@@ -387,6 +387,11 @@ def test_folders_without_a_pair_are_refused(own, tmp_path):
     assert "there is no file in" in refusal(path, of=records_of)
 
 
+def _with_a_list_as_category(content):
+    first = content["annotations"][0]
+    (first["segments_info"][0] if "segments_info" in first else first)["category_id"] = [1]
+
+
 @pytest.mark.parametrize("kind", ["panoptic", "instances"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -403,6 +408,7 @@ def test_folders_without_a_pair_are_refused(own, tmp_path):
         (lambda one: one["categories"].pop(1), r"4 annotations have category_id 7, which is not in its 'categories'"),
         (lambda one: one["annotations"].insert(0, "car"), r"Expected COCO (panoptic|instance) annotations"),
         (lambda one: one.pop("categories"), r"has no list 'categories'\. Expected COCO"),
+        (_with_a_list_as_category, r"a category_id is neither a number nor a text: .*list"),
         (lambda one: one["categories"].append({"id": 7, "name": "x"}), r"'automobile' and 'x' have the same id 7"),
         (
             lambda one: one["categories"].append({"id": "8", "name": "x"}),

@@ -157,6 +157,15 @@ def test_missing_predictions_are_named_and_may_count_as_empty(folder, files, mod
     assert 0 < found < model_results[0][task][metric]
 
 
+def test_a_run_length_code_that_is_too_short_is_refused(folder, files):
+    def spoil(rows):
+        rows[0]["segmentation"] = {"size": [40, 60], "counts": [100, 50]}
+
+    edit(files / "coco_instances_results.json", spoil)
+    with pytest.raises(ValueError, match=r"row 0 \(picture 1\): a run-length code has runs of 150 pixels in all"):
+        evaluate(folder, instances(files, folder))
+
+
 def test_two_predictions_for_a_picture_are_refused(folder, files):
     semantic = files / "predictions" / "semantic"
     edit(files / "predictions.json", lambda content: content["annotations"].append(content["annotations"][2]))

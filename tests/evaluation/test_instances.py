@@ -411,3 +411,19 @@ def test_hundreds_of_masks_are_encoded_at_once():
 
 def test_no_masks_give_no_codes():
     assert encode_masks(torch.zeros(0, 4, 5, dtype=torch.bool)) == []
+
+
+def test_what_users_own_files_leave_out_is_computed_from_the_masks():
+    square = [10.0, 10.0, 110.0, 10.0, 110.0, 110.0, 10.0, 110.0]
+    annotations = [
+        {"id": 1, "image_id": 1, "category_id": 3, "segmentation": [square]},
+        {"id": 2, "image_id": 1, "category_id": 3, "segmentation": [square], "area": 7, "bbox": [0, 0, 1, 1]},
+        {"id": 3, "image_id": 1, "category_id": 3, "segmentation": [[1, 1, 5, 5]]},  # the reader leaves it out too
+    ]
+    truth = InstanceTruth("labels.json", {1: {"id": 1, "height": 200, "width": 200}}, annotations, {})
+    found = truth.completed([3, 4])
+    assert [(one["id"], one["area"], one["bbox"]) for one in found.annotations] == [
+        (1, 10_000, [10, 10, 100, 100]),
+        (2, 7, [0, 0, 1, 1]),
+    ]
+    assert found.categories.keys() == {3, 4}

@@ -194,6 +194,19 @@ def test_another_compiler_builds_its_own_and_the_newest_is_taken(cache, compiler
     assert find(EXTENSION) == first
 
 
+def test_of_several_libraries_the_newest_that_this_machine_can_use_is_loaded(cache, compiler, library, monkeypatch):
+    compiler(f'cp "{library}" "$OUT"')
+    first, _ = build(EXTENSION)
+    second = first.with_name(first.name.replace(first.stem[-8:], "0" * 8))
+    shutil.copy(first, second)
+    os.utime(first, (1, 1))
+    builder._load.cache_clear()
+    assert load(EXTENSION)._name == str(second)
+    picky = replace(EXTENSION, fits=lambda one: one._name == str(first))
+    assert load(picky)._name == str(first)
+    assert load(replace(EXTENSION, fits=lambda one: False))._name == str(second)
+
+
 def start_build(*words: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "fcclip.ops.build", "cpp", *words]
