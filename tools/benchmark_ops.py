@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -340,16 +341,27 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
 
 def _print(report: dict[str, Any]) -> None:
     baseline = report["rows"][0]["compared_with"]
-    table = Table(title=f"multi-scale deformable attention, median of {report['rounds']} rounds")
-    for name in ("picture", "batch", "dtype", "form", "direction", "engine", "ms", f"{baseline} takes", "floor"):
-        table.add_column(name, justify="left" if name in ("form", "direction", "engine") else "right")
-    for row in report["rows"]:
-        ratio = f"{row['ratio']:.1f} x ({row['lowest_ratio']:.1f} to {row['highest_ratio']:.1f})"
-        what = (row["size"], str(row["batch"]), row["dtype"], row["form"], row["direction"], row["engine"])
-        share = f"{1000 * row['floor_seconds']:.3g} ms, {100 * row['share_of_floor']:.0f} %"
-        table.add_row(*what, f"{1000 * row['seconds']:.3g}", "" if row["engine"] == baseline else ratio, share)
     console = Console()
-    console.print(table)
+    console.print(
+        f"multi-scale deformable attention, median of {report['rounds']} rounds; ratios to {baseline}; floor: bytes and "
+        "flops that cannot be saved"
+    )
+    problems = itertools.groupby(report["rows"], key=lambda row: (row["size"], row["batch"], row["dtype"]))
+    for (size, batch, dtype), rows in problems:
+        table = Table(
+            title=f"{size}, batch {batch}, {dtype}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        )
+        for name in ("form", "direction", "engine", "ms", "ratio", "range", "floor, ms", "reached"):
+            justify = "left" if name in ("form", "direction", "engine") else "right"
+            table.add_column(name, justify=justify, no_wrap=True)
+        for row in rows:
+            ratio = (f"{row['ratio']:.1f}", f"{row['lowest_ratio']:.1f} to {row['highest_ratio']:.1f}")
+            table.add_row(
+                *(row["form"], row["direction"], row["engine"], f"{1000 * row['seconds']:.3g}"),
+                *(("", "") if row["engine"] == baseline else ratio),
+                *(f"{1000 * row['floor_seconds']:.3g}", f"{100 * row['share_of_floor']:.0f} %"),
+            )
+        console.print(table)
     environment, speed = report["environment"], report["machine"]
     where = environment.get("GPU", environment["CPU"])
     console.print(
