@@ -343,15 +343,15 @@ def _print(report: dict[str, Any]) -> None:
     baseline = report["rows"][0]["compared_with"]
     console = Console()
     console.print(
-        f"multi-scale deformable attention, median of {report['rounds']} rounds; ratios to {baseline}; floor: bytes and "
-        "flops that cannot be saved"
+        f"multi-scale deformable attention, median of {report['rounds']} rounds, in ms; ratios to {baseline}; "
+        "floor: the bytes and flops that nobody can save"
     )
     problems = itertools.groupby(report["rows"], key=lambda row: (row["size"], row["batch"], row["dtype"]))
     for (size, batch, dtype), rows in problems:
         table = Table(
             title=f"{size}, batch {batch}, {dtype}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
         )
-        for name in ("form", "direction", "engine", "ms", "ratio", "range", "floor, ms", "reached"):
+        for name in ("form", "direction", "engine", "ms", "ratio", "range", "floor", "reached"):
             justify = "left" if name in ("form", "direction", "engine") else "right"
             table.add_column(name, justify=justify, no_wrap=True)
         for row in rows:
