@@ -3,15 +3,32 @@
 import importlib
 import itertools
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
 from fcclip import Segmenter
-from fcclip.engine import load_checkpoint, load_weights, save_weights, write_safetensors
+from fcclip.config import load_config
+from fcclip.engine import (
+    REQUEUE_EXIT_CODE,
+    finetuning,
+    load_checkpoint,
+    load_weights,
+    save_weights,
+    write_safetensors,
+)
 from fcclip.engine.checkpoint import trained_vocabulary, vocabulary_note
-from fcclip.engine.finetuning import begin_finetuning, build_teacher, check_finetuning, former_vocabulary, weights_hash
+from fcclip.engine.finetuning import (
+    begin_finetuning,
+    build_teacher,
+    check_finetuning,
+    former_vocabulary,
+    replay_sets,
+    weights_hash,
+)
 from fcclip.evaluation import comparison
 from fcclip.losses import SetCriterion
 from fcclip.vocabulary import Vocabulary
@@ -386,6 +403,37 @@ def test_a_resume_refuses_other_keys_and_another_start(command, first, tmp_path,
     assert command("--resume", *words, "MODEL.WEIGHTS", earlier, "SOLVER.MAX_ITER", 6) == 1
     assert "began with other weights than MODEL.WEIGHTS" in capsys.readouterr().err
     assert command("--resume", *words, "MODEL.WEIGHTS", first, "SOLVER.MAX_ITER", 6) == 0
+
+
+def test_a_resume_refuses_other_words_of_the_former_data(command, first, tmp_path, capsys, monkeypatch):
+    words = (*OWN, "MODEL.WEIGHTS", first, "DATASETS.TEST", "()", "FINETUNE.METHOD", "replay")
+    words = (*words, "FINETUNE.REPLAY_DATASETS", "('shapes_train',)")
+    assert command(*words) == 0
+    [(dataset, vocabulary)] = replay_sets(load_config(tmp_path / "out" / "config.yaml"))
+    renamed = Vocabulary.from_names(["scarlet disc", *(", ".join(one) for one in vocabulary.synonyms[1:])])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning, "replay_sets", lambda cfg: [(dataset, renamed)])
+        assert command("--resume", *words, "SOLVER.MAX_ITER", 6) == 1
+    told = capsys.readouterr().err
+    assert "pictures of 'shapes_train'" in told and "and is 'scarlet disc'" in told
+    assert command("--resume", *words, "SOLVER.MAX_ITER", 6) == 0
+
+
+def test_a_stop_before_the_first_iteration_never_lets_an_earlier_training_be_resumed(
+    command, first, tmp_path, monkeypatch, train_net
+):
+    words = (*OWN, "MODEL.WEIGHTS", first, "FINETUNE.METHOD", "plain")
+    assert command(*words) == 0
+    earlier = (tmp_path / "out" / "last_checkpoint").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        measured = train_net.Comparison.measure
+        patch.setattr(
+            train_net.Comparison, "measure", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), measured(*given))
+        )
+        assert command(*words) == REQUEUE_EXIT_CODE
+    assert not (tmp_path / "out" / "last_checkpoint").exists()
+    assert (tmp_path / "out" / "last_checkpoint_earlier").read_text() == earlier
+    assert command("--resume", *words) == 0
 
 
 def test_figures_that_are_gone_are_not_measured_again(command, first, tmp_path, capsys):

@@ -1,7 +1,5 @@
-import importlib.util
 import json
 import shutil
-import sys
 from io import StringIO
 from pathlib import Path
 
@@ -17,41 +15,14 @@ from fcclip.engine import save_checkpoint
 from fcclip.engine.checkpoint import vocabulary_note
 from fcclip.vocabulary import Vocabulary
 from tests.data.published_trees import write_tree
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPES = "shapes/fcclip_shapes.yaml"
 ADE20K = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k{}.yaml"
 WEIGHTS = "shapes_fcclip.safetensors"
 
 
-def load_program(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 tool = load_program(REPOSITORY / "tools" / "check.py")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The shapes world with three training pictures and two in every other set."""
-    root = tmp_path_factory.mktemp("datasets")
-    program = load_program(REPOSITORY / "datasets" / "prepare_shapes.py")
-    program.prepare(out=root, seed=3, num_pictures=3, num_workers=1, num_evaluation=2)
-    return root
-
-
-@pytest.fixture
-def root(world, tmp_path, monkeypatch):
-    """A world of its own for each test, which may be damaged; runs write below `tmp_path`."""
-    root = tmp_path / "datasets"
-    shutil.copytree(world, root)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
-    monkeypatch.chdir(tmp_path)
-    return root
 
 
 def checked(*words, config=SHAPES):

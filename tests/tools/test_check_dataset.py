@@ -1,49 +1,20 @@
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.published_trees import write_tree
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 COCO = "openvocab_coco_2017_val_panoptic_with_sem_seg"
 
 
-def load_program(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 tool = load_program(REPOSITORY / "tools" / "check_dataset.py")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """The shapes world with three training pictures and two in every other set."""
-    root = tmp_path_factory.mktemp("datasets")
-    program = load_program(REPOSITORY / "datasets" / "prepare_shapes.py")
-    program.prepare(out=root, seed=3, num_pictures=3, num_workers=1, num_evaluation=2)
-    return root
-
-
-@pytest.fixture
-def root(world, tmp_path, monkeypatch):
-    """A world of its own for each test; the present folder is beside it."""
-    root = tmp_path / "datasets"
-    shutil.copytree(world, root)
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
-    monkeypatch.chdir(tmp_path)
-    return root
 
 
 @pytest.fixture
