@@ -4,7 +4,7 @@
 #   make quickstart   render the shapes world, train, evaluate, draw, print the table
 #   make test         the test suite
 #   make build        compile the faster engines of deformable attention for this machine (optional; needs a C++ compiler)
-#   make demo         segment pictures of the shapes world with the shipped weights
+#   make demo         segment images of the shapes world with the shipped weights
 #   make lint         ruff
 #
 # PYTHON=python3.12 chooses the interpreter; QUICKSTART_ARGS and PYTEST_ARGS are handed on.
@@ -33,9 +33,9 @@ lint: $(STAMP)
 
 demo: $(STAMP)
 	$(RUN) demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \
-		--input demo/pictures --output output/demo
+		--input demo/images --output output/demo
 	$(RUN) demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \
-		--input demo/pictures/shapes_1.jpg --words "red circle; blue star, azure star; sand:stuff" \
+		--input demo/images/shapes_1.jpg --words "red circle; blue star, azure star; sand:stuff" \
 		--output output/demo/words
 
 # The stamp is written last, so an interrupted installation is taken up again instead of being used half-made.

@@ -32,11 +32,11 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from fcclip.comm import barrier, broadcast_object, get_rank, get_world_size, is_main_process
 from fcclip.config import keys_without_effect, load_config, resolve_device, resolve_file
 from fcclip.data import (
     DATASETS,
     Dataset,
-    build_replay_loader,
     build_test_mapper,
     build_train_loader,
     dataset_vocabulary,
@@ -49,51 +49,44 @@ from fcclip.data import (
 from fcclip.engine import (
     REQUEUE_EXIT_CODE,
     Checkpointer,
-    FineTuning,
     ProcessFailedError,
     RunLock,
     StopRequest,
     StopRequested,
     Trainer,
     apply_numeric_settings,
-    barrier,
-    begin_finetuning,
-    broadcast_object,
     build_trainer,
-    check_finetuning,
     check_resume,
+    check_same_classes,
     check_training,
-    check_words,
     close_logging,
     draw_seed,
     duration,
     environment_report,
-    get_rank,
-    get_world_size,
-    is_main_process,
     launch,
-    load_weights,
     log_exception,
     lost_processes_named,
-    replay_sets,
     scale_to_world_size,
     seed_everything,
     setup_logging,
     shield_worker,
-    write_atomically,
 )
-from fcclip.evaluation import (
+from fcclip.errors import InputError
+from fcclip.evaluation import copypaste_lines, evaluate, evaluate_augmented, format_table, unmet_expectations
+from fcclip.files import write_atomically
+from fcclip.finetuning import (
     Comparison,
-    copypaste_lines,
-    evaluate,
-    evaluate_augmented,
-    format_table,
-    unmet_expectations,
+    FineTuning,
+    begin_finetuning,
+    build_replay_loader,
+    check_finetuning,
+    replay_sets,
 )
 from fcclip.modeling import FCCLIP, build_model, build_variants, test_modes
 from fcclip.structures import Segment
 from fcclip.visualization import draw_panoptic
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import load_weights
 
 logger = logging.getLogger("fcclip.train_net")
 
@@ -194,7 +187,7 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.MODEL.WEIGHTS and checkpoint is None:
         resolve_file(cfg.MODEL.WEIGHTS, what="MODEL.WEIGHTS")
     if args.dry_run and args.eval_only:
-        raise ValueError("--dry-run tries out a training; leave --eval-only out")
+        raise InputError("--dry-run tries out a training; leave --eval-only out")
     if not args.eval_only:
         world_size = max(args.num_gpus, 1) * args.num_machines
         scaled = scale_to_world_size(cfg, world_size)
@@ -205,9 +198,9 @@ def check(cfg: CfgNode, args: argparse.Namespace) -> None:
     if cfg.TEST.AUG.ENABLED:
         build_variants(cfg)
     if not cfg.DATASETS.TEST:
-        raise ValueError("--eval-only needs DATASETS.TEST, the data sets to evaluate on")
+        raise InputError("--eval-only needs DATASETS.TEST, the data sets to evaluate on")
     if not cfg.MODEL.WEIGHTS and checkpoint is None:
-        raise ValueError(
+        raise InputError(
             "--eval-only needs MODEL.WEIGHTS (or --resume with a checkpoint in OUTPUT_DIR); there is nothing to "
             "evaluate"
         )
@@ -225,7 +218,7 @@ def check_best(cfg: CfgNode) -> None:
         is_reported(cfg, cfg.SOLVER.BEST.DATASET)
     task, _, metric = cfg.SOLVER.BEST.METRIC.partition("/")
     if task not in _TASKS or not metric:
-        raise ValueError(
+        raise InputError(
             f"SOLVER.BEST.METRIC must be task/metric with a task of {', '.join(_TASKS)}, such as panoptic_seg/PQ; got "
             f"'{cfg.SOLVER.BEST.METRIC}'"
         )
@@ -374,7 +367,7 @@ def report_dry_run(trainer: Trainer, cfg: CfgNode) -> None:
     found = trainer.dry_run()
     left, size = trainer.max_iter - trainer.iteration, cfg.SOLVER.IMS_PER_BATCH
     lines = [
-        f"first batch, {len(found['batch'])} of {size} pictures in this process:",
+        f"first batch, {len(found['batch'])} of {size} images in this process:",
         *(f"  {line}" for line in found["batch"]),
         f"loss {found['total_loss']:.4g}, gradient norm {found['grad_norm']:.4g}",
         f"memory: {found['memory_mb']:.0f} MiB at most, {'GPU' if trainer.device.type == 'cuda' else 'whole process'}",
@@ -431,7 +424,7 @@ def is_reported(cfg: CfgNode, name: str) -> bool:
             continue
         if Path(name).expanduser().resolve() == Path(other).expanduser().resolve():  # names are no paths, and compare
             return True
-        raise ValueError(
+        raise InputError(
             f"SOLVER.BEST.DATASET '{name}' and '{other}' of DATASETS.TEST are both named '{dataset.name}', the name "
             "that metrics are stored by. Rename the YAML of one of them."
         )
@@ -466,18 +459,18 @@ def best_scalars(model: nn.Module, cfg: CfgNode, training: Vocabulary, name: str
     flat = {f"{name}/{task}/{key}": value for task, metrics in found[mode].items() for key, value in metrics.items()}
     if f"{name}/{cfg.SOLVER.BEST.METRIC}" not in flat:
         known = ", ".join(sorted(key.removeprefix(f"{name}/") for key in flat if "-" not in key))
-        raise ValueError(f"SOLVER.BEST.METRIC is '{cfg.SOLVER.BEST.METRIC}'; '{name}' is evaluated for {known}")
+        raise InputError(f"SOLVER.BEST.METRIC is '{cfg.SOLVER.BEST.METRIC}'; '{name}' is evaluated for {known}")
     return {key: value for key, value in flat.items() if "-" not in key}
 
 
-def draw_predictions(cfg: CfgNode, model: nn.Module, *, pictures: int = 4) -> dict[str, np.ndarray]:
-    """What the model sees in the first pictures of DATASETS.TEST[0]: drawings (H, W, 3) uint8 by file name."""
+def draw_predictions(cfg: CfgNode, model: nn.Module, *, images: int = 4) -> dict[str, np.ndarray]:
+    """What the model sees in the first images of DATASETS.TEST[0]: drawings (H, W, 3) uint8 by file name."""
     dataset, mapper = get_dataset(cfg.DATASETS.TEST[0]), build_test_mapper(cfg)
     vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES)
     if not cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON:
         return {}
     drawings = {}
-    for record in dataset.records()[:pictures]:
+    for record in dataset.records()[:images]:
         (output,) = model([mapper(record)], vocabulary=vocabulary, semantic=None)
         id_map, segments = output["panoptic_seg"]
         segments = [Segment(**segment) for segment in segments]
@@ -541,7 +534,7 @@ def as_begun(cfg: CfgNode, last: Path) -> CfgNode:
     cfg = with_seed(cfg, state.get("seed"))
     if "config" in state and "iteration" in state:
         check_resume(state["config"], cfg, source=str(last), iteration=state["iteration"] + 1)
-    check_words(state.get("vocabulary"), training_vocabulary(cfg), source=last)
+    check_same_classes(state.get("vocabulary"), training_vocabulary(cfg), source=last)
     return cfg
 
 
@@ -565,8 +558,8 @@ def training_set(cfg: CfgNode) -> Dataset:
         ValueError: none, an unknown one, or several with different classes.
     """
     if not cfg.DATASETS.TRAIN:
-        raise ValueError(
-            "DATASETS.TRAIN is empty; its data set brings the training pictures and decides which classes are seen"
+        raise InputError(
+            "DATASETS.TRAIN is empty; its data set brings the training images and decides which classes are seen"
         )
     return joined([get_dataset(name) for name in cfg.DATASETS.TRAIN])
 
@@ -644,7 +637,7 @@ def check_expectations(cfg: CfgNode, results: Results) -> None:
     name, modes = next(iter(results.items()))
     unmet = unmet_expectations(modes[cfg.TEST.MODE], cfg.TEST.EXPECTED_RESULTS)
     if unmet:
-        raise ValueError(f"{name}: results are not those of TEST.EXPECTED_RESULTS: {'; '.join(unmet)}")
+        raise InputError(f"{name}: results are not those of TEST.EXPECTED_RESULTS: {'; '.join(unmet)}")
     logger.info("%s: results are those of TEST.EXPECTED_RESULTS", name)
 
 

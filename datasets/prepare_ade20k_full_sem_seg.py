@@ -1,4 +1,4 @@
-"""ADE20K-Full: pictures and 16-bit label maps of 847 classes.
+"""ADE20K-Full: images and 16-bit label maps of 847 classes.
 
     python datasets/prepare_ade20k_full_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
 
@@ -8,11 +8,11 @@ https://ade20k.csail.mit.edu/toolkit/index_ade20k.pkl if the archive has none.
     ADE20K_2021_17_01/
       index_ade20k.pkl
       images/ADE/{training,validation}/**/*.jpg, *_seg.png
-      images_detectron2/{training,validation}/*.jpg        made here: 25,574 and 2,000 pictures
+      images_detectron2/{training,validation}/*.jpg        made here: 25,574 and 2,000 images
       annotations_detectron2/{training,validation}/*.tif   made here: 16 bits, 0..846 the class, 65535 none
 
-Pictures whose shorter side is above 512 pixels are made smaller, so that it has 512, and all are encoded anew as JPEG
-of quality 75: published numbers were measured on such pictures. The comment in each JPEG file says so.
+Images whose shorter side is above 512 pixels are made smaller, so that it has 512, and all are encoded anew as JPEG
+of quality 75: published numbers were measured on such images. The comment in each JPEG file says so.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ import cv2
 import numpy as np
 from ade20k_tables import FULL_IDS
 
-from fcclip.data.preparation import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
-from fcclip.data.preparation_files import COLOUR_MODES, check_size, read_pixels, write_image
+from fcclip.errors import InputError
+from fcclip.preparation.files import COLOUR_MODES, check_size, read_pixels, write_image
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
 
 SHORT_SIDE = 512  # pixels, at most
 JPEG_QUALITY = 75
@@ -35,8 +36,8 @@ COMMENT = f"fcclip prepare_ade20k_full_sem_seg.py: shorter side at most {SHORT_S
 IGNORE_LABEL = 65535
 TABLE = np.full(1 << 16, IGNORE_LABEL, np.uint16)  # from ADE20K's number of an object to the class
 TABLE[list(FULL_IDS)] = range(len(FULL_IDS))
-PICTURE_MODES = (*COLOUR_MODES, "L", "CMYK", "P")
-COUNTS = {"train": 25574, "val": 2000}  # pictures of the published set
+IMAGE_MODES = (*COLOUR_MODES, "L", "CMYK", "P")
+COUNTS = {"train": 25574, "val": 2000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,12 +48,12 @@ def downloads(split: str) -> list[Download]:
     return [
         Download(
             "ADE20K_2021_17_01/images",
-            "pictures and annotations of ADE20K-Full",
+            "images and annotations of ADE20K-Full",
             "ADE20K_2021_17_01.zip (personal link from https://ade20k.csail.mit.edu/request_data/)",
         ),
         Download(
             "ADE20K_2021_17_01/index_ade20k.pkl",
-            "the list of pictures of ADE20K-Full",
+            "the list of images of ADE20K-Full",
             "https://ade20k.csail.mit.edu/toolkit/index_ade20k.pkl, put into ADE20K_2021_17_01",
         ),
     ]
@@ -60,46 +61,46 @@ def downloads(split: str) -> list[Download]:
 
 def plan(root: Path, split: str) -> list[Task]:
     ade = root / "ADE20K_2021_17_01"
-    pictures, labels = (ade / kind / FOLDERS[split] for kind in ("images_detectron2", "annotations_detectron2"))
+    images, labels = (ade / kind / FOLDERS[split] for kind in ("images_detectron2", "annotations_detectron2"))
     tasks = []
     for folder, name in read_index(ade / "index_ade20k.pkl"):
         if (name.split("_")[1:2] == ["val"]) == (split == "val"):
             stem = name.removesuffix(".jpg")
             inputs = (root / folder / name, root / folder / f"{stem}_seg.png")
-            tasks.append(Task(stem, inputs, (pictures / f"{stem}.jpg", labels / f"{stem}.tif")))
+            tasks.append(Task(stem, inputs, (images / f"{stem}.jpg", labels / f"{stem}.tif")))
     return tasks
 
 
 @functools.lru_cache(maxsize=1)  # of 780 MB
 def read_index(path: Path) -> list[tuple[str, str]]:
-    """(folder, file name) of each picture, the folder below that of all data sets; no code of the pickle is run.
+    """(folder, file name) of each image, the folder below that of all data sets; no code of the pickle is run.
 
     Raises:
         ValueError: it is no such index.
     """
-    from fcclip.modeling.plain_pickle import PICKLE_CALLS, run_pickle  # not in every process: it imports the models
+    from fcclip.weights.plain_pickle import PICKLE_CALLS, run_pickle  # not in every process: it imports the models
 
     try:
         with open(path, "rb") as stream:
             index = run_pickle(stream, PICKLE_CALLS)
         rows = list(zip(index["folder"], index["filename"], strict=True))
     except Exception as error:  # damaged pickles raise anything
-        raise ValueError(
+        raise InputError(
             f"{path}: cannot be read as the index of ADE20K: {error!r}. Download it again from "
             "https://ade20k.csail.mit.edu/toolkit/index_ade20k.pkl."
         ) from error
     wrong = [row for row in rows if not all(isinstance(one, str) for one in row) or ".." in row[0] or "/" in row[1]]
     if wrong:
-        raise ValueError(f"{path}: {wrong[0]!r} is no folder and file name. Download the index again.")
+        raise InputError(f"{path}: {wrong[0]!r} is no folder and file name. Download the index again.")
     return rows
 
 
 def make(task: Task) -> None:
-    picture, objects = task.inputs
+    path, objects = task.inputs
     pixels = read_pixels(objects, modes=COLOUR_MODES)
-    check_size(objects, pixels, picture)
+    check_size(objects, pixels, path)
     labels = TABLE[pixels[..., 0].astype(np.int32) // 10 * 256 + pixels[..., 1]]
-    image = read_pixels(picture, modes=PICTURE_MODES, convert="RGB")
+    image = read_pixels(path, modes=IMAGE_MODES, convert="RGB")
     size = smaller_size(*labels.shape)
     if size != labels.shape:
         image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
@@ -117,8 +118,8 @@ def smaller_size(height: int, width: int) -> tuple[int, int]:
 
 
 def inspect(task: Task) -> Iterator[str]:
-    picture, labels = task.outputs
-    yield from label_findings(labels, num_classes=len(FULL_IDS), ignore_label=IGNORE_LABEL, picture=picture)
+    path, labels = task.outputs
+    yield from label_findings(labels, num_classes=len(FULL_IDS), ignore_label=IGNORE_LABEL, path=path)
 
 
 PREPARATION = Preparation(

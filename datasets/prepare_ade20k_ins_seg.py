@@ -7,7 +7,7 @@ Challenge 2017 from http://placeschallenge.csail.mit.edu/data/ChallengeData2017/
 into ADEChallengeData2016.
 
     ADEChallengeData2016/
-      images/{training,validation}/*.jpg                 20,210 and 2,000 pictures
+      images/{training,validation}/*.jpg                 20,210 and 2,000 images
       annotations_instance/{training,validation}/*.png   red: thing 1..100, green: number of the instance, 0 none
       ade20k_instance_{train,val}.json                   made here
 """
@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from fcclip.data.preparation import FOLDERS, AnnotationFile, Download, Preparation, Task, build_parser, run
-from fcclip.data.preparation_files import (
+from fcclip.errors import InputError
+from fcclip.preparation.files import (
     COLOUR_MODES,
     box_and_area,
     check_size,
@@ -31,11 +31,12 @@ from fcclip.data.preparation_files import (
     pair_by_stem,
     read_pixels,
 )
+from fcclip.preparation.programs import FOLDERS, AnnotationFile, Download, Preparation, Task, build_parser, run
 from fcclip.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.builtin("ade20k_150")
 THINGS = VOCABULARY.thing_classes  # the k-th thing of the instance annotations, counted from 1, is the k-th of these
-COUNTS = {"train": 20210, "val": 2000}  # pictures of the published set
+COUNTS = {"train": 20210, "val": 2000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def downloads(split: str) -> list[Download]:
     return [
         Download(
             f"ADEChallengeData2016/images/{FOLDERS[split]}",
-            "pictures of ADE20K",
+            "images of ADE20K",
             "ADEChallengeData2016.zip (http://sceneparsing.csail.mit.edu/)",
         ),
         Download(
@@ -60,35 +61,35 @@ def downloads(split: str) -> list[Download]:
 
 def plan(root: Path, split: str) -> list[Task]:
     ade = root / "ADEChallengeData2016"
-    pictures = files_by_stem(ade / "images" / FOLDERS[split], ".jpg")
+    images = files_by_stem(ade / "images" / FOLDERS[split], ".jpg")
     instances = files_by_stem(ade / "annotations_instance" / FOLDERS[split], ".png")
-    return [Task(name, files) for name, files in pair_by_stem(pictures, instances)]
+    return [Task(name, files) for name, files in pair_by_stem(images, instances)]
 
 
-def read_instances(path: Path, picture: Path) -> tuple[tuple[int, int], list[tuple[int, np.ndarray]]]:
+def read_instances(path: Path, image: Path) -> tuple[tuple[int, int], list[tuple[int, np.ndarray]]]:
     """(height, width), and (class 0..149, (H, W) bool mask) of each instance, in the order of their numbers.
 
     Raises:
-        ValueError: an instance of two classes, an unknown class, or another size than the picture's.
+        ValueError: an instance of two classes, an unknown class, or another size than the image's.
     """
     pixels = read_pixels(path, modes=COLOUR_MODES)
-    check_size(path, pixels, picture)
+    check_size(path, pixels, image)
     things, numbers = pixels[..., 0], pixels[..., 1]
     found = []
     for number in np.unique(numbers[numbers > 0]).tolist():
         mask = numbers == number
         (thing, *others) = np.unique(things[mask]).tolist()
         if others:
-            raise ValueError(f"{path}: instance {number} is of two classes, {thing} and {others[0]}, expected one.")
+            raise InputError(f"{path}: instance {number} is of two classes, {thing} and {others[0]}, expected one.")
         if not 1 <= thing <= len(THINGS):
-            raise ValueError(f"{path}: instance {number} has class {thing}, expected 1..{len(THINGS)}.")
+            raise InputError(f"{path}: instance {number} has class {thing}, expected 1..{len(THINGS)}.")
         found.append((THINGS[thing - 1], mask))
     return numbers.shape, found
 
 
 def make(task: Task) -> dict[str, Any]:
-    picture, instances = task.inputs
-    (height, width), found = read_instances(instances, picture)
+    image, instances = task.inputs
+    (height, width), found = read_instances(instances, image)
     annotations = []
     for category, mask in found:
         box, area = box_and_area(mask)
@@ -110,7 +111,7 @@ def assemble(tasks: Sequence[Task], parts: Sequence[Any]) -> dict[str, Any]:
 
 
 def inspect_annotations(content: Mapping[str, Any], tasks: Sequence[Task]) -> Iterator[str]:
-    """Makes these pictures again and compares."""
+    """Makes these images again and compares."""
     found: dict[str, list] = {task.name: [] for task in tasks}
     for one in content["annotations"]:
         if one["image_id"] in found:

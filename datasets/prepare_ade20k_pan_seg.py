@@ -7,7 +7,7 @@ Challenge 2017 from http://placeschallenge.csail.mit.edu/data/ChallengeData2017/
 into ADEChallengeData2016.
 
     ADEChallengeData2016/
-      images/{training,validation}/*.jpg                 20,210 and 2,000 pictures
+      images/{training,validation}/*.jpg                 20,210 and 2,000 images
       annotations/{training,validation}/*.png            0 other, 1..150 the class
       annotations_instance/{training,validation}/*.png   red: thing 1..100, green: number of the instance, 0 none
       ade20k_panoptic_{train,val}/*.png                  made here: segment ids, R + 256 G + 65536 B, 0 void
@@ -16,7 +16,7 @@ into ADEChallengeData2016.
 Stuff comes first, then each instance over it; pixels of a thing that belong to no instance stay void.
 
 As published, and as published PQ needs it, the area and box of a segment are those it had when it was painted, though
-later ones may cover it; and road and skyscraper have the same colour, hence the same id where a picture has both. With
+later ones may cover it; and road and skyscraper have the same colour, hence the same id where an image has both. With
 --corrected every id is its own, areas and boxes are those of the PNG, and segments without a pixel are left out: better
 for training, but PQ is not comparable with published numbers.
 """
@@ -37,7 +37,17 @@ from prepare_ade20k_ins_seg import downloads as instance_downloads
 from prepare_ade20k_sem_seg import IGNORE_LABEL, NO_CLASS, TABLE
 from prepare_ade20k_sem_seg import downloads as semantic_downloads
 
-from fcclip.data.preparation import (
+from fcclip.preparation.files import (
+    box_and_area,
+    check_size,
+    files_by_stem,
+    id_colours,
+    pair_by_stem,
+    read_pixels,
+    remap,
+    write_image,
+)
+from fcclip.preparation.programs import (
     FOLDERS,
     AnnotationFile,
     Download,
@@ -48,19 +58,9 @@ from fcclip.data.preparation import (
     panoptic_findings,
     run,
 )
-from fcclip.data.preparation_files import (
-    box_and_area,
-    check_size,
-    files_by_stem,
-    id_colours,
-    pair_by_stem,
-    read_pixels,
-    remap,
-    write_image,
-)
 
 COLOUR_DISTANCE = 30  # a channel, of later instances of a class from its colour
-COUNTS = {"train": 20210, "val": 2000}  # pictures of the published set
+COUNTS = {"train": 20210, "val": 2000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -78,19 +78,19 @@ def downloads(split: str) -> list[Download]:
 
 def plan(root: Path, split: str) -> list[Task]:
     ade, folder = root / "ADEChallengeData2016", FOLDERS[split]
-    pictures = files_by_stem(ade / "images" / folder, ".jpg")
+    images = files_by_stem(ade / "images" / folder, ".jpg")
     classes = files_by_stem(ade / "annotations" / folder, ".png")
     instances = files_by_stem(ade / "annotations_instance" / folder, ".png")
     target = ade / f"ade20k_panoptic_{split}"
-    pairs = pair_by_stem(pictures, classes, instances)
+    pairs = pair_by_stem(images, classes, instances)
     return [Task(name, files, (target / f"{name}.png",)) for name, files in pairs]
 
 
 def make(task: Task, *, corrected: bool) -> dict[str, Any]:
-    picture, classes, instances = task.inputs
+    image, classes, instances = task.inputs
     labels = remap(read_pixels(classes), TABLE, classes, invalid=NO_CLASS)
-    check_size(classes, labels, picture)
-    _, things = read_instances(instances, picture)
+    check_size(classes, labels, image)
+    _, things = read_instances(instances, image)
     stuff = [index for index in np.unique(labels).tolist() if index != IGNORE_LABEL and index not in THINGS]
     new_id = _ids(task.name, distinct=corrected)
     id_map = np.zeros(labels.shape, np.int32)
@@ -116,7 +116,7 @@ def _measured_again(segment: dict[str, Any], id_map: np.ndarray) -> bool:
 
 
 def _ids(name: str, *, distinct: bool) -> Callable[[int], int]:
-    """category -> id of its next segment in the picture `name`, the same on every run, never 0.
+    """category -> id of its next segment in the image `name`, the same on every run, never 0.
 
     It is made of the colour of the category, for further segments of a colour near it. Where `distinct` is False two
     categories of stuff that have one colour share the id, as published.

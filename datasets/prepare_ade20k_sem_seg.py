@@ -5,7 +5,7 @@
 Download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu/.
 
     ADEChallengeData2016/
-      images/{training,validation}/*.jpg                   20,210 and 2,000 pictures
+      images/{training,validation}/*.jpg                   20,210 and 2,000 images
       annotations/{training,validation}/*.png              0 other, 1..150 the class
       annotations_detectron2/{training,validation}/*.png   made here: 8 bits, 0..149 the class, 255 other
 """
@@ -18,15 +18,15 @@ from pathlib import Path
 
 import numpy as np
 
-from fcclip.data.preparation import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
-from fcclip.data.preparation_files import files_by_stem, read_pixels, remap, write_image
+from fcclip.preparation.files import files_by_stem, read_pixels, remap, write_image
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
 
 NUM_CLASSES = 150
 IGNORE_LABEL = 255
 NO_CLASS = 254  # in TABLE, of values that should not occur
 TABLE = np.full(256, NO_CLASS, np.uint8)  # from a value of the download to the class
 TABLE[: NUM_CLASSES + 1] = [IGNORE_LABEL, *range(NUM_CLASSES)]
-COUNTS = {"train": 20210, "val": 2000}  # pictures of the published set
+COUNTS = {"train": 20210, "val": 2000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,9 +51,7 @@ def make(task: Task) -> None:
 
 
 def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(
-        task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, picture=task.inputs[0]
-    )
+    yield from label_findings(task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=task.inputs[0])
 
 
 PREPARATION = Preparation(

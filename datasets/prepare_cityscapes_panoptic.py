@@ -6,7 +6,7 @@ Download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://w
 account).
 
     cityscapes/
-      leftImg8bit/{train,val}/<city>/*_leftImg8bit.png           2,975 and 500 pictures
+      leftImg8bit/{train,val}/<city>/*_leftImg8bit.png           2,975 and 500 images
       gtFine/{train,val}/<city>/*_gtFine_{instanceIds,labelIds}.png
       gtFine/{train,val}/<city>/*_gtFine_labelTrainIds.png       made here: 8 bits, 0..18 the class, 255 none
       gtFine/cityscapes_panoptic_{train,val}/*_gtFine_panoptic.png   made here: segment ids, 0 void
@@ -26,7 +26,9 @@ from typing import Any
 
 import numpy as np
 
-from fcclip.data.preparation import (
+from fcclip.errors import InputError
+from fcclip.preparation.files import box_and_area, check_size, files_by_stem, id_colours, read_pixels, write_image
+from fcclip.preparation.programs import (
     AnnotationFile,
     Download,
     Preparation,
@@ -37,7 +39,6 @@ from fcclip.data.preparation import (
     panoptic_findings,
     run,
 )
-from fcclip.data.preparation_files import box_and_area, check_size, files_by_stem, id_colours, read_pixels, write_image
 from fcclip.vocabulary import Vocabulary
 
 IGNORE_LABEL = 255
@@ -64,7 +65,7 @@ CATEGORIES = (  # label id, official name, group, colour
     (32, "motorcycle", "vehicle", (0, 0, 230)),
     (33, "bicycle", "vehicle", (119, 11, 32)),
 )
-COUNTS = {"train": 2975, "val": 500}  # pictures of the published set
+COUNTS = {"train": 2975, "val": 500}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 def downloads(split: str) -> list[Download]:
     site = "https://www.cityscapes-dataset.com/, unpacked into cityscapes"
     return [
-        Download(f"cityscapes/leftImg8bit/{split}", "pictures", f"leftImg8bit_trainvaltest.zip ({site})"),
+        Download(f"cityscapes/leftImg8bit/{split}", "images", f"leftImg8bit_trainvaltest.zip ({site})"),
         Download(f"cityscapes/gtFine/{split}", "fine annotations", f"gtFine_trainvaltest.zip ({site})"),
     ]
 
@@ -85,11 +86,11 @@ def plan(root: Path, split: str) -> list[Task]:
     tasks = []
     for folder in city_folders:
         for name, instances in files_by_stem(folder, "_gtFine_instanceIds.png").items():
-            picture = root / "cityscapes" / "leftImg8bit" / split / folder.name / f"{name}_leftImg8bit.png"
+            image = root / "cityscapes" / "leftImg8bit" / split / folder.name / f"{name}_leftImg8bit.png"
             tasks.append(
                 Task(
                     name=name,
-                    inputs=(picture, instances, folder / f"{name}_gtFine_labelIds.png"),
+                    inputs=(image, instances, folder / f"{name}_gtFine_labelIds.png"),
                     outputs=(target / f"{name}_gtFine_panoptic.png", folder / f"{name}_gtFine_labelTrainIds.png"),
                 )
             )
@@ -108,13 +109,13 @@ TRAIN_IDS = _train_ids()
 
 
 def make(task: Task) -> dict[str, Any]:
-    picture, instances, labels = task.inputs
+    image, instances, labels = task.inputs
     instance_ids = read_pixels(instances).astype(np.int32)
     label_ids = read_pixels(labels)
-    check_size(instances, instance_ids, picture)
-    check_size(labels, label_ids, picture)
+    check_size(instances, instance_ids, image)
+    check_size(labels, label_ids, image)
     if label_ids.dtype != np.uint8:
-        raise ValueError(f"{labels}: {label_ids.dtype} pixels, expected 8 bits. Unpack the download again.")
+        raise InputError(f"{labels}: {label_ids.dtype} pixels, expected 8 bits. Unpack the download again.")
     id_map = np.zeros(instance_ids.shape, np.int32)
     segments = []
     for segment_id in np.unique(instance_ids).tolist():
@@ -142,7 +143,7 @@ def categories() -> list[dict[str, Any]]:
 
 def inspect(task: Task) -> Iterator[str]:
     yield from label_findings(
-        task.outputs[1], num_classes=len(CLASSES), ignore_label=IGNORE_LABEL, picture=task.inputs[0]
+        task.outputs[1], num_classes=len(CLASSES), ignore_label=IGNORE_LABEL, image=task.inputs[0]
     )
 
 

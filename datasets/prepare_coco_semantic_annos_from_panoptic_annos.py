@@ -7,7 +7,7 @@ Download from https://cocodataset.org/#download: train2017.zip and val2017.zip, 
 panoptic_annotations_trainval2017.zip, which holds panoptic_train2017.zip and panoptic_val2017.zip: unpack these too.
 
     coco/
-      {train,val}2017/*.jpg                             118,287 and 5,000 pictures
+      {train,val}2017/*.jpg                             118,287 and 5,000 images
       annotations/{panoptic,instances}_{train,val}2017.json
       panoptic_{train,val}2017/*.png                    segment ids
       panoptic_semseg_{train,val}2017/*.png             made here: 8 bits, 0..132 the class, 255 none
@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from fcclip.data.images import read_id_map
-from fcclip.data.preparation import Download, Preparation, Task, build_parser, label_findings, run
-from fcclip.data.preparation_files import read_json, write_image
+from fcclip.errors import InputError
+from fcclip.preparation.files import read_json, write_image
+from fcclip.preparation.programs import Download, Preparation, Task, build_parser, label_findings, run
 from fcclip.vocabulary import Vocabulary
 
 NUM_CLASSES = 133
 IGNORE_LABEL = 255
-COUNTS = {"train": 118287, "val": 5000}  # pictures of the published set
+COUNTS = {"train": 118287, "val": 5000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,12 +58,12 @@ def plan(root: Path, split: str) -> list[Task]:
             for one in read_json(path)["annotations"]
         ]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: these are no panoptic annotations: {error!r}. Unpack the download again.") from error
+        raise InputError(f"{path}: these are no panoptic annotations: {error!r}. Unpack the download again.") from error
     tasks = []
     for name, segments in listed:
         unknown = [category for _, category in segments if category not in index_of]
         if unknown:
-            raise ValueError(f"{path}: {name} has category {unknown[0]}, which is none of COCO's 133 panoptic ones.")
+            raise InputError(f"{path}: {name} has category {unknown[0]}, which is none of COCO's 133 panoptic ones.")
         tasks.append(
             Task(
                 name=name.removesuffix(".png"),
@@ -83,9 +84,7 @@ def make(task: Task) -> None:
 
 
 def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(
-        task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, picture=task.inputs[0]
-    )
+    yield from label_findings(task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=task.inputs[0])
 
 
 PREPARATION = Preparation(

@@ -2,11 +2,11 @@
 
     python datasets/prepare_coco_stuff_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
 
-Download the pictures of COCO 2017 (train2017.zip, val2017.zip) from https://cocodataset.org/#download, and
+Download the images of COCO 2017 (train2017.zip, val2017.zip) from https://cocodataset.org/#download, and
 stuffthingmaps_trainval2017.zip from https://github.com/nightrome/cocostuff: unpack this into coco/stuffthingmaps.
 
     coco/
-      {train,val}2017/*.jpg                             118,287 and 5,000 pictures
+      {train,val}2017/*.jpg                             118,287 and 5,000 images
       stuffthingmaps/{train,val}2017/*.png              COCO-Stuff id - 1, 255 none
       stuffthingmaps_detectron2/{train,val}2017/*.png   made here: 8 bits, 0..170 the class, 255 none
 
@@ -21,14 +21,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fcclip.data.preparation import Download, Preparation, Task, build_parser, label_findings, run
-from fcclip.data.preparation_files import files_by_stem, read_pixels, remap, write_image
+from fcclip.preparation.files import files_by_stem, read_pixels, remap, write_image
+from fcclip.preparation.programs import Download, Preparation, Task, build_parser, label_findings, run
 from fcclip.vocabulary import Vocabulary
 
 NUM_CLASSES = 171
 IGNORE_LABEL = 255
 NO_CLASS = 254  # in TABLE, of values that should not occur
-COUNTS = {"train": 118287, "val": 5000}  # pictures of the published set
+COUNTS = {"train": 118287, "val": 5000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,9 +66,7 @@ def make(task: Task) -> None:
 
 
 def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(
-        task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, picture=task.inputs[0]
-    )
+    yield from label_findings(task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=task.inputs[0])
 
 
 PREPARATION = Preparation(

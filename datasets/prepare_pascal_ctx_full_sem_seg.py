@@ -2,7 +2,7 @@
 
     python datasets/prepare_pascal_ctx_full_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
 
-Run prepare_pascal_ctx_sem_seg.py first, which makes the pictures. Download trainval.tar.gz, the label maps, from
+Run prepare_pascal_ctx_sem_seg.py first, which makes the images. Download trainval.tar.gz, the label maps, from
 https://www.cs.stanford.edu/~roozbeh/pascal-context/, and unpack it into VOCdevkit/VOC2010.
 
     VOCdevkit/VOC2010/
@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from fcclip.data.preparation import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
-from fcclip.data.preparation_files import check_size, files_by_stem, write_image
+from fcclip.errors import InputError, MissingFileError
+from fcclip.preparation.files import check_size, files_by_stem, write_image
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
 
 NUM_CLASSES = 459
 IGNORE_LABEL = 65535
-COUNTS = {"val": 5104}  # pictures of the published set
+COUNTS = {"val": 5104}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +43,7 @@ def downloads(split: str) -> list[Download]:
         ),
         Download(
             f"pascal_ctx_d2/images/{FOLDERS[split]}",
-            "pictures of Pascal Context",
+            "images of Pascal Context",
             "python datasets/prepare_pascal_ctx_sem_seg.py, which makes it",
         ),
     ]
@@ -53,17 +54,17 @@ def plan(root: Path, split: str) -> list[Task]:
     target = context / "annotations_ctx459" / FOLDERS[split]
     maps = root / "VOCdevkit" / "VOC2010" / "trainval"
     return [
-        Task(stem, (picture, maps / f"{stem}.mat"), (target / f"{stem}.tif",))
-        for stem, picture in files_by_stem(context / "images" / FOLDERS[split], ".jpg").items()
+        Task(stem, (image, maps / f"{stem}.mat"), (target / f"{stem}.tif",))
+        for stem, image in files_by_stem(context / "images" / FOLDERS[split], ".jpg").items()
     ]
 
 
 def make(task: Task) -> None:
-    picture, path = task.inputs
+    image, path = task.inputs
     labels = read_label_map(path)
-    check_size(path, labels, picture)
+    check_size(path, labels, image)
     if labels.max() > NUM_CLASSES:
-        raise ValueError(f"{path}: value {labels.max()} stands for no class, expected 0..{NUM_CLASSES}.")
+        raise InputError(f"{path}: value {labels.max()} stands for no class, expected 0..{NUM_CLASSES}.")
     write_image(task.outputs[0], labels - np.uint16(1), compression="tiff_adobe_deflate")  # 0 wraps around to 65535
 
 
@@ -75,20 +76,18 @@ def read_label_map(path: Path) -> np.ndarray:
         ValueError: it is no .mat file, or has no such variable.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Unpack the download again.")
+        raise MissingFileError(f"{path}: no such file. Unpack the download again.")
     try:
         labels = scipy.io.loadmat(path, variable_names=["LabelMap"])["LabelMap"]
     except Exception as error:  # damaged files raise anything
-        raise ValueError(f"{path}: cannot be read as a label map: {error!r}. Unpack the download again.") from error
+        raise InputError(f"{path}: cannot be read as a label map: {error!r}. Unpack the download again.") from error
     if labels.ndim != 2 or labels.dtype.kind not in "ui" or labels.size == 0 or labels.min() < 0:
-        raise ValueError(f"{path}: LabelMap is {labels.dtype} {labels.shape}, expected (height, width) whole numbers.")
+        raise InputError(f"{path}: LabelMap is {labels.dtype} {labels.shape}, expected (height, width) whole numbers.")
     return labels.astype(np.uint16)
 
 
 def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(
-        task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, picture=task.inputs[0]
-    )
+    yield from label_findings(task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=task.inputs[0])
 
 
 PREPARATION = Preparation(

@@ -1,4 +1,4 @@
-"""Pascal Context with 59 classes: pictures and label maps.
+"""Pascal Context with 59 classes: images and label maps.
 
     python datasets/prepare_pascal_ctx_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
 
@@ -10,7 +10,7 @@ challenge (https://sites.google.com/view/pasd/dataset), which belong into VOCdev
       JPEGImages/*.jpg
       trainval_merged.json
     pascal_ctx_d2/                                     made here
-      images/{training,validation}/*.jpg               about 5,000 (4,998 by the challenge) and 5,104 pictures
+      images/{training,validation}/*.jpg               about 5,000 (4,998 by the challenge) and 5,104 images
       annotations_ctx59/{training,validation}/*.png    8 bits, 0..58 the class, 255 none
 """
 
@@ -24,8 +24,9 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from fcclip.data.preparation import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
-from fcclip.data.preparation_files import check_size, copy_file, read_json, stored_size, write_image
+from fcclip.errors import InputError
+from fcclip.preparation.files import check_size, copy_file, read_json, stored_size, write_image
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
 
 IGNORE_LABEL = 255
 CATEGORIES = (  # of the JSON file; none, then the 59 classes in their order
@@ -34,7 +35,7 @@ CATEGORIES = (  # of the JSON file; none, then the 59 classes in their order
     415, 416, 420, 424, 427, 440, 445, 454, 458,
 )  # fmt: skip
 NUM_CLASSES = len(CATEGORIES) - 1
-COUNTS = {"val": 5104}  # pictures of the published set
+COUNTS = {"val": 5104}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +47,7 @@ def downloads(split: str) -> list[Download]:
     return [
         Download(
             f"{voc}/JPEGImages",
-            "pictures of VOC 2010",
+            "images of VOC 2010",
             "VOCtrainval_03-May-2010.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2010/)",
         ),
         Download(
@@ -68,7 +69,7 @@ def plan(root: Path, split: str) -> list[Task]:
             if one["image_id"] in names:
                 painted[one["image_id"]].append((one["category_id"], one["segmentation"]))
     except (KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path}: these are no annotations of PASCAL in Detail: {error!r}. Download the file again."
         ) from error
     tasks = []
@@ -83,20 +84,20 @@ def plan(root: Path, split: str) -> list[Task]:
 
 
 def make(task: Task) -> None:
-    (picture,) = task.inputs
-    categories = np.zeros(stored_size(picture), np.int64)
+    (image,) = task.inputs
+    categories = np.zeros(stored_size(image), np.int64)
     for category, segmentation in task.details:
         mask = decode(segmentation)
-        check_size(Path(f"trainval_merged.json, {task.name}"), mask, picture)
+        check_size(Path(f"trainval_merged.json, {task.name}"), mask, image)
         categories[mask] = category
     labels = np.searchsorted(CATEGORIES, categories)
     wrong = np.take(CATEGORIES, labels, mode="clip") != categories
     if wrong.any():
-        raise ValueError(
+        raise InputError(
             f"{task.name}: category {categories[wrong][0]} is neither 0 nor one of the {NUM_CLASSES} classes"
         )
     write_image(task.outputs[1], (labels - 1).astype(np.uint8))  # -1 wraps around to 255
-    copy_file(picture, task.outputs[0])
+    copy_file(image, task.outputs[0])
 
 
 def decode(segmentation: dict) -> np.ndarray:
@@ -107,8 +108,8 @@ def decode(segmentation: dict) -> np.ndarray:
 
 
 def inspect(task: Task) -> Iterator[str]:
-    picture, labels = task.outputs
-    yield from label_findings(labels, num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, picture=picture)
+    image, labels = task.outputs
+    yield from label_findings(labels, num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=image)
 
 
 PREPARATION = Preparation(

@@ -1,4 +1,4 @@
-"""Pascal VOC 2012: pictures, and label maps of 20 classes, with and without background.
+"""Pascal VOC 2012: images, and label maps of 20 classes, with and without background.
 
     python datasets/prepare_pascal_voc_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
 
@@ -9,7 +9,7 @@ Download VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC
       JPEGImages/*.jpg
       SegmentationClass/*.png                         palette: 0 background, 1..20 the class, 255 border
     pascal_voc_d2/                                    made here
-      images/{training,validation}/*.jpg              1,464 and 1,449 pictures
+      images/{training,validation}/*.jpg              1,464 and 1,449 images
       annotations_pascal21/{training,validation}/*.png   8 bits, 0 background, 1..20 the class, 255 border
       annotations_pascal20/{training,validation}/*.png   8 bits, 0..19 the class, 255 background and border
 """
@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fcclip.data.preparation import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
-from fcclip.data.preparation_files import check_size, copy_file, read_pixels, remap, write_image
+from fcclip.preparation.files import check_size, copy_file, read_pixels, remap, write_image
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
 
 NUM_CLASSES = 20
 IGNORE_LABEL = 255
@@ -32,7 +32,7 @@ WITH_BACKGROUND = np.full(256, NO_CLASS, np.uint8)
 WITH_BACKGROUND[[*range(NUM_CLASSES + 1), IGNORE_LABEL]] = [*range(NUM_CLASSES + 1), IGNORE_LABEL]
 WITHOUT_BACKGROUND = np.full(256, NO_CLASS, np.uint8)
 WITHOUT_BACKGROUND[[*range(NUM_CLASSES + 1), IGNORE_LABEL]] = [IGNORE_LABEL, *range(NUM_CLASSES), IGNORE_LABEL]
-COUNTS = {"train": 1464, "val": 1449}  # pictures of the published set
+COUNTS = {"train": 1464, "val": 1449}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,8 +43,8 @@ def downloads(split: str) -> list[Download]:
     source = "VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)"
     voc = "VOCdevkit/VOC2012"
     return [
-        Download(f"{voc}/ImageSets/Segmentation/{split}.txt", "the pictures of the split", source),
-        Download(f"{voc}/JPEGImages", "pictures of VOC 2012", source),
+        Download(f"{voc}/ImageSets/Segmentation/{split}.txt", "the images of the split", source),
+        Download(f"{voc}/JPEGImages", "images of VOC 2012", source),
         Download(f"{voc}/SegmentationClass", "label maps of VOC 2012", source),
     ]
 
@@ -64,18 +64,18 @@ def plan(root: Path, split: str) -> list[Task]:
 
 
 def make(task: Task) -> None:
-    picture, classes = task.inputs
+    image, classes = task.inputs
     labels = read_pixels(classes, modes=("P", "L"))
-    check_size(classes, labels, picture)
+    check_size(classes, labels, image)
     write_image(task.outputs[1], remap(labels, WITH_BACKGROUND, classes, invalid=NO_CLASS))
     write_image(task.outputs[2], remap(labels, WITHOUT_BACKGROUND, classes, invalid=NO_CLASS))
-    copy_file(picture, task.outputs[0])
+    copy_file(image, task.outputs[0])
 
 
 def inspect(task: Task) -> Iterator[str]:
-    picture, with_background, without = task.outputs
+    image, with_background, without = task.outputs
     for path, num_classes in ((with_background, NUM_CLASSES + 1), (without, NUM_CLASSES)):
-        yield from label_findings(path, num_classes=num_classes, ignore_label=IGNORE_LABEL, picture=picture)
+        yield from label_findings(path, num_classes=num_classes, ignore_label=IGNORE_LABEL, image=image)
 
 
 PREPARATION = Preparation(

@@ -1,9 +1,9 @@
 """Renders the shapes world and writes it as a COCO panoptic data set.
 
-    python datasets/prepare_shapes.py --seed 0 --pictures 2000 --out datasets
+    python datasets/prepare_shapes.py --seed 0 --images 2000 --out datasets
 
 `--out` is the folder of all data sets ($DETECTRON2_DATASETS); the world becomes its subfolder `shapes`: five sets, each
-with pictures, id PNGs, panoptic and instances JSON and semantic PNGs. The folder appears when everything in it is
+with images, id PNGs, panoptic and instances JSON and semantic PNGs. The folder appears when everything in it is
 complete; an interrupted run leaves nothing that counts.
 """
 
@@ -24,9 +24,10 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from fcclip.data.shapes_world import PICTURE_SIZE, SETS, WORLD_VERSION, WorldClass, render_picture, world_classes
+from fcclip.errors import InputError
+from fcclip.preparation.shapes_world import IMAGE_SIZE, SETS, WORLD_VERSION, WorldClass, render_image, world_classes
 
-PICTURES_PER_EVALUATION_SET = 200
+IMAGES_PER_EVALUATION_SET = 200
 JPEG_QUALITY = 95
 IGNORE_LABEL = 255
 
@@ -34,7 +35,7 @@ IGNORE_LABEL = 255
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        prepare(out=options.out, seed=options.seed, num_pictures=options.pictures, num_workers=options.workers)
+        prepare(out=options.out, seed=options.seed, num_images=options.images, num_workers=options.workers)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -45,10 +46,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Renders the shapes world and writes it as a COCO panoptic data set.")
     parser.add_argument("--seed", type=int, default=0, help="every seed is another world of the same kind (default 0)")
     parser.add_argument(
-        "--pictures",
+        "--images",
         type=int,
         default=2000,
-        help=f"training pictures (default 2000); each other set has {PICTURES_PER_EVALUATION_SET}",
+        help=f"training images (default 2000); each other set has {IMAGES_PER_EVALUATION_SET}",
     )
     root = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
     parser.add_argument(
@@ -61,22 +62,22 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def prepare(
-    *, out: Path, seed: int, num_pictures: int, num_workers: int, num_evaluation: int = PICTURES_PER_EVALUATION_SET
+    *, out: Path, seed: int, num_images: int, num_workers: int, num_evaluation: int = IMAGES_PER_EVALUATION_SET
 ) -> Path:
     """Writes `out`/shapes, or finds it there already; returns it."""
-    for name, value, least in (("seed", seed, 0), ("pictures", num_pictures, 1), ("workers", num_workers, 1)):
+    for name, value, least in (("seed", seed, 0), ("images", num_images, 1), ("workers", num_workers, 1)):
         if value < least:
-            raise ValueError(f"--{name} must be at least {least}, got {value}")
+            raise InputError(f"--{name} must be at least {least}, got {value}")
     out = out.expanduser()
     target = out / "shapes"
     recipe = {
         "world_version": WORLD_VERSION,
         "seed": seed,
-        "pictures": num_pictures,
-        "evaluation_pictures": num_evaluation,
+        "images": num_images,
+        "evaluation_images": num_evaluation,
     }
     if is_complete(target, recipe):
-        print(f"{target} is complete already (seed {seed}, {num_pictures} training pictures)")
+        print(f"{target} is complete already (seed {seed}, {num_images} training images)")
         return target
     remove_leftovers(out)
     partial_folder = out / f".shapes.partial-{os.getpid()}"
@@ -93,9 +94,9 @@ def prepare(
             multiprocessing.get_context("spawn").Pool(num_workers) if num_workers > 1 else InThisProcess() as processes
         ):
             for set_name in SETS:
-                count = num_pictures if set_name == "train" else num_evaluation
+                count = num_images if set_name == "train" else num_evaluation
                 statistics[set_name] = write_set(
-                    partial_folder, set_name, seed=seed, num_pictures=count, processes=processes
+                    partial_folder, set_name, seed=seed, num_images=count, processes=processes
                 )
                 print(f"{target}: {format_statistics(set_name, statistics[set_name])}", flush=True)
         (partial_folder / "world.json").write_text(
@@ -127,7 +128,7 @@ def is_complete(target: Path, recipe: dict) -> bool:
         return False
     record = target / "world.json"
     if not record.is_file():
-        raise ValueError(
+        raise InputError(
             f"{target} exists but has no world.json: half-written, or not a shapes world. "
             "Delete it or choose another folder with --out."
         )
@@ -135,11 +136,11 @@ def is_complete(target: Path, recipe: dict) -> bool:
         found = json.loads(record.read_text(encoding="utf-8"))
         found = {key: found[key] for key in recipe}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{record} cannot be read ({error!r}). Delete {target} or choose another folder with --out."
         ) from error
     if found != recipe:
-        raise ValueError(
+        raise InputError(
             f"{target} holds another world: expected {recipe}, got {found}. "
             "Delete it or choose another folder with --out."
         )
@@ -173,15 +174,15 @@ def set_classes(set_name: str) -> tuple[WorldClass, ...]:
     return tuple(c for c in world_classes() if c.seen or set_name != "train")
 
 
-def write_set(folder: Path, set_name: str, *, seed: int, num_pictures: int, processes) -> dict[str, float]:
+def write_set(folder: Path, set_name: str, *, seed: int, num_images: int, processes) -> dict[str, float]:
     """Writes one set below `folder`; returns its statistics."""
     for name in (set_name, f"panoptic_{set_name}", f"panoptic_semseg_{set_name}", "annotations"):
         (folder / name).mkdir(exist_ok=True)
-    written = list(processes.imap(partial(write_picture, folder, set_name, seed), range(num_pictures), chunksize=8))
+    written = list(processes.imap(partial(write_image, folder, set_name, seed), range(num_images), chunksize=8))
     classes = set_classes(set_name)
     images = [
-        {"id": i + 1, "file_name": f"{stem(i)}.jpg", "height": PICTURE_SIZE, "width": PICTURE_SIZE, "license": 1}
-        for i in range(num_pictures)
+        {"id": i + 1, "file_name": f"{stem(i)}.jpg", "height": IMAGE_SIZE, "width": IMAGE_SIZE, "license": 1}
+        for i in range(num_images)
     ]
     head = {
         "info": {"description": f"shapes world, set {set_name}", "version": str(WORLD_VERSION), "seed": seed},
@@ -209,37 +210,35 @@ def write_set(folder: Path, set_name: str, *, seed: int, num_pictures: int, proc
     )
     measured = np.array([numbers for _, _, numbers in written], dtype=float)
     names = (
-        "shapes_per_picture",
-        "grounds_per_picture",
-        "pictures_with_occlusion",
-        "pictures_with_unseen_shape",
+        "shapes_per_image",
+        "grounds_per_image",
+        "images_with_occlusion",
+        "images_with_unseen_shape",
         "covered_by_shapes",
     )
     return {
-        "pictures": num_pictures,
+        "images": num_images,
         **{name: round(float(value), 4) for name, value in zip(names, measured.mean(0), strict=True)},
     }
 
 
-def write_picture(
-    folder: Path, set_name: str, seed: int, index: int
-) -> tuple[list[dict], list[dict], tuple[float, ...]]:
-    """Writes the three files of one picture; returns its segments, its instances and its numbers for the statistics."""
-    picture = render_picture(seed, set_name, index)
+def write_image(folder: Path, set_name: str, seed: int, index: int) -> tuple[list[dict], list[dict], tuple[float, ...]]:
+    """Writes the three files of one image; returns its segments, its instances and its numbers for the statistics."""
+    image = render_image(seed, set_name, index)
     rng = np.random.default_rng([seed, zlib.crc32(set_name.encode()), index, 2**31])
-    ids = rng.choice(2**24 - 1, size=len(picture.pieces), replace=False) + 1
+    ids = rng.choice(2**24 - 1, size=len(image.pieces), replace=False) + 1
     contiguous = {c.id: i for i, c in enumerate(set_classes(set_name))}
-    id_map = ids[picture.piece_map]
-    semantic = np.array([contiguous[p.category_id] for p in picture.pieces], np.uint8)[picture.piece_map]
+    id_map = ids[image.piece_map]
+    semantic = np.array([contiguous[p.category_id] for p in image.pieces], np.uint8)[image.piece_map]
     id_colours = np.stack([id_map % 256, id_map // 256 % 256, id_map // 65536], -1).astype(np.uint8)
     _write_image(
-        folder / set_name / f"{stem(index)}.jpg", picture.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+        folder / set_name / f"{stem(index)}.jpg", image.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
     )
     _write_image(folder / f"panoptic_{set_name}" / f"{stem(index)}.png", id_colours[..., ::-1])
     _write_image(folder / f"panoptic_semseg_{set_name}" / f"{stem(index)}.png", semantic)
     segments, instances = [], []
-    for number, piece in enumerate(picture.pieces):
-        mask = picture.piece_map == number
+    for number, piece in enumerate(image.pieces):
+        mask = image.piece_map == number
         rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
         common = {
             "category_id": piece.category_id,
@@ -250,25 +249,25 @@ def write_picture(
         segments.append({"id": int(ids[number]), **common})
         if piece.thing:
             instances.append({**common, "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")}})
-    return segments, instances, _numbers(picture)
+    return segments, instances, _numbers(image)
 
 
-def _numbers(picture) -> tuple[float, ...]:
+def _numbers(image) -> tuple[float, ...]:
     seen = {c.id: c.seen for c in world_classes()}
-    shapes = [p for p in picture.pieces if p.thing]
+    shapes = [p for p in image.pieces if p.thing]
     occluded = any(p.visible_area < 0.95 * p.full_area for p in shapes)
     unseen = any(not seen[p.category_id] for p in shapes)
-    covered = sum(p.visible_area for p in shapes) / PICTURE_SIZE**2
-    return len(shapes), len(picture.pieces) - len(shapes), occluded, unseen, covered
+    covered = sum(p.visible_area for p in shapes) / IMAGE_SIZE**2
+    return len(shapes), len(image.pieces) - len(shapes), occluded, unseen, covered
 
 
 def format_statistics(set_name: str, statistics: dict[str, float]) -> str:
     return (
-        f"{set_name:<10} {statistics['pictures']:>5} pictures, {statistics['shapes_per_picture']:.2f} shapes "
-        f"and {statistics['grounds_per_picture']:.2f} grounds each, "
+        f"{set_name:<10} {statistics['images']:>5} images, {statistics['shapes_per_image']:.2f} shapes "
+        f"and {statistics['grounds_per_image']:.2f} grounds each, "
         f"{statistics['covered_by_shapes']:.0%} covered by shapes, "
-        f"{statistics['pictures_with_occlusion']:.0%} with an occlusion, "
-        f"{statistics['pictures_with_unseen_shape']:.0%} with an unseen shape"
+        f"{statistics['images_with_occlusion']:.0%} with an occlusion, "
+        f"{statistics['images_with_unseen_shape']:.0%} with an unseen shape"
     )
 
 

@@ -1,9 +1,9 @@
-"""Segments pictures with the words you give.
+"""Segments images with the words you give.
 
     python demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \\
         --input photo.jpg folder/ 'more/*.png' --words "red circle; blue star, azure star; sand:stuff" --output out/
 
-For every picture `out/` receives the drawing under the picture's own name and a JSON file with its segments.
+For every image `out/` receives the drawing under the image's own name and a JSON file with its segments.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from pathlib import Path
 from fcclip import Segmenter
 from fcclip.config import load_config
 from fcclip.data import read_image
+from fcclip.errors import InputError, MissingFileError
 from fcclip.vocabulary import Vocabulary
 
-PICTURE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 DEFAULT_CONFIG = "configs/coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml"
 
 
@@ -31,13 +32,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config-file", default=DEFAULT_CONFIG, metavar="FILE", help="YAML file (default: %(default)s)")
-    add("--input", nargs="+", required=True, metavar="P", help="pictures, folders of pictures, quoted globs")
+    add("--input", nargs="+", required=True, metavar="P", help="images, folders of images, quoted globs")
     add(
         "--words",
         help="the only classes to look for: ';' between classes, ',' between the words of a class, ':stuff' or "
         "':thing' after a class (unmarked: thing); without it the classes of the config's first test set",
     )
-    add("--output", required=True, metavar="PATH", help="folder, made if needed; or, for one picture, a file name")
+    add("--output", required=True, metavar="PATH", help="folder, made if needed; or, for one image, a file name")
     add("--weights", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS of the config)")
     add(
         "--confidence-threshold",
@@ -50,43 +51,43 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     return parser.parse_args(arguments)
 
 
-def find_pictures(inputs: Iterable[str]) -> list[Path]:
-    """The pictures that files, folders and globs stand for: each once, those of a folder or glob sorted by name."""
+def find_images(inputs: Iterable[str]) -> list[Path]:
+    """The images that files, folders and globs stand for: each once, those of a folder or glob sorted by name."""
     found: dict[Path, None] = {}
     for given in inputs:
         path = Path(given).expanduser()
         if path.is_dir():
-            pictures = sorted(one for one in path.iterdir() if one.suffix.lower() in PICTURE_SUFFIXES)
-            if not pictures:
-                raise FileNotFoundError(f"folder '{given}' holds no picture ({', '.join(PICTURE_SUFFIXES)})")
+            images = sorted(one for one in path.iterdir() if one.suffix.lower() in IMAGE_SUFFIXES)
+            if not images:
+                raise MissingFileError(f"folder '{given}' holds no image ({', '.join(IMAGE_SUFFIXES)})")
         elif path.exists():
-            pictures = [path]
+            images = [path]
         else:
-            pictures = sorted(Path(one) for one in glob.glob(str(path)) if Path(one).is_file())
-            if not pictures:
-                raise FileNotFoundError(f"input '{given}' does not exist, and as a glob it matches nothing")
-        found.update(dict.fromkeys(pictures))
+            images = sorted(Path(one) for one in glob.glob(str(path)) if Path(one).is_file())
+            if not images:
+                raise MissingFileError(f"input '{given}' does not exist, and as a glob it matches nothing")
+        found.update(dict.fromkeys(images))
     return list(found)
 
 
-def plan_outputs(pictures: Sequence[Path], output: Path) -> list[Path]:
-    """Where the drawing of each picture goes; its JSON file stands beside it with the extension .json."""
-    if output.suffix.lower() in PICTURE_SUFFIXES and not output.is_dir():
-        if len(pictures) > 1:
-            raise ValueError(f"--output '{output}' is one file, but there are {len(pictures)} pictures; give a folder")
+def plan_outputs(images: Sequence[Path], output: Path) -> list[Path]:
+    """Where the drawing of each image goes; its JSON file stands beside it with the extension .json."""
+    if output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
+        if len(images) > 1:
+            raise InputError(f"--output '{output}' is one file, but there are {len(images)} images; give a folder")
         drawings = [output]
     else:
         if output.exists() and not output.is_dir():
-            raise ValueError(f"--output '{output}' is an existing file, not a folder")
-        drawings = [output / picture.name for picture in pictures]
+            raise InputError(f"--output '{output}' is an existing file, not a folder")
+        drawings = [output / path.name for path in images]
     stems: dict[Path, Path] = {}
-    for picture, drawing in zip(pictures, drawings):
-        if picture.resolve() == drawing.resolve():
-            raise ValueError(f"the drawing of '{picture}' would overwrite it; choose another --output")
-        other = stems.setdefault(drawing.with_suffix(".json"), picture)
-        if other != picture:
-            raise ValueError(
-                f"'{other}' and '{picture}' would both write '{drawing.stem}.json' in '{drawing.parent}'; "
+    for path, drawing in zip(images, drawings):
+        if path.resolve() == drawing.resolve():
+            raise InputError(f"the drawing of '{path}' would overwrite it; choose another --output")
+        other = stems.setdefault(drawing.with_suffix(".json"), path)
+        if other != path:
+            raise InputError(
+                f"'{other}' and '{path}' would both write '{drawing.stem}.json' in '{drawing.parent}'; "
                 "run them one after the other with different --output"
             )
     return drawings
@@ -104,31 +105,31 @@ def check_writable(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 if a picture could not be read (the others are done)."""
+    """Returns the exit status: 0, or 1 if an image could not be read (the others are done)."""
     args = parse_arguments(arguments)
     vocabulary = None if args.words is None else Vocabulary.from_names(args.words)
-    pictures = find_pictures(args.input)
-    drawings = plan_outputs(pictures, Path(args.output).expanduser())
+    images = find_images(args.input)
+    drawings = plan_outputs(images, Path(args.output).expanduser())
     check_writable(drawings[0].parent)
     cfg = load_config(args.config_file, args.opts)
     segmenter = Segmenter(cfg, weights=args.weights)
     unreadable = 0
-    for picture, drawing in zip(pictures, drawings):
+    for path, drawing in zip(images, drawings):
         start = time.perf_counter()
         try:
-            image = read_image(picture)
+            image = read_image(path)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             unreadable += 1
             continue
         result = segmenter(image, words=vocabulary, min_score=args.confidence_threshold)
-        result = dataclasses.replace(result, file_name=str(picture))
+        result = dataclasses.replace(result, file_name=str(path))
         result.save(drawing.with_suffix(".json"))
         result.save(drawing)
         seconds = time.perf_counter() - start
-        print(f"{picture} -> {drawing}: {len(result.segments)} segments, {seconds:.2f} s")
+        print(f"{path} -> {drawing}: {len(result.segments)} segments, {seconds:.2f} s")
     if unreadable:
-        print(f"error: {unreadable} of {len(pictures)} pictures could not be read", file=sys.stderr)
+        print(f"error: {unreadable} of {len(images)} images could not be read", file=sys.stderr)
     return 1 if unreadable else 0
 
 

@@ -1,10 +1,10 @@
-"""Three lines from a picture and words to its segments.
+"""Three lines from an image and words to its segments.
 
     from fcclip import Segmenter
     segmenter = Segmenter.from_pretrained("shapes")
     result = segmenter("photo.jpg", words="red circle; blue star, azure star; sand:stuff")
 
-h x w are pixels of the picture.
+h x w are pixels of the image.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from pycocotools import mask as coco_mask
 
 from fcclip.config import load_config, lookup, resolve_device, resolve_file
 from fcclip.data import build_test_mapper, read_image, resize_image
-from fcclip.engine.checkpoint import load_weights, write_atomically
+from fcclip.errors import InputError, MissingFileError
+from fcclip.files import write_atomically
 from fcclip.modeling import build_model
 from fcclip.structures import Segment
 from fcclip.visualization import draw_panoptic
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import load_weights
 
-Picture = str | Path | np.ndarray | Image.Image
+ImageInput = str | Path | np.ndarray | Image.Image
 
 PRETRAINED = {  # name -> config file, weights
     "shapes": ("shapes/fcclip_shapes.yaml", "shapes_fcclip.safetensors"),
@@ -49,32 +51,32 @@ class NamedSegment(Segment):
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """What was found in one picture.
+    """What was found in one image.
 
     Args:
-        picture: (h, w, 3) uint8 RGB, upright.
+        image: (h, w, 3) uint8 RGB, upright.
         panoptic_map: (h, w) int32, segment id of each pixel; 0 where nothing was found.
         segments: largest score first.
         class_names: K names, by `category_id`.
-        file_name: of the picture; "" if it was given as pixels.
+        file_name: of the image; "" if it was given as pixels.
     """
 
-    picture: np.ndarray
+    image: np.ndarray
     panoptic_map: np.ndarray
     segments: tuple[NamedSegment, ...]
     class_names: tuple[str, ...]
     file_name: str = ""
 
     def draw(self, *, scores: bool = True) -> np.ndarray:
-        """The picture with masks, outlines, names and scores: (H, W, 3) uint8 RGB; small pictures are enlarged."""
-        return draw_panoptic(self.picture, self.panoptic_map, self.segments, self.class_names, scores=scores)
+        """The image with masks, outlines, names and scores: (H, W, 3) uint8 RGB; small images are enlarged."""
+        return draw_panoptic(self.image, self.panoptic_map, self.segments, self.class_names, scores=scores)
 
     def mask(self, segment: Segment) -> np.ndarray:
         """(h, w) bool, the pixels of one segment."""
         return self.panoptic_map == segment.id
 
     def to_json(self) -> str:
-        """Name and size of the picture, class names, and of each segment id, name, score, area, box and mask.
+        """Name and size of the image, class names, and of each segment id, name, score, area, box and mask.
 
         Boxes are (x, y, width, height) in pixels. Masks are compressed run lengths as in COCO files, which
         `pycocotools.mask.decode` reads.
@@ -95,7 +97,7 @@ class Segmentation:
         Missing folders are made. The file appears whole or not at all.
 
         Raises:
-            ValueError: an extension that is no picture format.
+            ValueError: an extension that is no image format.
             OSError: the folder cannot be made or written to.
         """
         path = Path(path).expanduser()
@@ -107,7 +109,7 @@ class Segmentation:
             Image.fromarray(self.draw()).save(content, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
             content = content.getvalue()
         else:
-            raise ValueError(f"cannot save '{path}': '{path.suffix}' is no picture format; use .png, .jpg or .json")
+            raise InputError(f"cannot save '{path}': '{path.suffix}' is no image format; use .png, .jpg or .json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content))
         return path
@@ -127,7 +129,7 @@ class Segmentation:
 
 
 class Segmenter:
-    """Segments pictures with any words.
+    """Segments images with any words.
 
     Holds a model, no words: they come with every call, so one segmenter may serve threads with different words.
 
@@ -152,7 +154,7 @@ class Segmenter:
         cfg.freeze()
         weights = weights or cfg.MODEL.WEIGHTS
         if not weights:
-            raise ValueError(
+            raise InputError(
                 "no weights: the config's MODEL.WEIGHTS is empty, and an untrained segmenter finds nothing. Give "
                 'the path of a checkpoint; "random" builds the model without one.'
             )
@@ -175,44 +177,44 @@ class Segmenter:
 
     def __call__(
         self,
-        picture: Picture | Sequence[Picture],
+        image: ImageInput | Sequence[ImageInput],
         words: str | Sequence[str] | Vocabulary | None = None,
         *,
         min_score: float = 0.0,
     ) -> Segmentation | list[Segmentation]:
-        """Finds the segments of a picture.
+        """Finds the segments of an image.
 
         Args:
-            picture: a path, an RGB array (h, w, 3) uint8, a PIL picture, or a list of these.
+            image: a path, an RGB array (h, w, 3) uint8, a PIL image, or a list of these.
             words: the only classes that can be found. `;` separates classes, `,` the words of a class; `:stuff` or
                 `:thing` at the end of a class says whether its instances are one segment or many (unmarked: many). A
                 list has one string a class. None: the vocabulary of the config's first test set.
             min_score: things with a lower score are left out (their pixels become 0); stuff always stays.
 
         Returns:
-            One result, or for a list of pictures a list of results in the same order.
+            One result, or for a list of images a list of results in the same order.
 
         Raises:
-            FileNotFoundError: there is no such picture.
-            ValueError: a picture that cannot be read or is no RGB array, no words, or `min_score` outside 0..1.
+            FileNotFoundError: there is no such image.
+            ValueError: an image that cannot be read or is no RGB array, no words, or `min_score` outside 0..1.
         """
         if not 0 <= min_score <= 1:
-            raise ValueError(f"min_score must be in 0..1, got {min_score}")
+            raise InputError(f"min_score must be in 0..1, got {min_score}")
         vocabulary = self._vocabulary(words)
-        if isinstance(picture, (list, tuple)):
-            return [self._segment(one, vocabulary, min_score) for one in picture]
-        return self._segment(picture, vocabulary, min_score)
+        if isinstance(image, (list, tuple)):
+            return [self._segment(one, vocabulary, min_score) for one in image]
+        return self._segment(image, vocabulary, min_score)
 
     def _vocabulary(self, words: str | Sequence[str] | Vocabulary | None) -> Vocabulary:
         if words is not None:
             return words if isinstance(words, Vocabulary) else Vocabulary.from_names(words)
         if self.model.test_vocabulary is None:
-            raise ValueError("no words given, and the config names no test set (DATASETS.TEST) to take classes from")
+            raise InputError("no words given, and the config names no test set (DATASETS.TEST) to take classes from")
         return self.model.test_vocabulary
 
     @torch.no_grad()
-    def _segment(self, picture: Picture, vocabulary: Vocabulary, min_score: float) -> Segmentation:
-        image = _read(picture)
+    def _segment(self, image: ImageInput, vocabulary: Vocabulary, min_score: float) -> Segmentation:
+        image = _read(image)
         height, width = image.shape[:2]
         resized = resize_image(image, *self._mapper.resized(height, width))
         if self._mapper.channel_order == "BGR":
@@ -226,20 +228,20 @@ class Segmenter:
         dropped = [one.id for one in segments if one.isthing and one.score < min_score]
         panoptic_map[np.isin(panoptic_map, dropped)] = 0
         kept = sorted((one for one in segments if one.id not in dropped), key=lambda one: -one.score)
-        file_name = str(picture) if isinstance(picture, (str, Path)) else ""
+        file_name = str(image) if isinstance(image, (str, Path)) else ""
         return Segmentation(image, panoptic_map, tuple(kept), vocabulary.class_names, file_name)
 
 
-def _read(picture: Picture) -> np.ndarray:
+def _read(image: ImageInput) -> np.ndarray:
     """(h, w, 3) uint8 RGB, upright."""
-    if isinstance(picture, Image.Image):
-        return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    if isinstance(picture, (str, Path)):
-        path = Path(picture).expanduser()
+    if isinstance(image, Image.Image):
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if isinstance(image, (str, Path)):
+        path = Path(image).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"picture '{picture}' does not exist (looked at {path.absolute()})")
+            raise MissingFileError(f"image '{image}' does not exist (looked at {path.absolute()})")
         return read_image(path)
-    if not isinstance(picture, np.ndarray) or picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-        got = f"{picture.shape} {picture.dtype}" if isinstance(picture, np.ndarray) else type(picture).__name__
-        raise ValueError(f"a picture is a path, a PIL picture or an RGB array (h, w, 3) uint8, got {got}")
-    return picture
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InputError(f"an image is a path, a PIL image or an RGB array (h, w, 3) uint8, got {got}")
+    return image

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ARROW = (
-    "version", "structures", "config", "vocabulary", "data", "visualization", "ops", "losses", "modeling", "engine",
-    "evaluation", "segmenter", "integrations",
+    "version", "files", "errors", "comm", "structures", "config", "vocabulary", "data", "preparation",
+    "visualization", "ops", "losses", "weights", "modeling", "engine", "evaluation", "reports", "finetuning",
+    "checks", "segmenter", "integrations",
 )  # fmt: skip
 PACKAGE = Path(__file__).resolve().parents[1] / "fcclip"
 

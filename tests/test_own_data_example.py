@@ -38,12 +38,12 @@ def program(monkeypatch):
 @pytest.fixture
 def my_data(tmp_path, monkeypatch, program) -> Path:
     """The folder that the commands make, in a working directory of its own, and harder: category ids 7 apart, a class
-    more than the JSON knows, and a picture without a label."""
+    more than the JSON knows, and an image without a label."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "fcclip").symlink_to(ROOT / "fcclip")
     prepare = program("prepare_shapes")
     asked = prepare.parse_arguments(words_of("datasets/prepare_shapes.py"))
-    prepare.prepare(out=asked.out, seed=asked.seed, num_pictures=asked.pictures, num_workers=1, num_evaluation=1)
+    prepare.prepare(out=asked.out, seed=asked.seed, num_images=asked.images, num_workers=1, num_evaluation=1)
     name, text = re.search(r"cat > (\S+) << END\n(.*?)END\n", COMMANDS, re.DOTALL).groups()
     description = yaml.safe_load(text)
     folder = tmp_path / Path(name).parent
@@ -80,7 +80,7 @@ def test_the_table_of_mappers_is_that_of_the_code():
     assert {name for name in re.findall(r"`(\w+_\w+)`", SECTION) if name in MAPPERS} == set(MAPPERS)
 
 
-def test_twenty_pictures_are_trained_on_and_evaluated_with_sensible_numbers(my_data, program, capsys):
+def test_twenty_images_are_trained_on_and_evaluated_with_sensible_numbers(my_data, program, capsys):
     dataset = get_dataset(str(my_data))
     assert len(dataset.records()) == 20 and len(dataset.metadata["stuff_classes"]) == 61
     assert dataset.records()[4]["segments_info"] == []

@@ -155,7 +155,7 @@ def test_the_recipes_for_fewer_gpus_are_those_of_the_config():
     assert [int(row[0]) for row in rows] == [8, 4, 2, 1]
     cfg = load_config(COCO, ["SOLVER.REFERENCE_WORLD_SIZE", "8"])
     for processes, parts, batch, rate, iterations in rows:
-        assert cfg.SOLVER.IMS_PER_BATCH // int(processes) // int(parts or 1) == 2  # pictures at once on a GPU
+        assert cfg.SOLVER.IMS_PER_BATCH // int(processes) // int(parts or 1) == 2  # images at once on a GPU
         solver = scale_to_world_size(cfg, int(processes)).SOLVER
         assert int(batch) == solver.IMS_PER_BATCH and int(iterations.replace(",", "")) == solver.MAX_ITER
         assert float(rate) == pytest.approx(solver.BASE_LR)
@@ -165,7 +165,7 @@ def test_the_cost_of_the_large_model_is_the_one_that_is_told():
     report = load_script("tools/analyze_model.py").analyse(load_config(COCO), height=1024, width=1024, segments=12)
     flops = sum(part["flops"] for part in report["inference"]["parts"].values())
     inference, training = (report[name]["memory"]["total"] / 2**30 for name in ("inference", "training"))
-    told = re.search(r"takes\s+([\d,]+) GFLOPs and ([\d.]+) GiB for a picture, ([\d.]+) GiB", text_of(GETTING_STARTED))
+    told = re.search(r"takes\s+([\d,]+) GFLOPs and ([\d.]+) GiB for an image, ([\d.]+) GiB", text_of(GETTING_STARTED))
     found = [flops / 1e9, inference, training]
     assert [float(number.replace(",", "")) for number in told.groups()] == pytest.approx(found, rel=0.02)
 

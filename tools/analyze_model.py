@@ -45,11 +45,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from fcclip.config import load_config
-from fcclip.engine import write_atomically
+from fcclip.errors import InputError
+from fcclip.files import write_atomically
 from fcclip.modeling import FCCLIP, build_model
 from fcclip.modeling.pixel_decoder import MSDeformAttn
 from fcclip.modeling.text import encode_tokens
-from fcclip.structures import Targets, WordEmbeddings
+from fcclip.structures import Targets, TextEmbeddings
 from fcclip.vocabulary import Vocabulary, prompts
 
 aten = torch.ops.aten
@@ -71,7 +72,7 @@ _OWNERS = (
     ("sem_seg_head.predictor.", MASKS),
     ("void_embedding.", IN),
 )
-_SEGMENTS = 12  # of a training picture, about COCO's mean
+_SEGMENTS = 12  # of a training image, about COCO's mean
 _TEXT_CHUNK = 256  # prompts that are encoded at once
 
 
@@ -101,12 +102,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--size",
         nargs="+",
         metavar=("H", "W"),
-        help="of the pictures in pixels; one number for a square (default: INPUT.IMAGE_SIZE)",
+        help="of the images in pixels; one number for a square (default: INPUT.IMAGE_SIZE)",
     )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="pictures (default: 1)")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images (default: 1)")
     parser.add_argument("--training", action="store_true", help="also a training step with AdamW")
     parser.add_argument(
-        "--segments", type=int, default=_SEGMENTS, metavar="N", help="of a training picture (default: %(default)s)"
+        "--segments", type=int, default=_SEGMENTS, metavar="N", help="of a training image (default: %(default)s)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
     parser.add_argument(
@@ -135,9 +136,9 @@ def analyse(cfg: CfgNode, *, height: int, width: int, batch: int = 1, segments: 
 
     Args:
         cfg: its CLIP weights, MODEL.WEIGHTS and device are not used.
-        height, width: of the pictures, in pixels; also the size of the outputs.
-        batch: pictures at once.
-        segments: of each picture of a training step; None analyses inference only.
+        height, width: of the images, in pixels; also the size of the outputs.
+        batch: images at once.
+        segments: of each image of a training step; None analyses inference only.
 
     Returns:
         JSON values. Counts are of elements, memory is in bytes.
@@ -148,7 +149,7 @@ def analyse(cfg: CfgNode, *, height: int, width: int, batch: int = 1, segments: 
     model = build_on_meta(cfg)
     vocabulary = model.test_vocabulary or model.train_vocabulary
     if vocabulary is None:
-        raise ValueError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set, its classes are what is scored")
+        raise InputError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set, its classes are what is scored")
     text = text_cost(model, vocabulary)
     model.text_encoder = ShapedWords(model.backbone.embed_dim)
     image = torch.empty(3, height, width, dtype=torch.uint8, device="meta")
@@ -205,7 +206,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, weight in model.named_parameters():
         part = next((part for prefix, part in _OWNERS if name.startswith(prefix)), None)
         if part is None:
-            raise ValueError(f"parameter '{name}' belongs to no part that is known to this tool")
+            raise InputError(f"parameter '{name}' belongs to no part that is known to this tool")
         counts[part]["parameters"] += weight.numel()
         counts[part]["trainable"] += weight.numel() * weight.requires_grad
     return counts
@@ -233,7 +234,7 @@ def training_cost(
 ) -> dict[str, Any]:
     """One step with AdamW: FLOPs, activations and what is saved by part, and the memory it needs."""
     if model.train_vocabulary is None:
-        raise ValueError("DATASETS.TRAIN is empty: a training step needs its classes")
+        raise InputError("DATASETS.TRAIN is empty: a training step needs its classes")
     image = torch.empty(3, height, width, dtype=torch.uint8, device="meta")
     targets = Targets(
         labels=torch.zeros(segments, dtype=torch.int64),
@@ -271,12 +272,12 @@ class ShapedWords:
     def __init__(self, embed_dim: int) -> None:
         self.embed_dim = embed_dim
 
-    def encode(self, vocabulary: Vocabulary) -> WordEmbeddings:
+    def encode(self, vocabulary: Vocabulary) -> TextEmbeddings:
         """As `TextEncoder.encode`, without values."""
         num_words = sum(len(synonyms) for synonyms in vocabulary.synonyms)
-        return WordEmbeddings(
+        return TextEmbeddings(
             vectors=torch.empty(num_words, self.embed_dim, device="meta"),
-            class_of_word=torch.empty(num_words, dtype=torch.int64, device="meta"),
+            class_of_vector=torch.empty(num_words, dtype=torch.int64, device="meta"),
             num_classes=len(vocabulary),
         )
 
@@ -653,7 +654,7 @@ def _print_training(training: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     _print_memory(
         console,
-        f"memory of training, {training['segments']} segments a picture",
+        f"memory of training, {training['segments']} segments an image",
         {
             "parameters and buffers": memory["model"],
             "state of AdamW": memory["adamw"],

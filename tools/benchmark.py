@@ -1,19 +1,19 @@
 """Measures speed and memory; results are written with hardware, versions and commit.
 
     python tools/benchmark.py training-step --config-file FILE [--batch 2] [--size 1024] [--largest] [KEY VALUE ...]
-    python tools/benchmark.py mapper [--pictures 24] [--rounds 8] [--size 1024]
-    python tools/benchmark.py evaluation [--pictures 8] [--rounds 5] [--size 640 960] [--classes 150]
+    python tools/benchmark.py mapper [--images 24] [--rounds 8] [--size 1024]
+    python tools/benchmark.py evaluation [--images 8] [--rounds 5] [--size 640 960] [--classes 150]
     python tools/benchmark.py ops [--device auto] [--sizes 640x960 ...] [--batch 1 ...] [--dtypes float32 ...]
 
-training-step: one step of training on made-up pictures (random pixels, `--segments` segments each, CLIP with random
+training-step: one step of training on made-up images (random pixels, `--segments` segments each, CLIP with random
 weights, which changes no time), as `train_net.py` takes it: forward, losses with matching, backward, clipping, AdamW.
 
-mapper: the training mapper `coco_panoptic_lsj` on made-up 640 x 480 pictures, beside the published steps in their order
+mapper: the training mapper `coco_panoptic_lsj` on made-up 640 x 480 images, beside the published steps in their order
 (benchmarks/peers/published_panoptic_lsj.py), which must give the same samples; one process and one thread, in turns.
 
-evaluation: panoptic quality, mean IoU and the encoding of instances on made-up 640 x 960 pictures, beside the published
+evaluation: panoptic quality, mean IoU and the encoding of instances on made-up 640 x 960 images, beside the published
 steps (benchmarks/peers/published_evaluation.py), which must give the same numbers; one thread, in turns. Then how much
-all three add to a network that keeps one core busy for 100 ms a picture.
+all three add to a network that keeps one core busy for 100 ms an image.
 
 ops: multi-scale deformable attention at the sizes of FC-CLIP, forward and backward, both forms, every engine that can
 run here, in turns (benchmark_ops.py). The default ends in about a minute on a CPU and covers all sizes on a GPU.
@@ -48,19 +48,21 @@ from rich.table import Table
 
 from fcclip.config import get_cfg, load_config, resolve_device
 from fcclip.data import build_train_mapper
-from fcclip.engine import apply_numeric_settings, build_trainer, environment_report, write_atomically
+from fcclip.engine import apply_numeric_settings, build_trainer, environment_report
 from fcclip.engine.metrics import History
 from fcclip.engine.trainer import amp_dtype, peak_memory_mb
+from fcclip.errors import InputError
 from fcclip.evaluation import (
     Background,
     Evaluator,
+    GroundTruth,
     InstanceEvaluator,
     PanopticEvaluator,
-    Picture,
     SemanticEvaluator,
     encode_masks,
     write_id_map,
 )
+from fcclip.files import write_atomically
 from fcclip.modeling import build_model
 from fcclip.modeling.inference import semantic_inference, semantic_labels
 from fcclip.structures import Instances, Targets, boxes_of_masks
@@ -92,29 +94,29 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     step = kinds.add_parser("training-step", help="one step of training: time split and peak memory")
     step.add_argument("--config-file", required=True, metavar="FILE")
-    step.add_argument("--batch", type=int, nargs="+", default=[2], metavar="N", help="pictures a step (default 2)")
+    step.add_argument("--batch", type=int, nargs="+", default=[2], metavar="N", help="images a step (default 2)")
     step.add_argument("--largest", action="store_true", help="also the largest batch that fits the GPU")
-    step.add_argument("--size", type=int, default=1024, metavar="PIXELS", help="side of the pictures (default 1024)")
-    step.add_argument("--segments", type=int, default=12, metavar="N", help="segments a picture (default 12)")
+    step.add_argument("--size", type=int, default=1024, metavar="PIXELS", help="side of the images (default 1024)")
+    step.add_argument("--segments", type=int, default=12, metavar="N", help="segments an image (default 12)")
     step.add_argument("--steps", type=int, default=20, metavar="N", help=f"counted steps, after {WARM_UP} (default 20)")
     step.add_argument("--output", metavar="FILE", help="JSON file for the results")
     step.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys")
     step.set_defaults(run=benchmark_training_step)
     mapper = kinds.add_parser("mapper", help="the panoptic training mapper beside the published steps")
-    mapper.add_argument("--pictures", type=int, default=24, metavar="N", help="made-up pictures (default 24)")
+    mapper.add_argument("--images", type=int, default=24, metavar="N", help="made-up images (default 24)")
     mapper.add_argument("--rounds", type=int, default=8, metavar="N", help="times each is mapped (default 8)")
     mapper.add_argument("--size", type=int, default=1024, metavar="PIXELS", help="side of the canvas (default 1024)")
-    mapper.add_argument("--segments", type=int, default=12, metavar="N", help="segments a picture (default 12)")
+    mapper.add_argument("--segments", type=int, default=12, metavar="N", help="segments an image (default 12)")
     mapper.add_argument("--output", metavar="FILE", help="JSON file for the results")
     mapper.set_defaults(run=benchmark_mapper)
     evaluation = kinds.add_parser("evaluation", help="evaluators beside the published steps, and beside a network")
-    evaluation.add_argument("--pictures", type=int, default=8, metavar="N", help="made-up pictures (default 8)")
+    evaluation.add_argument("--images", type=int, default=8, metavar="N", help="made-up images (default 8)")
     evaluation.add_argument("--rounds", type=int, default=5, metavar="N", help="times each is evaluated (default 5)")
     evaluation.add_argument("--size", type=int, nargs=2, default=[640, 960], metavar="PIXELS", help="height and width")
     evaluation.add_argument("--classes", type=int, default=150, metavar="N", help="classes (default 150)")
-    evaluation.add_argument("--segments", type=int, default=20, metavar="N", help="segments a picture (default 20)")
+    evaluation.add_argument("--segments", type=int, default=20, metavar="N", help="segments an image (default 20)")
     evaluation.add_argument("--queries", type=int, default=100, metavar="N", help="masks of the network (default 100)")
-    evaluation.add_argument("--instances", type=int, default=100, metavar="N", help="instances a picture (default 100)")
+    evaluation.add_argument("--instances", type=int, default=100, metavar="N", help="instances an image (default 100)")
     evaluation.add_argument("--output", metavar="FILE", help="JSON file for the results")
     evaluation.set_defaults(run=benchmark_evaluation)
     benchmark_ops.add_arguments(kinds.add_parser("ops", help="multi-scale deformable attention, all engines in turns"))
@@ -124,12 +126,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def benchmark_training_step(options: argparse.Namespace) -> dict[str, Any]:
     """Measures each batch size, prints the table, and returns everything as JSON values."""
     if min(options.batch) < 1 or options.steps < 1 or options.segments < 0:
-        raise ValueError("--batch and --steps must be at least 1, --segments 0 or more")
+        raise InputError("--batch and --steps must be at least 1, --segments 0 or more")
     fixed = ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "INPUT.IMAGE_SIZE", str(options.size), "SEED", "0"]
     cfg = load_config(options.config_file, [*fixed, *options.opts])
     device = resolve_device(cfg.MODEL.DEVICE)
     if options.largest and device.type != "cuda":
-        raise ValueError(f"--largest fills a GPU, but the device is {device}")
+        raise InputError(f"--largest fills a GPU, but the device is {device}")
     apply_numeric_settings(cfg, training=True)
     rows = [measure_step(cfg, batch, options) for batch in options.batch]
     if options.largest:
@@ -138,7 +140,7 @@ def benchmark_training_step(options: argparse.Namespace) -> dict[str, Any]:
         "benchmark": "training-step",
         "config": options.config_file,
         "overrides": list(options.opts),
-        "picture": [3, options.size, options.size],
+        "image": [3, options.size, options.size],
         "segments": options.segments,
         "autocast": str(amp_dtype(cfg, device)),
         "environment": environment_report(device),
@@ -186,7 +188,7 @@ def measure_step(cfg: CfgNode, batch: int, options: argparse.Namespace) -> dict[
         "batch": batch,
         "seconds": spent,
         "median_seconds": {name: medians[name] for name in PARTS},
-        "pictures_per_second": batch / spent,
+        "images_per_second": batch / spent,
         "peak_memory_mib": peak_memory_mb(device),
         "steps": options.steps,
     }
@@ -202,7 +204,7 @@ def largest_step(cfg: CfgNode, options: argparse.Namespace) -> dict[str, Any]:
             too_large = batch
         batch = 2 * fits if too_large is None else (fits + too_large) // 2
     if not row:
-        raise ValueError("not even one picture fits this GPU")
+        raise InputError("not even one image fits this GPU")
     return row | {"largest_that_fits": True}
 
 
@@ -223,13 +225,13 @@ def made_up_sample(index: int, size: int, segments: int, num_classes: int) -> di
 
 def _print(report: dict[str, Any]) -> None:
     environment = report["environment"]
-    table = Table(title=f"one training step, {report['picture'][1]} x {report['picture'][2]} pixels")
-    for name in ("batch", "seconds", "pictures/s", "forward", "backward", "step", "peak, MiB"):
+    table = Table(title=f"one training step, {report['ground_truth'][1]} x {report['ground_truth'][2]} pixels")
+    for name in ("batch", "seconds", "images/s", "forward", "backward", "step", "peak, MiB"):
         table.add_column(name, justify="right")
     for row in report["rows"]:
         parts = [f"{100 * row['median_seconds'][name] / row['seconds']:.0f} %" for name in PARTS[1:]]
         batch = f"{row['batch']}{' (largest)' if row.get('largest_that_fits') else ''}"
-        speed = f"{row['pictures_per_second']:.3g}"
+        speed = f"{row['images_per_second']:.3g}"
         table.add_row(batch, f"{row['seconds']:.3g}", speed, *parts, f"{row['peak_memory_mib']:,.0f}")
     console = Console()
     console.print(table)
@@ -247,8 +249,8 @@ def benchmark_mapper(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the samples differ, or the options cannot work.
     """
-    if min(options.pictures, options.rounds, options.size) < 1 or options.segments < 0:
-        raise ValueError("--pictures, --rounds and --size must be at least 1, --segments 0 or more")
+    if min(options.images, options.rounds, options.size) < 1 or options.segments < 0:
+        raise InputError("--images, --rounds and --size must be at least 1, --segments 0 or more")
     cfg = get_cfg()
     cfg.INPUT.FORMAT, cfg.INPUT.DATASET_MAPPER_NAME, cfg.INPUT.IMAGE_SIZE = "RGB", "coco_panoptic_lsj", options.size
     ours, published = build_train_mapper(cfg), load_peer("published_panoptic_lsj").map_record
@@ -257,7 +259,7 @@ def benchmark_mapper(options: argparse.Namespace) -> dict[str, Any]:
         return published(record, rng, size=options.size)
 
     with tempfile.TemporaryDirectory() as folder, one_thread():
-        records = made_up_records(Path(folder), options.pictures, options.segments)
+        records = made_up_records(Path(folder), options.images, options.segments)
         for index, record in enumerate(records):
             check_equal(ours(record, np.random.default_rng(index)), theirs(record, np.random.default_rng(index)))
         rounds = [mapping_times({"ours": ours, "published": theirs}, records, turn) for turn in range(options.rounds)]
@@ -266,28 +268,28 @@ def benchmark_mapper(options: argparse.Namespace) -> dict[str, Any]:
     report = {
         "benchmark": "mapper",
         "mapper": "coco_panoptic_lsj",
-        "pictures": [480, 640],
+        "images": [480, 640],
         "canvas": options.size,
         "segments": options.segments,
-        "samples": options.pictures * options.rounds,
+        "samples": options.images * options.rounds,
         "seconds": seconds,
-        "pictures_per_second": {name: 1 / statistics.median(values) for name, values in seconds.items()},
+        "images_per_second": {name: 1 / statistics.median(values) for name, values in seconds.items()},
         "ratio": statistics.median(ratios),
         "ratios": ratios,
         "environment": environment_report(torch.device("cpu")),
     }
     for name, values in seconds.items():
-        per_second = report["pictures_per_second"][name]
-        print(f"{name:>9}: {1000 * statistics.median(values):6.2f} ms a picture, {per_second:.1f} pictures/s")
+        per_second = report["images_per_second"][name]
+        print(f"{name:>9}: {1000 * statistics.median(values):6.2f} ms an image, {per_second:.1f} images/s")
     print(
         f"ratio {report['ratio']:.2f} (median of {options.rounds} rounds, {min(ratios):.2f} to {max(ratios):.2f}); "
-        f"{options.pictures} samples compared, all equal"
+        f"{options.images} samples compared, all equal"
     )
     return report
 
 
 def mapping_times(mappers: dict[str, Callable[..., Any]], records: Sequence[dict], turn: int) -> dict[str, float]:
-    """Mean seconds a picture of each mapper. They take turns picture after picture, with the same augmentations, so
+    """Mean seconds an image of each mapper. They take turns image after image, with the same augmentations, so
     that whatever else the machine does slows all of them."""
     spent = dict.fromkeys(mappers, 0.0)
     for index, record in enumerate(records):
@@ -308,11 +310,11 @@ def check_equal(ours: dict[str, Any], published: dict[str, Any]) -> None:
         and (ours["height"], ours["width"]) == (published["height"], published["width"])
     )
     if not same:
-        raise ValueError(f"{ours['file_name']}: the two mappers give different samples")
+        raise InputError(f"{ours['file_name']}: the two mappers give different samples")
 
 
 def made_up_records(folder: Path, count: int, segments: int) -> list[dict]:
-    """Panoptic records of made-up pictures, 640 x 480 in JPEG (about 130 kB) with the id PNG of wavy segments; every
+    """Panoptic records of made-up images, 640 x 480 in JPEG (about 130 kB) with the id PNG of wavy segments; every
     fourth stands upright."""
     records = []
     for index in range(count):
@@ -342,11 +344,11 @@ def made_up_records(folder: Path, count: int, segments: int) -> list[dict]:
 
 # ---- evaluation ----
 
-BUSY_SECONDS = 0.1  # a picture, of the stand-in for a network
-BUSY_PICTURES = 40  # beside which they are evaluated, so that what is done once for a set weighs little
+BUSY_SECONDS = 0.1  # an image, of the stand-in for a network
+BUSY_IMAGES = 40  # beside which they are evaluated, so that what is done once for a set weighs little
 
 
-class MadeUpPicture(NamedTuple):
+class MadeUpImage(NamedTuple):
     """A record with its files, and what a network found there."""
 
     record: dict
@@ -354,7 +356,7 @@ class MadeUpPicture(NamedTuple):
 
 
 class MadeUpHead(NamedTuple):
-    """What the semantic head starts from, the same in every picture, and the scores of all classes it leads to."""
+    """What the semantic head starts from, the same in every image, and the scores of all classes it leads to."""
 
     class_logits: torch.Tensor
     mask_logits: torch.Tensor
@@ -368,27 +370,27 @@ def benchmark_evaluation(options: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: the numbers differ, or the options cannot work.
     """
-    counts = (options.pictures, options.rounds, options.segments, options.queries, options.instances)
+    counts = (options.images, options.rounds, options.segments, options.queries, options.instances)
     if min(*counts, *options.size) < 1 or options.classes < 2:
-        raise ValueError("--pictures, --rounds, --size, --segments, --queries, --instances: 1 or more; --classes: 2")
+        raise InputError("--images, --rounds, --size, --segments, --queries, --instances: 1 or more; --classes: 2")
     peer = load_peer("published_evaluation")
     with tempfile.TemporaryDirectory() as folder, one_thread():
-        pictures, head = made_up_predictions(Path(folder), options)
+        images, head = made_up_predictions(Path(folder), options)
         tasks = evaluation_tasks(peer, head, options.classes)
         for ours, published, same in tasks.values():
-            for picture in pictures:
-                if not same(ours(picture), published(picture)):
-                    raise ValueError(f"picture {picture.record['image_id']}: ours and the published steps differ")
+            for ground_truth in images:
+                if not same(ours(ground_truth), published(ground_truth)):
+                    raise InputError(f"image {ground_truth.record['image_id']}: ours and the published steps differ")
         rows = {}
         for name, (ours, published, _) in tasks.items():
             both = {"ours": ours, "published": published}
-            rounds = [evaluation_times(both, pictures, turn) for turn in range(options.rounds)]
+            rounds = [evaluation_times(both, images, turn) for turn in range(options.rounds)]
             rows[name] = _ratios(rounds)
-        added = added_to_network(pictures, options)
+        added = added_to_network(images, options)
     report = {
         "benchmark": "evaluation",
-        "picture": list(options.size),
-        **{name: getattr(options, name) for name in ("classes", "segments", "queries", "instances", "pictures")},
+        "image": list(options.size),
+        **{name: getattr(options, name) for name in ("classes", "segments", "queries", "instances", "images")},
         "tasks": rows,
         "beside_a_network": added,
         "allocator": allocator(),
@@ -397,12 +399,12 @@ def benchmark_evaluation(options: argparse.Namespace) -> dict[str, Any]:
     for name, row in rows.items():
         ours, published = (1000 * row["seconds"][key] for key in ("ours", "published"))
         print(
-            f"{name:>22}: ours {ours:7.2f} ms a picture, published {published:7.2f} ms, ratio {row['ratio']:.2f} "
+            f"{name:>22}: ours {ours:7.2f} ms an image, published {published:7.2f} ms, ratio {row['ratio']:.2f} "
             f"({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
         )
     for name, row in added.items():
-        print(f"{name:>22}: {1000 * row['seconds']:.1f} ms a picture, {100 * row['added']:+.1f} % of the network alone")
-    print(f"{len(pictures)} pictures compared in each task, all equal; allocator: {report['allocator']}")
+        print(f"{name:>22}: {1000 * row['seconds']:.1f} ms an image, {100 * row['added']:+.1f} % of the network alone")
+    print(f"{len(images)} images compared in each task, all equal; allocator: {report['allocator']}")
     return report
 
 
@@ -410,15 +412,15 @@ def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str,
     """Task -> ours, the published one, and whether what they return is the same."""
     names = [f"class {index}" for index in range(num_classes)]
 
-    def panoptic(picture: MadeUpPicture) -> dict[int, tuple]:
+    def panoptic(ground_truth: MadeUpImage) -> dict[int, tuple]:
         evaluator = PanopticEvaluator(class_names=names, thing_classes=range(num_classes // 2))
-        evaluator.process(Picture(picture.record), picture.output)
-        return evaluator.pictures[picture.record["image_id"]]
+        evaluator.process(GroundTruth(ground_truth.record), ground_truth.output)
+        return evaluator.images[ground_truth.record["image_id"]]
 
-    def published_panoptic(picture: MadeUpPicture) -> Any:
+    def published_panoptic(ground_truth: MadeUpImage) -> Any:
         counts = peer.PanopticCounts()
-        id_map, segments = picture.output["panoptic_seg"]
-        truth = picture.record["pan_seg_file_name"], picture.record["segments_info"]
+        id_map, segments = ground_truth.output["panoptic_seg"]
+        truth = ground_truth.record["pan_seg_file_name"], ground_truth.record["segments_info"]
         peer.compare_panoptic(*truth, peer.encode_panoptic(id_map), segments, counts)
         return counts
 
@@ -428,28 +430,28 @@ def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str,
         known = {k for count in theirs for k in count} <= ours.keys()
         return whole and known and all(abs(published.iou[k] - one.iou) < 1e-9 for k, one in ours.items())
 
-    def semantic(picture: MadeUpPicture) -> np.ndarray:
+    def semantic(ground_truth: MadeUpImage) -> np.ndarray:
         evaluator = SemanticEvaluator(class_names=names)
-        evaluator.process(Picture(picture.record), picture.output)
+        evaluator.process(GroundTruth(ground_truth.record), ground_truth.output)
         return evaluator.confusion
 
-    def semantic_with_head(picture: MadeUpPicture) -> np.ndarray:
+    def semantic_with_head(ground_truth: MadeUpImage) -> np.ndarray:
         labels = semantic_labels(head.class_logits, head.mask_logits)
-        return semantic(MadeUpPicture(picture.record, {"sem_seg": labels}))
+        return semantic(MadeUpImage(ground_truth.record, {"sem_seg": labels}))
 
-    def published_semantic(picture: MadeUpPicture, scores: torch.Tensor = head.scores) -> np.ndarray:
+    def published_semantic(ground_truth: MadeUpImage, scores: torch.Tensor = head.scores) -> np.ndarray:
         counts = peer.SemanticCounts(num_classes)
-        peer.compare_semantic(scores, picture.record["sem_seg_file_name"], 255, counts)
+        peer.compare_semantic(scores, ground_truth.record["sem_seg_file_name"], 255, counts)
         return counts.confusion[:-1, :-1].T
 
-    def published_with_head(picture: MadeUpPicture) -> np.ndarray:
-        return published_semantic(picture, semantic_inference(head.class_logits, head.mask_logits))
+    def published_with_head(ground_truth: MadeUpImage) -> np.ndarray:
+        return published_semantic(ground_truth, semantic_inference(head.class_logits, head.mask_logits))
 
-    def instances(picture: MadeUpPicture) -> list[dict]:
-        return encode_masks(picture.output["instances"].pred_masks)
+    def instances(ground_truth: MadeUpImage) -> list[dict]:
+        return encode_masks(ground_truth.output["instances"].pred_masks)
 
-    def published_instances(picture: MadeUpPicture) -> list[dict]:
-        return peer.encode_instances(picture.output["instances"].pred_masks)
+    def published_instances(ground_truth: MadeUpImage) -> list[dict]:
+        return peer.encode_instances(ground_truth.output["instances"].pred_masks)
 
     return {
         "panoptic quality": (panoptic, published_panoptic, same_panoptic),
@@ -459,16 +461,16 @@ def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str,
     }
 
 
-def evaluation_times(both: dict[str, Callable], pictures: Sequence[MadeUpPicture], turn: int) -> dict[str, float]:
-    """Mean seconds a picture of each, which take turns picture after picture."""
+def evaluation_times(both: dict[str, Callable], images: Sequence[MadeUpImage], turn: int) -> dict[str, float]:
+    """Mean seconds an image of each, which take turns image after image."""
     spent = dict.fromkeys(both, 0.0)
-    for index, picture in enumerate(pictures):
+    for index, ground_truth in enumerate(images):
         names = list(both) if (turn + index) % 2 == 0 else list(reversed(both))
         for name in names:
             began = time.perf_counter()
-            both[name](picture)
+            both[name](ground_truth)
             spent[name] += time.perf_counter() - began
-    return {name: seconds / len(pictures) for name, seconds in spent.items()}
+    return {name: seconds / len(images) for name, seconds in spent.items()}
 
 
 def _ratios(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
@@ -477,35 +479,35 @@ def _ratios(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {"seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios, "rounds": list(rounds)}
 
 
-def added_to_network(pictures: Sequence[MadeUpPicture], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Seconds a picture with all three tasks and their results, with the network alone, and the share that is added:
+def added_to_network(images: Sequence[MadeUpImage], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Seconds an image with all three tasks and their results, with the network alone, and the share that is added:
     in threads beside the network, and in its place."""
     work = busy_work()
-    pictures = [
-        MadeUpPicture(one.record | {"image_id": number}, one.output)
-        for number, one in zip(range(BUSY_PICTURES), itertools.cycle(pictures))
+    images = [
+        MadeUpImage(one.record | {"image_id": number}, one.output)
+        for number, one in zip(range(BUSY_IMAGES), itertools.cycle(images))
     ]
 
     def alone() -> None:
-        for _ in pictures:
+        for _ in images:
             work()
 
     def beside() -> None:
-        group = three_evaluators(pictures, options.classes)
+        group = three_evaluators(images, options.classes)
         with Background({"": group}) as background:
-            for picture in pictures:
+            for ground_truth in images:
                 work()
-                background.process(Picture(picture.record), {"": picture.output})
+                background.process(GroundTruth(ground_truth.record), {"": ground_truth.output})
         for evaluator in group:
             evaluator.results()
 
     def in_turns() -> None:
-        group = three_evaluators(pictures, options.classes)
-        for picture in pictures:
+        group = three_evaluators(images, options.classes)
+        for ground_truth in images:
             work()
-            shared = Picture(picture.record)
+            shared = GroundTruth(ground_truth.record)
             for evaluator in group:
-                evaluator.process(shared, picture.output)
+                evaluator.process(shared, ground_truth.output)
         for evaluator in group:
             evaluator.results()
 
@@ -514,7 +516,7 @@ def added_to_network(pictures: Sequence[MadeUpPicture], options: argparse.Namesp
         for name, run in zip(seconds, (alone, beside, in_turns)):
             began = time.perf_counter()
             run()
-            seconds[name].append((time.perf_counter() - began) / len(pictures))
+            seconds[name].append((time.perf_counter() - began) / len(images))
     added = {
         name: [one / base - 1 for one, base in zip(values, seconds["network alone"])]
         for name, values in seconds.items()
@@ -540,7 +542,7 @@ def busy_work() -> Callable[[], None]:
     return lambda: multiply(times)
 
 
-def three_evaluators(pictures: Sequence[MadeUpPicture], num_classes: int) -> tuple[Evaluator, ...]:
+def three_evaluators(images: Sequence[MadeUpImage], num_classes: int) -> tuple[Evaluator, ...]:
     names = [f"class {index}" for index in range(num_classes)]
     things = range(num_classes // 2)
     return (
@@ -550,16 +552,16 @@ def three_evaluators(pictures: Sequence[MadeUpPicture], num_classes: int) -> tup
     )
 
 
-def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list[MadeUpPicture], MadeUpHead]:
-    """Pictures of wavy segments, the first half of the classes things, and predictions that are a little off."""
+def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list[MadeUpImage], MadeUpHead]:
+    """Images of wavy segments, the first half of the classes things, and predictions that are a little off."""
     height, width = options.size
     generator = torch.Generator().manual_seed(0)
     class_logits = 3 * torch.randn(options.queries, options.classes + 1, generator=generator)
     coarse = 4 * torch.randn(1, options.queries, height // 16 + 1, width // 16 + 1, generator=generator)
     mask_logits = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
     head = MadeUpHead(class_logits, mask_logits, semantic_inference(class_logits, mask_logits))
-    pictures = []
-    for index in range(options.pictures):
+    images = []
+    for index in range(options.images):
         rng = np.random.default_rng(index)
         rows, columns = np.mgrid[:height, :width] + 20 * np.sin(np.mgrid[:height, :width][::-1] / 15)
         centres = rng.random((options.segments + 1, 2)) * (height, width)
@@ -592,8 +594,8 @@ def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list
             "sem_seg": head.scores.argmax(0),
             "instances": instances,
         }
-        pictures.append(MadeUpPicture(record | files, output))
-    return pictures, head
+        images.append(MadeUpImage(record | files, output))
+    return images, head
 
 
 def allocator() -> str:

@@ -31,7 +31,9 @@ from rich.table import Table
 from torch import Tensor
 
 from fcclip.config import lookup, resolve_device
-from fcclip.engine import environment_report, write_atomically
+from fcclip.engine import environment_report
+from fcclip.errors import InputError
+from fcclip.files import write_atomically
 from fcclip.ops import ENGINES, ms_deform_attn, ms_deform_attn_fused
 
 STRIDES = (32, 16, 8)  # of FC-CLIP's encoder, coarse to fine
@@ -50,7 +52,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Problem:
-    """What is attended to: `form` of FORMS, `size` "HxW" of the picture."""
+    """What is attended to: `form` of FORMS, `size` "HxW" of the image."""
 
     size: str
     batch: int
@@ -61,7 +63,7 @@ class Problem:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """Of the levels, coarse to fine."""
-        height, width = picture_size(self.size)
+        height, width = image_size(self.size)
         return [(math.ceil(height / stride), math.ceil(width / stride)) for stride in STRIDES]
 
     def tensors(self) -> list[Tensor]:
@@ -105,8 +107,8 @@ class Problem:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `ops`."""
     parser.add_argument("--device", default="auto", help="as MODEL.DEVICE (default auto)")
-    parser.add_argument("--sizes", nargs="+", metavar="HxW", help=f"pictures, e.g. {' '.join(SIZES)}")
-    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="pictures at once")
+    parser.add_argument("--sizes", nargs="+", metavar="HxW", help=f"images, e.g. {' '.join(SIZES)}")
+    parser.add_argument("--batch", type=int, nargs="+", metavar="N", help="images at once")
     parser.add_argument("--dtypes", nargs="+", metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--forms", nargs="+", default=list(FORMS), metavar="FORM", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--engines", nargs="+", metavar="ENGINE", help="default: all that can run")
@@ -144,7 +146,7 @@ def benchmark_ops(options: argparse.Namespace) -> dict[str, Any]:
         for name in names:
             lookup(kind, name, known)
     if options.rounds < 1 or min(batches) < 1:
-        raise ValueError("--rounds and --batch must be at least 1")
+        raise InputError("--rounds and --batch must be at least 1")
     engines, absent = engines_that_run(device, options.engines)
     for name, reason in absent.items():
         print(f"without '{name}': {reason}")
@@ -177,7 +179,7 @@ def benchmark_ops(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def picture_size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     """ "640x960" -> (640, 960).
 
     Raises:
@@ -185,7 +187,7 @@ def picture_size(text: str) -> tuple[int, int]:
     """
     height, _, width = text.partition("x")
     if not (height.isdigit() and width.isdigit() and int(height) and int(width)):
-        raise ValueError(f"--sizes takes HEIGHTxWIDTH in pixels, e.g. 640x960, got '{text}'")
+        raise InputError(f"--sizes takes HEIGHTxWIDTH in pixels, e.g. 640x960, got '{text}'")
     return int(height), int(width)
 
 
@@ -199,7 +201,7 @@ def engines_that_run(device: torch.device, wanted: list[str] | None) -> tuple[li
     for name in wanted or ENGINES:
         availability = lookup("engine", name, ENGINES).available(device)
         if not availability and wanted:
-            raise ValueError(f"the engine '{name}' cannot run on {device}: {availability.reason}")
+            raise InputError(f"the engine '{name}' cannot run on {device}: {availability.reason}")
         if not availability:
             absent[name] = availability.reason
     running = [name for name in dict.fromkeys(wanted or ENGINES) if name not in absent]
@@ -221,7 +223,7 @@ def check_agreement(problem: Problem, engines: list[str]) -> None:
         for one, other in zip(results[name], results[first]):
             difference, largest = float((one - other).abs().max()), float(other.abs().max())
             if not difference <= share * largest:
-                raise ValueError(
+                raise InputError(
                     f"engines '{name}' and '{first}' differ by {difference:.1e} of {largest:.1e} ({problem.form}, "
                     f"{problem.dtype})"
                 )

@@ -5,7 +5,7 @@
 
 Takes the arguments of train_net.py and looks at everything that such a run would read, without running it: the model is
 built on torch's meta device, nothing is downloaded, nothing is written. Every mismatch is named, with what to do about
-it. What training alone needs is a warning with --eval-only. Of a data set it reads the annotations and one picture, and
+it. What training alone needs is a warning with --eval-only. Of a data set it reads the annotations and one image, and
 looks whether some other files are there.
 
 Leaves with 0, with 1 if anything is wrong, with 2 when the command line cannot be read.
@@ -56,34 +56,31 @@ from fcclip.data import (
 )
 from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
 from fcclip.data.datasets.files import WHERE_DATA_IS
-from fcclip.data.replay import with_replay_mapper
 from fcclip.data.samplers import SAMPLERS
 from fcclip.data.vocabularies import PUBLISHED_FILES
-from fcclip.engine import (
-    build_multiplier,
-    build_optimizer,
-    check_finetuning,
-    check_training,
-    scale_to_world_size,
-    write_atomically,
-)
-from fcclip.engine.checkpoint import FORMER, initialise_from, is_mask2former, load_state, trained_vocabulary
-from fcclip.engine.finetuning import former_vocabulary
+from fcclip.engine import build_multiplier, build_optimizer, check_training, scale_to_world_size
 from fcclip.engine.optimizer import build_clip as build_gradient_clip
 from fcclip.engine.trainer import amp_dtype
+from fcclip.errors import InputError
 from fcclip.evaluation import build_evaluators
 from fcclip.evaluation.cityscapes import read_instance_ids
-from fcclip.evaluation.pictures import Picture
+from fcclip.evaluation.ground_truth import GroundTruth
 from fcclip.evaluation.runner import EVALUATORS
+from fcclip.files import write_atomically
+from fcclip.finetuning import check_finetuning
+from fcclip.finetuning.replay import with_replay_mapper
+from fcclip.finetuning.start import former_vocabulary
 from fcclip.modeling import FCCLIP, build_model
 from fcclip.modeling import build as parts
 from fcclip.modeling.augmentation import build_variants
-from fcclip.modeling.clip import FROZEN_PREFIX, CLIPBackbone, set_quick_gelu, tag_has_quick_gelu
-from fcclip.modeling.fingerprint import adopt_activation, clip_weights_hash
-from fcclip.modeling.weight_files import WeightFile, read_weight_file
+from fcclip.modeling.backbones.clip import FROZEN_PREFIX, CLIPBackbone, set_quick_gelu, tag_has_quick_gelu
+from fcclip.modeling.backbones.fingerprint import adopt_activation, clip_weights_hash
 from fcclip.ops import build_advice, select_engine
 from fcclip.ops.engines import automatic_engine
 from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
+from fcclip.weights import initialise_from, is_mask2former, load_state, trained_vocabulary
+from fcclip.weights.checkpoint import FORMER
+from fcclip.weights.files import WeightFile, read_weight_file
 
 OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
 _MARKS = {OK: ("✓", "green"), NOTE: ("·", "dim"), WARNING: ("!", "yellow"), ERROR: ("✗", "bold red")}
@@ -255,7 +252,7 @@ def check(args: argparse.Namespace) -> Report:
     with report.section("weights"):
         weights = check_weights(report, cfg, model, training)
     with report.section("words"):
-        trained_words = check_words(report, cfg, model, weights, training)
+        trained_words = check_same_classes(report, cfg, model, weights, training)
     with report.section("CLIP"):
         check_clip(report, cfg, model, weights)
     if training:
@@ -286,7 +283,7 @@ def check(args: argparse.Namespace) -> Report:
 
 
 def former_sets(cfg: CfgNode, training: bool) -> tuple[str, ...]:
-    """The data sets whose pictures a fine-tuning would show again."""
+    """The data sets whose images a fine-tuning would show again."""
     return tuple(cfg.FINETUNE.REPLAY_DATASETS) if training and cfg.FINETUNE.METHOD == "replay" else ()
 
 
@@ -340,7 +337,7 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, Any]]:
     """(file, key, value) of a YAML file, those of its bases first."""
     content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: no mapping of keys")
+        raise InputError(f"{path}: no mapping of keys")
     bases = content.pop("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
         yield from _pairs(path.parent / Path(base).expanduser())
@@ -363,7 +360,7 @@ def check_machine(report: Report, cfg: CfgNode) -> None:
     try:
         device = resolve_device(cfg.MODEL.DEVICE)
     except RuntimeError as error:
-        raise ValueError(f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', which is no device of torch: {error}") from error
+        raise InputError(f"MODEL.DEVICE is '{cfg.MODEL.DEVICE}', which is no device of torch: {error}") from error
     name = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     report.add(OK, f"device {device}{name}, torch {torch.__version__}, open_clip {version('open_clip_torch')}")
     with report.attempt():
@@ -462,7 +459,7 @@ def _name_all_faults(report: Report, cfg: CfgNode) -> None:
 # ---- words ----
 
 
-def check_words(
+def check_same_classes(
     report: Report, cfg: CfgNode, model: FCCLIP | None, weights: WeightFile | None, training: bool
 ) -> Vocabulary | None:
     """Vocabularies of all data sets, the training one first, which is returned; those that the weights know."""
@@ -760,7 +757,7 @@ def find_clip(name: str, pretrained: str) -> tuple[Path | None, bool | None]:
         return resolve_file(pretrained, what=_CLIP_KEY), None
     known = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in known:
-        raise ValueError(
+        raise InputError(
             f"{_CLIP_KEY}: '{pretrained}' is no open_clip tag of '{name}' (its tags: {', '.join(known) or 'none'}) and "
             f"no weights file ({', '.join(_CLIP_SUFFIXES)})"
         )
@@ -795,7 +792,7 @@ def read_clip(path: Path) -> tuple[dict[str, Tensor], str, bool | None]:
         file = read_weight_file(path, what="CLIP weights")
         tensors, notes, kind = file.tensors, file.rest.get("clip"), file.kind
     if any(key.startswith("sem_seg_head.") for key in tensors) and not clip_tensors(tensors):
-        raise ValueError(
+        raise InputError(
             f"'{path}' holds a segmenter without its CLIP: it belongs in MODEL.WEIGHTS, not in {_CLIP_KEY}"
         )
     said = notes.get("quick_gelu") if isinstance(notes, Mapping) else None
@@ -928,7 +925,7 @@ def check_settings(
         solver = scaled.SOLVER
         report.add(
             OK,
-            f"{solver.MAX_ITER:,} iterations of {solver.IMS_PER_BATCH} pictures on {max(num_gpus, 1)} process(es), "
+            f"{solver.MAX_ITER:,} iterations of {solver.IMS_PER_BATCH} images on {max(num_gpus, 1)} process(es), "
             f"{solver.OPTIMIZER}, learning rate {solver.BASE_LR:g}, {cfg.INPUT.DATASET_MAPPER_NAME}",
         )
 
@@ -960,7 +957,7 @@ def _size(num_bytes: int) -> str:
 
 
 def check_training_set(report: Report, cfg: CfgNode, name: str, needed: str) -> None:
-    """Folders and annotations are there, and one picture becomes a training sample."""
+    """Folders and annotations are there, and one image becomes a training sample."""
     dataset = _dataset(report, name)
     if dataset is None:
         return
@@ -972,13 +969,13 @@ def check_training_set(report: Report, cfg: CfgNode, name: str, needed: str) -> 
         sample = build_train_mapper(cfg, dataset.metadata)(record, np.random.default_rng(0))
         height, width = sample["image"].shape[1:]
         made = f"the first becomes a sample of {height} x {width} with {len(sample['targets'])} segments"
-        report.add(OK, f"{len(records):,} pictures; {made}")
+        report.add(OK, f"{len(records):,} images; {made}")
     files = [key for key in ("file_name", "pan_seg_file_name", "sem_seg_file_name") if key in record]
     spot_check(report, records, files, needed)
 
 
 def check_test_set(report: Report, cfg: CfgNode, name: str) -> None:
-    """Folders, annotations and evaluators are there, and ground truth of one picture fits it."""
+    """Folders, annotations and evaluators are there, and ground truth of one image fits it."""
     dataset = _dataset(report, name)
     if dataset is None:
         return
@@ -1024,7 +1021,7 @@ def check_test_set(report: Report, cfg: CfgNode, name: str) -> None:
         check_truth(report, dataset, records[0], files, size)
         height, width = sample["image"].shape[1:]
         tested = f"the first, {size[0]} x {size[1]} as its ground truth, is tested at {height} x {width}"
-        report.add(OK, f"{len(records):,} pictures; {tested}; evaluated for {', '.join(tasks)} ({kind})")
+        report.add(OK, f"{len(records):,} images; {tested}; evaluated for {', '.join(tasks)} ({kind})")
     spot_check(report, records, files, ERROR)
 
 
@@ -1057,7 +1054,7 @@ def read_records(report: Report, dataset: Dataset, places: Iterable[str], level:
     with report.attempt(level):
         records = dataset.annotations()
         if not records:
-            raise ValueError(f"data set '{dataset.name}' has no records: {', '.join(map(str, wanted))}")
+            raise InputError(f"data set '{dataset.name}' has no records: {', '.join(map(str, wanted))}")
         return records
     return None
 
@@ -1070,27 +1067,27 @@ def _below_root(path: str | Path) -> str:
 def check_truth(
     report: Report, dataset: Dataset, record: Mapping[str, Any], files: Sequence[str], size: tuple[int, int]
 ) -> None:
-    """Ground truth of one picture: of its size, with ids and classes that are known.
+    """Ground truth of one image: of its size, with ids and classes that are known.
 
     Raises:
         ValueError, OSError: a file that cannot be read.
     """
-    picture = Picture(record)
+    ground_truth = GroundTruth(record)
     truths = {}
     if "pan_seg_file_name" in files:
         known = {segment["id"] for segment in record["segments_info"]} | {0}
-        truths["pan_seg_file_name"] = (picture.id_map, known, "segment ids that its annotation does not list")
+        truths["pan_seg_file_name"] = (ground_truth.id_map, known, "segment ids that its annotation does not list")
     if "sem_seg_file_name" in files:
         known = {*range(len(dataset.metadata["stuff_classes"])), dataset.metadata["ignore_label"]}
-        truths["sem_seg_file_name"] = (picture.labels, known, "labels that are no class")
+        truths["sem_seg_file_name"] = (ground_truth.labels, known, "labels that are no class")
     if _INSTANCE_IDS in files:
-        ids = read_instance_ids(picture)  # refuses ids that Cityscapes does not have
+        ids = read_instance_ids(ground_truth)  # refuses ids that Cityscapes does not have
         truths[_INSTANCE_IDS] = (ids, {*np.unique(ids).tolist()}, "")
     for key, (values, known, what) in truths.items():
         if values.shape != size:
             shapes = [f"{height} x {width}" for height, width in (values.shape, size)]
-            text = f"{record[key]} is {shapes[0]} (height x width), its picture {shapes[1]}"
-            report.add(ERROR, text, "prepare the ground truth again for this picture")
+            text = f"{record[key]} is {shapes[0]} (height x width), its image {shapes[1]}"
+            report.add(ERROR, text, "prepare the ground truth again for this image")
         strange = sorted(set(np.unique(values).tolist()) - known)
         if strange:
             report.add(ERROR, f"{record[key]} has {what}: {strange[:5]}", "prepare the ground truth again")
@@ -1128,7 +1125,7 @@ def check_evaluation(report: Report, cfg: CfgNode, training: bool) -> None:
         report.add(ERROR, f"TEST.EXPECTED_RESULTS: {wrong[0]!r}", "a row is [task, metric, value, tolerance]")
     if cfg.TEST.AUG.ENABLED:
         variants = build_variants(cfg)
-        report.add(OK, f"TEST.AUG: a second evaluation with {len(variants)} variants of each picture")
+        report.add(OK, f"TEST.AUG: a second evaluation with {len(variants)} variants of each image")
         if training:
             report.add(NOTE, "TEST.AUG.ENABLED has an effect with --eval-only alone")
     report.add(
@@ -1151,7 +1148,7 @@ def name_next_check(report: Report, cfg: CfgNode, training: bool) -> None:
             get_dataset(name)
             names.append(name)
     if names:
-        text = "this program looks at the annotations and a few pictures of each data set"
+        text = "this program looks at the annotations and a few images of each data set"
         report.add(NOTE, text, f"for every file: python tools/check_dataset.py {shlex.join(names)}")
 
 

@@ -4,7 +4,7 @@
         [--workers N] [--training NAME] [--vocabularies FOLDER]
 
 Takes registered names (`openvocab_coco_2017_val_panoptic_with_sem_seg`, `shapes_val`, ...) and the YAML files of own
-data. Looks at the annotation file, the classes, every picture and its labels, as training and evaluation would read
+data. Looks at the annotation file, the classes, every image and its labels, as training and evaluation would read
 them; --fast leaves the pixels alone. Nothing is written but what --output and --preview ask for.
 
     error    training or evaluation stops at it, or uses wrong labels
@@ -37,9 +37,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from fcclip.checks.dataset import Finding, Report, check_dataset, choose_images
+from fcclip.checks.findings import KINDS
 from fcclip.data import dataset_vocabulary, get_dataset, read_id_map, read_image, read_label_map, root_folder
-from fcclip.data.checker import Finding, Report, check_dataset, choose_pictures
-from fcclip.data.checker_findings import KINDS
 from fcclip.data.dataset import Dataset
 from fcclip.data.own_data import is_own_data
 from fcclip.data.segmentations import fill_polygons
@@ -52,8 +52,8 @@ _PLAIN = {"error": "ERROR", "warning": "warn", "note": "note"}
 _FEW = 3  # files of a group that are named without --all
 _LINE_EVERY_S = 10  # of progress, where there is no terminal
 _MOST_WORKERS = 16
-_ENOUGH = 500  # pictures that tell something about the speed
-_CELL = (768, 576)  # (width, height) of a picture in the preview, pixels
+_ENOUGH = 500  # images that tell something about the speed
+_CELL = (768, 576)  # (width, height) of an image in the preview, pixels
 _CAPTION_PX = 18
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.preview and report.records is not None:
             path = _preview_path(args.output, report.dataset)
             number = write_preview(report, path, args.preview)
-            console.print(Text(f"{number} pictures with their labels: {path}"))
+            console.print(Text(f"{number} images with their labels: {path}"))
         console.print()
     if args.output:
         content = {"schema": 1, "reports": [report.as_dict() for report in reports]}
@@ -103,7 +103,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+", metavar="NAME_OR_YAML", help="registered data sets, or YAML files")
     parser.add_argument("--fast", action="store_true", help="decode no pixels: annotation files, headers, existence")
-    parser.add_argument("--preview", type=int, metavar="N", help="write a sheet of N pictures with their labels drawn")
+    parser.add_argument("--preview", type=int, metavar="N", help="write a sheet of N images with their labels drawn")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="write every finding and every class there, as JSON"
     )
@@ -159,7 +159,7 @@ def _training(training: str | None, name: str, vocabularies: str) -> Vocabulary:
 
 @contextlib.contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """What is called with (pictures done, pictures in all): a bar on a terminal, a line now and then elsewhere."""
+    """What is called with (images done, images in all): a bar on a terminal, a line now and then elsewhere."""
     console = Console(stderr=True)
     if not console.is_terminal:
         last = [time.monotonic()]
@@ -167,7 +167,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
         def line(done: int, total: int) -> None:
             if time.monotonic() - last[0] >= _LINE_EVERY_S:
                 last[0] = time.monotonic()
-                print(f"{name}: {done:,} of {total:,} pictures", file=sys.stderr, flush=True)
+                print(f"{name}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
 
         yield line
         return
@@ -209,12 +209,12 @@ def summary(report: Report) -> dict[str, str]:
         lines["vocabulary"] = f"'{words.name}' ({origin}), {of_words}"
     if report.records is not None:
         published = "" if report.num_published is None else f" (published: {report.num_published:,})"
-        lines["pictures"] = f"{report.num_pictures:,}{published}"
+        lines["images"] = f"{report.num_images:,}{published}"
     if report.classes:
         things = sum(one.thing is True for one in report.classes)
         kinds = f"{things} things, {len(report.classes) - things} stuff"
         kinds = "things and stuff are not told apart" if report.classes[0].thing is None else kinds
-        used = sum(one.pictures > 0 for one in report.classes)
+        used = sum(one.images > 0 for one in report.classes)
         use = f", {used} of them used" if report.knows_classes else ""
         lines["classes"] = f"{len(report.classes)}{use}; {kinds}"
         if report.training is not None:
@@ -260,8 +260,8 @@ def _verdict(report: Report, seconds: float, *, marked: bool, coloured: bool) ->
         sign, state, style = "!", "usable; look at the warnings", "yellow"
     else:
         sign, state, style = "✓", "in order", "bold green"
-    enough = report.num_pictures >= _ENOUGH
-    speed = f", {report.num_pictures / seconds:,.0f} pictures a second" if enough else ""
+    enough = report.num_images >= _ENOUGH
+    speed = f", {report.num_images / seconds:,.0f} images a second" if enough else ""
     how = "; pixels were not decoded" if report.fast else ""
     found = f" ({', '.join(words)})" if words else ""
     text = f"{sign + ' ' if marked else ''}{report.dataset}: {state}{found}; checked in {seconds:.1f} s{speed}{how}"
@@ -284,8 +284,8 @@ def _preview_path(output: Path | None, name: str) -> Path:
 
 
 def write_preview(report: Report, path: Path, number: int) -> int:
-    """Writes a sheet of pictures with their labels; returns how many there are on it."""
-    positions = choose_pictures(report, number)
+    """Writes a sheet of images with their labels; returns how many there are on it."""
+    positions = choose_images(report, number)
     if not positions:
         return 0
     records = [report.records[position] for position in positions]
@@ -301,7 +301,7 @@ def write_preview(report: Report, path: Path, number: int) -> int:
 
 
 def _fitted(report: Report, record: Mapping[str, Any]) -> Image.Image | None:
-    """A picture with its labels that fits into a cell; None if it cannot be read: with --fast nobody has tried."""
+    """An image with its labels that fits into a cell; None if it cannot be read: with --fast nobody has tried."""
     try:
         drawn = Image.fromarray(_drawn(report, record))
     except (ValueError, OSError):
@@ -311,7 +311,7 @@ def _fitted(report: Report, record: Mapping[str, Any]) -> Image.Image | None:
 
 
 def _cell(drawn: Image.Image | None, caption: str, width: int) -> np.ndarray:
-    """(H, W, 3) uint8, a picture above its name on a piece of paper of this width."""
+    """(H, W, 3) uint8, an image above its name on a piece of paper of this width."""
     height = _CELL[1]
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), _CAPTION_PX)
     paper = Image.new("RGB", (width, height + 2 * _CAPTION_PX), _PAPER)
@@ -320,14 +320,14 @@ def _cell(drawn: Image.Image | None, caption: str, width: int) -> np.ndarray:
         pen.text((width // 2, height // 2), "cannot be read", _INK, font, anchor="mm")
     else:
         paper.paste(drawn, ((width - drawn.width) // 2, height - drawn.height))
-    most = max(4, int(width / (0.7 * _CAPTION_PX)))  # letters, of which the last ones tell pictures apart
+    most = max(4, int(width / (0.7 * _CAPTION_PX)))  # letters, of which the last ones tell images apart
     caption = caption if len(caption) <= most else f"…{caption[1 - most :]}"
     pen.text((width // 2, height + _CAPTION_PX), caption, _INK, font, anchor="mm")
     return np.asarray(paper)
 
 
 def _drawn(report: Report, record: Mapping[str, Any]) -> np.ndarray:
-    """The picture with its labels; first made as small as it will be shown, so that names stay readable."""
+    """The image with its labels; first made as small as it will be shown, so that names stay readable."""
     image = read_image(record["file_name"])
     names = [one.name for one in report.classes]
     step = max(1, round(max(image.shape[1] / _CELL[0], image.shape[0] / _CELL[1])))

@@ -25,10 +25,13 @@ import torch
 from torch import Tensor
 
 from fcclip.config import load_config, resolve_file
-from fcclip.engine import clip_fingerprint, load_state, save_checkpoint, write_safetensors
+from fcclip.engine import save_checkpoint
+from fcclip.errors import InputError, MissingFileError
 from fcclip.modeling import FCCLIP, build_model
-from fcclip.modeling.clip import FROZEN_PREFIX
-from fcclip.modeling.weight_files import VERSIONS, WeightFile, read_weight_file
+from fcclip.modeling.backbones.clip import FROZEN_PREFIX
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
+from fcclip.weights import load_state, write_safetensors
+from fcclip.weights.files import VERSIONS, WeightFile, read_weight_file
 
 LAYOUTS = {
     "published": "all but the CLIP, with the class weights of the loss; as in the published files",
@@ -86,7 +89,7 @@ def convert(args: argparse.Namespace) -> None:
     output = Path(args.output)
     check_output(output, force=args.force)
     if args.opts and not args.config_file:
-        raise ValueError(f"KEY VALUE needs --config-file (got {' '.join(args.opts)})")
+        raise InputError(f"KEY VALUE needs --config-file (got {' '.join(args.opts)})")
     file = read_weight_file(resolve_file(args.input, what="INPUT"), what="INPUT")
     print(f"read  {args.input}: {file.kind} file, {describe(file.tensors)}{also(file.rest)}")
     model = build(args, file) if args.config_file else None
@@ -110,11 +113,11 @@ def convert(args: argparse.Namespace) -> None:
 def check_output(output: Path, *, force: bool) -> None:
     """Refuses an output that could not or must not be written, before anything is read."""
     if output.suffix not in SUFFIXES:
-        raise ValueError(f"OUTPUT must end in {', '.join(SUFFIXES)}, got '{output}'")
+        raise InputError(f"OUTPUT must end in {', '.join(SUFFIXES)}, got '{output}'")
     if output.is_dir():
         raise IsADirectoryError(f"OUTPUT '{output}' is a folder; give the name of a file")
     if not output.parent.is_dir():
-        raise FileNotFoundError(f"the folder of OUTPUT, '{output.parent}', does not exist")
+        raise MissingFileError(f"the folder of OUTPUT, '{output.parent}', does not exist")
     if output.exists() and not force:
         raise FileExistsError(f"OUTPUT '{output}' exists; it is overwritten with --force only")
 
@@ -140,7 +143,7 @@ def arrange(
     unknown = [name for name in tensors if not name.startswith(known)]
     if unknown or VOID not in tensors:
         reason = f"it holds '{unknown[0]}'" if unknown else f"it lacks '{VOID}'"
-        raise ValueError(f"--layout {layout} is for weights of FC-CLIP, which INPUT does not hold: {reason}")
+        raise InputError(f"--layout {layout} is for weights of FC-CLIP, which INPUT does not hold: {reason}")
     there = model.state_dict() if model is not None else {}
     wanted = {name: value for name, value in tensors.items() if name.startswith(TRAINED)}
     if layout != "trainable":
@@ -154,7 +157,7 @@ def class_weights(tensors: Mapping[str, Tensor], there: Mapping[str, Tensor], la
     """The class weights of the file, else those of the config."""
     found = tensors.get(CLASS_WEIGHTS, there.get(CLASS_WEIGHTS))
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"--layout {layout} needs '{CLASS_WEIGHTS}', which INPUT does not hold; give the --config-file of the "
             "weights, which says how many classes they were trained with"
         )
@@ -166,12 +169,12 @@ def whole_clip(tensors: Mapping[str, Tensor], there: Mapping[str, Tensor], model
     held = {name: value for name, value in tensors.items() if name.startswith(FROZEN_PREFIX) and name not in CONSTANTS}
     absent = [part for part in CLIP_PARTS if not any(name.startswith(FROZEN_PREFIX + part) for name in held)]
     if model is None and absent:
-        raise ValueError(
+        raise InputError(
             f"--layout full needs the CLIP, of which INPUT lacks {', '.join(absent)}; give the --config-file of the "
             "weights, which says what CLIP they were trained on"
         )
     if model is not None and model.backbone.pretrained == "":
-        raise ValueError(
+        raise InputError(
             "--layout full needs the CLIP, but that of the config has random weights; set "
             "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"
         )
@@ -193,7 +196,7 @@ def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[
         if found[name] is value or torch.equal(found[name].to(value.dtype), value):
             continue
         if (found[name].isinf() & value.isfinite()).any():
-            raise ValueError(f"'{name}' has numbers too large for --dtype {str(dtype).removeprefix('torch.')}")
+            raise InputError(f"'{name}' has numbers too large for --dtype {str(dtype).removeprefix('torch.')}")
         rounded.append(name)
     return found, rounded
 
@@ -217,7 +220,7 @@ def without_training(rest: Mapping[str, Any], *, weights_only: bool, as_json: bo
     """
     state = [name for name, value in rest.items() if (as_json and not is_json(value))]
     if state and not weights_only:
-        raise ValueError(
+        raise InputError(
             f"INPUT holds the state of a training ({', '.join(state)}), which .safetensors cannot hold: write .pth, or "
             "leave it out with --weights-only"
         )
@@ -237,12 +240,12 @@ def write(output: Path, tensors: Mapping[str, Tensor], rest: Mapping[str, Any], 
     """Writes the file, whole or not at all."""
     odd = [name for name, value in tensors.items() if value.layout is not torch.strided or value.is_quantized]
     if odd:
-        raise ValueError(f"'{odd[0]}' is a sparse or quantised tensor; only plain ones can be converted")
+        raise InputError(f"'{odd[0]}' is a sparse or quantised tensor; only plain ones can be converted")
     if output.suffix == ".safetensors":
         write_safetensors(output, tensors, {**rest, **({VERSIONS: dict(versions)} if versions else {})})
         return
     if "model" in rest:
-        raise ValueError("INPUT has a note called 'model', which is where .pth holds the weights")
+        raise InputError("INPUT has a note called 'model', which is where .pth holds the weights")
     state = OrderedDict((name, value.clone(memory_format=torch.contiguous_format)) for name, value in tensors.items())
     if versions:
         state._metadata = OrderedDict(versions)

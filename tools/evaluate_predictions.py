@@ -8,7 +8,7 @@ NAME is a registered data set or the path of a YAML. Formats:
 --saved      what an evaluation wrote: <output>/<data set>, with one folder for each mode or none
 --panoptic   COCO panoptic: a JSON with `annotations`, PNGs of segment ids in --panoptic-folder
 --instances  COCO results: a JSON list of {image_id, category_id, score, segmentation or bbox}
---semantic   a folder of label maps, one a picture and named like it
+--semantic   a folder of label maps, one an image and named like it
 
 Category ids are the data set's own; the values of label maps are 0..K-1 unless --label-offset or --label-ids dataset
 says otherwise. Prints the table that an evaluation prints, and writes results.json into --output.
@@ -24,17 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fcclip.data import Dataset, dataset_vocabulary, get_dataset
-from fcclip.evaluation import (
-    LabelSource,
-    PanopticSource,
-    ResultsSource,
-    SavedSource,
-    copypaste_lines,
-    evaluate_predictions,
-    format_table,
-    saved_modes,
-    write_results,
-)
+from fcclip.evaluation import copypaste_lines, format_table, saved_modes, write_results
+from fcclip.reports import LabelSource, PanopticSource, ResultsSource, SavedSource, evaluate_predictions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,15 +69,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--label-ids", choices=("contiguous", "dataset"), default="contiguous", help="0..K-1, or the data set's own ids"
     )
-    parser.add_argument("--label-suffix", default="", metavar="TEXT", help="behind the picture's name, such as _pred")
+    parser.add_argument("--label-suffix", default="", metavar="TEXT", help="behind the image's name, such as _pred")
     parser.add_argument(
         "--missing",
         choices=("error", "empty"),
         default="error",
-        help="pictures without a prediction: refuse them, or count them as empty (default: error)",
+        help="images without a prediction: refuse them, or count them as empty (default: error)",
     )
     parser.add_argument("--training-set", metavar="NAME", help="data set whose classes count as seen")
-    parser.add_argument("--first", type=int, metavar="N", help="only the first pictures of the data set")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first images of the data set")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for results.json and files of the evaluators")
     args = parser.parse_args(arguments)
     if (args.saved is None) == (args.panoptic is None and args.instances is None and args.semantic is None):

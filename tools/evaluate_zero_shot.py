@@ -1,16 +1,16 @@
 """One command for the whole table: every benchmark that is there, then a row as in the model zoo.
 
     python tools/evaluate_zero_shot.py --weights FILE [--config-file FILE] [--datasets NAME ...] [--output FOLDER]
-        [--num-gpus N] [--resume] [--pictures N] [--oracle masks|classes] [KEY VALUE ...]
+        [--num-gpus N] [--resume] [--images N] [--oracle masks|classes] [KEY VALUE ...]
 
-Each data set is evaluated with the picture sizes, outputs and words it was published with; a KEY that is given wins,
+Each data set is evaluated with the image sizes, outputs and words it was published with; a KEY that is given wins,
 and its figures are then not compared. Beside the row stand the published one of the same backbone and the difference.
 Without --datasets, a model trained on COCO is evaluated on the nine benchmarks (those that are missing are named), any
 other on its config's DATASETS.TEST.
 
 Writes into FOLDER: results.json, results.md, log.txt, and for each data set its predictions. An evaluation that was
 interrupted goes on with --resume, also with another number of processes, and gives the numbers of one that was not.
---pictures adds a page, page/index.html, with the best, the median and the worst pictures of each data set. --oracle
+--images adds a page, page/index.html, with the best, the median and the worst images of each data set. --oracle
 shows what would be with true masks and predicted classes (masks), or predicted masks and true classes (classes).
 Leaves with 0; with 1 after an error, or when a figure is not the published one within its tolerance; with 2 when the
 command line cannot be read.
@@ -30,27 +30,28 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
+from fcclip.comm import get_rank, get_world_size, is_main_process
 from fcclip.config import load_config, resolve_device, resolve_file
 from fcclip.data import dataset_vocabulary, get_dataset, joined
 from fcclip.engine import (
     ProcessFailedError,
     RunLock,
     apply_numeric_settings,
-    clip_fingerprint,
     close_logging,
     duration,
     environment_report,
-    get_rank,
-    get_world_size,
-    is_main_process,
     launch,
-    load_weights,
     log_exception,
     lost_processes_named,
     setup_logging,
-    write_atomically,
 )
-from fcclip.evaluation import (
+from fcclip.errors import InputError, MissingFileError
+from fcclip.evaluation import current_commit, evaluate, format_table
+from fcclip.files import write_atomically
+from fcclip.modeling import FCCLIP, build_model, test_modes
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
+from fcclip.modeling.build import build_inference_settings
+from fcclip.reports import (
     FAIL,
     MIOU_RULE,
     ORACLES,
@@ -60,19 +61,15 @@ from fcclip.evaluation import (
     backbone_of,
     backbone_of_weights,
     cells_of,
-    current_commit,
     default_sets,
     differences,
-    evaluate,
-    format_table,
     logged_figures,
     plan_sets,
     write_page,
 )
-from fcclip.modeling import FCCLIP, build_model, test_modes
-from fcclip.modeling.build import build_inference_settings
-from fcclip.modeling.weight_files import read_weight_file
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import load_weights
+from fcclip.weights.files import read_weight_file
 
 logger = logging.getLogger("fcclip.evaluate_zero_shot")
 MODES = ("ensemble", "in_vocabulary", "out_of_vocabulary")
@@ -86,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cfg = read_config(args)
         plans, missing = plan_sets(cfg, args.datasets, given=args.opts[::2])
         if not plans:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"none of the data sets is there; looked at {', '.join(missing.values())}. Set $DETECTRON2_DATASETS to "
                 "the folder of all data sets, or name some with --datasets."
             )
@@ -115,9 +112,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: output/zero_shot/<name of the weights>")
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes on this machine (default: 1)")
     parser.add_argument("--resume", action="store_true", help="go on with the predictions in the output folder")
-    parser.add_argument("--first", type=int, metavar="N", help="only the first pictures of each data set")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first images of each data set")
     parser.add_argument(
-        "--pictures", type=int, default=0, metavar="N", help="N best, median and worst ones of each set on a page"
+        "--images", type=int, default=0, metavar="N", help="N best, median and worst ones of each set on a page"
     )
     parser.add_argument("--oracle", choices=ORACLES, help="masks or classes: what is true instead of predicted")
     parser.add_argument(
@@ -144,8 +141,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"overrides come in pairs KEY VALUE, got {len(args.opts)} words: {' '.join(args.opts)}")
     if args.first is not None and args.first < 1:
         parser.error(f"--first must be 1 or more, got {args.first}")
-    if args.pictures < 0:
-        parser.error(f"--pictures must be 0 or more, got {args.pictures}")
+    if args.images < 0:
+        parser.error(f"--images must be 0 or more, got {args.images}")
     name = Path(args.weights).stem + (f"_true_{args.oracle}" if args.oracle else "")
     args.output = args.output or Path("output", "zero_shot", name)
     return args
@@ -177,7 +174,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
         return load_config(told, overrides)
     backbone = backbone_of_weights({key: tuple(value.shape) for key, value in file.tensors.items()})
     if backbone is None:
-        raise ValueError(
+        raise InputError(
             f"'{args.weights}' does not tell its config and fits none of the published backbones; give --config-file"
         )
     print(f"'{args.weights}' is of {backbone['name']}: taking {backbone['config']}")
@@ -195,7 +192,7 @@ def prepare_output(args: argparse.Namespace, plans: Sequence[Plan]) -> None:
         return
     for plan in plans:
         for path in sorted((args.output / plan.dataset.name).glob("**/predictions/header.json")):
-            raise ValueError(
+            raise InputError(
                 f"'{path.parent}' holds predictions of an earlier evaluation. --resume goes on with them; choose "
                 "another --output, or remove the folder, to begin anew."
             )
@@ -260,14 +257,14 @@ def evaluate_sets(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
         notes = notes_of(cfg, args, model, time.perf_counter() - start)
         report = report_of(done, found, vocabularies, training, missing, args, notes)
         write_report(report, args.output)
-    if report is not None and args.pictures:
+    if report is not None and args.images:
         page = make_page(report, plans, found, args)
-        logger.info("page with pictures: %s", page)
+        logger.info("page with images: %s", page)
     return report
 
 
 def make_page(report: Report, plans: Sequence[Plan], found: Mapping[str, Mapping], args: argparse.Namespace) -> Path:
-    """The page with pictures of the first mode."""
+    """The page with images of the first mode."""
     sets = []
     for plan in plans:
         mode, results = next(iter(found[plan.dataset.name].items()))
@@ -275,7 +272,7 @@ def make_page(report: Report, plans: Sequence[Plan], found: Mapping[str, Mapping
         folder = folder / mode if len(found[plan.dataset.name]) > 1 else folder
         sets.append(PageSet(plan.dataset, folder, results))
     title = "Zero-shot evaluation" + (f" with true {args.oracle}" if args.oracle else "")
-    return write_page(report, sets, args.output / "page", pictures=args.pictures, title=title)
+    return write_page(report, sets, args.output / "page", images=args.images, title=title)
 
 
 def report_of(
@@ -294,13 +291,11 @@ def report_of(
     reasons, sets, cells = {}, {}, {}
     for plan in plans:
         name, vocabulary = plan.dataset.name, vocabularies[plan.dataset.name]
-        num_pictures = min(plan.num_pictures, args.first or plan.num_pictures)
-        reasons[name] = differences(
-            plan, vocabulary=vocabulary, training=training, num_pictures=num_pictures, extra=extra
-        )
+        num_images = min(plan.num_images, args.first or plan.num_images)
+        reasons[name] = differences(plan, vocabulary=vocabulary, training=training, num_images=num_images, extra=extra)
         cells[name] = cells_of(name, found[name], backbone=backbone, reasons=reasons[name])
         sets[name] = {
-            "pictures": num_pictures,
+            "images": num_images,
             "vocabulary": vocabulary.name,
             "vocabulary_sha256": vocabulary.hash,
             "published_vocabulary": vocabulary.is_published,
@@ -338,7 +333,7 @@ def notes_of(cfg: CfgNode, args: argparse.Namespace, model: FCCLIP, seconds: flo
         "weights": str(args.weights),
         "config": f"{args.config_file or 'the one of the weights'} {' '.join(args.opts)}".strip(),
         "ensemble": f"alpha {alpha:g}, beta {beta:g}",
-        **({"pictures": f"only the first {args.first} of each data set"} if args.first else {}),
+        **({"images": f"only the first {args.first} of each data set"} if args.first else {}),
         **({"oracle": f"true {args.oracle} instead of predicted ones"} if args.oracle else {}),
         "mIoU rule": MIOU_RULE,
         "CLIP": f"{clip.get('architecture')}, {clip.get('pretrained') or 'no tag'}, weights {clip['weights'][:12]}",

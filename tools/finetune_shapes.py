@@ -3,9 +3,9 @@
     python tools/finetune_shapes.py [--output FOLDER] [--figure FILE] [--iterations N] [--methods plain replay distill]
 
 The shipped segmenter, which was trained on the seen classes, learns the five orange shapes it has never seen from
-pictures of another world in which nothing else is labelled: a data set of the user's own, described by a YAML file.
+images of another world in which nothing else is labelled: a data set of the user's own, described by a YAML file.
 Every stage is what a user would call: datasets/prepare_shapes.py and train_net.py with FINETUNE.METHOD. Before and
-after are measured on `shapes_val`, which holds all classes, and on own pictures. Called again, it goes on where it was
+after are measured on `shapes_val`, which holds all classes, and on own images. Called again, it goes on where it was
 interrupted.
 """
 
@@ -27,15 +27,15 @@ import yaml
 from PIL import Image
 
 from fcclip.data import get_dataset, read_id_map
-from fcclip.data.shapes_world import SETS
-from fcclip.evaluation import format_comparison
+from fcclip.finetuning import format_comparison
+from fcclip.preparation.shapes_world import SETS
 from fcclip.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = "configs/shapes/fcclip_shapes.yaml"
 WEIGHTS = "shapes_fcclip.safetensors"
 OWN = ("orange square", "orange triangle", "orange star", "orange heart", "orange cross")
-WORLD_SEED, OWN_SEED = 0, 1  # the world of the former data and of the tests; the one of the own pictures
+WORLD_SEED, OWN_SEED = 0, 1  # the world of the former data and of the tests; the one of the own images
 OWN_SETS = tuple(name for name in SETS if name != "train")  # sets that show unseen classes, or may
 METHODS = {
     "plain": (),
@@ -49,9 +49,9 @@ GROUPS = {"own": "own classes (5, new)", "seen": "former classes (40)", "unseen"
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("output/finetuning"), help="folder (default: %(default)s)")
-    parser.add_argument("--figure", type=Path, help="picture to write (default: finetuning.png in the folder)")
+    parser.add_argument("--figure", type=Path, help="image to write (default: finetuning.png in the folder)")
     parser.add_argument("--iterations", type=int, default=300, help="of each fine-tuning (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=2000, help="former training pictures (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=2000, help="former training images (default: %(default)s)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys for every fine-tuning, after --")
     args = parser.parse_args(arguments)
@@ -72,9 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(output: Path, args: argparse.Namespace) -> dict[str, dict]:
     """Method -> the content of its finetune.json."""
-    worlds = {"world": (WORLD_SEED, args.pictures), "own_world": (OWN_SEED, 1)}
-    for name, (seed, pictures) in worlds.items():
-        words = ("--seed", str(seed), "--pictures", str(pictures), "--out", str(output / name))
+    worlds = {"world": (WORLD_SEED, args.images), "own_world": (OWN_SEED, 1)}
+    for name, (seed, images) in worlds.items():
+        words = ("--seed", str(seed), "--images", str(images), "--out", str(output / name))
         call("datasets/prepare_shapes.py", *words)
     train = write_own_data(output / "own" / "train", output / "own_world", OWN_SETS)
     test = write_own_data(output / "own" / "test", output / "world", ("val",))
@@ -110,9 +110,9 @@ def call(script: str, *arguments: str) -> None:
 
 
 def write_own_data(folder: Path, world: Path, splits: Sequence[str]) -> Path:
-    """Pictures of a world that show an orange shape, with these labelled and nothing else; returns the YAML."""
+    """Images of a world that show an orange shape, with these labelled and nothing else; returns the YAML."""
     kept = [index for index, name in enumerate(Vocabulary.builtin("shapes").class_names) if name in OWN]
-    for name in ("pictures", "labels"):
+    for name in ("images", "labels"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for split in splits:
@@ -122,7 +122,7 @@ def write_own_data(folder: Path, world: Path, splits: Sequence[str]) -> Path:
                 continue
             number, source = len(images) + 1, Path(record["file_name"])
             stem = f"{split}_{source.stem}"
-            (folder / "pictures" / f"{stem}.jpg").write_bytes(source.read_bytes())
+            (folder / "images" / f"{stem}.jpg").write_bytes(source.read_bytes())
             ids = [one["id"] for one in segments]
             write_labels(folder / "labels" / f"{stem}.png", record["pan_seg_file_name"], ids)
             size = {"height": record["height"], "width": record["width"]}
@@ -138,7 +138,7 @@ def write_own_data(folder: Path, world: Path, splits: Sequence[str]) -> Path:
     words = {entry.name: ", ".join(entry.synonyms) for entry in Vocabulary.builtin("shapes").classes}
     description = {
         "type": "panoptic",
-        "images": "pictures",
+        "images": "images",
         "annotations": "labels.json",
         "masks": "labels",
         "classes": [words[name] for name in OWN],
@@ -146,7 +146,7 @@ def write_own_data(folder: Path, world: Path, splits: Sequence[str]) -> Path:
     }
     path = folder / f"orange_{folder.name}.yaml"
     path.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
-    print(f"{path}: {len(images)} pictures, {sum(len(one['segments_info']) for one in annotations)} orange shapes")
+    print(f"{path}: {len(images)} images, {sum(len(one['segments_info']) for one in annotations)} orange shapes")
     return path
 
 

@@ -3,7 +3,7 @@
     python tools/quickstart.py [--output FOLDER] [--short]
 
 Every stage is what a user would call: datasets/prepare_shapes.py, train_net.py, fcclip.evaluation, fcclip.Segmenter.
-The length is given in pictures and iterations, never in time. `--short` only proves that every stage runs; its numbers
+The length is given in images and iterations, never in time. `--short` only proves that every stage runs; its numbers
 mean nothing.
 """
 
@@ -26,20 +26,20 @@ from PIL import Image
 from fcclip import Segmenter
 from fcclip.config import load_config, resolve_device
 from fcclip.data import dataset_vocabulary, get_dataset, read_id_map, read_image
-from fcclip.engine import load_weights
 from fcclip.evaluation import evaluate, format_table, write_results
 from fcclip.modeling import build_model, test_modes
 from fcclip.ops import build_advice
 from fcclip.structures import Segment
 from fcclip.visualization import contact_sheet, draw_panoptic
+from fcclip.weights import load_weights
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = "configs/shapes/fcclip_shapes.yaml"
 SEED = 0  # of the world
 SETS = ("shapes_val", "shapes_val_seen", "shapes_val_unseen")
-ROWS_DRAWN = 4  # pictures of each set on its sheet
+ROWS_DRAWN = 4  # images of each set on its sheet
 
-SHORT_RENDER = ("--pictures", "40")
+SHORT_RENDER = ("--images", "40")
 SHORT_IMAGES = 8  # evaluated of each set
 SHORT_TRAIN = ("SOLVER.MAX_ITER", "20", "SOLVER.STEPS", "(15,)", "SOLVER.IMS_PER_BATCH", "4")
 
@@ -47,7 +47,7 @@ SHORT_TRAIN = ("SOLVER.MAX_ITER", "20", "SOLVER.STEPS", "(15,)", "SOLVER.IMS_PER
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder (default: output/quickstart, with --short output/short)")
-    parser.add_argument("--short", action="store_true", help="few pictures and few iterations")
+    parser.add_argument("--short", action="store_true", help="few images and few iterations")
     args = parser.parse_args(arguments)
     output = (args.output or Path("output", "short" if args.short else "quickstart")).expanduser().resolve()
     os.environ["DETECTRON2_DATASETS"] = str(output / "datasets")
@@ -71,14 +71,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sets = evaluate_sets(cfg, SHORT_IMAGES if args.short else None)
     with stage("draw", seconds):
         segmenter = Segmenter(cfg)
-        sheets = [draw_set(segmenter, name, output / "pictures") for name in SETS]
+        sheets = [draw_set(segmenter, name, output / "images") for name in SETS]
 
     write_results(results_file, sets, seconds={name: round(value, 1) for name, value in seconds.items()})
     title = f"zero-shot on the shapes world after {cfg.SOLVER.MAX_ITER} iterations, percent"
     print(format_table(sets, title=title))
     print(f"results:  {results_file}")
     for sheet in sheets:
-        print(f"pictures: {sheet}")
+        print(f"images: {sheet}")
     return 0
 
 
@@ -109,7 +109,7 @@ def evaluate_sets(cfg: CfgNode, max_images: int | None) -> dict:
 
 
 def draw_set(segmenter: Segmenter, name: str, folder: Path) -> Path:
-    """Draws the first pictures of a data set: picture, ground truth, prediction. Returns the sheet's file."""
+    """Draws the first images of a data set: image, ground truth, prediction. Returns the sheet's file."""
     folder.mkdir(parents=True, exist_ok=True)
     dataset = get_dataset(name)
     vocabulary = dataset_vocabulary(dataset)
@@ -121,7 +121,7 @@ def draw_set(segmenter: Segmenter, name: str, folder: Path) -> Path:
         drawn_truth = draw_panoptic(image, ids, truth, vocabulary.class_names, scores=False)
         rows.append([image, drawn_truth, segmenter(image, words=vocabulary).draw()])
     sheet = folder / f"{name}.png"
-    Image.fromarray(contact_sheet(rows, titles=("picture", "ground truth", "prediction"))).save(sheet)
+    Image.fromarray(contact_sheet(rows, titles=("image", "ground truth", "prediction"))).save(sheet)
     return sheet
 
 

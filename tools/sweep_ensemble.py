@@ -22,10 +22,11 @@ from rich.table import Table
 
 from fcclip.config import load_config
 from fcclip.data import get_dataset
-from fcclip.engine import load_weights
+from fcclip.errors import InputError
 from fcclip.evaluation import EVALUATORS, evaluate, format_value
-from fcclip.evaluation.zero_shot import benchmark, set_config
 from fcclip.modeling import build_model
+from fcclip.reports.zero_shot import benchmark, set_config
+from fcclip.weights import load_weights
 
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 METRICS = {"PQ": ("panoptic", "panoptic_seg"), "AP": ("instance", "segm"), "mIoU": ("semantic", "sem_seg")}
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     metric = args.metric or next(name for name in ("PQ", "mIoU", "AP") if METRICS[name][0] in heads)
     head, task = METRICS[metric]
     if head not in heads:
-        raise ValueError(f"data set '{dataset.name}' is evaluated for {', '.join(heads)}, which gives no {metric}")
+        raise InputError(f"data set '{dataset.name}' is evaluated for {', '.join(heads)}, which gives no {metric}")
     only = {f"MODEL.MASK_FORMER.TEST.{one.upper()}_ON": str(one == head) for one, _ in METRICS.values()}
     words = [word for pair in only.items() for word in pair]
     cfg = load_config(args.config_file, [*words, *args.opts])
@@ -83,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--betas", nargs="+", type=float, default=STEPS, help="for unseen ones (default: %(default)s)")
     parser.add_argument("--metric", choices=METRICS, help="default: PQ where there is one, else mIoU, else AP")
-    parser.add_argument("--first", type=int, metavar="N", help="only the first pictures")
+    parser.add_argument("--first", type=int, metavar="N", help="only the first images")
     parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides")
     return parser.parse_args(arguments)
 

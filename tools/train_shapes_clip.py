@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcclip.data.shapes_world import COLOURS, GROUNDS, PICTURE_SIZE, SHAPES, render_picture, world_classes
+from fcclip.errors import InputError
+from fcclip.preparation.shapes_world import COLOURS, GROUNDS, IMAGE_SIZE, SHAPES, render_image, world_classes
 from fcclip.vocabulary import TEMPLATES, prompts
 
 ASSETS = Path(__file__).resolve().parents[1] / "fcclip" / "assets"
@@ -72,34 +73,34 @@ def normalise(images: Tensor) -> Tensor:
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------------- images
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Rendered pictures to cut crops from."""
+    """Rendered images to cut crops from."""
 
     images: np.ndarray  # (N, 256, 256, 3) uint8
     piece_maps: np.ndarray  # (N, 256, 256) uint8, the piece at every pixel; grounds come first
-    piece_classes: list[np.ndarray]  # per picture, (pieces,) class index
-    piece_areas: list[np.ndarray]  # per picture, (pieces,) visible pixels
-    piece_centres: list[np.ndarray]  # per picture, (pieces, 2) row and column of the middle of the box around the piece
+    piece_classes: list[np.ndarray]  # per image, (pieces,) class index
+    piece_areas: list[np.ndarray]  # per image, (pieces,) visible pixels
+    piece_centres: list[np.ndarray]  # per image, (pieces, 2) row and column of the middle of the box around the piece
 
 
 def _render_for_pool(task: tuple[int, str, int]) -> tuple[np.ndarray, ...]:
-    picture = render_picture(*task)
-    _, jpeg = cv2.imencode(".jpg", picture.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
+    pixels = render_image(*task)
+    _, jpeg = cv2.imencode(".jpg", pixels.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
     image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1]
-    places = [np.nonzero(picture.piece_map == i) for i in range(len(picture.pieces))]
+    places = [np.nonzero(pixels.piece_map == i) for i in range(len(pixels.pieces))]
     centres = np.array(
         [[(rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2] for rows, columns in places]
     )
-    classes = np.array([piece.category_id - 1 for piece in picture.pieces])
-    return image, picture.piece_map, classes, np.array([piece.visible_area for piece in picture.pieces]), centres
+    classes = np.array([piece.category_id - 1 for piece in pixels.pieces])
+    return image, pixels.piece_map, classes, np.array([piece.visible_area for piece in pixels.pieces]), centres
 
 
-def render_pool(*, seed: int, rule_name: str, num_pictures: int, workers: int) -> Pool:
-    tasks = [(seed, rule_name, i) for i in range(num_pictures)]
+def render_pool(*, seed: int, rule_name: str, num_images: int, workers: int) -> Pool:
+    tasks = [(seed, rule_name, i) for i in range(num_images)]
     if workers > 1:
         with multiprocessing.get_context("spawn").Pool(workers) as processes:
             rendered = processes.map(_render_for_pool, tasks, chunksize=16)
@@ -133,7 +134,7 @@ def sample_crops(
     plain: float = 0.0,
     attributes: float = 0.0,
 ) -> CropBatch:
-    """Random crops that are `size_px` wide after enlarging the pictures by about `scale`.
+    """Random crops that are `size_px` wide after enlarging the images by about `scale`.
 
     A share `plain` of them shows mainly one shape and tells of that one only; a share `attributes` of these gets a
     second caption about form or colour alone.
@@ -141,7 +142,7 @@ def sample_crops(
     images, captions, crop_of_caption, mentioned, present = [], [], [], [], []
     while len(images) < num_crops:
         index = int(rng.integers(len(pool.images)))
-        window_px = min(round(size_px / (scale * math.exp(rng.uniform(-0.2, 0.2)))), PICTURE_SIZE)
+        window_px = min(round(size_px / (scale * math.exp(rng.uniform(-0.2, 0.2)))), IMAGE_SIZE)
         is_plain = rng.random() < plain
         crop = _choose_window(rng, pool, index, window_px, around_shape=0.88 if is_plain else 0.55)
         classes = pool.piece_classes[index]
@@ -171,7 +172,7 @@ def _choose_window(
     rng: np.random.Generator, pool: Pool, index: int, window_px: int, *, around_shape: float
 ) -> tuple[slice, slice]:
     """Most windows are laid around a shape, some on bare ground, the others anywhere."""
-    last = PICTURE_SIZE - window_px
+    last = IMAGE_SIZE - window_px
     top, left = rng.integers(0, last + 1, size=2)
     kind = rng.random()
     if kind < around_shape:
@@ -390,10 +391,10 @@ def gate(clip: nn.Module, *, singles: Pool, tune: Pool, input_px: int) -> dict[s
         logits = class_logits(clip.visual(enlarge(images, input_px)), words, owners, clip.logit_scale)[:, :48]
         for row, classes in zip(logits, singles.piece_classes[begin : begin + 32], strict=True):
             figures["single"].append((int(row.argmax()) == int(classes[-1]), float(row.softmax(0).max())))
-    scale = input_px / PICTURE_SIZE
+    scale = input_px / IMAGE_SIZE
     for image, classes, centres in zip(singles.images, singles.piece_classes, singles.piece_centres, strict=True):
         side = 112
-        top, left = np.clip(centres[-1] - side / 2, 0, PICTURE_SIZE - side).astype(int)
+        top, left = np.clip(centres[-1] - side / 2, 0, IMAGE_SIZE - side).astype(int)
         crop = image[None, top : top + side, left : left + side]
         logits = class_logits(
             clip.visual(enlarge(crop, round(side * scale / 32) * 32)), words, owners, clip.logit_scale
@@ -421,8 +422,8 @@ def gate(clip: nn.Module, *, singles: Pool, tune: Pool, input_px: int) -> dict[s
 
 FLOORS = {"single": 95.0, "unseen": 70.0, "grounds": 85.0}
 MEANINGS = {
-    "single": "single-shape pictures, whole picture, 48 classes",
-    "crop": "single-shape pictures, crop around the shape, 48 classes",
+    "single": "single-shape images, whole image, 48 classes",
+    "crop": "single-shape images, crop around the shape, 48 classes",
     "seen": "ground-truth masks on tune, seen things, all classes",
     "unseen": "ground-truth masks on tune, unseen things, all classes",
     "grounds": "ground-truth masks on tune, grounds, all classes",
@@ -459,7 +460,7 @@ def load_clip(architecture: Path, weights: Path) -> nn.Module:
     """The CLIP of a JSON with the weights of a file, in float32."""
     for path, meaning in ((architecture, "architecture (--architecture)"), (weights, "weights (--output)")):
         if not path.is_file():
-            raise ValueError(f"no {meaning} at {path}")
+            raise InputError(f"no {meaning} at {path}")
     clip = build_clip(architecture)
     clip.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
     return clip.eval()
@@ -482,16 +483,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[256],
-        help="widths to which the gate enlarges the pictures; the first one decides",
+        help="widths to which the gate enlarges the images; the first one decides",
     )
     parser.add_argument(
         "--gate-seed", type=int, default=0, help="world of the gate (default 0, the one that is shipped)"
     )
     parser.add_argument(
-        "--gate-pictures", type=int, default=200, help="pictures of the set tune, and twice as many with a single shape"
+        "--gate-images", type=int, default=200, help="images of the set tune, and twice as many with a single shape"
     )
     parser.add_argument("--seed", type=int, default=90001, help="world to train on; must not be the gate's")
-    parser.add_argument("--pictures", type=int, default=5000, help="pictures to cut crops from")
+    parser.add_argument("--images", type=int, default=5000, help="images to cut crops from")
     parser.add_argument("--iterations", type=int, default=6000)
     parser.add_argument("--pixels-per-batch", type=int, default=393_216, help="crops of a batch times their area")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
@@ -506,7 +507,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not options.gate_only:
             if options.seed == options.gate_seed:
-                raise ValueError(f"--seed and --gate-seed are both {options.seed}: the gate needs pictures of its own")
+                raise InputError(f"--seed and --gate-seed are both {options.seed}: the gate needs images of its own")
             run_training(options)
         return 0 if run_gate(options) else 1
     except (ValueError, OSError) as error:
@@ -516,16 +517,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run_training(options: argparse.Namespace) -> None:
     if not options.output.parent.is_dir():
-        raise ValueError(f"--output {options.output}: there is no folder {options.output.parent}")
-    print(f"rendering {options.pictures} pictures, seed {options.seed}", flush=True)
-    pool = render_pool(seed=options.seed, rule_name="clip", num_pictures=options.pictures, workers=options.workers)
+        raise InputError(f"--output {options.output}: there is no folder {options.output.parent}")
+    print(f"rendering {options.images} images, seed {options.seed}", flush=True)
+    pool = render_pool(seed=options.seed, rule_name="clip", num_images=options.images, workers=options.workers)
     torch.manual_seed(options.seed)
     clip = build_clip(options.architecture)
     start_weights(clip)
     recipe = {"iterations": options.iterations, "pixels_per_batch": options.pixels_per_batch}
     recipe |= {"seed": options.seed, "learning_rate": options.learning_rate}
     architecture = json.loads(options.architecture.read_text(encoding="utf-8"))
-    metadata = {"architecture": architecture, "training": {**recipe, "pictures": options.pictures}}
+    metadata = {"architecture": architecture, "training": {**recipe, "images": options.images}}
     train(clip, pool, **recipe, on_log=lambda so_far: save_clip(so_far, options.output, metadata))
     save_clip(clip, options.output, metadata)
     print(f"wrote {options.output} ({options.output.stat().st_size / 2**20:.1f} MiB)")
@@ -534,10 +535,10 @@ def run_training(options: argparse.Namespace) -> None:
 def run_gate(options: argparse.Namespace) -> bool:
     clip = load_clip(options.architecture, options.output)
     singles = render_pool(
-        seed=options.gate_seed, rule_name="single", num_pictures=2 * options.gate_pictures, workers=options.workers
+        seed=options.gate_seed, rule_name="single", num_images=2 * options.gate_images, workers=options.workers
     )
     tune = render_pool(
-        seed=options.gate_seed, rule_name="tune", num_pictures=options.gate_pictures, workers=options.workers
+        seed=options.gate_seed, rule_name="tune", num_images=options.gate_images, workers=options.workers
     )
     results = []
     for input_px in options.input:
@@ -546,7 +547,7 @@ def run_gate(options: argparse.Namespace) -> bool:
         print(format_gate(figures, input_px=input_px))
         seconds = forward_seconds(clip, input_px=input_px)
         print(
-            f"{'passed' if results[-1] else 'FAILED'}; trunk, 8 pictures, {options.threads} threads: {seconds:.3f} s\n",
+            f"{'passed' if results[-1] else 'FAILED'}; trunk, 8 images, {options.threads} threads: {seconds:.3f} s\n",
             flush=True,
         )
     return results[0]

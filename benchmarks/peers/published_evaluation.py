@@ -35,7 +35,7 @@ class PanopticCounts:
 
 
 def encode_panoptic(id_map: torch.Tensor) -> bytes:
-    """The PNG of a predicted id map, as it is kept until all pictures are done."""
+    """The PNG of a predicted id map, as it is kept until all images are done."""
     ids = id_map.cpu().numpy().copy()
     colours = np.zeros((*ids.shape, 3), dtype=np.uint8)
     for channel in range(3):
@@ -59,7 +59,7 @@ def compare_panoptic(
     predicted_segments: Sequence[Mapping],
     counts: PanopticCounts,
 ) -> None:
-    """Adds one picture to the counts."""
+    """Adds one image to the counts."""
     truth_map, predicted_map = decode_panoptic(truth_file), decode_panoptic(io.BytesIO(predicted_png))
     truth = {segment["id"]: segment for segment in truth_segments}
     predicted = {segment["id"]: dict(segment) for segment in predicted_segments}
@@ -125,7 +125,7 @@ class SemanticCounts:
 
 
 def compare_semantic(scores: torch.Tensor, truth_file: str, ignore_label: int, counts: SemanticCounts) -> None:
-    """Adds one picture to the counts; scores are (classes, h, w)."""
+    """Adds one image to the counts; scores are (classes, h, w)."""
     predicted = np.array(scores.argmax(dim=0).to("cpu"), dtype=int)
     truth = np.array(Image.open(truth_file), dtype=int)
     truth[truth == ignore_label] = counts.num_classes

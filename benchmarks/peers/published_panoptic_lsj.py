@@ -1,7 +1,7 @@
 """The published training mapper `coco_panoptic_lsj`, step by step and in its order.
 
 What `tools/benchmark.py mapper` measures ours against. Each step does what the published one does, on what it does it
-on: the flip and the enlarged picture are whole arrays, the id PNG goes through the same geometry as three channels and
+on: the flip and the enlarged image are whole arrays, the id PNG goes through the same geometry as three channels and
 is decoded to ids at the size of the canvas, and every segment gets a mask of its own and a tight box, which no loss
 reads. Written from the published behaviour; imports nothing of fcclip, so that it can disagree.
 """
@@ -73,8 +73,8 @@ def map_record(record: dict, rng: np.random.RandomState | np.random.Generator, *
 
 def read_rgb(path: str) -> np.ndarray:
     """(H, W, 3) uint8, upright."""
-    with open(path, "rb") as file, Image.open(file) as picture:
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    with open(path, "rb") as file, Image.open(file) as image:
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def tight_boxes(masks: torch.Tensor) -> torch.Tensor:

@@ -166,19 +166,19 @@ def _dataloader() -> CfgNode:
     loader = CN()
     loader.NUM_WORKERS = 4  # processes per rank; 0 loads in the training process
     loader.FILTER_EMPTY_ANNOTATIONS = (
-        True  # leave out pictures whose `annotations` are all crowd; panoptic records have none
+        True  # leave out images whose `annotations` are all crowd; panoptic records have none
     )
-    loader.ASPECT_RATIO_GROUPING = True  # batches of wide or of tall pictures
+    loader.ASPECT_RATIO_GROUPING = True  # batches of wide or of tall images
     loader.SAMPLER_TRAIN = "TrainingSampler"  # or RepeatFactorTrainingSampler, which shows rare classes more often
     loader.REPEAT_THRESHOLD = 0.0
     loader.REPEAT_SQRT = True
-    loader.MAX_BAD_IMAGES = 0  # unreadable pictures skipped, counted and named in each process before training stops
+    loader.MAX_BAD_IMAGES = 0  # unreadable images skipped, counted and named in each process before training stops
     return loader
 
 
 def _input() -> CfgNode:
     inputs = CN()
-    inputs.FORMAT = "BGR"  # channel order of the pictures given to the model
+    inputs.FORMAT = "BGR"  # channel order of the images given to the model
     # How a record becomes a training sample: coco_panoptic_lsj, coco_instance_lsj, mask_former_semantic,
     # mask_former_panoptic or mask_former_instance.
     inputs.DATASET_MAPPER_NAME = "mask_former_semantic"
@@ -205,7 +205,7 @@ def _input() -> CfgNode:
 def _solver() -> CfgNode:
     solver = CN()
     solver.OPTIMIZER = "ADAMW"  # or SGD
-    solver.IMS_PER_BATCH = 16  # pictures per step over all processes
+    solver.IMS_PER_BATCH = 16  # images per step over all processes
     solver.BASE_LR = 0.001
     solver.MOMENTUM = 0.9  # SGD only
     solver.NESTEROV = False  # SGD only
@@ -256,11 +256,11 @@ def _finetune() -> CfgNode:
     tuning = CN()
     # What a training that starts from weights of FC-CLIP (MODEL.WEIGHTS) does against forgetting: "", nothing, and it
     # compares nothing (published) | plain, nothing, but results before and after are compared | replay, shows former
-    # pictures too | distill, keeps what the start says of the same pictures in the former words.
+    # images too | distill, keeps what the start says of the same images in the former words.
     tuning.METHOD = ""
     tuning.VOCABULARY = ""  # former classes: a data set or a vocabulary file; "": as the checkpoint says
-    tuning.REPLAY_DATASETS = ()  # replay: former training sets; each picture is trained with the words of its own set
-    tuning.REPLAY_SHARE = 0.5  # replay: share of the pictures of each batch that is theirs, 0 up to less than 1
+    tuning.REPLAY_DATASETS = ()  # replay: former training sets; each image is trained with the words of its own set
+    tuning.REPLAY_SHARE = 0.5  # replay: share of the images of each batch that is theirs, 0 up to less than 1
     tuning.REPLAY_MAPPER = ""  # replay: INPUT.DATASET_MAPPER_NAME for them; "": the same
     tuning.DISTILL_WEIGHT = 1.0  # distill: factor of the losses towards the start, beside the ordinary ones
     return tuning
@@ -276,7 +276,7 @@ def _test() -> CfgNode:
     test.QUERY_CHUNK = 0  # masks held at the output size at once; 0: what fits into 64 MiB (GPU: 256 MiB)
     test.CLASS_CHUNK = 0  # classes whose semantic scores are held at once, some rows of them; 0: all
     test.AUG = CN()
-    test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each picture
+    test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each image
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels
     test.AUG.MAX_SIZE = 4000  # limit of the longer side
     test.AUG.FLIP = True  # each size mirrored too

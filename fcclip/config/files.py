@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fcclip.errors import InputError, MissingFileError
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -37,7 +39,7 @@ def resolve_file(name: str | Path, *, what: str = "file") -> Path:
     shipped = ", ".join(
         sorted(path.name for path in assets_dir().glob("*.*") if path.suffix in (".json", ".safetensors"))
     )
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{what} '{name}' not found: there is no such file (looked at {given.absolute()}) and no shipped asset of that "
         f"name (shipped: {shipped or 'none'}). Give the path of an existing file."
     )
@@ -60,7 +62,7 @@ def find_config(name: str | Path) -> Path:
     by_name = {path.name: relative for relative, path in shipped.items()}
     close = difflib.get_close_matches(given.name, by_name, n=3)
     hint = f" Did you mean {' or '.join(repr(by_name[one]) for one in close)}?" if close else ""
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"config file '{name}' not found (looked at {given.absolute()} and below the shipped configs folder).{hint}"
     )
 
@@ -85,9 +87,9 @@ def resolve_device(name: str) -> torch.device:
     device = torch.device(name)
     available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
     if not available():
-        raise ValueError(
+        raise InputError(
             f"MODEL.DEVICE is '{name}', but torch {torch.__version__} sees no such device here. Use 'auto' or 'cpu'."
         )
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise ValueError(f"MODEL.DEVICE is '{name}', but this machine has {torch.cuda.device_count()} GPU(s)")
+        raise InputError(f"MODEL.DEVICE is '{name}', but this machine has {torch.cuda.device_count()} GPU(s)")
     return device

@@ -14,6 +14,7 @@ from fvcore.common.config import CfgNode
 
 from fcclip.config.defaults import WITHOUT_EFFECT, get_cfg
 from fcclip.config.files import find_config
+from fcclip.errors import InputError, MissingFileError
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
     for key, value in _flatten(_read(source, chain=())):
         _assign(cfg, key, value, where=str(path))
     if len(overrides) % 2:
-        raise ValueError(
+        raise InputError(
             f"overrides come in pairs KEY VALUE, got {len(overrides)} words: {' '.join(map(str, overrides))}"
         )
     for key, value in zip(overrides[::2], overrides[1::2]):
@@ -62,19 +63,19 @@ def keys_without_effect(path: str | Path) -> dict[str, str]:
 def _read(path: Path, chain: tuple[Path, ...]) -> dict:
     """The mapping of a YAML file merged over its bases."""
     if path.resolve() in chain:
-        raise ValueError(f"{path}: _BASE_ leads back to itself: {' -> '.join(map(str, [*chain, path]))}")
+        raise InputError(f"{path}: _BASE_ leads back to itself: {' -> '.join(map(str, [*chain, path]))}")
     try:
         own = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a plain YAML file: {error}. Python objects in YAML are not read.") from error
+        raise InputError(f"{path} is not a plain YAML file: {error}. Python objects in YAML are not read.") from error
     if not isinstance(own, dict):
-        raise ValueError(f"{path}: expected a mapping of keys at the top, got {type(own).__name__}")
+        raise InputError(f"{path}: expected a mapping of keys at the top, got {type(own).__name__}")
     bases = own.pop("_BASE_", [])
     merged: dict = {}
     for base in [bases] if isinstance(bases, str) else bases:
         base_path = path.parent / Path(base).expanduser()
         if not base_path.is_file():
-            raise FileNotFoundError(f"{path}: its _BASE_ '{base}' does not exist (looked at {base_path})")
+            raise MissingFileError(f"{path}: its _BASE_ '{base}' does not exist (looked at {base_path})")
         _update(merged, _read(base_path, (*chain, path.resolve())))
     _update(merged, own)
     return merged
@@ -130,10 +131,10 @@ def _assign(cfg: CfgNode, key: str, value: Any, *, where: str) -> None:
             by_last[one] for one in difflib.get_close_matches(name, by_last, n=1)
         ]
         hint = f" Did you mean '{close[0]}'?" if close else ""
-        raise ValueError(f"{where}: unknown key '{key}'.{hint}")
+        raise InputError(f"{where}: unknown key '{key}'.{hint}")
     default = node[name]
     if isinstance(default, CfgNode):
-        raise ValueError(f"{where}: '{key}' is a group of keys ({', '.join(default)}), got the value {value!r}")
+        raise InputError(f"{where}: '{key}' is a group of keys ({', '.join(default)}), got the value {value!r}")
     node[name] = _convert(value, default, key, where)
 
 
@@ -147,4 +148,4 @@ def _convert(value: Any, default: Any, key: str, where: str) -> Any:
     if isinstance(default, str) and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     expected = {tuple: "list", list: "list"}.get(type(default), type(default).__name__)
-    raise ValueError(f"{where}: '{key}' takes a {expected} (default {default!r}), got {type(value).__name__} {value!r}")
+    raise InputError(f"{where}: '{key}' takes a {expected} (default {default!r}), got {type(value).__name__} {value!r}")

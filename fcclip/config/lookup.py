@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from fcclip.errors import InputError
+
 Value = TypeVar("Value")
 
 
@@ -22,7 +24,7 @@ def lookup(kind: str, name: str, known: Mapping[str, Value]) -> Value:
     """
     if name in known:
         return known[name]
-    raise ValueError(f"unknown {kind} '{name}'.{nearest(name, known)} Known: {', '.join(sorted(known)) or 'none'}.")
+    raise InputError(f"unknown {kind} '{name}'.{nearest(name, known)} Known: {', '.join(sorted(known)) or 'none'}.")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

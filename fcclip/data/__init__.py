@@ -4,7 +4,7 @@ catalog.py       DATASETS, get_dataset: every data set by name
 own_data.py      own_dataset: what a YAML file of the user describes
 dataset.py       Dataset: what the catalog holds; joined: several to train on
 datasets/        one module a family of data sets, and the readers they share
-images.py        reading pictures, id PNGs and label maps, with errors that name the file
+images.py        reading images, id PNGs and label maps, with errors that name the file
 segmentations.py polygons and run-length codes to masks, segments to classes
 transforms.py    geometry of the published augmentations and of the test-time resize
 color_jitter.py  colour augmentation
@@ -13,10 +13,10 @@ samplers.py      which record comes when
 transport.py     how records and batches travel between processes
 vocabularies.py  dataset_vocabulary: the words of a data set
 loaders.py       build_train_loader, build_test_loader
-replay.py        build_replay_loader: former pictures among the new ones
+replay.py        build_replay_loader: former images among the new ones
 shapes_world.py  renderer of the shapes world
 checker.py       check_dataset: everything that can be wrong with the files of a data set; its parts are
-                 checker_findings.py, checker_annotations.py, checker_pictures.py and checker_processes.py
+                 checker_findings.py, checker_annotations.py, checker_images.py and checker_processes.py
 preparation.py, preparation_files.py  what the programs datasets/prepare_*.py share
 """
 
@@ -26,7 +26,6 @@ from fcclip.data.images import image_size, read_id_map, read_image, read_label_m
 from fcclip.data.loaders import TestLoader, TrainLoader, build_test_loader, build_train_loader
 from fcclip.data.mappers import MAPPERS, build_test_mapper, build_train_mapper
 from fcclip.data.own_data import is_own_data, own_dataset
-from fcclip.data.replay import build_replay_loader, replayed_pictures
 from fcclip.data.samplers import inference_share
 from fcclip.data.segmentations import paint_classes
 from fcclip.data.transforms import LargeScaleJitter, resize_image, shortest_edge_size
@@ -39,7 +38,6 @@ __all__ = [
     "LargeScaleJitter",
     "TestLoader",
     "TrainLoader",
-    "build_replay_loader",
     "build_test_loader",
     "build_test_mapper",
     "build_train_loader",
@@ -56,7 +54,6 @@ __all__ = [
     "read_id_map",
     "read_image",
     "read_label_map",
-    "replayed_pictures",
     "resize_image",
     "root_folder",
     "shortest_edge_size",

@@ -17,6 +17,7 @@ from fcclip.data.datasets.mapillary_vistas import mapillary_vistas_panoptic
 from fcclip.data.datasets.pascal import pascal_context_59, pascal_context_459, pascal_voc_20, pascal_voc_21
 from fcclip.data.datasets.shapes import shapes_panoptic
 from fcclip.data.own_data import is_own_data, own_dataset
+from fcclip.errors import InputError
 
 __all__ = ["DATASETS", "Dataset", "distinct_datasets", "get_dataset", "root_folder"]
 
@@ -64,7 +65,7 @@ def get_dataset(name: str, root: str | Path | None = None) -> Dataset:
     if is_own_data(name):
         return own_dataset(name)
     if name not in DATASETS and Path(name).expanduser().exists():
-        raise ValueError(
+        raise InputError(
             f"data set '{name}' is a path, but not of a YAML file. Write one that describes the data set (see "
             'GETTING_STARTED.md, "Your own data"), and give its path.'
         )
@@ -82,7 +83,7 @@ def distinct_datasets(names: Iterable[str]) -> list[Dataset]:
     for name in names:
         dataset = get_dataset(name)
         if dataset.name in found:
-            raise ValueError(
+            raise InputError(
                 f"two data sets of DATASETS.TEST, '{found[dataset.name][0]}' and '{name}', are named '{dataset.name}', "
                 "the name that results are stored by. Leave one out, or rename its YAML."
             )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fcclip.data.images import image_size
+from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
 __all__ = ["Dataset", "joined"]
@@ -56,17 +57,17 @@ class Dataset:
             return self.load()
 
     def records(self) -> list[dict]:
-        """One dict a picture: `file_name, image_id, height, width` and the ground truth of its kind.
+        """One dict an image: `file_name, image_id, height, width` and the ground truth of its kind.
 
-        Sizes that the annotation file does not give are read from the headers of the pictures.
+        Sizes that the annotation file does not give are read from the headers of the images.
 
         Raises:
-            FileNotFoundError: a folder, file or picture is not where it should be.
+            FileNotFoundError: a folder, file or image is not where it should be.
             ValueError: an annotation file is broken, or there is not one record.
         """
         records = self.annotations()
         if not records:
-            raise ValueError(f"data set '{self.name}' has no records: {self._source()} lists no picture.")
+            raise InputError(f"data set '{self.name}' has no records: {self._source()} lists no image.")
         unsized = [record for record in records if "height" not in record]
         with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
             for record, (height, width) in zip(unsized, pool.map(image_size, [r["file_name"] for r in unsized])):
@@ -90,13 +91,13 @@ def joined(datasets: Sequence[Dataset]) -> Dataset:
     first = datasets[0]
     for other in datasets[1:]:
         if other.vocabulary != first.vocabulary and other.own_vocabulary().hash != first.own_vocabulary().hash:
-            raise ValueError(
+            raise InputError(
                 "the data sets of DATASETS.TRAIN have different classes, so a label would mean several: "
                 f"{_difference(first, other)}. Train on data sets with the same list of classes."
             )
         labels = [one.metadata["ignore_label"] for one in (first, other) if "ignore_label" in one.metadata]
         if len(set(labels)) > 1:
-            raise ValueError(
+            raise InputError(
                 f"the data sets '{first.name}' and '{other.name}' of DATASETS.TRAIN have the ignore labels {labels[0]} "
                 f"and {labels[1]}; give unlabelled pixels the same value in both"
             )

@@ -1,4 +1,4 @@
-"""Reading pictures, id PNGs and label maps from the disk; every failure names the file."""
+"""Reading images, id PNGs and label maps from the disk; every failure names the file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fcclip.errors import InputError, MissingFileError
+
 __all__ = [
     "Header",
     "image_size",
@@ -19,11 +21,11 @@ __all__ = [
     "read_id_map",
     "read_image",
     "read_label_map",
-    "read_picture",
+    "read_pil_image",
 ]
 
 _ORIENTATION_TAG = 0x0112
-_TO_UPRIGHT = {  # value of the EXIF orientation tag: what turns the stored picture upright
+_TO_UPRIGHT = {  # value of the EXIF orientation tag: what turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -37,29 +39,29 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.D
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB, upright as its EXIF orientation says; otherwise as `read_picture`."""
-    return np.array(read_picture(path))
+    """(H, W, 3) uint8 RGB, upright as its EXIF orientation says; otherwise as `read_pil_image`."""
+    return np.array(read_pil_image(path))
 
 
-def read_picture(path: str | Path) -> Image.Image:
+def read_pil_image(path: str | Path) -> Image.Image:
     """The same as Pillow holds it: mode "RGB", in memory, upright.
 
-    Grey and palette pictures get three channels, CMYK is converted, an alpha channel is dropped without blending, and
+    Grey and palette images get three channels, CMYK is converted, an alpha channel is dropped without blending, and
     of 16 bits a channel the higher 8 are taken.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture, is cut off, or has pixels without a fixed black and white.
+        ValueError: the file is no image, is cut off, or has pixels without a fixed black and white.
     """
-    with _opened(path) as picture:
-        upright = _TO_UPRIGHT.get(_orientation(picture))
-        picture = _three_channels(picture)
-        return picture if upright is None else picture.transpose(upright)
+    with _opened(path) as image:
+        upright = _TO_UPRIGHT.get(_orientation(image))
+        image = _three_channels(image)
+        return image if upright is None else image.transpose(upright)
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a picture file says of itself before its pixels are decoded.
+    """What an image file says of itself before its pixels are decoded.
 
     Args:
         format: Pillow's name of the format, e.g. "JPEG".
@@ -82,25 +84,25 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of a picture; its pixels may still turn out to be broken.
+    """The header of an image; its pixels may still turn out to be broken.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture.
+        ValueError: the file is no image.
     """
-    with _opened(path) as picture:
-        is_deep = _is_deep(picture)  # before anything may decode pixels
-        orientation = _orientation(picture)
+    with _opened(path) as image:
+        is_deep = _is_deep(image)  # before anything may decode pixels
+        orientation = _orientation(image)
         turned = orientation if orientation in _TO_UPRIGHT else 1
-        return Header(picture.format or "", picture.mode, (picture.height, picture.width), turned, is_deep)
+        return Header(image.format or "", image.mode, (image.height, image.width), turned, is_deep)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of the upright picture in pixels, from its header.
+    """(height, width) of the upright image in pixels, from its header.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture.
+        ValueError: the file is no image.
     """
     return read_header(path).upright
 
@@ -110,16 +112,16 @@ def read_id_map(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture, is cut off, or has more than 8 bits a channel.
+        ValueError: the file is no image, is cut off, or has more than 8 bits a channel.
     """
-    with _opened(path) as picture:
-        if _is_deep(picture):
-            raise ValueError("an id PNG has 8 bits a channel, this one 16 or more, of which half would be lost")
+    with _opened(path) as image:
+        if _is_deep(image):
+            raise InputError("an id PNG has 8 bits a channel, this one 16 or more, of which half would be lost")
         colours, order = None, cv2.COLOR_BGR2RGBA
-        if (picture.format, picture.mode) == ("PNG", "RGB"):  # OpenCV is a fifth faster; of a broken file it makes None
+        if (image.format, image.mode) == ("PNG", "RGB"):  # OpenCV is a fifth faster; of a broken file it makes None
             colours = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
         if colours is None:
-            colours, order = np.asarray(_three_channels(picture)), cv2.COLOR_RGB2RGBA
+            colours, order = np.asarray(_three_channels(image)), cv2.COLOR_RGB2RGBA
     ids = cv2.cvtColor(colours, order).view("<i4")[..., 0]  # 4 bytes a pixel are one little-endian integer
     ids &= 0xFFFFFF
     return ids.astype(np.int32, copy=False)
@@ -130,26 +132,26 @@ def read_label_map(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no picture, is cut off, or does not have one whole number a pixel.
+        ValueError: the file is no image, is cut off, or does not have one whole number a pixel.
     """
-    with _opened(path) as picture:
-        if picture.mode not in ("L", "P", "I") and not picture.mode.startswith("I;16"):
-            raise ValueError(
+    with _opened(path) as image:
+        if image.mode not in ("L", "P", "I") and not image.mode.startswith("I;16"):
+            raise InputError(
                 f"a label map has one whole number a pixel (grey of 8 or 16 bit, or palette indices), this file has "
-                f"Pillow's mode '{picture.mode}', {_described(picture.mode)}"
+                f"Pillow's mode '{image.mode}', {_described(image.mode)}"
             )
-        return np.asarray(picture).astype(np.int32)
+        return np.asarray(image).astype(np.int32)
 
 
 @contextmanager
 def _opened(path: str | Path) -> Iterator[Image.Image]:
     path = Path(path)
     try:
-        with Image.open(path) as picture:
-            yield picture
+        with Image.open(path) as image:
+            yield image
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path}: no such picture, though the data set lists it. Restore the file, or check that the root folder "
+        raise MissingFileError(
+            f"{path}: no such image, though the data set lists it. Restore the file, or check that the root folder "
             "($DETECTRON2_DATASETS) is the one you mean."
         ) from error
     except PermissionError:
@@ -157,17 +159,17 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     except _UNREADABLE as error:
         found = str(error)
         if isinstance(error, UnidentifiedImageError):
-            found = "the file has no known picture format"
+            found = "the file has no known image format"
         if path.is_file() and path.stat().st_size == 0:
             found = "the file is empty (0 bytes)"
-        raise ValueError(f"{path}: cannot be read as a picture: {found}. Copy or prepare the file again.") from error
+        raise InputError(f"{path}: cannot be read as an image: {found}. Copy or prepare the file again.") from error
 
 
-def _orientation(picture: Image.Image) -> int:
+def _orientation(image: Image.Image) -> int:
     try:
-        if picture.format == "PNG" and not _has_notes_behind_pixels(picture.filename):
-            return Image.Image.getexif(picture).get(_ORIENTATION_TAG, 1)  # that of a PNG would decode all pixels first
-        return picture.getexif().get(_ORIENTATION_TAG, 1)
+        if image.format == "PNG" and not _has_notes_behind_pixels(image.filename):
+            return Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)  # that of a PNG would decode all pixels first
+        return image.getexif().get(_ORIENTATION_TAG, 1)
     except _UNREADABLE:  # a broken EXIF block says nothing about the pixels
         return 1
 
@@ -186,25 +188,25 @@ def _has_notes_behind_pixels(path: str) -> bool:
     return False
 
 
-def _three_channels(picture: Image.Image) -> Image.Image:
+def _three_channels(image: Image.Image) -> Image.Image:
     """8 bits a channel, RGB; Pillow alone would turn every grey above 255 into white."""
-    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):  # "I" before Pillow 11
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if picture.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are {_described(picture.mode)}, of which nothing says what is black and what is white; store "
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # "I" before Pillow 11
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(
+            f"its pixels are {_described(image.mode)}, of which nothing says what is black and what is white; store "
             "it with 8 or 16 bits a channel"
         )
-    if picture.mode == "RGB":
-        picture.load()
-        return picture
-    return picture.convert("RGB")
+    if image.mode == "RGB":
+        image.load()
+        return image
+    return image.convert("RGB")
 
 
-def _is_deep(picture: Image.Image) -> bool:
+def _is_deep(image: Image.Image) -> bool:
     """Whether a channel has more than 8 bits in the file; to be asked before the pixels are decoded."""
-    stored = " ".join(str(tile[3]) for tile in picture.tile)  # 16 bits a channel, e.g. "RGB;16B", are read as "RGB"
-    return picture.mode[0] in "IF" or ";16" in stored
+    stored = " ".join(str(tile[3]) for tile in image.tile)  # 16 bits a channel, e.g. "RGB;16B", are read as "RGB"
+    return image.mode[0] in "IF" or ";16" in stored
 
 
 def _described(mode: str) -> str:

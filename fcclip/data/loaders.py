@@ -26,6 +26,7 @@ from fcclip.data.mappers import (
 )
 from fcclip.data.samplers import Draw, TrainingBatches, build_stream, inference_batches, inference_share
 from fcclip.data.transport import CompactRecords, PackedBatch
+from fcclip.errors import InputError
 
 __all__ = ["LoaderError", "TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
 
@@ -36,7 +37,7 @@ TIMEOUT_S = 600  # without a batch from the loading processes before they count 
 
 
 class LoaderError(RuntimeError):
-    """A process that loads pictures died or hangs."""
+    """A process that loads images died or hangs."""
 
 
 class TrainLoader:
@@ -50,7 +51,7 @@ class TrainLoader:
         mapper: (record, random generator) -> sample.
         batches: which samples, in which order; its seed also seeds the augmentation.
         num_workers: processes; 0 loads here.
-        max_bad: so many different pictures may be bad: another one takes the place of each.
+        max_bad: so many different images may be bad: another one takes the place of each.
         pin_memory: batches in page-locked memory.
         worker_init: called in each of these processes with its number.
     """
@@ -69,7 +70,7 @@ class TrainLoader:
         self.seed = batches.seed
         self.num_records = len(records)
         self.max_bad = max_bad
-        self.bad_pictures: dict[str, str] = {}  # file name -> what is wrong, of all that this process came across
+        self.bad_images: dict[str, str] = {}  # file name -> what is wrong, of all that this process came across
         samples = _TrainingSamples(records, mapper, batches.seed, batches.kinds, max_bad)
         self._batches = iter(_data_loader(samples, batches, num_workers, pin_memory, worker_init))
 
@@ -84,25 +85,25 @@ class TrainLoader:
     def _counted(self, replaced: _Replaced) -> dict[str, Any]:
         """The sample that took the place of bad ones, after these are written down and named once each."""
         for file_name, problem in replaced.problems.items():
-            if file_name in self.bad_pictures:
+            if file_name in self.bad_images:
                 continue
-            self.bad_pictures[file_name] = problem
-            if len(self.bad_pictures) <= self.max_bad:
+            self.bad_images[file_name] = problem
+            if len(self.bad_images) <= self.max_bad:
                 logger.warning(
-                    "bad picture %d of at most %d (DATALOADER.MAX_BAD_IMAGES), another one takes its place: %s",
-                    *(len(self.bad_pictures), self.max_bad, problem),
+                    "bad image %d of at most %d (DATALOADER.MAX_BAD_IMAGES), another one takes its place: %s",
+                    *(len(self.bad_images), self.max_bad, problem),
                 )
-        if replaced.sample is None or len(self.bad_pictures) > self.max_bad:
+        if replaced.sample is None or len(self.bad_images) > self.max_bad:
             why = f"DATALOADER.MAX_BAD_IMAGES allows {self.max_bad}"
-            if len(self.bad_pictures) <= self.max_bad:
+            if len(self.bad_images) <= self.max_bad:
                 why = "there is no good one to take their place"
-            listed = "".join(f"\n  {problem}" for problem in self.bad_pictures.values())
-            raise ValueError(f"{len(self.bad_pictures)} pictures are bad, and {why}:{listed}")
+            listed = "".join(f"\n  {problem}" for problem in self.bad_images.values())
+            raise InputError(f"{len(self.bad_images)} images are bad, and {why}:{listed}")
         return replaced.sample
 
 
 class TestLoader:
-    """One pass over the share of one rank; every picture exactly once.
+    """One pass over the share of one rank; every image exactly once.
 
     Args:
         records: of the data set.
@@ -165,12 +166,12 @@ def build_train_loader(
             one without the ground truth that the mapper reads.
     """
     if cfg.SOLVER.IMS_PER_BATCH < 1 or cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise ValueError(
+        raise InputError(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} process(es) cannot share equally. "
             f"Set it to a multiple of {world_size}."
         )
     if cfg.DATALOADER.MAX_BAD_IMAGES < 0:
-        raise ValueError(f"DATALOADER.MAX_BAD_IMAGES must be 0 or more, got {cfg.DATALOADER.MAX_BAD_IMAGES}")
+        raise InputError(f"DATALOADER.MAX_BAD_IMAGES must be 0 or more, got {cfg.DATALOADER.MAX_BAD_IMAGES}")
     mapper = build_train_mapper(cfg, dataset.metadata)
     seed = _agreed_seed(cfg.SEED if seed is None else seed, world_size)
     records = training_records(cfg, dataset, mapper)
@@ -184,9 +185,7 @@ def build_train_loader(
         start=start,
         wide=[r["width"] > r["height"] for r in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
     )
-    logger.info(
-        "training on %d pictures of '%s', order and augmentation from seed %d", len(records), dataset.name, seed
-    )
+    logger.info("training on %d images of '%s', order and augmentation from seed %d", len(records), dataset.name, seed)
     compact = CompactRecords(records)
     del records  # before processes are forked, which would each copy a hundred thousand dicts bit by bit
     return TrainLoader(
@@ -201,13 +200,13 @@ def build_train_loader(
 
 
 def build_test_loader(cfg, dataset: Dataset, *, rank: int = 0, world_size: int = 1) -> TestLoader:
-    """The pictures of one rank in batches of at most `TEST.BATCH_SIZE`.
+    """The images of one rank in batches of at most `TEST.BATCH_SIZE`.
 
-    Pictures share a batch only if they have the same size after resizing and padding to `SIZE_DIVISIBILITY`, since the
+    Images share a batch only if they have the same size after resizing and padding to `SIZE_DIVISIBILITY`, since the
     network sees the padding.
     """
     if cfg.TEST.BATCH_SIZE < 1:
-        raise ValueError(f"TEST.BATCH_SIZE must be at least 1, got {cfg.TEST.BATCH_SIZE}")
+        raise InputError(f"TEST.BATCH_SIZE must be at least 1, got {cfg.TEST.BATCH_SIZE}")
     mapper = build_test_mapper(cfg)
     records = dataset.records()
     share = inference_share(len(records), rank, world_size)
@@ -248,7 +247,7 @@ def _agreed_seed(seed: int, world_size: int) -> int:
     if seed >= 0:
         return seed
     if world_size > 1:
-        raise ValueError(
+        raise InputError(
             f"SEED is {seed}, so each of the {world_size} processes would draw its own order. "
             "Draw one on rank 0, share it, and pass it as `seed`; or set SEED to 0 or more."
         )
@@ -256,7 +255,7 @@ def _agreed_seed(seed: int, world_size: int) -> int:
 
 
 def _with_instances(records: list[dict], name: str) -> list[dict]:
-    """Without the pictures whose `annotations` are all crowd; records of other kinds of ground truth stay.
+    """Without the images whose `annotations` are all crowd; records of other kinds of ground truth stay.
 
     Raises:
         ValueError: nothing is left.
@@ -267,13 +266,13 @@ def _with_instances(records: list[dict], name: str) -> list[dict]:
         if "annotations" not in record or any(not one.get("iscrowd", 0) for one in record["annotations"])
     ]
     if not kept:
-        raise ValueError(
-            f"data set '{name}': none of its {len(records)} pictures has an annotation that is no crowd, so there is "
-            "nothing to learn. DATALOADER.FILTER_EMPTY_ANNOTATIONS False would train on empty pictures."
+        raise InputError(
+            f"data set '{name}': none of its {len(records)} images has an annotation that is no crowd, so there is "
+            "nothing to learn. DATALOADER.FILTER_EMPTY_ANNOTATIONS False would train on empty images."
         )
     if len(kept) < len(records):
         logger.info(
-            "data set '%s': %d of %d pictures have no annotation but crowds; left out "
+            "data set '%s': %d of %d images have no annotation but crowds; left out "
             "(DATALOADER.FILTER_EMPTY_ANNOTATIONS)",
             *(name, len(records) - len(kept), len(records)),
         )

@@ -6,7 +6,7 @@ every problem with a file is an error that names it. A training sample has
     image       (3, H, W) uint8
     targets     `structures.Targets`: an id map, or masks where instances may overlap
     point_seed  int, fixes where losses look
-    height, width  of the picture before augmentation, pixels
+    height, width  of the image before augmentation, pixels
 
 and the names of the record. The same record and the same random numbers give the same sample.
 """
@@ -24,7 +24,7 @@ from PIL import Image
 from fcclip.config import lookup
 from fcclip.data.catalog import DATASETS, get_dataset
 from fcclip.data.color_jitter import ColorJitter
-from fcclip.data.images import read_id_map, read_label_map, read_picture
+from fcclip.data.images import read_id_map, read_label_map, read_pil_image
 from fcclip.data.own_data import is_own_data
 from fcclip.data.segmentations import fill_polygons, has_area, paint_classes, read_run_lengths
 from fcclip.data.transforms import (
@@ -36,6 +36,7 @@ from fcclip.data.transforms import (
     resize_image,
     shortest_edge_size,
 )
+from fcclip.errors import InputError
 from fcclip.structures import Targets
 
 __all__ = [
@@ -57,12 +58,12 @@ _SMALLEST_BOX_PX = 1e-5  # published limit below which a box counts as empty
 
 
 class JitterMapper(ABC):
-    """What the training mappers share: the picture, its geometry and its colours.
+    """What the training mappers share: the image, its geometry and its colours.
 
     Args:
         name: as INPUT.DATASET_MAPPER_NAME spells it.
         augmentation: draws the geometry.
-        colors: changes the colours of the picture; None: they stay.
+        colors: changes the colours of the image; None: they stay.
         channel_order: "RGB" or "BGR", of the image that comes out.
     """
 
@@ -90,12 +91,12 @@ class JitterMapper(ABC):
             ValueError: the record lacks the ground truth that is needed, or a file is broken or does not fit the rest.
         """
         check_ground_truth(record, self, where=str(record.get("file_name", "a record")))
-        picture = _read_picture(record)
-        size = (picture.height, picture.width)
+        pil_image = _read_pil_image(record)
+        size = (pil_image.height, pil_image.width)
         truth = self.read(record, size)
         labels = self.category_map(record, truth) if self.augmentation.reads_labels else None
         geometry = self.augmentation.draw(*size, rng, labels)
-        image = geometry.view(picture)
+        image = geometry.view(pil_image)
         if self.colors is not None:
             image = self.colors(image, rng)
         targets = self.targets(record, truth, geometry)
@@ -105,7 +106,7 @@ class JitterMapper(ABC):
 
     @abstractmethod
     def read(self, record: dict, size: tuple[int, int]) -> Any:
-        """The ground truth of a record, checked against the (height, width) of its picture."""
+        """The ground truth of a record, checked against the (height, width) of its image."""
 
     @abstractmethod
     def targets(self, record: dict, truth: Any, geometry: Geometry) -> Targets:
@@ -176,7 +177,7 @@ class SemanticJitterMapper(JitterMapper):
         found = _distinct(labels)
         unknown = [] if self.num_classes is None else sorted(found - {*range(self.num_classes), self.ignore_label})
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"{record['sem_seg_file_name']}: label {unknown[0]} ({int((labels == unknown[0]).sum())} pixels) is no "
                 f"class: the data set has the labels 0..{self.num_classes - 1}, and {self.ignore_label} for unlabelled "
                 f"pixels. Prepare the label maps again, or set the ignore_label of the data set if {unknown[0]} means "
@@ -216,8 +217,8 @@ class InstanceJitterMapper(JitterMapper):
         float64 or a mask (height, width) bool."""
         instances = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
         if any(not one.get("segmentation") for one in instances):
-            raise ValueError(
-                f"{record['file_name']}: an annotation of this picture has no segmentation, and its box alone gives no "
+            raise InputError(
+                f"{record['file_name']}: an annotation of this image has no segmentation, and its box alone gives no "
                 "mask to train on. Leave it out of the annotations, or mark it iscrowd."
             )
         codes = [one["segmentation"] for one in instances if isinstance(one["segmentation"], Mapping)]
@@ -228,8 +229,8 @@ class InstanceJitterMapper(JitterMapper):
                 for one, segments in ((one, one["segmentation"]) for one in instances)
             ]
         except ValueError as error:
-            raise ValueError(
-                f"{record['file_name']}: {error}. Picture and annotations do not belong together."
+            raise InputError(
+                f"{record['file_name']}: {error}. Image and annotations do not belong together."
             ) from error
 
     def targets(self, record: dict, truth: list[dict], geometry: Geometry) -> Targets:
@@ -254,7 +255,7 @@ class InstanceJitterMapper(JitterMapper):
 
 
 class ShortestEdgeMapper:
-    """Test-time resize of a picture; opens no ground truth.
+    """Test-time resize of an image; opens no ground truth.
 
     Args:
         min_size: the shorter side after the resize, pixels; 0 keeps the size.
@@ -265,7 +266,7 @@ class ShortestEdgeMapper:
     def __init__(self, *, min_size: int, max_size: int, channel_order: str = "RGB") -> None:
         _check_channel_order(channel_order)
         if min_size < 0 or (min_size > 0 and max_size < 1):
-            raise ValueError(
+            raise InputError(
                 "INPUT.MIN_SIZE_TEST must be 0 (keep the size) or more and INPUT.MAX_SIZE_TEST at least 1, "
                 f"got {min_size} and {max_size}"
             )
@@ -274,12 +275,12 @@ class ShortestEdgeMapper:
         self.channel_order = channel_order
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) that a picture of this size gets."""
+        """(height, width) that an image of this size gets."""
         return shortest_edge_size(height, width, min_size=self.min_size, max_size=self.max_size)
 
     def __call__(self, record: dict) -> dict[str, Any]:
         """-> `image` (3, h, w) uint8, resized, and the record's names and (original) size."""
-        image = np.asarray(_read_picture(record))
+        image = np.asarray(_read_pil_image(record))
         resized = resize_image(image, *self.resized(*image.shape[:2]))
         return {**_kept(record, image.shape[:2]), "image": _to_tensor(resized, self.channel_order)}
 
@@ -373,7 +374,7 @@ def check_ground_truth(record: Mapping[str, Any], mapper: JitterMapper, *, where
     missing = [key for key in mapper.needs[0] if key not in record]
     others = [name for name, kind in _READERS.items() if _can_read(kind, record)]
     remedy = f"set INPUT.DATASET_MAPPER_NAME to {' or '.join(others)}" if others else "no mapper can read it"
-    raise ValueError(
+    raise InputError(
         f"{where}: the ground truth has no {' and no '.join(missing)}, which INPUT.DATASET_MAPPER_NAME '{mapper.name}' "
         f"reads. For this data set, {remedy}."
     )
@@ -417,17 +418,17 @@ def _colors(cfg) -> ColorJitter | None:
     return ColorJitter() if cfg.INPUT.COLOR_AUG_SSD else None
 
 
-def _read_picture(record: dict) -> Image.Image:
-    picture = read_picture(record["file_name"])
-    height, width = picture.height, picture.width
+def _read_pil_image(record: dict) -> Image.Image:
+    pil_image = read_pil_image(record["file_name"])
+    height, width = pil_image.height, pil_image.width
     stated = (record.get("height", height), record.get("width", width))
     if stated != (height, width):
-        raise ValueError(
-            f"{record['file_name']}: the picture is {height} x {width} pixels (height x width), but the data set's "
-            f"annotations say {stated[0]} x {stated[1]}. Picture and annotations do not belong together, or the "
-            "picture was resized or turned."
+        raise InputError(
+            f"{record['file_name']}: the image is {height} x {width} pixels (height x width), but the data set's "
+            f"annotations say {stated[0]} x {stated[1]}. Image and annotations do not belong together, or the "
+            "image was resized or turned."
         )
-    return picture
+    return pil_image
 
 
 def _read_id_map(record: dict, image_size: tuple[int, int]) -> np.ndarray:
@@ -439,8 +440,8 @@ def _read_id_map(record: dict, image_size: tuple[int, int]) -> np.ndarray:
     if unknown:
         pixels = int((id_map == unknown[0]).sum())
         others = f" (and {len(unknown) - 1} more ids)" if len(unknown) > 1 else ""
-        raise ValueError(
-            f"{path}: id {unknown[0]} ({pixels} pixels){others} is not in the segments_info of this picture, which has "
+        raise InputError(
+            f"{path}: id {unknown[0]} ({pixels} pixels){others} is not in the segments_info of this image, which has "
             f"{len(known)} ids: {_few(sorted(known))}. PNG and JSON come from different runs: prepare both again "
             "together, or paint unlabelled pixels black."
         )
@@ -452,15 +453,15 @@ def _read_labels(record: dict, image_size: tuple[int, int]) -> np.ndarray:
     labels = read_label_map(path)
     _check_size(record, path, "label map", labels.shape, image_size)
     if labels.size and labels.min() < 0:
-        raise ValueError(f"{path}: label {labels.min()} is negative. Prepare the label map again.")
+        raise InputError(f"{path}: label {labels.min()} is negative. Prepare the label map again.")
     return labels
 
 
 def _check_size(record: dict, path: str, kind: str, size: tuple[int, ...], image_size: tuple[int, int]) -> None:
     if size != image_size:
-        raise ValueError(
-            f"{path}: the {kind} is {size[0]} x {size[1]} pixels (height x width), but its picture "
-            f"{record['file_name']} is {image_size[0]} x {image_size[1]}. Prepare the {kind} again for this picture."
+        raise InputError(
+            f"{path}: the {kind} is {size[0]} x {size[1]} pixels (height x width), but its image "
+            f"{record['file_name']} is {image_size[0]} x {image_size[1]}. Prepare the {kind} again for this image."
         )
 
 
@@ -504,4 +505,4 @@ def _to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:
 
 def _check_channel_order(channel_order: str) -> None:
     if channel_order not in CHANNEL_ORDERS:
-        raise ValueError(f"INPUT.FORMAT must be one of {', '.join(CHANNEL_ORDERS)}, got '{channel_order}'")
+        raise InputError(f"INPUT.FORMAT must be one of {', '.join(CHANNEL_ORDERS)}, got '{channel_order}'")

@@ -1,7 +1,7 @@
-"""A data set of the user's own: a YAML file says where its pictures and labels are and what its classes are.
+"""A data set of the user's own: a YAML file says where its images and labels are and what its classes are.
 
 type: panoptic             # or instances, or semantic
-images: pictures           # folder; paths are relative to the YAML, `~` is expanded
+images: images           # folder; paths are relative to the YAML, `~` is expanded
 annotations: labels.json   # COCO JSON; with type semantic the folder of label maps
 masks: labels              # type panoptic: folder of the id PNGs; by default the path of the JSON without `.json`
 classes:                   # or a file; the order is the class id
@@ -31,18 +31,19 @@ from fcclip.data.datasets.files import check_first_files, check_lists, read_json
 from fcclip.data.datasets.instances import NOT_INSTANCES, instance_records
 from fcclip.data.datasets.metadata import LateMetadata, class_metadata
 from fcclip.data.datasets.panoptic import NOT_PANOPTIC, panoptic_records
+from fcclip.errors import InputError, MissingFileError
 from fcclip.vocabulary import Vocabulary
 
 __all__ = ["class_of", "is_own_data", "own_dataset"]
 
 logger = logging.getLogger(__name__)
 
-PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm")
 LABEL_ENDINGS = (".png", ".tif", ".tiff", ".bmp")  # lossless ones
 _KINDS = ("panoptic", "instances", "semantic")
 _MEANINGS = {
     "type": "panoptic, instances or semantic",
-    "images": "the folder of the pictures",
+    "images": "the folder of the images",
     "annotations": "the COCO JSON, or with type semantic the folder of the label maps",
     "masks": "the folder of the id PNGs, with type panoptic",
     "classes": "a list of class names, or a file of them",
@@ -64,7 +65,7 @@ def is_own_data(name: str | Path) -> bool:
 def own_dataset(path: str | Path) -> Dataset:
     """The data set that a YAML file describes; its name is the file's without the ending.
 
-    The YAML and the file of classes, if it names one, are read here; pictures and labels when records are asked for,
+    The YAML and the file of classes, if it names one, are read here; images and labels when records are asked for,
     and the categories of a JSON when one asks for records or for category ids. These are matched to the classes by
     name: a contiguous id is a position in `classes`, whatever the ids in the JSON.
 
@@ -100,16 +101,16 @@ class _Description:
         except FileNotFoundError as error:
             folder = path.absolute().parent
             there = sorted(one.name for one in folder.iterdir() if is_own_data(one)) if folder.is_dir() else []
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"the data set '{path}' does not exist (looked at {path.absolute()}).{nearest(path.name, there)} Give "
                 "the path of a YAML that describes it, from the folder in which the program is started."
             ) from error
         except yaml.YAMLError as error:
-            raise ValueError(
+            raise InputError(
                 f"{path} is not a plain YAML file: {error}. Python objects in YAML are not read."
             ) from error
         if not isinstance(content, dict):
-            raise ValueError(
+            raise InputError(
                 f"{path}: expected the keys {', '.join(_MEANINGS)} of a data set, got {_described(content)}"
             )
         description = cls(path, content)
@@ -119,12 +120,12 @@ class _Description:
     def _check(self) -> None:
         for key in self.content:
             if key not in _MEANINGS:
-                raise ValueError(
+                raise InputError(
                     f"{self.path}: unknown key '{key}'.{nearest(str(key), _MEANINGS)} Known: {', '.join(_MEANINGS)}."
                 )
         for key in _NEEDED:
             if self.content.get(key) is None:
-                raise ValueError(f"{self.path}: key '{key}' is missing: {_MEANINGS[key]}. Add it.")
+                raise InputError(f"{self.path}: key '{key}' is missing: {_MEANINGS[key]}. Add it.")
         kind = self.content["type"]
         if kind not in _KINDS:
             near = nearest(kind, _KINDS) if isinstance(kind, str) else ""
@@ -169,7 +170,7 @@ class _Description:
         if place.is_file():
             raise self.wrong(key, f"expected {_MEANINGS[key]}, but {place} is a file")
         if not place.is_dir():
-            raise FileNotFoundError(f"{self.path}: key '{key}': {_MEANINGS[key]} {place} does not exist. {self.remedy}")
+            raise MissingFileError(f"{self.path}: key '{key}': {_MEANINGS[key]} {place} does not exist. {self.remedy}")
         return place
 
     def ignore_label(self, num_classes: int) -> int:
@@ -201,7 +202,7 @@ def _vocabulary(description: _Description) -> Vocabulary:
         told = _things(description, vocabulary, told)
     elif description.content["type"] == "panoptic" and len(told) < len(vocabulary) and False not in told.values():
         # not even if some are marked as things: the others may have been meant to be stuff
-        raise ValueError(
+        raise InputError(
             f"{description.path}: nothing says which classes are things (can be counted) and which are stuff. Add "
             f"`things: [{vocabulary.class_names[0]}, ...]` ([] for none), or write :thing or :stuff at the end of a "
             "class."
@@ -232,7 +233,7 @@ def _listed(description: _Description) -> tuple[Vocabulary, dict[int, bool]]:
 
 def _from_file(description: _Description, path: Path) -> tuple[Vocabulary, dict[int, bool]]:
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{description.path}: key 'classes': the file {path} does not exist. {description.remedy} A list of names "
             "may stand in its place."
         )
@@ -347,7 +348,7 @@ class _CocoFile:
         """
         if self.path.is_dir():
             kind = self.description.content["type"]
-            raise ValueError(
+            raise InputError(
                 f"{self.where} is a folder. With type {kind}, `annotations` is the COCO JSON; label maps with one "
                 "number a pixel have type semantic."
             )
@@ -381,7 +382,7 @@ class _CocoFile:
             try:
                 used = Counter(_used(content["annotations"]))
             except TypeError as error:
-                raise ValueError(
+                raise InputError(
                     f"{self.where}: a category_id is neither a number nor a text: {error}. {self.expected}"
                 ) from error
             ids = self._ids(names, used)
@@ -402,11 +403,11 @@ class _CocoFile:
                 (category.get("id"), category.get("name")) if isinstance(category, dict) else (None, None)
             )
             if isinstance(identifier, bool) or not isinstance(identifier, int) or not isinstance(name, str):
-                raise ValueError(
+                raise InputError(
                     f"{self.where}: the category {category!r} has no whole number 'id' and text 'name'. {self.expected}"
                 )
             if identifier in names:
-                raise ValueError(
+                raise InputError(
                     f"{self.where}: the categories '{names[identifier]}' and '{name}' have the same id {identifier}. "
                     "Give each an id of its own."
                 )
@@ -417,21 +418,21 @@ class _CocoFile:
         """Class -> its category id."""
         unlisted = [identifier for identifier in used if identifier not in names]
         if unlisted:
-            raise ValueError(
+            raise InputError(
                 f"{self.where}: {used[unlisted[0]]} annotations have category_id {unlisted[0]!r}, which is not in its "
                 f"'categories' ({len(names)} ids: {_some(names)}). {self.expected}"
             )
         found = {identifier: class_of(name, self.vocabulary) for identifier, name in names.items()}
         strange = [identifier for identifier, index in found.items() if index is None and used.get(identifier)]
         if strange:
-            raise ValueError(self._without_class([(names[one], used[one]) for one in strange]))
+            raise InputError(self._without_class([(names[one], used[one]) for one in strange]))
         ids: dict[int, int] = {}
         for identifier, index in sorted(found.items(), key=lambda item: not used.get(item[0])):  # used ones first
             if index is None:
                 continue
             if index in ids and used.get(identifier):
                 other, name = names[ids[index]], self.vocabulary.class_names[index]
-                raise ValueError(
+                raise InputError(
                     f"{self.where}: the categories '{other}' ({ids[index]}) and '{names[identifier]}' ({identifier}) "
                     f"both belong to the class '{name}'. Give each a class of its own in `classes` of "
                     f"{self.description.path}, or merge them in the JSON."
@@ -491,20 +492,20 @@ def _panoptic(description: _Description) -> Dataset:
 
     def parse(content: dict) -> list[dict]:
         words = source.matched(content)
-        pictures = _Pictures(images, content.get("images") or ())
+        image_files = _ImageFiles(images, content.get("images") or ())
 
         def files(annotation: dict) -> dict[str, str]:
             mask = annotation["file_name"]
             return {
-                "file_name": str(images / pictures.of(annotation["image_id"], mask)),
+                "file_name": str(images / image_files.of(annotation["image_id"], mask)),
                 "pan_seg_file_name": str(masks / mask),
             }
 
         records = panoptic_records(source.where, content, vocabulary=words, image_id=lambda value: value, files=files)
-        if pictures.num_listed > len(records):
+        if image_files.num_listed > len(records):
             logger.info(
-                "%s: %d of %d pictures have no annotation; left out",
-                *(source.where, pictures.num_listed - len(records), pictures.num_listed),
+                "%s: %d of %d images have no annotation; left out",
+                *(source.where, image_files.num_listed - len(records), image_files.num_listed),
             )
         return records
 
@@ -533,12 +534,12 @@ def _instances(description: _Description) -> Dataset:
     source = _CocoFile(description, vocabulary, lists=("images", "annotations"), expected=NOT_INSTANCES)
     images = description.place("images")
 
-    def picture(image: dict) -> dict[str, Any]:
+    def image_file(image: dict) -> dict[str, Any]:
         return {"file_name": str(images / image["file_name"]), "image_id": image["id"]}
 
     def parse(content: dict) -> list[dict]:
         words = source.matched(content)
-        records = instance_records(source.where, content, vocabulary=words, picture=picture)
+        records = instance_records(source.where, content, vocabulary=words, image_file=image_file)
         _check_instances(description, source.where, words, records)
         return records
 
@@ -562,20 +563,20 @@ def _check_instances(description: _Description, where: str, words: Vocabulary, r
     found = set()
     for record in records:
         if "height" not in record:
-            raise ValueError(
-                f"{where} does not say the size of picture {record['image_id']!r}: it needs height and width in "
+            raise InputError(
+                f"{where} does not say the size of image {record['image_id']!r}: it needs height and width in "
                 f"'images'. {NOT_INSTANCES}"
             )
         for one in record["annotations"]:
             if "segmentation" not in one:
-                raise ValueError(
-                    f"{where}: an annotation of picture {record['image_id']!r} ({record['file_name']}) has no "
+                raise InputError(
+                    f"{where}: an annotation of image {record['image_id']!r} ({record['file_name']}) has no "
                     "segmentation, and its box alone gives no mask. Add polygons or a run-length code, or take it out."
                 )
             found |= {one["category_id"]} & stuff
     if found:
         names = _some([words.class_names[index] for index in sorted(found)])
-        raise ValueError(
+        raise InputError(
             f"{where} has instances of stuff: {names}. Add these classes to `things` in {description.path} (without "
             "the key, all are things), or take their annotations out."
         )
@@ -588,7 +589,7 @@ def _semantic(description: _Description) -> Dataset:
         images, labels = description.folder("images"), description.folder("annotations")
         if images.resolve() == labels.resolve():
             raise description.wrong(
-                "annotations", f"{labels} is the folder of the pictures too. Move the label maps into one of their own"
+                "annotations", f"{labels} is the folder of the images too. Move the label maps into one of their own"
             )
         return _paired(description, images, labels)
 
@@ -628,11 +629,11 @@ def _class_names(vocabulary: Vocabulary) -> dict[str, list[str]]:
 # ---- files ----
 
 
-class _Pictures:
-    """Where the pictures of a panoptic JSON are: as its `images` say, else the file of the same stem as the PNG.
+class _ImageFiles:
+    """Where the images of a panoptic JSON are: as its `images` say, else the file of the same stem as the PNG.
 
     Args:
-        folder: of the pictures.
+        folder: of the images.
         images: entries `id, file_name`.
     """
 
@@ -644,37 +645,37 @@ class _Pictures:
         self._by_stem: dict[str, str] | None = None
 
     def of(self, image_id: Any, mask: str) -> str:
-        """The path below the folder of the picture that belongs to an id PNG."""
+        """The path below the folder of the image that belongs to an id PNG."""
         name = self._names.get(str(image_id))
         if name is not None:
             return name
         if self._by_stem is None:
             self._by_stem = {
-                one.stem: one.relative_to(self._folder).as_posix() for one in _files(self._folder, PICTURE_ENDINGS)
+                one.stem: one.relative_to(self._folder).as_posix() for one in _files(self._folder, IMAGE_ENDINGS)
             }
         stem = PurePosixPath(mask).stem
         return self._by_stem.get(stem, f"{stem}.jpg")
 
 
 def _paired(description: _Description, images: Path, labels: Path) -> list[dict]:
-    """Records `file_name, sem_seg_file_name, image_id` of the pictures and label maps whose paths below the two folders
+    """Records `file_name, sem_seg_file_name, image_id` of the images and label maps whose paths below the two folders
     are the same but for the ending, sorted by them. A file without a partner is left out, which the log says."""
-    pictures = _by_name(description, "images", images, PICTURE_ENDINGS, without=labels)
+    image_files = _by_name(description, "images", images, IMAGE_ENDINGS, without=labels)
     maps = _by_name(description, "annotations", labels, LABEL_ENDINGS, without=images)
-    names = sorted(pictures.keys() & maps.keys())
-    alone = sorted(str(files[name]) for files in (pictures, maps) for name in files.keys() - set(names))
+    names = sorted(image_files.keys() & maps.keys())
+    alone = sorted(str(files[name]) for files in (image_files, maps) for name in files.keys() - set(names))
     if not names:
-        raise ValueError(
-            f"{description.path}: no picture in {images} has a label map of the same name in {labels}: there are "
+        raise InputError(
+            f"{description.path}: no image in {images} has a label map of the same name in {labels}: there are "
             f"{alone[0]} and {sorted(map(str, maps.values()))[0]}. Names must be the same but for the ending."
         )
     if alone:
         logger.warning(
-            "%s: %d of %d pictures in %s and %d label maps in %s have no partner of the same name: %s; left out",
-            *(description.path, len(alone), len(pictures), images, len(maps), labels, _some(alone)),
+            "%s: %d of %d images in %s and %d label maps in %s have no partner of the same name: %s; left out",
+            *(description.path, len(alone), len(image_files), images, len(maps), labels, _some(alone)),
         )
     return [
-        {"file_name": str(pictures[name]), "sem_seg_file_name": str(maps[name]), "image_id": name} for name in names
+        {"file_name": str(image_files[name]), "sem_seg_file_name": str(maps[name]), "image_id": name} for name in names
     ]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fcclip.config import lookup
+from fcclip.errors import InputError
 
 REPLAYED_FROM = "replayed_from"  # field of a record and of a sample: number of the former data set
 
@@ -64,7 +65,7 @@ def repeated_stream(num_records: int, seed: int, *, factors: Tensor) -> Iterator
         factors: (n,) float32, at least 1; see `repeat_factors`.
     """
     if len(factors) != num_records:
-        raise ValueError(f"{len(factors)} repeat factors for {num_records} records")
+        raise InputError(f"{len(factors)} repeat factors for {num_records} records")
     generator = torch.Generator()
     generator.manual_seed(seed)
     whole = factors.trunc()
@@ -75,15 +76,15 @@ def repeated_stream(num_records: int, seed: int, *, factors: Tensor) -> Iterator
 
 
 def repeat_factors(categories: Iterable[Iterable[Hashable]], *, threshold: float, square_root: bool = True) -> Tensor:
-    """How often each picture should come in an epoch, so that rare categories are seen more often (Gupta et al. 2019,
+    """How often each image should come in an epoch, so that rare categories are seen more often (Gupta et al. 2019,
     LVIS, section 5.2).
 
-    A category in a share f of all pictures gets the factor max(1, sqrt(threshold / f)), a picture the largest factor of
+    A category in a share f of all images gets the factor max(1, sqrt(threshold / f)), an image the largest factor of
     its categories.
 
     Args:
-        categories: of each picture, in any order and number.
-        threshold: share of pictures below which a category is repeated; 0: nothing is.
+        categories: of each image, in any order and number.
+        threshold: share of images below which a category is repeated; 0: nothing is.
         square_root: False: threshold / f without the root.
 
     Returns:
@@ -94,19 +95,19 @@ def repeat_factors(categories: Iterable[Iterable[Hashable]], *, threshold: float
         tensor([1., 1., 1., 2.])
     """
     if threshold < 0:
-        raise ValueError(f"DATALOADER.REPEAT_THRESHOLD must be a share of pictures, 0 or more, got {threshold}")
-    pictures = [frozenset(one) for one in categories]
-    shares = {category: count / len(pictures) for category, count in Counter(itertools.chain(*pictures)).items()}
+        raise InputError(f"DATALOADER.REPEAT_THRESHOLD must be a share of images, 0 or more, got {threshold}")
+    images = [frozenset(one) for one in categories]
+    shares = {category: count / len(images) for category, count in Counter(itertools.chain(*images)).items()}
     ratios = {category: threshold / share for category, share in shares.items()}
     factors = {one: max(1.0, math.sqrt(ratio) if square_root else ratio) for one, ratio in ratios.items()}
-    return torch.tensor([max((factors[category] for category in one), default=1.0) for one in pictures])
+    return torch.tensor([max((factors[category] for category in one), default=1.0) for one in images])
 
 
 def build_stream(cfg, records: Sequence[Mapping[str, Any]]) -> Stream:
-    """The order of the training pictures that `DATALOADER.SAMPLER_TRAIN` names.
+    """The order of the training images that `DATALOADER.SAMPLER_TRAIN` names.
 
     Raises:
-        ValueError: an unknown name, or records that do not say which categories a picture shows.
+        ValueError: an unknown name, or records that do not say which categories an image shows.
     """
     return lookup("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)(cfg.DATALOADER, records)
 
@@ -118,13 +119,13 @@ def _build_repeated(settings, records: Sequence[Mapping[str, Any]]) -> Stream:
 
 
 def _categories(record: Mapping[str, Any]) -> list[Hashable]:
-    """The classes a picture shows; those of different former data sets are not the same."""
+    """The classes an image shows; those of different former data sets are not the same."""
     for key in ("annotations", "segments_info"):
         if key in record:
             return [(record.get(REPLAYED_FROM), one["category_id"]) for one in record[key]]
-    raise ValueError(
-        "DATALOADER.SAMPLER_TRAIN 'RepeatFactorTrainingSampler' needs to know the categories of each picture, but the "
-        f"record of {record.get('file_name', 'a picture')} has no annotations and no segments_info. Use "
+    raise InputError(
+        "DATALOADER.SAMPLER_TRAIN 'RepeatFactorTrainingSampler' needs to know the categories of each image, but the "
+        f"record of {record.get('file_name', 'an image')} has no annotations and no segments_info. Use "
         "'TrainingSampler'."
     )
 
@@ -145,7 +146,7 @@ class TrainingBatches:
         batch_size: samples a batch of this rank.
         rank, world_size: of how many processes this is which.
         start: number of batches that were already used; they are counted, not loaded.
-        wide: (num_records,) bool, pictures wider than high; a batch then holds pictures of one kind only, and comes
+        wide: (num_records,) bool, images wider than high; a batch then holds images of one kind only, and comes
             when it is complete. None: batches in the order of the stream.
     """
 
@@ -162,9 +163,9 @@ class TrainingBatches:
         wide: Sequence[bool] | None = None,
     ) -> None:
         if num_records < 1:
-            raise ValueError("training needs at least one record")
+            raise InputError("training needs at least one record")
         if batch_size < 1 or not 0 <= rank < world_size or start < 0:
-            raise ValueError(
+            raise InputError(
                 f"need batch_size >= 1, 0 <= rank < world_size and start >= 0, got batch_size {batch_size}, "
                 f"rank {rank}, world_size {world_size}, start {start}"
             )

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pycocotools.mask
 
+from fcclip.errors import InputError
+
 __all__ = [
     "check_code", "compressed", "fill_polygons", "has_area", "paint_classes", "read_run_lengths", "run_lengths",
 ]  # fmt: skip
@@ -29,21 +31,21 @@ def compressed(segmentation: dict[str, Any]) -> dict[str, Any]:
             return pycocotools.mask.frPyObjects(segmentation, *segmentation["size"])
         return {"size": list(segmentation["size"]), "counts": segmentation["counts"]}
     except (KeyError, TypeError, IndexError, OverflowError) as error:
-        raise ValueError(f"a run-length code needs 'size' [height, width] and 'counts': {error}") from error
+        raise InputError(f"a run-length code needs 'size' [height, width] and 'counts': {error}") from error
 
 
 def read_run_lengths(codes: Iterable[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
     """n run-length codes -> (n, height, width) bool.
 
     Raises:
-        ValueError: a code of another size than the picture, one that does not fill it, or none at all.
+        ValueError: a code of another size than the image, one that does not fill it, or none at all.
     """
     codes = [compressed(code) for code in codes]
     strange = [code["size"] for code in codes if tuple(code["size"]) != tuple(size)]
     if strange:
         height, width = strange[0]
-        raise ValueError(
-            f"a run-length code is {height} x {width} pixels (height x width), its picture {size[0]} x {size[1]}"
+        raise InputError(
+            f"a run-length code is {height} x {width} pixels (height x width), its image {size[0]} x {size[1]}"
         )
     if not codes:
         return np.zeros((0, *size), bool)
@@ -62,7 +64,7 @@ def check_code(code: dict[str, Any]) -> None:
     height, width = code["size"]
     lengths = run_lengths(code["counts"])
     if (lengths < 0).any() or lengths.sum() != height * width:
-        raise ValueError(
+        raise InputError(
             f"a run-length code has runs of {lengths.sum()} pixels in all, its size {height} x {width} has "
             f"{height * width}"
         )
@@ -82,11 +84,11 @@ def run_lengths(counts: str | bytes) -> np.ndarray:
     )
     last = (digits & 32) == 0
     if not len(digits) or not last[-1] or digits.min() < 0 or digits.max() > 63:
-        raise ValueError("the 'counts' are no run-length code")
+        raise InputError("the 'counts' are no run-length code")
     starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
     places = np.arange(len(digits)) - np.repeat(starts, np.diff(starts, append=len(digits)))
     if places.max() > 6:
-        raise ValueError("the 'counts' are no run-length code")
+        raise InputError("the 'counts' are no run-length code")
     runs = np.add.reduceat((digits & 31) << 5 * places, starts)
     sign = (digits[last] & 16) > 0
     runs -= np.where(sign, np.int64(1) << 5 * (places[last] + 1), 0)

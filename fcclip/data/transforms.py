@@ -1,6 +1,6 @@
 """Geometry of augmentation and of the test-time resize, pixel for pixel as published (Pillow and NumPy).
 
-A transform is drawn once for a picture and applied to the picture and to its ground truth. Two augmentations draw:
+A transform is drawn once for an image and applied to the image and to its ground truth. Two augmentations draw:
 `LargeScaleJitter` flips, resizes, crops and pads to a square; `ShortestEdgeJitter` resizes, crops, flips and pads.
 """
 
@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
+
+from fcclip.errors import InputError
 
 __all__ = [
     "CROP_TYPES",
@@ -30,7 +32,7 @@ __all__ = [
     "shortest_edge_size",
 ]
 
-PADDING_VALUE = 128  # of a picture, in each channel
+PADDING_VALUE = 128  # of an image, in each channel
 PADDING_ID = 0xFFFFFF  # of an id map after large-scale jitter: the published code pads the id PNG with 255
 FLIPS = ("none", "horizontal", "vertical")
 CROP_TYPES = ("absolute", "absolute_range", "relative", "relative_range")
@@ -41,8 +43,8 @@ RandomNumbers = np.random.Generator | np.random.RandomState
 class Geometry:
     """One drawn transform: resize, crop and pad at the right and the bottom, with a flip before or after.
 
-    Subclasses are records of what was drawn. They have `height, width` (of the picture it was drawn for, pixels),
-    `resized_height, resized_width`, `top, left` (first row and column of the crop, in pixels of the resized picture)
+    Subclasses are records of what was drawn. They have `height, width` (of the image it was drawn for, pixels),
+    `resized_height, resized_width`, `top, left` (first row and column of the crop, in pixels of the resized image)
     and `flip`, one of `FLIPS`.
     """
 
@@ -58,7 +60,7 @@ class Geometry:
 
     @property
     def visible(self) -> tuple[int, int]:
-        """(height, width) of the part of the resized picture that is kept."""
+        """(height, width) of the part of the resized image that is kept."""
         raise NotImplementedError
 
     @property
@@ -70,13 +72,13 @@ class Geometry:
         """(height, width, 3) uint8 -> (*canvas, 3) uint8: bilinear with antialiasing, padded with 128."""
         return self.pad_image(self.view(Image.fromarray(image)))
 
-    def view(self, picture: Image.Image) -> np.ndarray:
-        """The picture -> (*visible, 3) uint8: flipped, resized and cropped, without the padding."""
-        self._check((picture.height, picture.width))
+    def view(self, image: Image.Image) -> np.ndarray:
+        """The image -> (*visible, 3) uint8: flipped, resized and cropped, without the padding."""
+        self._check((image.height, image.width))
         if self.flips_first:
-            picture = self._flipped(picture)
-        picture = self._resized_and_cropped(picture)
-        return np.asarray(picture if self.flips_first else self._flipped(picture))
+            image = self._flipped(image)
+        image = self._resized_and_cropped(image)
+        return np.asarray(image if self.flips_first else self._flipped(image))
 
     def pad_image(self, image: np.ndarray) -> np.ndarray:
         """(*visible, 3) uint8 -> (*canvas, 3) uint8, in memory with the channels first, as torch wants them."""
@@ -119,7 +121,7 @@ class Geometry:
 
     @property
     def _window(self) -> tuple[int, int]:
-        """(height, width) of the crop, which may reach beyond the resized picture."""
+        """(height, width) of the crop, which may reach beyond the resized image."""
         return self.visible
 
     def _gathered(self, array: np.ndarray, rows: np.ndarray, columns: np.ndarray, padding: int) -> np.ndarray:
@@ -151,8 +153,8 @@ class Geometry:
         columns = columns[self.left : self.left + self.visible[1]]
         return columns[::-1] if flips and not self.flips_first else columns
 
-    def _resized_and_cropped(self, picture: Image.Image) -> Image.Image:
-        """The visible part of the resized picture.
+    def _resized_and_cropped(self, image: Image.Image) -> Image.Image:
+        """The visible part of the resized image.
 
         Pillow enlarges in two passes, first the width, then the height: cropping the columns between them changes no
         pixel (a test compares) and saves a quarter of the time at scale 2. When it reduces, Pillow chooses the order.
@@ -163,18 +165,18 @@ class Geometry:
             (self.left, self.top, self.left + columns, self.top + rows),
         )
         if self.resized_height < self.height or self.resized_width <= columns:
-            resized = picture.resize(size, Image.Resampling.BILINEAR)
+            resized = image.resize(size, Image.Resampling.BILINEAR)
             return resized if resized.size == (columns, rows) else resized.crop(box)
-        picture = picture.resize((self.resized_width, self.height), Image.Resampling.BILINEAR)
-        picture = picture.crop((self.left, 0, self.left + columns, self.height))
-        picture = picture.resize((columns, self.resized_height), Image.Resampling.BILINEAR)
-        return picture if picture.height == rows else picture.crop((0, self.top, columns, self.top + rows))
+        image = image.resize((self.resized_width, self.height), Image.Resampling.BILINEAR)
+        image = image.crop((self.left, 0, self.left + columns, self.height))
+        image = image.resize((columns, self.resized_height), Image.Resampling.BILINEAR)
+        return image if image.height == rows else image.crop((0, self.top, columns, self.top + rows))
 
-    def _flipped(self, picture: Image.Image) -> Image.Image:
+    def _flipped(self, image: Image.Image) -> Image.Image:
         if self.flip == "none":
-            return picture
+            return image
         kinds = {"horizontal": Image.Transpose.FLIP_LEFT_RIGHT, "vertical": Image.Transpose.FLIP_TOP_BOTTOM}
-        return picture.transpose(kinds[self.flip])
+        return image.transpose(kinds[self.flip])
 
     def _flip_points(self, points: np.ndarray, height: int, width: int) -> None:
         if self.flip == "horizontal":
@@ -184,7 +186,7 @@ class Geometry:
 
     def _check(self, size: tuple[int, ...]) -> None:
         if tuple(size) != (self.height, self.width):
-            raise ValueError(f"jitter drawn for {self.height} x {self.width} pixels, applied to {tuple(size)}")
+            raise InputError(f"jitter drawn for {self.height} x {self.width} pixels, applied to {tuple(size)}")
 
 
 @dataclass(frozen=True)
@@ -192,10 +194,10 @@ class JitterGeometry(Geometry):
     """One drawn large-scale jitter: flip, then resize, then crop, then pad at the right and the bottom.
 
     Args:
-        height, width: size of the picture it was drawn for, pixels.
+        height, width: size of the image it was drawn for, pixels.
         flip: "none", "horizontal" or "vertical".
         resized_height, resized_width: size after the resize, pixels.
-        top, left: first row and column of the crop, in pixels of the resized picture.
+        top, left: first row and column of the crop, in pixels of the resized image.
         size: side of the square that comes out, pixels.
     """
 
@@ -226,9 +228,9 @@ class CropGeometry(Geometry):
     """One drawn augmentation of the `mask_former_*` mappers: resize, then crop, then flip, then pad.
 
     Args:
-        height, width: size of the picture it was drawn for, pixels.
+        height, width: size of the image it was drawn for, pixels.
         resized_height, resized_width: size after the resize, pixels.
-        top, left, crop_height, crop_width: the crop, in pixels of the resized picture.
+        top, left, crop_height, crop_width: the crop, in pixels of the resized image.
         flip: "none" or "horizontal".
         target_size: side of the square that it is padded to, pixels; below 1: no padding.
     """
@@ -249,8 +251,8 @@ class CropGeometry(Geometry):
 
     def __post_init__(self) -> None:
         if 0 < self.target_size < max(self.visible):
-            raise ValueError(
-                f"INPUT.SIZE_DIVISIBILITY is {self.target_size}, the side of the square that pictures are padded to, "
+            raise InputError(
+                f"INPUT.SIZE_DIVISIBILITY is {self.target_size}, the side of the square that images are padded to, "
                 f"but after resize and crop this one is {self.crop_height} x {self.crop_width} (height x width)"
             )
 
@@ -269,7 +271,7 @@ class LargeScaleJitter:
 
     Args:
         size: side of the square canvas, pixels.
-        min_scale, max_scale: the picture is resized to fit into a square of `size` times a scale drawn from this range.
+        min_scale, max_scale: the image is resized to fit into a square of `size` times a scale drawn from this range.
         flip: "horizontal" or "vertical": mirrored with probability 1/2; "none": never.
     """
 
@@ -282,14 +284,14 @@ class LargeScaleJitter:
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"INPUT.IMAGE_SIZE must be at least 1 pixel, got {self.size}")
+            raise InputError(f"INPUT.IMAGE_SIZE must be at least 1 pixel, got {self.size}")
         if not 0 < self.min_scale <= self.max_scale:
-            raise ValueError(
+            raise InputError(
                 "INPUT.MIN_SCALE and INPUT.MAX_SCALE must be positive and in this order, "
                 f"got {self.min_scale} and {self.max_scale}"
             )
         if self.flip not in FLIPS:
-            raise ValueError(f"INPUT.RANDOM_FLIP must be one of {', '.join(FLIPS)}, got '{self.flip}'")
+            raise InputError(f"INPUT.RANDOM_FLIP must be one of {', '.join(FLIPS)}, got '{self.flip}'")
 
     def draw(self, height: int, width: int, rng: RandomNumbers, labels: np.ndarray | None = None) -> JitterGeometry:
         """Draws, in the published order: whether to flip, the scale, one number for both crop offsets.
@@ -307,11 +309,11 @@ class LargeScaleJitter:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """Draws a window of a picture, if need be one that no single category fills.
+    """Draws a window of an image, if need be one that no single category fills.
 
     Args:
-        kind: one of `CROP_TYPES`. absolute: `size` pixels, at most the picture; absolute_range: each side between the
-            two numbers of `size`; relative: these shares of the picture; relative_range: shares between these and 1.
+        kind: one of `CROP_TYPES`. absolute: `size` pixels, at most the image; absolute_range: each side between the
+            two numbers of `size`; relative: these shares of the image; relative_range: shares between these and 1.
         size: (height, width) in pixels or shares; for absolute_range (smallest, largest).
         max_category_share: a window is drawn again, `CROP_ATTEMPTS` times in all, while only one category is in it or
             the largest has this share of its pixels; 1 and more: any window will do.
@@ -325,13 +327,13 @@ class RandomCrop:
 
     def __post_init__(self) -> None:
         if self.kind not in CROP_TYPES:
-            raise ValueError(f"INPUT.CROP.TYPE must be one of {', '.join(CROP_TYPES)}, got '{self.kind}'")
+            raise InputError(f"INPUT.CROP.TYPE must be one of {', '.join(CROP_TYPES)}, got '{self.kind}'")
         relative = self.kind.startswith("relative")
         if len(self.size) != 2 or min(self.size) <= 0 or (relative and max(self.size) > 1):
-            wanted = "two shares of the picture above 0 and up to 1" if relative else "two numbers of pixels above 0"
-            raise ValueError(f"INPUT.CROP.SIZE must be {wanted} for type '{self.kind}', got {list(self.size)}")
+            wanted = "two shares of the image above 0 and up to 1" if relative else "two numbers of pixels above 0"
+            raise InputError(f"INPUT.CROP.SIZE must be {wanted} for type '{self.kind}', got {list(self.size)}")
         if self.kind == "absolute_range" and self.size[0] > self.size[1]:
-            raise ValueError(f"INPUT.CROP.SIZE must be smallest and largest side, got {list(self.size)}")
+            raise InputError(f"INPUT.CROP.SIZE must be smallest and largest side, got {list(self.size)}")
 
     @property
     def reads_labels(self) -> bool:
@@ -388,14 +390,14 @@ class ShortestEdgeJitter:
 
     def __post_init__(self) -> None:
         if self.sampling not in ("choice", "range"):
-            raise ValueError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING must be choice or range, got '{self.sampling}'")
+            raise InputError(f"INPUT.MIN_SIZE_TRAIN_SAMPLING must be choice or range, got '{self.sampling}'")
         if not self.min_sizes or min(self.min_sizes) < 0 or self.max_size < 1:
-            raise ValueError(
+            raise InputError(
                 "INPUT.MIN_SIZE_TRAIN must be lengths of 0 (keep the size) or more and INPUT.MAX_SIZE_TRAIN at least "
                 f"1, got {list(self.min_sizes)} and {self.max_size}"
             )
         if self.sampling == "range" and (len(self.min_sizes) != 2 or self.min_sizes[0] > self.min_sizes[1]):
-            raise ValueError(
+            raise InputError(
                 "INPUT.MIN_SIZE_TRAIN must be smallest and largest length for INPUT.MIN_SIZE_TRAIN_SAMPLING 'range', "
                 f"got {list(self.min_sizes)}"
             )
@@ -403,9 +405,9 @@ class ShortestEdgeJitter:
         if self.crop is not None and self.crop.kind.startswith("absolute"):
             largest = min(largest, int(max(self.crop.size)))
         if 0 < self.target_size < largest:
-            raise ValueError(
-                f"INPUT.SIZE_DIVISIBILITY is {self.target_size}: the side of the square that pictures are padded to, "
-                f"not a divisor. Pictures can have sides of {largest} pixels. Set it to {largest} or more, crop to "
+            raise InputError(
+                f"INPUT.SIZE_DIVISIBILITY is {self.target_size}: the side of the square that images are padded to, "
+                f"not a divisor. Images can have sides of {largest} pixels. Set it to {largest} or more, crop to "
                 f"{self.target_size} (INPUT.CROP), or set it to -1 for no padding."
             )
 
@@ -418,7 +420,7 @@ class ShortestEdgeJitter:
         """Draws, in the published order: the shorter side, the crop, whether to flip.
 
         Args:
-            height, width: of the picture, pixels.
+            height, width: of the image, pixels.
             rng: source of the numbers.
             labels: (height, width) integers, its label map; needed if `reads_labels`.
         """

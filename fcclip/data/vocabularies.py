@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from fcclip.data.catalog import Dataset, get_dataset, root_folder
+from fcclip.errors import InputError, MissingFileError
 from fcclip.vocabulary import Vocabulary
 
 __all__ = ["PUBLISHED_FILES", "dataset_vocabulary"]
@@ -64,7 +65,7 @@ def dataset_vocabulary(
     if not path.is_file():
         if not folder:
             return _said(dataset, ours)
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"MODEL.FC_CLIP.VOCABULARIES is '{folder}', but there is no {file_name} in it, the vocabulary of "
             f"'{dataset.name}'. Put the "
             "file there, or leave the key empty to use the vocabularies that come with fcclip."
@@ -73,7 +74,7 @@ def dataset_vocabulary(
     whole = Vocabulary.builtin(_PART_OF[dataset.vocabulary]) if dataset.vocabulary in _PART_OF else ours
     if len(published) != len(whole):
         chosen = "" if whole is ours else f" {len(ours)} of the"
-        raise ValueError(
+        raise InputError(
             f"{path} has {len(published)} classes, but data set '{dataset.name}' has{chosen} {len(whole)} "
             f"({whole.class_names[0]}, …). "
             "Is it the file of another data set?"

@@ -17,34 +17,8 @@ environment.py  versions and device; random seeds and states
 Evaluation is handed in by the script on top (`train_net.py`), never imported.
 """
 
-from fcclip.engine.checkpoint import (
-    Checkpointer,
-    clip_fingerprint,
-    initialise_from,
-    is_mask2former,
-    load_checkpoint,
-    load_state,
-    load_weights,
-    model_weights,
-    save_checkpoint,
-    save_weights,
-    unwrap,
-    write_atomically,
-    write_safetensors,
-)
-from fcclip.engine.distributed import (
-    ProcessFailedError,
-    all_gather_object,
-    barrier,
-    broadcast_object,
-    get_rank,
-    get_world_size,
-    is_main_process,
-    launch,
-    lost_processes_named,
-    mean_over_processes,
-    watch,
-)
+from fcclip.engine.checkpoint import Checkpointer, load_checkpoint, save_checkpoint
+from fcclip.engine.distributed import ProcessFailedError, launch, lost_processes_named, watch
 from fcclip.engine.environment import (
     apply_numeric_settings,
     draw_seed,
@@ -54,11 +28,10 @@ from fcclip.engine.environment import (
     seed_everything,
     set_random_state,
 )
-from fcclip.engine.finetuning import FineTuning, begin_finetuning, check_finetuning, replay_sets
 from fcclip.engine.guards import NonFiniteError, OnNonFinite
 from fcclip.engine.metrics import build_writers, close_logging, duration, log_exception, setup_logging
 from fcclip.engine.optimizer import build_clip, build_optimizer, parameter_groups
-from fcclip.engine.run_folder import RunLock, check_resume, check_words
+from fcclip.engine.run_folder import RunLock, check_resume, check_same_classes
 from fcclip.engine.schedule import build_lr_scheduler, build_multiplier, scale_to_world_size
 from fcclip.engine.signals import REQUEUE_EXIT_CODE, StopRequest, StopRequested, shield_worker
 from fcclip.engine.trainer import Trainer, build_trainer, check_training
@@ -66,7 +39,6 @@ from fcclip.engine.trainer import Trainer, build_trainer, check_training
 __all__ = [
     "REQUEUE_EXIT_CODE",
     "Checkpointer",
-    "FineTuning",
     "NonFiniteError",
     "OnNonFinite",
     "ProcessFailedError",
@@ -74,52 +46,32 @@ __all__ = [
     "StopRequest",
     "StopRequested",
     "Trainer",
-    "all_gather_object",
     "apply_numeric_settings",
-    "barrier",
-    "begin_finetuning",
-    "broadcast_object",
     "build_clip",
     "build_lr_scheduler",
     "build_multiplier",
     "build_optimizer",
     "build_trainer",
     "build_writers",
-    "check_finetuning",
     "check_resume",
+    "check_same_classes",
     "check_training",
-    "check_words",
-    "clip_fingerprint",
     "close_logging",
     "draw_seed",
     "duration",
     "environment_report",
-    "get_rank",
-    "get_world_size",
     "git_state",
-    "initialise_from",
-    "is_main_process",
-    "is_mask2former",
     "launch",
     "load_checkpoint",
-    "load_state",
-    "load_weights",
     "log_exception",
     "lost_processes_named",
-    "mean_over_processes",
-    "model_weights",
     "parameter_groups",
     "random_state",
-    "replay_sets",
     "save_checkpoint",
-    "save_weights",
     "scale_to_world_size",
     "seed_everything",
     "set_random_state",
     "setup_logging",
     "shield_worker",
-    "unwrap",
     "watch",
-    "write_atomically",
-    "write_safetensors",
 ]

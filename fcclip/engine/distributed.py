@@ -48,20 +48,14 @@ from fcclip.engine.watchdog import (
     lost_processes_named,
     watch,
 )
+from fcclip.errors import InputError
 
 __all__ = [
     "GRACE",
     "TIMEOUT",
     "ProcessFailedError",
-    "all_gather_object",
-    "barrier",
-    "broadcast_object",
-    "get_rank",
-    "get_world_size",
-    "is_main_process",
     "launch",
     "lost_processes_named",
-    "mean_over_processes",
     "started_by_torchrun",
     "watch",
 ]
@@ -75,54 +69,6 @@ _RUN_ID = "fcclip"
 _RUN = f"{_RUN_ID}/0"  # with torch's count of restarts, which never happen
 # Torch's launcher ends everything at once on these; SIGTERM and SIGUSR1 are passed on (warden.py).
 _SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if os.name == "posix" else (signal.SIGINT,)
-
-
-def get_rank() -> int:
-    """This process's number, 0 when it is alone."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def get_world_size() -> int:
-    """How many processes work together, over all machines."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def is_main_process() -> bool:
-    """Whether this process writes the files that a run has once."""
-    return get_rank() == 0
-
-
-def barrier() -> None:
-    """Returns when every process has called it."""
-    if get_world_size() > 1:
-        dist.all_reduce(torch.zeros(1))
-
-
-def all_gather_object(value: Any) -> list[Any]:
-    """The `value` of every process, in rank order, on every process."""
-    if get_world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * get_world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
-
-
-def broadcast_object(value: Any) -> Any:
-    """The `value` of rank 0, on every process."""
-    if get_world_size() == 1:
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The mean of a float tensor over all processes; a new tensor, without gradient."""
-    values = values.detach().clone()
-    if get_world_size() > 1:
-        dist.all_reduce(values)
-        values /= get_world_size()
-    return values
 
 
 def started_by_torchrun() -> bool:
@@ -234,7 +180,7 @@ class _Left:
 def _run_under_torchrun(entry: Callable[..., Any], args: tuple, num_processes: int, device_type: str) -> Any:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
     if num_processes not in (1, local):
-        raise ValueError(
+        raise InputError(
             f"torchrun has started {local} processes on this machine, but --num-gpus says {num_processes}; leave "
             "--num-gpus out"
         )
@@ -420,24 +366,24 @@ def _check(
 ) -> tuple[str, int]:
     """Host and port where the processes meet, after refusing what cannot work."""
     if device_type == "cuda" and num_processes > torch.cuda.device_count():
-        raise ValueError(
+        raise InputError(
             f"--num-gpus {num_processes}, but this machine has {torch.cuda.device_count()} GPU(s). "
             "Give at most that many, or MODEL.DEVICE cpu to run the processes on the CPU."
         )
     if num_machines < 1 or not 0 <= machine_rank < num_machines:
-        raise ValueError(
+        raise InputError(
             f"--machine-rank must lie in 0..{num_machines - 1} for --num-machines {num_machines}, got {machine_rank}"
         )
     if dist_url == "auto":
         if num_machines > 1:
-            raise ValueError(
+            raise InputError(
                 f"--num-machines {num_machines} needs --dist-url tcp://HOST:PORT, the same address of machine 0 on "
                 "every machine"
             )
         return "127.0.0.1", _free_port()
     url = urlparse(dist_url)
     if url.scheme != "tcp" or not url.hostname or not url.port:
-        raise ValueError(f"--dist-url must be 'auto' or tcp://HOST:PORT, got '{dist_url}'")
+        raise InputError(f"--dist-url must be 'auto' or tcp://HOST:PORT, got '{dist_url}'")
     return url.hostname, url.port
 
 
@@ -471,5 +417,5 @@ def _seconds(name: str, default: timedelta) -> float:
     except ValueError:
         seconds = math.nan
     if not 0 < seconds < math.inf:
-        raise ValueError(f"the environment variable {name} must be a positive number of seconds, got '{text}'")
+        raise InputError(f"the environment variable {name} must be a positive number of seconds, got '{text}'")
     return seconds

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
+from fcclip.errors import InputError
 from fcclip.version import __version__
 
 _LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "fvcore", "numpy", "scipy", "Pillow", "safetensors")
@@ -84,7 +85,7 @@ def apply_numeric_settings(cfg: CfgNode, *, training: bool) -> None:
     """
     if cfg.FLOAT32_PRECISION:
         if cfg.FLOAT32_PRECISION not in ("highest", "high", "medium"):
-            raise ValueError(f"FLOAT32_PRECISION must be '', highest, high or medium, got '{cfg.FLOAT32_PRECISION}'")
+            raise InputError(f"FLOAT32_PRECISION must be '', highest, high or medium, got '{cfg.FLOAT32_PRECISION}'")
         torch.set_float32_matmul_precision(cfg.FLOAT32_PRECISION)
     torch.backends.cudnn.benchmark = training and cfg.CUDNN_BENCHMARK
     if cfg.DETERMINISTIC:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fcclip.errors import InputError
+
 __all__ = [
     "MAX_ROLLBACKS",
     "MAX_SCALER_SKIPS",
@@ -18,7 +20,7 @@ __all__ = [
     "explain_out_of_memory",
 ]
 
-MAX_ROLLBACKS = 3  # to one checkpoint: then the weights in it are the problem, not the pictures after it
+MAX_ROLLBACKS = 3  # to one checkpoint: then the weights in it are the problem, not the images after it
 MAX_SCALER_SKIPS = 100  # steps in a row that the float16 loss scaler may leave out: it halves the scale at each
 
 
@@ -58,7 +60,7 @@ class OnNonFinite:
             return cls("skip", int(match[1]))
         if text in ("raise", "rollback"):
             return cls(text)
-        raise ValueError(f"SOLVER.NON_FINITE must be 'raise', 'skip:N' (N of 1 or more) or 'rollback', got '{text}'")
+        raise InputError(f"SOLVER.NON_FINITE must be 'raise', 'skip:N' (N of 1 or more) or 'rollback', got '{text}'")
 
 
 def explain_out_of_memory(
@@ -70,7 +72,7 @@ def explain_out_of_memory(
         error: torch's own; its first line is kept.
         iteration: 0-based.
         model: its parameters and gradients are counted.
-        shapes: of the pictures of the step.
+        shapes: of the images of the step.
         device: that was full.
     """
     sizes = dict.fromkeys(("parameters", "of which frozen", "gradients"), 0)
@@ -89,13 +91,13 @@ def explain_out_of_memory(
             "size of the device": total,
         }
     resident = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes.items())
-    pictures = ", ".join("x".join(map(str, shape)) for shape in shapes)
+    images = ", ".join("x".join(map(str, shape)) for shape in shapes)
     first_line, *_ = str(error).splitlines() or [""]
     return (
         f"out of memory on {device} at iteration {iteration}: {first_line}\n"
         f"  resident: {resident}\n"
-        f"  pictures of this step: {pictures}\n"
+        f"  images of this step: {images}\n"
         "  to make a step smaller, in this order: SOLVER.ACCUMULATE larger (same result), SOLVER.AMP.ENABLED True, "
-        "fewer pictures a process (SOLVER.IMS_PER_BATCH smaller, or more processes), INPUT.IMAGE_SIZE smaller, "
+        "fewer images a process (SOLVER.IMS_PER_BATCH smaller, or more processes), INPUT.IMAGE_SIZE smaller, "
         "MODEL.MASK_FORMER.TRAIN_NUM_POINTS or NUM_OBJECT_QUERIES smaller. Is another program on this device?"
     )

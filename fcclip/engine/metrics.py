@@ -27,7 +27,8 @@ from rich.progress import BarColumn, Progress, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
-from fcclip.engine.checkpoint import write_atomically
+from fcclip.errors import InputError, NotInstalledError
+from fcclip.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +49,8 @@ class Writer(Protocol):
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Takes the scalars that belong to the 0-based `iteration`."""
 
-    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Takes pictures by name, each (H, W, 3) uint8, RGB."""
+    def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
+        """Takes images by name, each (H, W, 3) uint8, RGB."""
 
     def close(self) -> None:
         """Finishes what is buffered."""
@@ -124,7 +125,7 @@ class JsonWriter:
                     "%s cannot be written (%s). Its records are kept in memory until it can be.", self.path, error
                 )
 
-    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
+    def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
         """The file holds numbers only."""
 
     def close(self) -> None:
@@ -149,7 +150,7 @@ class JsonWriter:
 
 
 class TensorBoardWriter:
-    """Event files for TensorBoard: scalars in groups, under the names they have in metrics.json; pictures.
+    """Event files for TensorBoard: scalars in groups, under the names they have in metrics.json; images.
 
     Args:
         folder: where the files go.
@@ -166,12 +167,12 @@ class TensorBoardWriter:
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         self._add({_in_group(name): (self._events.add_scalar, (value, iteration)) for name, value in scalars.items()})
 
-    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        _check_pictures(pictures)
+    def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
+        _check_images(images)
         self._add(
             {
-                f"pictures/{name}": (self._events.add_image, (picture, iteration, None, "HWC"))
-                for name, picture in pictures.items()
+                f"images/{name}": (self._events.add_image, (image, iteration, None, "HWC"))
+                for name, image in images.items()
             }
         )
 
@@ -241,11 +242,9 @@ class WandbWriter:
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         self._log({"iteration": iteration} | {_in_group(name): value for name, value in scalars.items()})
 
-    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        _check_pictures(pictures)
-        self._log(
-            {"iteration": iteration} | {f"pictures/{name}": self._image(picture) for name, picture in pictures.items()}
-        )
+    def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
+        _check_images(images)
+        self._log({"iteration": iteration} | {f"images/{name}": self._image(image) for name, image in images.items()})
 
     def close(self) -> None:
         if self._run is not None:
@@ -283,8 +282,8 @@ class LineWriter:
             parts.append(f"max_mem: {scalars['max_memory_mb']:.0f}M")
         logger.info("  ".join(parts))
 
-    def pictures(self, iteration: int, pictures: Mapping[str, np.ndarray]) -> None:
-        logger.info("iter: %d/%d  pictures: %s", iteration + 1, self.max_iter, ", ".join(pictures))
+    def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
+        logger.info("iter: %d/%d  images: %s", iteration + 1, self.max_iter, ", ".join(images))
 
     def close(self) -> None:
         """Nothing is buffered."""
@@ -389,7 +388,7 @@ def check_wandb(project: str) -> None:
         ImportError: says how to install it, or to do without.
     """
     if project and importlib.util.find_spec("wandb") is None:
-        raise ImportError(
+        raise NotInstalledError(
             f"WANDB.PROJECT is '{project}', but the package wandb is not installed: pip install wandb, or do "
             'without: WANDB.PROJECT ""'
         )
@@ -486,10 +485,10 @@ def _in_group(name: str) -> str:
     return f"{group}/{name}" if group else name
 
 
-def _check_pictures(pictures: Mapping[str, np.ndarray]) -> None:
-    for name, picture in pictures.items():
-        if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
-            raise ValueError(f"picture '{name}' must be (height, width, 3) uint8, got {picture.shape} {picture.dtype}")
+def _check_images(images: Mapping[str, np.ndarray]) -> None:
+    for name, image in images.items():
+        if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+            raise InputError(f"image '{name}' must be (height, width, 3) uint8, got {image.shape} {image.dtype}")
 
 
 def _move_aside(path: Path) -> None:

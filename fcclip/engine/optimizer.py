@@ -13,6 +13,7 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from fcclip.config import lookup
+from fcclip.errors import InputError
 
 # Layers whose affine parameters take WEIGHT_DECAY_NORM.
 NORM_LAYERS = (
@@ -81,7 +82,7 @@ def parameter_groups(
             group = groups.setdefault((own_lr, decay), {"params": [], "lr": own_lr, "weight_decay": decay})
             group["params"].append((f"{path}.{name}" if path else name, parameter))
     if not groups:
-        raise ValueError("the model has no trainable parameter: every one has requires_grad False")
+        raise InputError("the model has no trainable parameter: every one has requires_grad False")
     return list(groups.values())
 
 
@@ -129,7 +130,7 @@ def build_clip(cfg: CfgNode) -> Clip:
     known = {"full_model": _clip_full_model, "norm": _clip_each_norm, "value": _clip_each_value}
     chosen = lookup("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, known)
     if clip.CLIP_VALUE < 0:
-        raise ValueError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must not be negative, got {clip.CLIP_VALUE}")
+        raise InputError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must not be negative, got {clip.CLIP_VALUE}")
     if not clip.ENABLED or (clip.CLIP_TYPE == "full_model" and clip.CLIP_VALUE == 0):
         return _no_clip
     return lambda parameters: chosen(parameters, value=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)

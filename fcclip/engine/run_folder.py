@@ -20,6 +20,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from fcclip.config import WITHOUT_EFFECT, get_cfg
+from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
 try:
@@ -277,7 +278,7 @@ def check_resume(stored: str, here: CfgNode, *, source: str | Path, iteration: i
     refused, harmless = compare_configs(stored, here, iteration=iteration)
     if refused:
         scaled = any(line.startswith("SOLVER.REFERENCE_WORLD_SIZE:") for line in refused)
-        raise ValueError(
+        raise InputError(
             f"the training in '{source}' was begun with another config (there -> here):\n"
             + "".join(f"  {line}\n" for line in refused)
             + (
@@ -295,7 +296,7 @@ def check_resume(stored: str, here: CfgNode, *, source: str | Path, iteration: i
         )
 
 
-def check_words(stored: Mapping[str, Any] | None, here: Vocabulary, *, source: str | Path) -> None:
+def check_same_classes(stored: Mapping[str, Any] | None, here: Vocabulary, *, source: str | Path) -> None:
     """Refuses to resume a training whose classes or words have changed, though the config still names the same data.
 
     Args:
@@ -314,7 +315,7 @@ def check_words(stored: Mapping[str, Any] | None, here: Vocabulary, *, source: s
         return
     pairs = enumerate(itertools.zip_longest(there, here.synonyms, fillvalue=("nothing",)))
     index, (old, new) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
-    raise ValueError(
+    raise InputError(
         f"the training in '{source}' was begun with other classes ({len(there)}, here {len(here)}): class {index} was "
         f"'{', '.join(old)}' and is '{', '.join(new)}'. Restore the list of classes (MODEL.FC_CLIP.VOCABULARIES for "
         "published words) to resume; or start a new run from its weights: another OUTPUT_DIR, MODEL.WEIGHTS "
@@ -342,9 +343,9 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
     try:
         tree = yaml.safe_load(stored)
     except yaml.YAMLError as error:
-        raise ValueError(f"the stored config cannot be read as YAML: {error}") from error
+        raise InputError(f"the stored config cannot be read as YAML: {error}") from error
     if not isinstance(tree, Mapping):
-        raise ValueError(f"the stored config is a {type(tree).__name__}, expected keys and values")
+        raise InputError(f"the stored config is a {type(tree).__name__}, expected keys and values")
     there, now, defaults = (dict(_leaves(one)) for one in (tree, here, get_cfg()))
     refused, harmless = [], []
     for key in sorted(there.keys() | now.keys()):

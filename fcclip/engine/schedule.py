@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from fcclip.config import lookup
+from fcclip.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def multi_step(*, max_iter: int, steps: Sequence[int], gamma: float) -> Multipli
         [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
     """
     if list(steps) != sorted(steps):
-        raise ValueError(f"SOLVER.STEPS must ascend, got {tuple(steps)}")
+        raise InputError(f"SOLVER.STEPS must ascend, got {tuple(steps)}")
     reached = [step for step in steps if step < max_iter]
     if len(reached) < len(steps):
         logger.warning(
@@ -39,7 +40,7 @@ def multi_step(*, max_iter: int, steps: Sequence[int], gamma: float) -> Multipli
 def cosine(*, max_iter: int, end: float) -> Multiplier:
     """From 1 to `end` along half a cosine over `max_iter` iterations."""
     if not 0 <= end <= 1:
-        raise ValueError(f"SOLVER.BASE_LR_END must lie between 0 and SOLVER.BASE_LR, got {end} times BASE_LR")
+        raise InputError(f"SOLVER.BASE_LR_END must lie between 0 and SOLVER.BASE_LR, got {end} times BASE_LR")
     return lambda iteration: end + 0.5 * (1 - end) * (1 + math.cos(math.pi * min(iteration / max_iter, 1.0)))
 
 
@@ -107,7 +108,7 @@ def build_multiplier(cfg: CfgNode) -> Multiplier:
     """
     solver = cfg.SOLVER
     if solver.MAX_ITER < 1:
-        raise ValueError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
+        raise InputError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
     known = {"WarmupMultiStepLR": _multi_step, "WarmupCosineLR": _cosine, "WarmupPolyLR": _poly}
     return lookup("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, known)(solver)
 
@@ -159,7 +160,7 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     if reference in (0, world_size):
         return cfg
     if cfg.SOLVER.IMS_PER_BATCH % reference:
-        raise ValueError(
+        raise InputError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
             f"{reference}"
         )

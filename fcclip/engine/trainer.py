@@ -28,17 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fcclip.config import lookup
-from fcclip.engine.checkpoint import (
-    Checkpointer,
-    clip_fingerprint,
-    load_checkpoint,
-    load_state,
-    model_weights,
-    unwrap,
-    vocabulary_note,
-)
-from fcclip.engine.distributed import (
+from fcclip.comm import (
     all_gather_object,
     barrier,
     broadcast_object,
@@ -46,8 +36,10 @@ from fcclip.engine.distributed import (
     get_world_size,
     is_main_process,
     mean_over_processes,
-    watch,
 )
+from fcclip.config import lookup
+from fcclip.engine.checkpoint import Checkpointer, load_checkpoint
+from fcclip.engine.distributed import watch
 from fcclip.engine.environment import random_state, set_random_state
 from fcclip.engine.guards import (
     MAX_ROLLBACKS,
@@ -70,7 +62,10 @@ from fcclip.engine.metrics import (
 from fcclip.engine.optimizer import Clip, build_clip, build_optimizer, trainable_parameters
 from fcclip.engine.schedule import build_lr_scheduler
 from fcclip.engine.signals import StopRequest, StopRequested
+from fcclip.errors import InputError
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import load_state, model_weights, unwrap, vocabulary_note
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +103,7 @@ class Trainer:
         eval_period: iterations between evaluations; 0 only at the end.
         best_metric: name of the scalar of `evaluate` whose highest value decides which weights stay as `best.pth`; "":
             none are kept.
-        draw: called after an evaluation on the main process with the bare model; returns pictures (H, W, 3) uint8 by
+        draw: called after an evaluation on the main process with the bare model; returns images (H, W, 3) uint8 by
             name, for the writers.
         writers: builds, from the first iteration, those that receive the scalars of every LOG_PERIOD-th iteration on
             the main process.
@@ -145,7 +140,7 @@ class Trainer:
         full_checkpoints: bool = False,
     ) -> None:
         if accumulate < 1:
-            raise ValueError(f"SOLVER.ACCUMULATE must be at least 1, got {accumulate}")
+            raise InputError(f"SOLVER.ACCUMULATE must be at least 1, got {accumulate}")
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
@@ -319,7 +314,7 @@ class Trainer:
         }
         reports = all_gather_object((get_rank(), bad, _file_names(batch)))
         found = "; ".join(
-            f"process {rank}: {', '.join(f'{name} = {value}' for name, value in terms.items())} (pictures: "
+            f"process {rank}: {', '.join(f'{name} = {value}' for name, value in terms.items())} (images: "
             f"{', '.join(files)})"
             for rank, terms, files in reports
             if terms
@@ -327,7 +322,7 @@ class Trainer:
         raise NonFiniteError(
             f"the loss is not finite at iteration {self.iteration}: {found}. The step was not taken. Usual causes: a "
             "learning rate that is too high (SOLVER.BASE_LR), overflow in float16 (SOLVER.AMP.DTYPE bfloat16), damaged "
-            "labels of these pictures."
+            "labels of these images."
         )
 
     def _check_gradients(self, norm: float, batch: Batch) -> None:
@@ -348,7 +343,7 @@ class Trainer:
         ]
         raise NonFiniteError(
             f"the gradient is not finite at iteration {self.iteration} although the losses are: norm {norm}, first in "
-            f"{bad[0] if bad else 'the norm itself'} (pictures: {', '.join(files)}). The step was not taken. Usual "
+            f"{bad[0] if bad else 'the norm itself'} (images: {', '.join(files)}). The step was not taken. Usual "
             "causes: a learning rate that is too high (SOLVER.BASE_LR), overflow (SOLVER.AMP.DTYPE bfloat16, or "
             "SOLVER.AMP.ENABLED False)."
         )
@@ -441,7 +436,7 @@ class Trainer:
         random = random_state()
         try:
             with self.stop.interrupting() if self.stop is not None else contextlib.nullcontext():
-                results, pictures = self._results()
+                results, images = self._results()
         except StopRequested:
             if state is not None and self.iteration < self.max_iter:
                 self._hand_over(state)
@@ -452,9 +447,9 @@ class Trainer:
             # Noted before it is recorded: one that is killed in between is not recorded twice.
             self._keep_best(results)
             self._write(results)
-            if pictures:
+            if images:
                 for writer in self._writers:
-                    writer.pictures(self.iteration - 1, pictures)
+                    writer.images(self.iteration - 1, images)
 
     def _results(self) -> tuple[Mapping[str, float], Mapping[str, np.ndarray]]:
         """Scalars, and drawings where there are writers for them."""
@@ -462,11 +457,11 @@ class Trainer:
         try:
             with torch.no_grad():
                 results = self.evaluate(unwrap(self.model))
-                pictures = self.draw(unwrap(self.model)) if self.draw is not None and self._writers else {}
+                images = self.draw(unwrap(self.model)) if self.draw is not None and self._writers else {}
         finally:
             self.model.train()
         barrier()
-        return results, pictures
+        return results, images
 
     def _keep_best(self, results: Mapping[str, float]) -> None:
         """Returns when `best.pth` is written, if these weights are the best so far, and the evaluation is noted."""
@@ -579,7 +574,7 @@ class Trainer:
         needed = ("model", "optimizer", "scheduler", "scaler", "iteration", "random")
         missing = [name for name in needed if name not in state]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"'{path}' holds no state of a training (missing: {', '.join(missing)}); a training can start from its "
                 "weights with MODEL.WEIGHTS, without --resume"
             )
@@ -610,7 +605,7 @@ class Trainer:
         here = [group["param_names"] for group in self.optimizer.state_dict()["param_groups"]]
         there = [group.get("param_names") for group in state["param_groups"]]
         if here != there:
-            raise ValueError(
+            raise InputError(
                 f"the optimiser state in '{path}' belongs to other parameter groups "
                 f"({[len(names or ()) for names in there]} parameters a group, here {[len(names) for names in here]}): "
                 "SOLVER.OPTIMIZER, BASE_LR, the WEIGHT_DECAY keys and the frozen parts must be those of the run that "
@@ -627,7 +622,7 @@ class Trainer:
             steps: how often; the last one is timed, the others warm up.
 
         Returns:
-            pictures, a text for each sample of this process's batch (`batch`); seconds of loading it, from the start of
+            images, a text for each sample of this process's batch (`batch`); seconds of loading it, from the start of
             the loader (`data_time`), and of one step (`time`); `total_loss`, `grad_norm`; and the most memory used in
             MiB (`memory_mb`), with the state of the optimiser: of the GPU, or of the whole process on a CPU.
 
@@ -776,7 +771,7 @@ def _describe(sample: Mapping[str, Any]) -> str:
     """File, shape and segments of a training sample, as far as it has them."""
     parts = [Path(sample.get("file_name", "?")).name]
     if "image" in sample:
-        parts.append("picture " + "x".join(map(str, sample["image"].shape)))
+        parts.append("image " + "x".join(map(str, sample["image"].shape)))
     if "targets" in sample:
         targets = sample["targets"]
         parts.append(f"{len(targets)} segments on a grid of {'x'.join(map(str, targets.image_size))}")
@@ -873,15 +868,15 @@ def check_training(cfg: CfgNode, vocabulary: Vocabulary, *, world_size: int) -> 
     """
     solver, num_classes = cfg.SOLVER, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if len(vocabulary) != num_classes:
-        raise ValueError(
+        raise InputError(
             f"the training vocabulary '{vocabulary.name}' has {len(vocabulary)} classes, but "
             f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}. Set it to {len(vocabulary)}, or correct DATASETS.TRAIN "
             "or the class list."
         )
     if solver.ACCUMULATE < 1:
-        raise ValueError(f"SOLVER.ACCUMULATE must be at least 1, got {solver.ACCUMULATE}")
+        raise InputError(f"SOLVER.ACCUMULATE must be at least 1, got {solver.ACCUMULATE}")
     if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % (world_size * solver.ACCUMULATE):
-        raise ValueError(
+        raise InputError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be split evenly over {world_size} process(es) with "
             f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
         )
@@ -902,7 +897,7 @@ def amp_dtype(cfg: CfgNode, device: torch.device) -> torch.dtype | None:
         logger.info("SOLVER.AMP.ENABLED has no effect on %s: training in float32", device.type)
         return None
     if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
-        raise ValueError("SOLVER.AMP.DTYPE is bfloat16, which this GPU does not support; use float16")
+        raise InputError("SOLVER.AMP.DTYPE is bfloat16, which this GPU does not support; use float16")
     return dtype
 
 

@@ -1,10 +1,10 @@
 """The Cityscapes protocol in memory: instance AP, and IoU and instance-weighted iIoU of classes and categories.
 
-Everything comes from one file of the ground truth, `<picture>_gtFine_instanceIds.png`. A pixel holds a label id
+Everything comes from one file of the ground truth, `<image>_gtFine_instanceIds.png`. A pixel holds a label id
 (0..33), or label id x 1000 + number for one instance of a class; a class id without a number is a group that could not
 be told apart. Classes are matched by these ids, never by names, which are the user's to choose.
 
-Legend: G ground-truth regions and P predictions of one picture.
+Legend: G ground-truth regions and P predictions of one image.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from fcclip.data import read_label_map
 from fcclip.data.datasets.cityscapes import instance_ids_file
+from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
+from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, check_classes, in_order, keep_once
 from fcclip.evaluation.histograms import JointHistogram, as_array, compact, joint_histogram, summed
-from fcclip.evaluation.pictures import Evaluator, Picture, check_classes, in_order, keep_once
 from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.structures import Instances
 
@@ -55,8 +56,8 @@ _MEAN_PIXELS = {
 }
 
 
-def read_instance_ids(picture: Picture) -> np.ndarray:
-    """(h, w) int32 of `instance_ids_file`, read once a picture.
+def read_instance_ids(ground_truth: GroundTruth) -> np.ndarray:
+    """(h, w) int32 of `instance_ids_file`, read once an image.
 
     Raises:
         FileNotFoundError: no such file.
@@ -64,25 +65,25 @@ def read_instance_ids(picture: Picture) -> np.ndarray:
     """
 
     def read() -> np.ndarray:
-        path = instance_ids_file(picture.record)
+        path = instance_ids_file(ground_truth.record)
         if not Path(path).is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{path}: no such file. The Cityscapes protocol reads the instance ids of gtFine_trainvaltest.zip; "
                 "copy all of gtFine, not the label maps alone."
             )
         ids = read_label_map(path)
         highest = int(_labels_of(ids).max())
         if highest >= _NUM_LABELS:
-            raise ValueError(
+            raise InputError(
                 f"{path}: label {highest} is none of Cityscapes' (0..{_NUM_LABELS - 1}); is it a file of instance ids?"
             )
         return ids
 
-    return picture.once("instance ids", read)
+    return ground_truth.once("instance ids", read)
 
 
 class InstanceCounts(NamedTuple):
-    """What the instance protocol needs to know of one picture."""
+    """What the instance protocol needs to know of one image."""
 
     truth: np.ndarray  # (G, 3) int64: contiguous class, pixels, 1 if it is an instance that has to be found
     predicted: np.ndarray  # (P, 3) int64: contiguous class, pixels, pixels that excuse a mistake
@@ -113,35 +114,35 @@ class CityscapesInstanceEvaluator(Evaluator):
         self.dataset_ids = dict(sorted(dataset_ids.items()))
         self.seen = None if seen is None else tuple(seen)
         check_classes(self.class_names, self.dataset_ids, self.seen)
-        self.pictures: dict[Hashable, InstanceCounts] = {}
+        self.images: dict[Hashable, InstanceCounts] = {}
         strange = sorted(set(self.dataset_ids.values()) - _MEAN_PIXELS.keys())
         if strange:
-            raise ValueError(f"labels {strange} have no instances in Cityscapes; those with are {sorted(_MEAN_PIXELS)}")
+            raise InputError(f"labels {strange} have no instances in Cityscapes; those with are {sorted(_MEAN_PIXELS)}")
 
-    def measure(self, picture: Picture, output: Mapping) -> InstanceCounts:
-        name = f"picture {picture.image_id!r}"
-        return self.count(read_instance_ids(picture), output["instances"], name=name)
+    def measure(self, ground_truth: GroundTruth, output: Mapping) -> InstanceCounts:
+        name = f"image {ground_truth.image_id!r}"
+        return self.count(read_instance_ids(ground_truth), output["instances"], name=name)
 
-    def count(self, instance_ids: np.ndarray, instances: Instances, *, name: str = "the picture") -> InstanceCounts:
-        """Compares one picture with its ground truth.
+    def count(self, instance_ids: np.ndarray, instances: Instances, *, name: str = "the image") -> InstanceCounts:
+        """Compares one image with its ground truth.
 
         Args:
             instance_ids: (h, w) int.
             instances: masks of the same size; empty ones do not count.
-            name: what errors call the picture.
+            name: what errors call the image.
 
         Raises:
             ValueError: masks of another size, a class without instances.
         """
         if tuple(instances.pred_masks.shape[1:]) != instance_ids.shape:
-            raise ValueError(
+            raise InputError(
                 f"{name}: masks are {tuple(instances.pred_masks.shape[1:])} (height, width), the ground truth is "
                 f"{instance_ids.shape}"
             )
         classes = as_array(instances.pred_classes).astype(np.int64)
         strange = sorted(set(classes.tolist()) - self.dataset_ids.keys())
         if strange:
-            raise ValueError(f"{name}: instances of the classes {strange}, which are no thing classes")
+            raise InputError(f"{name}: instances of the classes {strange}, which are no thing classes")
         ids, region = compact(instance_ids)
         common = pixels_by_region(instances.pred_masks, region, len(ids))  # (n, regions)
         size = common.sum(axis=1)
@@ -170,16 +171,16 @@ class CityscapesInstanceEvaluator(Evaluator):
         )
 
     def keep(self, image_id: int | str, measured: InstanceCounts) -> None:
-        keep_once(self.pictures, {image_id: measured})
+        keep_once(self.images, {image_id: measured})
 
     def state(self) -> dict[Hashable, InstanceCounts]:
-        return self.pictures
+        return self.images
 
     def merge(self, state: Mapping[Hashable, InstanceCounts]) -> None:
-        keep_once(self.pictures, state)
+        keep_once(self.images, state)
 
     def results(self) -> dict[str, dict[str, float]]:
-        together = _joined([self.pictures[image_id] for image_id in in_order(self.pictures)])
+        together = _joined([self.images[image_id] for image_id in in_order(self.images)])
         precision = {  # class -> AP at each threshold, percent
             index: [100 * value for value in _average_precisions(_of_class(together, index))]
             for index in self.dataset_ids
@@ -194,7 +195,7 @@ class CityscapesInstanceEvaluator(Evaluator):
 
 
 class SemanticCounts(NamedTuple):
-    """What the semantic protocol needs to know of one picture."""
+    """What the semantic protocol needs to know of one image."""
 
     pairs: JointHistogram  # pixels by (true class, predicted class)
     instances: np.ndarray  # (n, 4) int64: label id, pixels, those predicted right, those of its category
@@ -221,7 +222,7 @@ class CityscapesSemanticEvaluator(SemanticEvaluator):
         super().__init__(class_names=class_names, ignore_label=-1, seen=seen)
         strange = sorted(set(dataset_ids.values()) - _EVALUATED)
         if strange or sorted(dataset_ids) != list(range(len(self.class_names))):
-            raise ValueError(
+            raise InputError(
                 f"the {len(self.class_names)} classes have the labels {sorted(dataset_ids.values())}; Cityscapes "
                 f"evaluates {sorted(_EVALUATED)}"
             )
@@ -230,9 +231,9 @@ class CityscapesSemanticEvaluator(SemanticEvaluator):
         self.class_of_label[self.label_of_class] = np.arange(len(dataset_ids))
         self.instances: dict[Hashable, np.ndarray] = {}
 
-    def measure(self, picture: Picture, output: Mapping) -> SemanticCounts:
-        ids, predicted = read_instance_ids(picture), as_array(output["sem_seg"])
-        name = instance_ids_file(picture.record)
+    def measure(self, ground_truth: GroundTruth, output: Mapping) -> SemanticCounts:
+        ids, predicted = read_instance_ids(ground_truth), as_array(output["sem_seg"])
+        name = instance_ids_file(ground_truth.record)
         self.check(ids, predicted, name=name)
         found = joint_histogram(ids, predicted)
         labels = _labels_of(found.first)
@@ -280,7 +281,7 @@ class CityscapesSemanticEvaluator(SemanticEvaluator):
         weights = np.array([_MEAN_PIXELS[label] for label in instances[:, 0].tolist()]) / instances[:, 1]
 
         def weighted(members: Sequence[int], column: int) -> tuple[float, float]:
-            """Weighted pixels of the instances of these labels: right, wrong; whatever the order of the pictures."""
+            """Weighted pixels of the instances of these labels: right, wrong; whatever the order of the images."""
             chosen = np.isin(instances[:, 0], members)
             right, size = instances[chosen, column], instances[chosen, 1]
             return math.fsum(right * weights[chosen]), math.fsum((size - right) * weights[chosen])
@@ -335,13 +336,13 @@ def _labels_of(ids: np.ndarray) -> np.ndarray:
     return np.where(ids < _FIRST_INSTANCE, ids, ids // _FIRST_INSTANCE)
 
 
-def _joined(pictures: Sequence[InstanceCounts]) -> InstanceCounts:
-    """One record of many pictures."""
+def _joined(images: Sequence[InstanceCounts]) -> InstanceCounts:
+    """One record of many images."""
     empty = InstanceCounts(*(np.zeros((0, 3), np.int64) for _ in range(2)), np.zeros(0), np.zeros((0, 3), np.int64))
-    pictures = [empty, *pictures]
-    offsets = np.cumsum([[0, 0], *([len(one.truth), len(one.predicted)] for one in pictures[:-1])], axis=0)
-    pairs = [one.pairs + np.append(offset, 0) for one, offset in zip(pictures, offsets)]
-    truth, predicted, scores = (np.concatenate([one[column] for one in pictures]) for column in range(3))
+    images = [empty, *images]
+    offsets = np.cumsum([[0, 0], *([len(one.truth), len(one.predicted)] for one in images[:-1])], axis=0)
+    pairs = [one.pairs + np.append(offset, 0) for one, offset in zip(images, offsets)]
+    truth, predicted, scores = (np.concatenate([one[column] for one in images]) for column in range(3))
     return InstanceCounts(truth, predicted, scores, np.concatenate(pairs))
 
 

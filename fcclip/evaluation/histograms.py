@@ -1,4 +1,4 @@
-"""Joint histograms of two maps: all that the panoptic and semantic protocols need to know of a picture."""
+"""Joint histograms of two maps: all that the panoptic and semantic protocols need to know of an image."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+
+from fcclip.errors import InputError
 
 _LIMIT = 1 << 24  # ids of the second map fit into three bytes
 _BLOCK = 1 << 16  # pixels
@@ -39,7 +41,7 @@ def joint_histogram(first: np.ndarray, second: np.ndarray, *, what: str = "value
     starts = starts_of_runs(g, p)
     g, p, size = g[starts], p[starts], g.size  # every value of a map stands at the start of a run
     if p.min() < 0 or p.max() >= _LIMIT:
-        raise ValueError(f"{what} must be 0..{_LIMIT - 1}, got {p.min()}..{p.max()}")
+        raise InputError(f"{what} must be 0..{_LIMIT - 1}, got {p.min()}..{p.max()}")
     return summed(g, p, np.diff(starts, append=size))
 
 

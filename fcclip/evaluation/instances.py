@@ -18,13 +18,14 @@ from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
 from fcclip.data.segmentations import compressed, fill_polygons, has_area, read_run_lengths
-from fcclip.engine.checkpoint import write_atomically
+from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
-from fcclip.evaluation.pictures import Evaluator, Picture, check_classes, in_order, keep_once
+from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, check_classes, in_order, keep_once
+from fcclip.files import write_atomically
 from fcclip.structures import Instances, boxes_of_masks
 
 logger = logging.getLogger(__name__)
-LVIS_DETECTIONS = 300  # a picture, all classes together
+LVIS_DETECTIONS = 300  # an image, all classes together
 _AREAS = {"s": 1, "m": 2, "l": 3}  # suffix of the metric -> area range of the protocol, which calls all areas 0
 
 
@@ -50,13 +51,11 @@ class InstanceTruth(NamedTuple):
             categories = {category["id"]: category for category in content["categories"]}
             return cls(str(path), images, content["annotations"], categories)
         except FileNotFoundError:
-            raise FileNotFoundError(
-                f"instances file '{path}' does not exist; it holds the ground truth of AP"
-            ) from None
+            raise MissingFileError(f"instances file '{path}' does not exist; it holds the ground truth of AP") from None
         except json.JSONDecodeError as error:
-            raise ValueError(f"instances file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
+            raise InputError(f"instances file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
         except (KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"instances file '{path}' is not in the COCO instances format: {error!r} is missing"
             ) from error
 
@@ -91,8 +90,8 @@ class InstanceTruth(NamedTuple):
         return pycocotools.mask.merge(codes)
 
 
-class PictureInstances(NamedTuple):
-    """What AP needs to know of one picture."""
+class ImageInstances(NamedTuple):
+    """What AP needs to know of one image."""
 
     rows: list[dict]  # of COCO results
     image: dict  # id, height, width
@@ -103,7 +102,7 @@ class InstanceEvaluator(Evaluator):
     """COCO average precision of masks (`segm`) and boxes (`bbox`) of the thing classes.
 
     Args:
-        truth: the ground truth, shared by evaluators of the same data set; None: the thing segments of each picture's
+        truth: the ground truth, shared by evaluators of the same data set; None: the thing segments of each image's
             panoptic annotation, for data sets that have no other.
         class_names: name of each of the K classes, by contiguous index.
         dataset_ids: contiguous index of each thing class -> the data set's category id.
@@ -132,42 +131,42 @@ class InstanceEvaluator(Evaluator):
         self.seen = None if seen is None else tuple(seen)
         check_classes(self.class_names, self.dataset_ids, self.seen)
         self.folder = None if folder is None else Path(folder)
-        self.pictures: dict[Hashable, PictureInstances] = {}
+        self.images: dict[Hashable, ImageInstances] = {}
         if truth is None:
             return
         lacking = sorted(set(self.dataset_ids.values()) - truth.categories.keys())
         strange = sorted({one["category_id"] for one in truth.annotations} - set(self.dataset_ids.values()))
         if lacking or strange:
             problem = f"has no categories {lacking[:5]}" if lacking else f"annotates unknown categories {strange[:5]}"
-            raise ValueError(f"{truth.path} {problem}; its category ids must be those of the data set's thing classes")
+            raise InputError(f"{truth.path} {problem}; its category ids must be those of the data set's thing classes")
 
     def add(self, image_id: int | str, instances: Instances, *, encoded_masks: dict[bytes, dict] | None = None) -> None:
-        """Takes in the instances of one picture; `encoded_masks` as for `encode_masks`.
+        """Takes in the instances of one image; `encoded_masks` as for `encode_masks`.
 
         Raises:
-            ValueError: a picture the ground truth does not have or that came before, masks of another size, a stuff
+            ValueError: an image the ground truth does not have or that came before, masks of another size, a stuff
                 class.
         """
         image = self._image(image_id)
-        self.keep(image_id, PictureInstances(self._rows(image_id, image, instances, encoded_masks), image, None))
+        self.keep(image_id, ImageInstances(self._rows(image_id, image, instances, encoded_masks), image, None))
 
-    def measure(self, picture: Picture, output: Mapping) -> PictureInstances:
+    def measure(self, ground_truth: GroundTruth, output: Mapping) -> ImageInstances:
         if self.truth is None:
-            height, width = picture.id_map.shape
-            image = {"id": picture.image_id, "height": height, "width": width}
-            truth = picture.once("thing segments", lambda: segment_annotations(picture, self.dataset_ids))
+            height, width = ground_truth.id_map.shape
+            image = {"id": ground_truth.image_id, "height": height, "width": width}
+            truth = ground_truth.once("thing segments", lambda: segment_annotations(ground_truth, self.dataset_ids))
         else:
-            image, truth = self._image(picture.image_id), None
-        encoded_masks = picture.once("encoded masks", dict)
-        rows = self._rows(picture.image_id, image, output["instances"], encoded_masks)
-        return PictureInstances(rows, image, truth)
+            image, truth = self._image(ground_truth.image_id), None
+        encoded_masks = ground_truth.once("encoded masks", dict)
+        rows = self._rows(ground_truth.image_id, image, output["instances"], encoded_masks)
+        return ImageInstances(rows, image, truth)
 
-    def keep(self, image_id: int | str, measured: PictureInstances) -> None:
-        keep_once(self.pictures, {image_id: measured})
+    def keep(self, image_id: int | str, measured: ImageInstances) -> None:
+        keep_once(self.images, {image_id: measured})
 
     def _image(self, image_id: int | str) -> dict:
         if image_id not in self.truth.images:
-            raise ValueError(f"picture {image_id!r} is not in {self.truth.path}, which holds the ground truth of AP")
+            raise InputError(f"image {image_id!r} is not in {self.truth.path}, which holds the ground truth of AP")
         return self.truth.images[image_id]
 
     def _rows(
@@ -176,15 +175,15 @@ class InstanceEvaluator(Evaluator):
         size = (image["height"], image["width"])
         if tuple(instances.pred_masks.shape[1:]) != size:
             where = "its annotation" if self.truth is None else self.truth.path
-            raise ValueError(
-                f"picture {image_id!r}: masks are {tuple(instances.pred_masks.shape[1:])} (height, width), the picture "
+            raise InputError(
+                f"image {image_id!r}: masks are {tuple(instances.pred_masks.shape[1:])} (height, width), the image "
                 f"in {where} is {size}"
             )
         instances = self._chosen(instances)
         classes = instances.pred_classes.tolist()
         strange = sorted(set(classes) - self.dataset_ids.keys())
         if strange:
-            raise ValueError(f"picture {image_id!r}: instances of the classes {strange}, which are no thing classes")
+            raise InputError(f"image {image_id!r}: instances of the classes {strange}, which are no thing classes")
         boxes = instances.pred_boxes.detach().cpu().double()
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # XYXY -> XYWH
         return [
@@ -201,26 +200,26 @@ class InstanceEvaluator(Evaluator):
         ]
 
     def _chosen(self, instances: Instances) -> Instances:
-        """Those of a picture that count, before anything else is known."""
+        """Those of an image that count, before anything else is known."""
         return instances
 
-    def state(self) -> dict[Hashable, PictureInstances]:
-        return self.pictures
+    def state(self) -> dict[Hashable, ImageInstances]:
+        return self.images
 
-    def merge(self, state: Mapping[Hashable, PictureInstances]) -> None:
-        keep_once(self.pictures, state)
+    def merge(self, state: Mapping[Hashable, ImageInstances]) -> None:
+        keep_once(self.images, state)
 
     def results(self) -> dict[str, dict[str, float]]:
         return {task: self._average_precision(task) for task in ("bbox", "segm")}
 
     def save(self) -> None:
         if self.folder is not None:
-            rows = [row for image_id in in_order(self.pictures) for row in self.pictures[image_id].rows]
+            rows = [row for image_id in in_order(self.images) for row in self.images[image_id].rows]
             content = json.dumps(rows).encode()
             write_atomically(self.folder / self.file_name, lambda file: file.write(content))
 
     def _average_precision(self, task: str) -> dict[str, float]:
-        """AP over the pictures that were evaluated."""
+        """AP over the images that were evaluated."""
         precision = 100 * self._precision(task)
         per_class = dict.fromkeys(range(len(self.class_names)), np.nan)
         per_class |= {index: _mean(precision[:, :, row, 0]) for row, index in enumerate(self.dataset_ids)}
@@ -245,24 +244,24 @@ class InstanceEvaluator(Evaluator):
         return protocol_precision(truth, rows, list(self.dataset_ids.values()), task)
 
     def _numbered(self) -> tuple[dict[str, list[dict]], list[dict]]:
-        """Ground truth and detections of the evaluated pictures as the protocol's implementation wants them.
+        """Ground truth and detections of the evaluated images as the protocol's implementation wants them.
 
-        It breaks ties of scores by the order of the pictures. Numbers stand in for the ids, which may be strings, and
+        It breaks ties of scores by the order of the images. Numbers stand in for the ids, which may be strings, and
         annotations are counted from 1 because 0 means unmatched there.
         """
-        number = {image_id: index for index, image_id in enumerate(in_order(self.pictures), start=1)}
+        number = {image_id: index for index, image_id in enumerate(in_order(self.images), start=1)}
         if self.truth is not None:
             annotations = [one for one in self.truth.annotations if one["image_id"] in number]
         else:
-            annotations = [one for image_id in number for one in self.pictures[image_id].truth or ()]
+            annotations = [one for image_id in number for one in self.images[image_id].truth or ()]
         truth = {
-            "images": [self.pictures[image_id].image | {"id": index} for image_id, index in number.items()],
+            "images": [self.images[image_id].image | {"id": index} for image_id, index in number.items()],
             "annotations": [
                 one | {"id": index, "image_id": number[one["image_id"]]}
                 for index, one in enumerate(annotations, start=1)
             ],
         }
-        rows = [row | {"image_id": index} for image_id, index in number.items() for row in self.pictures[image_id].rows]
+        rows = [row | {"image_id": index} for image_id, index in number.items() for row in self.images[image_id].rows]
         return truth, rows
 
 
@@ -279,11 +278,11 @@ def protocol_precision(
 
     Args:
         truth: `images` and `annotations`, ids counted from 1.
-        rows: detections, those of a picture together, pictures in ascending order of their ids.
+        rows: detections, those of an image together, images in ascending order of their ids.
         category_ids: the classes, in the order of the result.
         task: `segm` or `bbox`.
         federated: by the rules of LVIS: up to 300 detections, and `neg_category_ids` and `not_exhaustive_category_ids`
-            of the pictures decide which of them count.
+            of the images decide which of them count.
         categories: entries of the classes in the data set's file; None: the ids alone.
 
     Returns:
@@ -314,15 +313,15 @@ def protocol_precision(
 
 
 def instances_of_rows(
-    rows: Sequence[Mapping], *, classes: Mapping[int, int], size: tuple[int, int], name: str = "the picture"
+    rows: Sequence[Mapping], *, classes: Mapping[int, int], size: tuple[int, int], name: str = "the image"
 ) -> Instances:
-    """The instances of one picture from a file of COCO results, for any evaluator of instances.
+    """The instances of one image from a file of COCO results, for any evaluator of instances.
 
     Args:
         rows: `category_id, score, segmentation` (run-length code or polygons), and `bbox` where the file has it.
         classes: the data set's category id -> contiguous index, of the thing classes.
-        size: (height, width) of the picture in pixels.
-        name: what errors call the picture.
+        size: (height, width) of the image in pixels.
+        name: what errors call the image.
 
     Raises:
         ValueError: a category that is no thing class, a mask of another size, an entry that is missing.
@@ -331,14 +330,14 @@ def instances_of_rows(
     for mask, row in zip(masks, rows):
         lacking = {"category_id", "score", "segmentation"} - row.keys()
         if lacking:
-            raise ValueError(f"{name}: a row has no {', '.join(sorted(lacking))}; expected COCO results with masks")
+            raise InputError(f"{name}: a row has no {', '.join(sorted(lacking))}; expected COCO results with masks")
         if row["category_id"] not in classes:
-            raise ValueError(f"{name}: category_id {row['category_id']} is none of the data set's thing classes")
+            raise InputError(f"{name}: category_id {row['category_id']} is none of the data set's thing classes")
         if isinstance(row["segmentation"], Mapping):
             try:
                 mask[:] = read_run_lengths([row["segmentation"]], size)[0]
             except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
+                raise InputError(f"{name}: {error}") from error
         else:
             fill_polygons([np.reshape(one, (-1, 2)) for one in row["segmentation"] if has_area(one)], mask)
     pred_masks = torch.from_numpy(masks)
@@ -355,19 +354,19 @@ def instances_of_rows(
     )
 
 
-def segment_annotations(picture: Picture, dataset_ids: Mapping[int, int]) -> list[dict]:
-    """COCO annotations of the thing segments of a panoptic picture.
+def segment_annotations(ground_truth: GroundTruth, dataset_ids: Mapping[int, int]) -> list[dict]:
+    """COCO annotations of the thing segments of a panoptic image.
 
     Args:
-        picture: with an id map.
+        image: with an id map.
         dataset_ids: contiguous index of each thing class -> the data set's category id.
     """
-    segments = [one for one in picture.segments if one["category_id"] in dataset_ids]
-    masks = [torch.from_numpy(picture.id_map == one["id"]) for one in segments]
+    segments = [one for one in ground_truth.segments if one["category_id"] in dataset_ids]
+    masks = [torch.from_numpy(ground_truth.id_map == one["id"]) for one in segments]
     codes = encode_masks(torch.stack(masks)) if masks else []
     return [
         {
-            "image_id": picture.image_id,
+            "image_id": ground_truth.image_id,
             "category_id": dataset_ids[segment["category_id"]],
             "segmentation": code,
             "area": area,
@@ -385,7 +384,7 @@ def encode_masks(masks: Tensor, known: dict[bytes, dict] | None = None) -> list[
     Args:
         masks: (n, h, w) bool.
         known: codes of masks of the same size, by content; those are not encoded again, new ones are added. The
-            instances of one picture repeat few masks, with other classes and in other modes.
+            instances of one image repeat few masks, with other classes and in other modes.
 
     Returns:
         n codes {"size": [h, w], "counts": str}.

@@ -1,9 +1,9 @@
 """Average precision by the federated rule of LVIS (Gupta, Dollar, Girshick 2019, section 3).
 
-Nobody has looked for every one of 1203 classes in every picture. A picture counts for a class only if its annotation
+Nobody has looked for every one of 1203 classes in every image. An image counts for a class only if its annotation
 has instances of it, or says that there are none (`neg_category_ids`); where not all instances are marked
-(`not_exhaustive_category_ids`), a detection without a partner is no mistake. 300 detections of a picture count, and
-the classes are also averaged by how many pictures of the training split show them.
+(`not_exhaustive_category_ids`), a detection without a partner is no mistake. 300 detections of an image count, and
+the classes are also averaged by how many images of the training split show them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined
 from fcclip.evaluation.instances import LVIS_DETECTIONS, InstanceEvaluator, InstanceTruth, protocol_precision
 from fcclip.structures import Instances
 
-_FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: 1-10, 11-100, more than 100 pictures
+_FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: 1-10, 11-100, more than 100 images
 
 
 class LvisEvaluator(InstanceEvaluator):
@@ -39,15 +40,15 @@ class LvisEvaluator(InstanceEvaluator):
         for name in ("neg_category_ids", "not_exhaustive_category_ids"):
             lacking = [image_id for image_id, image in truth.images.items() if name not in image]
             if lacking:
-                raise ValueError(
-                    f"{truth.path}: picture {lacking[0]!r} has no '{name}', which the federated rule of LVIS needs. "
+                raise InputError(
+                    f"{truth.path}: image {lacking[0]!r} has no '{name}', which the federated rule of LVIS needs. "
                     "Expected LVIS v1 annotations, e.g. lvis_v1_val.json."
                 )
         strange = {key: one.get("frequency") for key, one in truth.categories.items() if key in self._wanted()}
         strange = {key: value for key, value in strange.items() if value not in _FREQUENCIES}
         if strange:
             key, value = next(iter(strange.items()))
-            raise ValueError(
+            raise InputError(
                 f"{truth.path}: category {key} has the frequency {value!r}, expected one of {', '.join(_FREQUENCIES)}. "
                 "Expected LVIS v1 annotations, e.g. lvis_v1_val.json."
             )
@@ -61,7 +62,7 @@ class LvisEvaluator(InstanceEvaluator):
         return Instances(**{name: value[best] for name, value in vars(instances).items()})
 
     def _precision(self, task: str) -> np.ndarray:
-        """Class after class: of the 24 million pairs of picture and class in the val split, few count."""
+        """Class after class: of the 24 million pairs of image and class in the val split, few count."""
         truth, rows = self._numbered()
         shape = (10, 101, len(self.dataset_ids), 4)
         if not rows:

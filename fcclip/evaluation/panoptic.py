@@ -1,7 +1,7 @@
 """Panoptic quality by the rules of panopticapi, from files or from id maps in memory.
 
 Every pixel belongs to one segment of the ground truth and one of the prediction; all that counts is the joint histogram
-of those two ids, taken once per picture. g and p are such ids, 0 is void.
+of those two ids, taken once per image. g and p are such ids, 0 is void.
 
     n      pixels with ground-truth id g and predicted id p
     union  pixels of p + JSON area of g - n - pixels of p on void
@@ -23,9 +23,10 @@ import numpy as np
 from PIL import Image
 
 from fcclip.data import read_id_map
+from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
+from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, check_classes, in_order, keep_once
 from fcclip.evaluation.histograms import JointHistogram, as_array, joint_histogram
-from fcclip.evaluation.pictures import Evaluator, Picture, check_classes, in_order, keep_once
 
 
 class ClassCounts(NamedTuple):
@@ -52,9 +53,9 @@ def compare_segments(
     predicted_segments: Sequence[Mapping],
     *,
     categories: Container[int],
-    name: str = "the picture",
+    name: str = "the image",
 ) -> dict[int, ClassCounts]:
-    """Matches the segments of one picture.
+    """Matches the segments of one image.
 
     Args:
         truth_map: (h, w) int, segment ids; 0 is void.
@@ -63,10 +64,10 @@ def compare_segments(
         predicted_map: (h, w) int, segment ids below 2**24; 0 is void.
         predicted_segments: `id, category_id` of each segment; exactly the ids in the map.
         categories: the category ids a prediction may have.
-        name: what errors call the picture.
+        name: what errors call the image.
 
     Returns:
-        Counts of each category that has a segment in the picture, in ascending order of the category id.
+        Counts of each category that has a segment in the image, in ascending order of the category id.
 
     Raises:
         ValueError: maps of different size, ids in the map and in the list that differ, an unknown category.
@@ -121,11 +122,11 @@ def compare_segments(
     }
 
 
-def sum_counts(pictures: Mapping[Hashable, Mapping[int, ClassCounts]]) -> dict[int, ClassCounts]:
-    """Counts per category over all pictures, added in the order of the picture ids whatever the order they came in."""
+def sum_counts(images: Mapping[Hashable, Mapping[int, ClassCounts]]) -> dict[int, ClassCounts]:
+    """Counts per category over all images, added in the order of the image ids whatever the order they came in."""
     total: dict[int, ClassCounts] = {}
-    for image_id in in_order(pictures):
-        for category, counts in pictures[image_id].items():
+    for image_id in in_order(images):
+        for category, counts in images[image_id].items():
             before = total.get(category, ClassCounts())
             total[category] = ClassCounts(*(one + other for one, other in zip(before, counts)))
     return total
@@ -156,8 +157,8 @@ def panoptic_quality(
 
     Args:
         gt_json: ground truth with `categories` and `annotations`.
-        pred_json: predictions; only `annotations` is read. Entries for pictures without ground truth are ignored, and
-            of several for one picture the last counts.
+        pred_json: predictions; only `annotations` is read. Entries for images without ground truth are ignored, and
+            of several for one image the last counts.
         gt_dir, pred_dir: folders of the id PNGs; None: the JSON's path without `.json`.
 
     Returns:
@@ -167,35 +168,35 @@ def panoptic_quality(
 
     Raises:
         FileNotFoundError: a JSON or a PNG does not exist.
-        ValueError: a file that is not in the format, no ground truth, a picture without prediction, and what
+        ValueError: a file that is not in the format, no ground truth, an image without prediction, and what
             `compare_segments` refuses.
     """
     truth, predictions = _read_json(gt_json, ("categories", "annotations")), _read_json(pred_json, ("annotations",))
     gt_dir, pred_dir = _png_dir(gt_json, gt_dir), _png_dir(pred_json, pred_dir)
     if not truth["annotations"]:
-        raise ValueError(f"{gt_json} has no annotations; there is nothing to evaluate")
+        raise InputError(f"{gt_json} has no annotations; there is nothing to evaluate")
     categories = {category["id"]: category.get("isthing") == 1 for category in truth["categories"]}
     prediction_of = {annotation["image_id"]: annotation for annotation in predictions["annotations"]}
     missing = [one["image_id"] for one in truth["annotations"] if one["image_id"] not in prediction_of]
     if missing:
-        raise ValueError(
-            f"{pred_json} has no prediction for {len(missing)} of {len(truth['annotations'])} pictures of {gt_json}: "
+        raise InputError(
+            f"{pred_json} has no prediction for {len(missing)} of {len(truth['annotations'])} images of {gt_json}: "
             f"image_id {_some(missing)}. Ids are compared with their JSON type: the string '7' is not the number 7."
         )
-    pictures = {}
+    images = {}
     for number, annotation in enumerate(truth["annotations"]):
         image_id = annotation["image_id"]
         prediction = prediction_of[image_id]
-        # The number keeps the pictures apart should the file list one twice.
-        pictures[isinstance(image_id, str), image_id, number] = compare_segments(
+        # The number keeps the images apart should the file list one twice.
+        images[isinstance(image_id, str), image_id, number] = compare_segments(
             read_id_map(gt_dir / annotation["file_name"]),
             annotation["segments_info"],
             read_id_map(pred_dir / prediction["file_name"]),
             prediction["segments_info"],
             categories=categories,
-            name=f"picture {image_id!r} of {pred_json}",
+            name=f"image {image_id!r} of {pred_json}",
         )
-    total = sum_counts(pictures)
+    total = sum_counts(images)
     quality = {category: class_quality(total.get(category, ClassCounts())) for category in categories}
     return {
         "All": _group(quality.values()),
@@ -211,7 +212,7 @@ def panoptic_quality(
 class PanopticEvaluator(Evaluator):
     """Panoptic quality of id maps as they come, the same numbers as `panoptic_quality` of the files.
 
-    Keeps counts per picture, so several processes merge to exactly what one would have found.
+    Keeps counts per image, so several processes merge to exactly what one would have found.
 
     Args:
         class_names: name of each of the K classes, by contiguous index.
@@ -226,7 +227,7 @@ class PanopticEvaluator(Evaluator):
         self.thing_classes = frozenset(thing_classes)
         self.seen = None if seen is None else tuple(seen)
         check_classes(self.class_names, self.thing_classes, self.seen)
-        self.pictures: dict[Hashable, dict[int, ClassCounts]] = {}  # image id -> category -> counts
+        self.images: dict[Hashable, dict[int, ClassCounts]] = {}  # image id -> category -> counts
 
     def add(
         self,
@@ -236,36 +237,38 @@ class PanopticEvaluator(Evaluator):
         predicted_map: np.ndarray,
         predicted_segments: Sequence[Mapping],
     ) -> None:
-        """Counts one picture; arguments as for `compare_segments`, categories as contiguous indices."""
+        """Counts one image; arguments as for `compare_segments`, categories as contiguous indices."""
         self.keep(image_id, self._counts(image_id, truth_map, truth_segments, predicted_map, predicted_segments))
 
-    def measure(self, picture: Picture, output: Mapping) -> dict[int, ClassCounts]:
+    def measure(self, ground_truth: GroundTruth, output: Mapping) -> dict[int, ClassCounts]:
         predicted_map, segments = output["panoptic_seg"]
-        return self._counts(picture.image_id, picture.id_map, picture.segments, as_array(predicted_map), segments)
+        return self._counts(
+            ground_truth.image_id, ground_truth.id_map, ground_truth.segments, as_array(predicted_map), segments
+        )
 
     def _counts(self, image_id: int | str, *maps_and_segments: Any) -> dict[int, ClassCounts]:
         categories = range(len(self.class_names))
-        return compare_segments(*maps_and_segments, categories=categories, name=f"picture {image_id!r}")
+        return compare_segments(*maps_and_segments, categories=categories, name=f"image {image_id!r}")
 
     def keep(self, image_id: int | str, measured: dict[int, ClassCounts]) -> None:
-        keep_once(self.pictures, {image_id: measured})
+        keep_once(self.images, {image_id: measured})
 
     @property
-    def per_picture(self) -> dict[Hashable, float]:
-        """Image id -> PQ of the picture alone: the mean over the classes in its ground truth or prediction."""
+    def per_image(self) -> dict[Hashable, float]:
+        """Image id -> PQ of the image alone: the mean over the classes in its ground truth or prediction."""
         return {
             image_id: 100 * mean_of_defined(class_quality(one).pq for one in counts.values())
-            for image_id, counts in self.pictures.items()
+            for image_id, counts in self.images.items()
         }
 
     def state(self) -> dict[Hashable, dict[int, ClassCounts]]:
-        return self.pictures
+        return self.images
 
     def merge(self, state: Mapping[Hashable, dict[int, ClassCounts]]) -> None:
-        keep_once(self.pictures, state)
+        keep_once(self.images, state)
 
     def results(self) -> dict[str, dict[str, float]]:
-        total = sum_counts(self.pictures)
+        total = sum_counts(self.images)
         quality = [class_quality(total.get(index, ClassCounts())) for index in range(len(self.class_names))]
         groups = {
             "": _group(quality),
@@ -289,7 +292,7 @@ def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
 
 def _joint_histogram(truth_map: np.ndarray, predicted_map: np.ndarray, name: str) -> JointHistogram:
     if truth_map.ndim != 2 or truth_map.shape != predicted_map.shape or not truth_map.size:
-        raise ValueError(
+        raise InputError(
             f"{name}: the prediction is {_size(predicted_map)} (height x width), the ground truth {_size(truth_map)}; "
             "predict at the size of the ground truth"
         )
@@ -311,7 +314,7 @@ def _field(segments: Mapping[int, Mapping], key: str, name: str) -> np.ndarray:
         return np.asarray([segment[key] for segment in segments.values()])
     except KeyError:
         lacking = [identifier for identifier, segment in segments.items() if key not in segment]
-        raise ValueError(f"{name}: ground-truth segments {_some(lacking)} have no '{key}'") from None
+        raise InputError(f"{name}: ground-truth segments {_some(lacking)} have no '{key}'") from None
 
 
 def _check_prediction(
@@ -319,15 +322,15 @@ def _check_prediction(
 ) -> None:
     unlisted = sorted(set(unlisted.tolist()) - {0})
     if unlisted:
-        raise ValueError(f"{name}: ids {_some(unlisted)} are in the predicted map but not in its segments_info")
+        raise InputError(f"{name}: ids {_some(unlisted)} are in the predicted map but not in its segments_info")
     absent = [identifier for identifier, pixels in zip(segments, area.tolist()) if pixels == 0]
     if absent:
-        raise ValueError(
+        raise InputError(
             f"{name}: ids {_some(absent)} are in the prediction's segments_info but not in its map; remove them"
         )
     unknown = sorted({one["category_id"] for one in segments.values() if one["category_id"] not in categories})
     if unknown:
-        raise ValueError(f"{name}: predicted category ids {_some(unknown)} are not among the data set's categories")
+        raise InputError(f"{name}: predicted category ids {_some(unknown)} are not among the data set's categories")
 
 
 def _group(quality: Iterable[ClassQuality]) -> dict[str, float]:
@@ -340,16 +343,16 @@ def _read_json(path: str | os.PathLike, keys: Sequence[str]) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"panoptic file '{path}' does not exist") from None
+        raise MissingFileError(f"panoptic file '{path}' does not exist") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"panoptic file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
+        raise InputError(f"panoptic file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
     for key in keys:
         if not isinstance(content, dict) or key not in content:
-            raise ValueError(f"panoptic file '{path}' has no '{key}'; expected the COCO panoptic format")
+            raise InputError(f"panoptic file '{path}' has no '{key}'; expected the COCO panoptic format")
     for number, annotation in enumerate(content["annotations"]):
         lacking = {"image_id", "file_name", "segments_info"} - annotation.keys()
         if lacking:
-            raise ValueError(f"panoptic file '{path}': annotation {number} has no {', '.join(sorted(lacking))}")
+            raise InputError(f"panoptic file '{path}': annotation {number} has no {', '.join(sorted(lacking))}")
     return content
 
 

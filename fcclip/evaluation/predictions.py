@@ -1,11 +1,11 @@
-"""Predictions on the disk: written picture by picture while a model runs, read back in its place.
+"""Predictions on the disk: written image by image while a model runs, read back in its place.
 
 A folder `predictions` holds what one mode found in one data set:
 
     header.json           what the predictions depend on: data set, mode, words, weights, config
-    pictures.<rank>.jsonl a line a picture, appended when its files are complete
-    <picture>.png         segment ids, as in COCO panoptic files
-    semantic/<picture>.png  classes, 8 bit, or 16 where there are 256 or more
+    images.<rank>.jsonl a line an image, appended when its files are complete
+    <image>.png         segment ids, as in COCO panoptic files
+    semantic/<image>.png  classes, 8 bit, or 16 where there are 256 or more
 
 and `predictions.json` beside it lists the segments in COCO's format once everything is evaluated. Scores and boxes are
 written with every digit, so evaluating the files gives the bits that evaluating the model gave.
@@ -30,19 +30,20 @@ import pycocotools.mask
 import torch
 from torch import nn
 
-from fcclip.engine.checkpoint import write_atomically
-from fcclip.engine.finetuning import weights_hash
+from fcclip.errors import InputError, MissingFileError
+from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
 from fcclip.evaluation.histograms import as_array
 from fcclip.evaluation.instances import encode_masks
-from fcclip.evaluation.pictures import Evaluator, Picture, in_order
+from fcclip.files import write_atomically
 from fcclip.modeling.augmentation import AugmentedModel
-from fcclip.modeling.fingerprint import clip_fingerprint
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.structures import Instances
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import weights_hash
 
 FORMAT = 1
 _HEADER = "header.json"
-_LINES = "pictures.{}.jsonl"
+_LINES = "images.{}.jsonl"
 _SEMANTIC = "semantic"
 # Config keys that decide what is predicted; of those below MODEL all but the ones that choose where and how fast.
 _DECIDING = ("MODEL.", "INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE")
@@ -61,7 +62,7 @@ _SHOWN = 6  # differences that a message names
 
 
 class _Line(NamedTuple):
-    """Where the record of a picture stands."""
+    """Where the record of an image stands."""
 
     path: Path
     start: int
@@ -69,14 +70,14 @@ class _Line(NamedTuple):
 
 
 class PredictionWriter(Evaluator):
-    """Writes what a model predicts, picture by picture, so that a kill loses at most the last one.
+    """Writes what a model predicts, image by image, so that a kill loses at most the last one.
 
-    The files of a picture are complete before its line is appended, in one piece. Each process has a file of lines of
+    The files of an image are complete before its line is appended, in one piece. Each process has a file of lines of
     its own.
 
     Args:
         folder: the folder `predictions`; made when missing.
-        records: of the whole data set; their pictures give the files their names.
+        records: of the whole data set; their images give the files their names.
         num_classes: K.
         dataset_ids: contiguous index -> the data set's category id, for `predictions.json`.
         panoptic_header: what `predictions.json` says besides its annotations, the ground truth's `images` and
@@ -95,21 +96,21 @@ class PredictionWriter(Evaluator):
         rank: int = 0,
     ) -> None:
         self.folder = Path(folder)
-        self.names = picture_names(records)
+        self.names = image_names(records)
         self.label_type = np.uint8 if num_classes < 256 else np.uint16  # K stands for no class
         self.dataset_ids = dict(dataset_ids)
         self.panoptic_header = None if panoptic_header is None else dict(panoptic_header)
         self.path = self.folder / _LINES.format(rank)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def measure(self, picture: Picture, output: Mapping) -> bytes:
-        name = self.names[picture.image_id]
-        record: dict[str, Any] = {"image_id": picture.image_id, "name": name}
+    def measure(self, ground_truth: GroundTruth, output: Mapping) -> bytes:
+        name = self.names[ground_truth.image_id]
+        record: dict[str, Any] = {"image_id": ground_truth.image_id, "name": name}
         if "panoptic_seg" in output:
             id_map, segments = output["panoptic_seg"]
             ids = np.ascontiguousarray(as_array(id_map), dtype="<i4")
             if ids.size and not 0 <= ids.min() <= ids.max() < 1 << 24:
-                raise ValueError(f"picture {picture.image_id!r}: predicted ids must be 0..{(1 << 24) - 1}")
+                raise InputError(f"image {ground_truth.image_id!r}: predicted ids must be 0..{(1 << 24) - 1}")
             planes = ids.view(np.uint8).reshape(*ids.shape, 4)
             record["panoptic"] = self._write(f"{name}.png", np.ascontiguousarray(planes[..., 2::-1]))  # BGR
             record["segments_info"] = [dict(segment) for segment in segments]
@@ -117,7 +118,7 @@ class PredictionWriter(Evaluator):
             labels = as_array(output["sem_seg"]).astype(self.label_type)
             record["semantic"] = self._write(f"{_SEMANTIC}/{name}.png", labels)
         if "instances" in output:
-            record |= _instances_record(output["instances"], picture)
+            record |= _instances_record(output["instances"], ground_truth)
         return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
     def keep(self, image_id: int | str, measured: bytes) -> None:
@@ -168,7 +169,7 @@ class PredictionWriter(Evaluator):
 
 
 class SavedPredictions:
-    """The predictions in a folder, read picture by picture; a line that a kill cut off does not count.
+    """The predictions in a folder, read image by image; a line that a kill cut off does not count.
 
     Args:
         folder: the folder `predictions`, or the one that it lies in.
@@ -191,18 +192,18 @@ class SavedPredictions:
 
     @property
     def image_ids(self) -> Collection[Hashable]:
-        """The pictures that are there."""
+        """The images that are there."""
         return self._lines.keys()
 
     def record(self, image_id: Hashable) -> dict[str, Any]:
-        """The line of a picture."""
+        """The line of an image."""
         path, start, length = self._lines[image_id]
         with path.open("rb") as file:
             file.seek(start)
             return _parsed(file.read(length), path, start)
 
     def is_complete(self, image_id: Hashable) -> bool:
-        """Whether the picture's PNGs have the size that its line says; their content is checked when they are read."""
+        """Whether the image's PNGs have the size that its line says; their content is checked when they are read."""
         record = self.record(image_id)
         for path, (size, _) in self._pngs(record):
             with contextlib.suppress(FileNotFoundError):
@@ -212,7 +213,7 @@ class SavedPredictions:
         return True
 
     def read(self, image_id: Hashable) -> dict[str, Any]:
-        """What the model gave for a picture, as evaluators take it.
+        """What the model gave for an image, as evaluators take it.
 
         Raises:
             ValueError: a PNG is damaged.
@@ -254,11 +255,11 @@ def begin_predictions(
     Args:
         folders: mode -> its folder `predictions`.
         headers: mode -> what its predictions depend on.
-        image_ids: of the pictures to be evaluated.
+        image_ids: of the images to be evaluated.
         resume: go on with the predictions that are there, if any; else they are removed.
 
     Returns:
-        The pictures that are there in every mode, which need no model any more, in ascending order.
+        The images that are there in every mode, which need no model any more, in ascending order.
 
     Raises:
         ValueError: the predictions that are there depend on something else.
@@ -364,14 +365,14 @@ def read_header(folder: str | os.PathLike) -> dict[str, Any]:
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"'{folder}' holds no saved predictions: there is no {_HEADER}. Expected a folder that an evaluation "
             "wrote, <output>/<data set> or its folder predictions."
         ) from None
     except ValueError as error:
-        raise ValueError(f"'{path}' is broken ({error}); remove the folder and evaluate again") from error
+        raise InputError(f"'{path}' is broken ({error}); remove the folder and evaluate again") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(
+        raise InputError(
             f"'{path}' has format {header.get('format') if isinstance(header, dict) else None!r}, this version of "
             f"fcclip reads {FORMAT}; remove the folder and evaluate again"
         )
@@ -390,7 +391,7 @@ def check_header(there: Mapping[str, Any], here: Mapping[str, Any], folder: str 
         return
     told = [f"{key} was {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys]
     more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-    raise ValueError(
+    raise InputError(
         f"the predictions in '{folder}' were made with something else: {'; '.join(told[:_SHOWN])}{more}. Give the same "
         "as then to go on with them; else choose another output folder, or remove this one to begin anew."
     )
@@ -401,11 +402,11 @@ def _short(value: Any) -> str:
     return f"{text[:12]}…" if len(text) == 64 else repr(value)
 
 
-def picture_names(records: Sequence[Mapping]) -> dict[Hashable, str]:
-    """Image id -> name of its files: that of the picture without the extension, made distinct where several have it.
+def image_names(records: Sequence[Mapping]) -> dict[Hashable, str]:
+    """Image id -> name of its files: that of the image without the extension, made distinct where several have it.
 
     Example:
-        >>> picture_names([{"image_id": 1, "file_name": "a/x.jpg"}, {"image_id": 2, "file_name": "b/x.png"}])
+        >>> image_names([{"image_id": 1, "file_name": "a/x.jpg"}, {"image_id": 2, "file_name": "b/x.png"}])
         {1: 'x.6b86b273ff34', 2: 'x.d4735e3a265e'}
     """
     counts = Counter(Path(record["file_name"]).stem.casefold() for record in records)
@@ -418,9 +419,9 @@ def picture_names(records: Sequence[Mapping]) -> dict[Hashable, str]:
     return names
 
 
-def _instances_record(instances: Instances, picture: Picture) -> dict[str, Any]:
+def _instances_record(instances: Instances, ground_truth: GroundTruth) -> dict[str, Any]:
     """Each mask once, and of each instance which of them it has."""
-    codes = encode_masks(instances.pred_masks, picture.once("encoded masks", dict))
+    codes = encode_masks(instances.pred_masks, ground_truth.once("encoded masks", dict))
     row_of: dict[str, int] = {}
     for code in codes:
         row_of.setdefault(code["counts"], len(row_of))
@@ -463,8 +464,8 @@ def _parsed(line: bytes, path: Path, start: int) -> dict[str, Any]:
         record = json.loads(line)
         record["image_id"], record["name"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{path}' is damaged at byte {start} ({error}). Remove that line: its picture is then evaluated again."
+        raise InputError(
+            f"'{path}' is damaged at byte {start} ({error}). Remove that line: its image is then evaluated again."
         ) from error
     return record
 
@@ -478,7 +479,7 @@ def _decoded(path: Path, size: int, check_sum: int) -> np.ndarray:
     content = path.read_bytes() if path.is_file() else b""
     if len(content) != size or zlib.crc32(content) != check_sum:
         what = "is missing" if not content else "is not the one that was written: its check sum differs"
-        raise ValueError(f"{path} {what}. Remove the file and go on with --resume, which makes it again.")
+        raise InputError(f"{path} {what}. Remove the file and go on with --resume, which makes it again.")
     return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
 
 

@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fcclip.engine.checkpoint import write_atomically
+from fcclip.files import write_atomically
 
 SCHEMA = 1
 # Name in tables -> task and metric it comes from.

@@ -24,19 +24,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from fcclip.comm import broadcast_object
 from fcclip.config import lookup
 from fcclip.data import Dataset, build_test_loader, dataset_vocabulary
-from fcclip.engine import broadcast_object, watch
-from fcclip.engine.checkpoint import write_atomically
-from fcclip.evaluation.background import Background
+from fcclip.engine import watch
+from fcclip.errors import InputError
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
+from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth
 from fcclip.evaluation.lvis import LvisEvaluator
-from fcclip.evaluation.oracle import ORACLES, TrueClassEvaluator, TrueMasks
 from fcclip.evaluation.panoptic import PanopticEvaluator
-from fcclip.evaluation.pictures import Evaluator, Picture, in_order
 from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, begin_predictions, prediction_header
 from fcclip.evaluation.semantic import SemanticEvaluator
+from fcclip.evaluation.thread_pool import Background
+from fcclip.files import write_atomically
 from fcclip.modeling.augmentation import AugmentedModel, build_augmented
 from fcclip.vocabulary import Vocabulary
 
@@ -72,15 +73,15 @@ def evaluate(
     resume: bool = False,
     oracle: str | None = None,
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Evaluates a model on the pictures of one data set.
+    """Evaluates a model on the images of one data set.
 
-    The network sees each picture once, whatever the number of modes. With several processes each takes a share of the
-    pictures, and the numbers are exactly those of one process. With saved predictions an evaluation that was killed can
+    The network sees each image once, whatever the number of modes. With several processes each takes a share of the
+    images, and the numbers are exactly those of one process. With saved predictions an evaluation that was killed can
     be resumed, by any number of processes, and gives the numbers of one that was not.
 
     Args:
         model: what `build_model` returns, or anything that is called like it; its training flag is restored.
-        cfg: the config; decides which heads are evaluated and how pictures are read.
+        cfg: the config; decides which heads are evaluated and how images are read.
         dataset: what `get_dataset` returns.
         modes: name -> (alpha, beta) of the geometric ensemble; None: the config's TEST.MODE alone.
         training_vocabulary: what the model was trained on; None: no metrics of seen and unseen classes.
@@ -89,10 +90,10 @@ def evaluate(
             files.
         rank, world_size: this process and their number; torch.distributed is set up when there are several.
         progress: show a progress bar, or lines where there is no terminal.
-        max_images: only the first pictures of the data set; None: all.
+        max_images: only the first images of the data set; None: all.
         save_predictions: write what is predicted to the folder `predictions` (see predictions.py), and to
-            `per_picture.json` how good each picture is.
-        resume: with `save_predictions`, go on with the predictions that are there; their pictures need no model. Else
+            `per_image.json` how good each image is.
+        resume: with `save_predictions`, go on with the predictions that are there; their images need no model. Else
             they are removed.
         oracle: `masks` or `classes`: what is true instead of predicted; see oracle.py. None: nothing.
 
@@ -104,13 +105,15 @@ def evaluate(
         ValueError: a vocabulary that does not fit the data set, nothing to evaluate, and what the evaluators refuse.
         RuntimeError: another process failed.
     """
+    from fcclip.reports.oracle import ORACLES, TrueMasks
+
     if save_predictions and output_dir is None:
-        raise ValueError("save_predictions needs output_dir, the folder to write to")
+        raise InputError("save_predictions needs output_dir, the folder to write to")
     if oracle is not None and oracle not in ORACLES:
-        raise ValueError(f"oracle must be one of {', '.join(ORACLES)} or None, got {oracle!r}")
+        raise InputError(f"oracle must be one of {', '.join(ORACLES)} or None, got {oracle!r}")
     records = dataset.records()[:max_images]
     if not records:
-        raise ValueError(f"data set '{dataset.name}' has no pictures to evaluate (max_images: {max_images})")
+        raise InputError(f"data set '{dataset.name}' has no images to evaluate (max_images: {max_images})")
     limited = dataclasses.replace(dataset, load=functools.partial(list, records))
     vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES) if vocabulary is None else vocabulary
     vocabulary = _fitting(vocabulary, dataset)
@@ -121,8 +124,8 @@ def evaluate(
     by_id = {record["image_id"]: record for record in records}
     ignore_label = dataset.metadata.get("ignore_label", 255)
 
-    def picture_of(image_id: int | str) -> Picture:
-        return Picture(by_id[image_id], ignore_label)
+    def ground_truth_of(image_id: int | str) -> GroundTruth:
+        return GroundTruth(by_id[image_id], ignore_label)
 
     if oracle is not None:
         evaluators = with_oracle(evaluators, oracle, vocabulary, ignore_label)
@@ -146,7 +149,7 @@ def evaluate(
     loader = build_test_loader(cfg, limited, rank=rank, world_size=world_size) if len(done) < len(records) else ()
     network = model
     if oracle == "masks":
-        network = TrueMasks(model, picture_of=picture_of, ignore_label=ignore_label)
+        network = TrueMasks(model, ground_truth_of=ground_truth_of, ignore_label=ignore_label)
     call = functools.partial(network, vocabulary=vocabulary, semantic="labels")
     if modes is not None:
         call = functools.partial(call, modes=dict(modes))
@@ -159,9 +162,9 @@ def evaluate(
         meter = _Meter(dataset.name, len(records), world_size, show=progress and rank == 0)
         with _evaluation_mode(model), meter:
             saved = {mode: SavedPredictions(folders[mode] / "predictions") for mode in mode_names} if done else {}
-            evaluate_saved(saved, done[rank::world_size], picture_of, evaluators, meter.advance)
+            evaluate_saved(saved, done[rank::world_size], ground_truth_of, evaluators, meter.advance)
             with_writers = {mode: [*group, *writers[mode]] for mode, group in evaluators.items()}
-            _run(predict, loader, picture_of, with_writers, meter)
+            _run(predict, loader, ground_truth_of, with_writers, meter)
 
     states = _gather(
         evaluate_share,
@@ -183,7 +186,7 @@ def evaluate(
             evaluator.save()
         for writer in writers[mode]:
             writer.save()
-            write_per_picture(folders[mode], group)
+            write_per_image(folders[mode], group)
     return results
 
 
@@ -191,6 +194,8 @@ def with_oracle(
     evaluators: Mapping[str, Sequence[Evaluator]], oracle: str, vocabulary: Vocabulary, ignore_label: int
 ) -> dict[str, list[Evaluator]]:
     """The evaluators for outputs of which something is true: they allow pixels without a class, or see true classes."""
+    from fcclip.reports.oracle import TrueClassEvaluator
+
     if oracle == "classes":
         options = {"thing_classes": vocabulary.thing_classes, "ignore_label": ignore_label}
         return {mode: [TrueClassEvaluator(one, **options) for one in group] for mode, group in evaluators.items()}
@@ -203,27 +208,27 @@ def with_oracle(
 def evaluate_saved(
     saved: Mapping[str, Any],
     image_ids: Iterable[int | str],
-    picture_of: Callable[[int | str], Picture],
+    ground_truth_of: Callable[[int | str], GroundTruth],
     evaluators: Mapping[str, Sequence[Evaluator]],
-    advance: Callable[[int], None] = lambda pictures: None,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> None:
     """Hands predictions that were saved to evaluators.
 
     Args:
         saved: mode -> something with `read(image_id)`, such as `SavedPredictions`.
-        image_ids: the pictures.
-        picture_of: image id -> picture.
+        image_ids: the images.
+        ground_truth_of: image id -> image.
         evaluators: mode -> the evaluators.
-        advance: is told the number of pictures that are done.
+        advance: is told the number of images that are done.
     """
     with Background(evaluators) as background:
         for image_id in image_ids:
-            background.process(picture_of(image_id), _ReadLater(saved, image_id))
+            background.process(ground_truth_of(image_id), _ReadLater(saved, image_id))
             advance(1)
 
 
 class _ReadLater(Mapping):
-    """Mode -> the saved output for a picture, read by the thread that looks at it."""
+    """Mode -> the saved output for an image, read by the thread that looks at it."""
 
     def __init__(self, saved: Mapping[str, Any], image_id: int | str) -> None:
         self.saved, self.image_id = saved, image_id
@@ -241,22 +246,22 @@ class _ReadLater(Mapping):
         return len(self.saved)
 
 
-def write_per_picture(folder: Path, evaluators: Sequence[Evaluator]) -> None:
-    """Writes `per_picture.json`: task -> [image id, value in percent] of each picture, null where undefined."""
+def write_per_image(folder: Path, evaluators: Sequence[Evaluator]) -> None:
+    """Writes `per_image.json`: task -> [image id, value in percent] of each image, null where undefined."""
     found = {
         next(iter(evaluator.results())): [
             [image_id, None if math.isnan(values[image_id]) else values[image_id]] for image_id in in_order(values)
         ]
         for evaluator in evaluators
-        if (values := evaluator.per_picture)
+        if (values := evaluator.per_image)
     }
-    write_atomically(folder / "per_picture.json", lambda file: file.write(json.dumps(found).encode()))
+    write_atomically(folder / "per_image.json", lambda file: file.write(json.dumps(found).encode()))
 
 
 def evaluate_augmented(
     model: nn.Module, cfg: Any, dataset: Dataset, **options: Any
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Evaluates the mean semantic maps of the variants of each picture that TEST.AUG asks for.
+    """Evaluates the mean semantic maps of the variants of each image that TEST.AUG asks for.
 
     The published second pass beside `evaluate`, whatever TEST.AUG.ENABLED says. Only semantic maps have a mean, so the
     panoptic and instance heads are neither run nor evaluated.
@@ -280,7 +285,7 @@ def evaluate_augmented(
     cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
     cfg.freeze()
     logger.info(
-        "test-time augmentation: each picture of %s in %d variants, shorter side %s%s",
+        "test-time augmentation: each image of %s in %d variants, shorter side %s%s",
         dataset.name,
         len(augmented.variants),
         ", ".join(map(str, augmented.variants.min_sizes)),
@@ -317,7 +322,7 @@ def build_evaluators(
     wanted = [head for head in lookup("evaluator type", kind, EVALUATORS) if switched_on[head]]
     if not wanted:
         keys = ", ".join(f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON" for head in EVALUATORS[kind])
-        raise ValueError(f"nothing to evaluate on data set '{dataset.name}' ({kind}): switch on at least one of {keys}")
+        raise InputError(f"nothing to evaluate on data set '{dataset.name}' ({kind}): switch on at least one of {keys}")
     names = distinct_names(metadata["stuff_classes"])
     thing_index = metadata.get("thing_dataset_id_to_contiguous_id", {})
     things = {index: identifier for identifier, index in thing_index.items()}
@@ -366,7 +371,7 @@ def distinct_names(names: Sequence[str]) -> list[str]:
 def _run(
     predict: Callable[[list[dict]], dict[str, list[dict]]],
     loader: Iterable[list[dict]],
-    picture_of: Callable[[int | str], Picture],
+    ground_truth_of: Callable[[int | str], GroundTruth],
     evaluators: Mapping[str, Sequence[Evaluator]],
     meter: _Meter,
 ) -> None:
@@ -378,8 +383,8 @@ def _run(
                     torch.cuda.synchronize()
             with meter.time("evaluation"):
                 for index, sample in enumerate(samples):
-                    picture = picture_of(sample["image_id"])
-                    background.process(picture, {mode: found[index] for mode, found in outputs.items()})
+                    ground_truth = ground_truth_of(sample["image_id"])
+                    background.process(ground_truth, {mode: found[index] for mode, found in outputs.items()})
             meter.advance(len(samples))
         with meter.time("evaluation"):
             background.finish()
@@ -419,8 +424,8 @@ def _gather(work: Callable[[], None], state: Callable[[], Any], rank: int, world
 class _Meter:
     """Progress, and where the time goes: waiting for data, the network, the evaluators."""
 
-    def __init__(self, name: str, num_pictures: int, world_size: int, *, show: bool) -> None:
-        self.name, self.num_pictures, self.world_size, self.show = name, num_pictures, world_size, show
+    def __init__(self, name: str, num_images: int, world_size: int, *, show: bool) -> None:
+        self.name, self.num_images, self.world_size, self.show = name, num_images, world_size, show
         self.seconds = {"data": 0.0, "network": 0.0, "evaluation": 0.0}
         self.done = 0
         self.start = self.last_line = time.perf_counter()
@@ -437,7 +442,7 @@ class _Meter:
                 console=Console(stderr=True),
             )
             self.bar.start()
-            self.task = self.bar.add_task(f"evaluate {self.name}", total=self.num_pictures, speed="")
+            self.task = self.bar.add_task(f"evaluate {self.name}", total=self.num_images, speed="")
         return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
@@ -445,7 +450,7 @@ class _Meter:
             self.bar.stop()
         if self.show and error_type is None:
             seconds = time.perf_counter() - self.start
-            logger.info("evaluated %s: %d pictures in %.1f s, %s", self.name, self._all_done(), seconds, self._split())
+            logger.info("evaluated %s: %d images in %.1f s, %s", self.name, self._all_done(), seconds, self._split())
 
     @contextlib.contextmanager
     def time(self, what: str) -> Iterator[None]:
@@ -462,24 +467,22 @@ class _Meter:
                 return
             yield item
 
-    def advance(self, pictures: int) -> None:
+    def advance(self, images: int) -> None:
         watch()
-        self.done += pictures
+        self.done += images
         now = time.perf_counter()
         if self.bar is not None:
             wide = self.bar.console.width >= 120  # the split of time is not worth more than the rest of the bar
             self.bar.update(self.task, completed=self._all_done(), speed=self._split() if wide else self._speed())
         elif self.show and now - self.last_line >= _LINE_SECONDS:
             self.last_line = now
-            logger.info(
-                "evaluate %s: %d/%d pictures, %s", self.name, self._all_done(), self.num_pictures, self._split()
-            )
+            logger.info("evaluate %s: %d/%d images, %s", self.name, self._all_done(), self.num_images, self._split())
 
     def _all_done(self) -> int:
-        return min(self.done * self.world_size, self.num_pictures)  # the others are about as far
+        return min(self.done * self.world_size, self.num_images)  # the others are about as far
 
     def _speed(self) -> str:
-        return f"{self._all_done() / max(time.perf_counter() - self.start, 1e-9):.1f} pictures/s"
+        return f"{self._all_done() / max(time.perf_counter() - self.start, 1e-9):.1f} images/s"
 
     def _split(self) -> str:
         total = sum(self.seconds.values()) or 1.0
@@ -501,7 +504,7 @@ def _fitting(vocabulary: Vocabulary, dataset: Dataset) -> Vocabulary:
     """The same words; what is a thing is the data set's to say."""
     num_classes = len(dataset.metadata["stuff_classes"])
     if len(vocabulary) != num_classes:
-        raise ValueError(
+        raise InputError(
             f"vocabulary '{vocabulary.name}' has {len(vocabulary)} classes, '{dataset.name}' has {num_classes}; "
             "evaluation needs one entry for each class, in the order of the data set"
         )
@@ -521,7 +524,7 @@ def _instance_truth(dataset: Dataset) -> InstanceTruth | None:
         return truth.completed(dataset.metadata["thing_dataset_id_to_contiguous_id"]) if own else truth
     if dataset.metadata["evaluator_type"] == "coco_panoptic_seg" and dataset.metadata.get("panoptic_json"):
         return None
-    raise ValueError(
+    raise InputError(
         f"data set '{dataset.name}' has no instances file, so AP cannot be evaluated; set "
         "MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
     )
@@ -537,7 +540,7 @@ def _begin_saving(
     resume: bool,
     rank: int,
 ) -> tuple[list[int | str], dict[str, list[Evaluator]]]:
-    """The pictures whose predictions are there already, and mode -> what writes the others.
+    """The images whose predictions are there already, and mode -> what writes the others.
 
     Args:
         header_of: mode -> what its predictions depend on; asked on rank 0.
@@ -559,7 +562,7 @@ def _begin_saving(
         rank,
     )
     if done:
-        logger.info("%s: %d of %d pictures are evaluated from saved predictions", dataset.name, len(done), len(records))
+        logger.info("%s: %d of %d images are evaluated from saved predictions", dataset.name, len(done), len(records))
     return done, {mode: [_writer(cfg, dataset, records, folder, rank)] for mode, folder in folders.items()}
 
 
@@ -581,7 +584,7 @@ def _writer(cfg: Any, dataset: Dataset, records: Sequence[Mapping], folder: Path
 
 
 def _without(dataset: Dataset, image_ids: Sequence[int | str]) -> Dataset:
-    """The data set without these pictures."""
+    """The data set without these images."""
     if not image_ids:
         return dataset
     done = set(image_ids)

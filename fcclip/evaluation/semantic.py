@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
+from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, check_classes, keep_once
 from fcclip.evaluation.histograms import JointHistogram, as_array, joint_histogram
-from fcclip.evaluation.pictures import Evaluator, Picture, check_classes, keep_once
 
 
 class SemanticEvaluator(Evaluator):
@@ -20,7 +21,7 @@ class SemanticEvaluator(Evaluator):
 
     `mIoU` is the mean over the classes with ground truth, `mIoU_union` over the classes with ground truth or
     predictions, where a class without ground truth counts as 0. Published tables use the first since 2022 and the
-    second before; they differ where a data set has classes that none of its pictures show. Predictions on ignored
+    second before; they differ where a data set has classes that none of its images show. Predictions on ignored
     pixels never count. Where nothing is predicted (class K, only with `gaps`) the true class is missed, and no other
     is blamed.
 
@@ -42,10 +43,10 @@ class SemanticEvaluator(Evaluator):
         num_classes = len(self.class_names)
         self.confusion = np.zeros((num_classes, num_classes), np.int64)  # [true class, predicted class]
         self.gap_pixels = np.zeros(num_classes, np.int64)  # [true class], where nothing is predicted
-        self.mean_ious: dict[Hashable, float] = {}  # image id -> mIoU of the picture alone
+        self.mean_ious: dict[Hashable, float] = {}  # image id -> mIoU of the image alone
 
-    def add(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str = "the picture") -> None:
-        """Counts one picture.
+    def add(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str = "the image") -> None:
+        """Counts one image.
 
         Args:
             truth: (h, w) int, class of each pixel or `ignore_label`.
@@ -75,7 +76,7 @@ class SemanticEvaluator(Evaluator):
     def check(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str) -> None:
         """Refuses a prediction of another size than the ground truth, or with a value that is no class."""
         if truth.shape != predicted.shape or predicted.ndim != 2 or 0 in predicted.shape:
-            raise ValueError(
+            raise InputError(
                 f"{name}: the prediction has shape {tuple(predicted.shape)}, the ground truth {tuple(truth.shape)}; "
                 "expected the same (height, width)"
             )
@@ -85,12 +86,12 @@ class SemanticEvaluator(Evaluator):
 
     def _refuse(self, what: str, advice: str = "") -> NoReturn:
         num_classes = len(self.class_names)
-        raise ValueError(
+        raise InputError(
             f"{what} is not one of the {num_classes} classes (0..{num_classes - 1}, ignore {self.ignore_label}){advice}"
         )
 
-    def measure(self, picture: Picture, output: Mapping) -> JointHistogram:
-        return self.count(picture.labels, output["sem_seg"], name=picture.label_source)
+    def measure(self, ground_truth: GroundTruth, output: Mapping) -> JointHistogram:
+        return self.count(ground_truth.labels, output["sem_seg"], name=ground_truth.label_source)
 
     def keep(self, image_id: int | str, measured: JointHistogram) -> None:
         keep_once(self.mean_ious, {image_id: _mean_iou(measured)})
@@ -102,8 +103,8 @@ class SemanticEvaluator(Evaluator):
         self.confusion[found.first[~gap], found.second[~gap]] += found.pixels[~gap]
 
     @property
-    def per_picture(self) -> dict[Hashable, float]:
-        """Image id -> mIoU of the picture alone, over the classes in its ground truth."""
+    def per_image(self) -> dict[Hashable, float]:
+        """Image id -> mIoU of the image alone, over the classes in its ground truth."""
         return self.mean_ious
 
     def state(self) -> tuple[np.ndarray, np.ndarray, dict[Hashable, float]]:

@@ -7,12 +7,10 @@ distillation.py  DistillationLoss: the distance to the answers of a frozen start
 """
 
 from fcclip.losses.criterion import SetCriterion
-from fcclip.losses.distillation import DistillationLoss
 from fcclip.losses.matching import match
 from fcclip.losses.points import point_sources, sample_maps, sample_targets, uncertain_points
 
 __all__ = [
-    "DistillationLoss",
     "SetCriterion",
     "match",
     "point_sources",

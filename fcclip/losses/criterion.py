@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcclip.errors import InputError
 from fcclip.losses.matching import match, match_costs
 from fcclip.losses.points import point_sources, sample_maps, sample_targets, uncertain_points
 from fcclip.structures import Targets
@@ -47,7 +48,7 @@ class SetCriterion(nn.Module):
     ) -> None:
         super().__init__()
         if oversample_ratio < 1 or not 0 <= importance_ratio <= 1:
-            raise ValueError(
+            raise InputError(
                 f"OVERSAMPLE_RATIO must be at least 1 and IMPORTANCE_SAMPLE_RATIO in 0..1, got {oversample_ratio} "
                 f"and {importance_ratio}"
             )
@@ -81,9 +82,9 @@ class SetCriterion(nn.Module):
             mask_features: (B, D, h, w); mask logits are the product over D.
             targets: B records.
             padded_size: (height, width) of the network input in pixels.
-            point_seeds: a seed a picture, which makes its points independent of the batch and of other processes; None
+            point_seeds: a seed an image, which makes its points independent of the batch and of other processes; None
                 draws from torch's global generator.
-            segment_counts: number of segments of each picture of the whole batch that this one is a part of; the losses
+            segment_counts: number of segments of each image of the whole batch that this one is a part of; the losses
                 of the parts then add up to those of the whole. None: this batch is whole.
 
         Returns:
@@ -119,8 +120,8 @@ class SetCriterion(nn.Module):
 
     @torch.no_grad()
     def assign(self, class_logits, embeddings, features, targets, padded_size, sources):
-        """[picture][set] -> (queries, segments); each set is matched on fresh points, shared by the queries of a
-        picture.
+        """[image][set] -> (queries, segments); each set is matched on fresh points, shared by the queries of a
+        image.
         """
         num_sets, costs = len(class_logits), []
         for index, target in enumerate(targets):

@@ -39,16 +39,16 @@ def match_costs(
 
 
 def match(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
-    """The cheapest assignments of all pictures and prediction sets, after one transfer to the CPU.
+    """The cheapest assignments of all images and prediction sets, after one transfer to the CPU.
 
     A cost that is not finite counts as dearer than every finite one; the loss that belongs to it stays non-finite,
     where the training loop catches it.
 
     Args:
-        costs: for each picture (S, Q, n_i) float; n_i may be 0.
+        costs: for each image (S, Q, n_i) float; n_i may be 0.
 
     Returns:
-        [picture][set] -> (queries, segments), both (min(Q, n_i),) int64 on the CPU.
+        [image][set] -> (queries, segments), both (min(Q, n_i),) int64 on the CPU.
     """
     if not costs:
         return []

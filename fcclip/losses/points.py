@@ -1,4 +1,4 @@
-"""Where the mask losses look: sampled points instead of whole pictures (Kirillov et al., PointRend; Mask2Former section
+"""Where the mask losses look: sampled points instead of whole images (Kirillov et al., PointRend; Mask2Former section
 3.3).
 
 Points are (x, y), 0..1 over the padded network input, so one set of points serves maps of any resolution.
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcclip.errors import InputError
 from fcclip.structures import Targets
 
 PointSource = Callable[[int, int], Tensor]  # (n, count) -> (n, count, 2), (x, y) uniform in 0..1
@@ -35,10 +36,10 @@ def sample_targets(targets: Targets, segments: Tensor, points: Tensor, padded_si
     """Bilinear values of segment masks at points, read off the id map: no mask is ever expanded.
 
     Args:
-        targets: the segments of one picture.
+        targets: the segments of one image.
         segments: (n,) int64, which segments, with repetitions.
         points: (n, P, 2) or (1, P, 2) float, (x, y), 0..1 over `padded_size`.
-        padded_size: (height, width) of the network input; the part beyond the picture belongs to no segment.
+        padded_size: (height, width) of the network input; the part beyond the image belongs to no segment.
 
     Returns:
         (n, P) float32, 0..1; equal to sampling the zero-padded 0/1 mask.
@@ -90,15 +91,15 @@ def uncertain_points(
 
 
 def point_sources(seeds: Sequence[int] | None, num_images: int, device: torch.device) -> list[PointSource]:
-    """One source of uniform points a picture.
+    """One source of uniform points an image.
 
     Args:
-        seeds: one a picture, which makes its points independent of all others; None: torch's global generator.
-        num_images: how many pictures.
+        seeds: one an image, which makes its points independent of all others; None: torch's global generator.
+        num_images: how many images.
         device: of the points.
 
     Raises:
-        ValueError: another number of seeds than of pictures.
+        ValueError: another number of seeds than of images.
     """
 
     def source(seed: int | None) -> PointSource:
@@ -106,5 +107,5 @@ def point_sources(seeds: Sequence[int] | None, num_images: int, device: torch.de
         return lambda num, count: torch.rand(num, count, 2, device=device, generator=generator)
 
     if seeds is not None and len(seeds) != num_images:
-        raise ValueError(f"{len(seeds)} point seeds for {num_images} pictures")
+        raise InputError(f"{len(seeds)} point seeds for {num_images} images")
     return [source(None if seeds is None else seed) for seed in (seeds or [None] * num_images)]

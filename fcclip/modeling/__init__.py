@@ -11,24 +11,22 @@ text.py           words become vectors, cached
 pixel_decoder.py  deformable encoder and top-down step
 mask_decoder.py   masked transformer decoder with the in-vocabulary classifier
 classifier.py     mask pooling, similarity to words, the geometric ensemble
-augmentation.py   test-time augmentation: AugmentedModel, the mean semantic maps of a picture's variants
+augmentation.py   test-time augmentation: AugmentedModel, the mean semantic maps of an image's variants
 inference.py      semantic, panoptic and instance post-processing
 semantic_blocks.py  semantic maps in blocks of rows, whatever the number of classes
 position.py       sine position embedding
 """
 
 from fcclip.modeling.augmentation import AugmentedModel, build_augmented, build_variants
+from fcclip.modeling.backbones.clip import CLIPBackbone, build_clip
 from fcclip.modeling.build import build_model, test_modes
-from fcclip.modeling.clip import CLIPBackbone, build_clip
 from fcclip.modeling.fcclip import FCCLIP, InferenceSettings
-from fcclip.modeling.teacher import Teacher
 
 __all__ = [
     "FCCLIP",
     "AugmentedModel",
     "CLIPBackbone",
     "InferenceSettings",
-    "Teacher",
     "build_augmented",
     "build_clip",
     "build_model",

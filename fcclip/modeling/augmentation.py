@@ -1,4 +1,4 @@
-"""Test-time augmentation: semantic maps averaged over sizes and mirror images of a picture (published as
+"""Test-time augmentation: semantic maps averaged over sizes and mirror images of an image (published as
 `SemanticSegmentorWithTTA`).
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.data import resize_image, shortest_edge_size
+from fcclip.errors import InputError
 from fcclip.modeling.fcclip import FCCLIP, Modes
 from fcclip.vocabulary import Vocabulary
 
@@ -27,8 +28,8 @@ _NO_SEMANTIC = (
 
 
 @dataclass(frozen=True)
-class PictureVariants:
-    """What a picture is looked at as; the keys of TEST.AUG.
+class ImageVariants:
+    """What an image is looked at as; the keys of TEST.AUG.
 
     Args:
         min_sizes: the shorter side of each variant, pixels; one that is named twice counts twice.
@@ -43,34 +44,34 @@ class PictureVariants:
     def __post_init__(self) -> None:
         wrong = [size for size in self.min_sizes if not _is_side(size)]
         if wrong or not self.min_sizes:
-            raise ValueError(
+            raise InputError(
                 "TEST.AUG.MIN_SIZES must name at least one size, each a whole number of pixels from 1 on; "
                 f"got {wrong or 'none'}"
             )
         if not _is_side(self.max_size):
-            raise ValueError(f"TEST.AUG.MAX_SIZE must be a whole number of pixels from 1 on, got {self.max_size}")
+            raise InputError(f"TEST.AUG.MAX_SIZE must be a whole number of pixels from 1 on, got {self.max_size}")
 
     def __len__(self) -> int:
-        """Number of variants of a picture."""
+        """Number of variants of an image."""
         return len(self.min_sizes) * (2 if self.flip else 1)
 
     def of(self, image: Tensor) -> Iterator[tuple[Tensor, bool]]:
-        """A picture (3, H, W) -> its variants (3, h, w) of the same dtype, and whether each is mirrored; size after
+        """An image (3, H, W) -> its variants (3, h, w) of the same dtype, and whether each is mirrored; size after
         size, the mirror image second.
 
         Raises:
-            ValueError: see `resize_picture`.
+            ValueError: see `resize_to`.
         """
         for min_size in self.min_sizes:
             size = shortest_edge_size(*image.shape[-2:], min_size=min_size, max_size=self.max_size)
-            resized = resize_picture(image, size)
+            resized = resize_to(image, size)
             yield resized, False
             if self.flip:
                 yield resized.flip(-1), True
 
 
 class AugmentedModel:
-    """A model that looks at each picture in several variants and gives the mean of their semantic scores.
+    """A model that looks at each image in several variants and gives the mean of their semantic scores.
 
     Called like the model, with `sem_seg` as the only output; panoptic and instance outputs have no mean, so they are
     not computed. Each variant is one pass of the network, whatever the number of modes; maps are summed up as they
@@ -87,13 +88,13 @@ class AugmentedModel:
     """
 
     def __init__(
-        self, model: FCCLIP | DistributedDataParallel, *, variants: PictureVariants, batch_size: int = 1
+        self, model: FCCLIP | DistributedDataParallel, *, variants: ImageVariants, batch_size: int = 1
     ) -> None:
         self.model: FCCLIP = model.module if isinstance(model, DistributedDataParallel) else model
         if batch_size < 1:
-            raise ValueError(f"TEST.BATCH_SIZE must be at least 1, got {batch_size}")
+            raise InputError(f"TEST.BATCH_SIZE must be at least 1, got {batch_size}")
         if not self.model.settings.semantic_on:
-            raise ValueError(_NO_SEMANTIC)
+            raise InputError(_NO_SEMANTIC)
         self.variants = variants
         self.batch_size = batch_size
 
@@ -123,25 +124,25 @@ class AugmentedModel:
         """Predictions.
 
         Args:
-            inputs: as for the model. `image` may be uint8, resized with Pillow as test pictures are, or floating point,
+            inputs: as for the model. `image` may be uint8, resized with Pillow as test images are, or floating point,
                 resized by the same filter without rounding. Without `height` and `width` outputs have its size.
             vocabulary, modes: as for the model.
             semantic: "scores" for the mean scores (K, h, w) float32, "labels" for their argmax (h, w) int64.
 
         Returns:
-            a mapping a picture with `sem_seg`; with `modes` a list of such mappings by mode name.
+            a mapping an image with `sem_seg`; with `modes` a list of such mappings by mode name.
 
         Raises:
             ValueError: a model in training mode, `semantic=None`, and what the model refuses.
         """
         if self.training:
-            raise ValueError("test-time augmentation is for predictions, but the model is training; call eval() first")
+            raise InputError("test-time augmentation is for predictions, but the model is training; call eval() first")
         if semantic not in ("scores", "labels"):
-            raise ValueError(
+            raise InputError(
                 f"semantic must be 'scores' or 'labels', got {semantic!r}: semantic maps are all that test-time "
                 "augmentation gives"
             )
-        self.model.check_pictures(inputs)
+        self.model.check_images(inputs)
         results: dict[str, list[dict[str, Tensor]]] = {name: [] for name in modes or ("",)}
         for sample in inputs:
             for name, semantic_map in self._semantic_maps(sample, vocabulary, semantic, modes).items():
@@ -151,7 +152,7 @@ class AugmentedModel:
     def _semantic_maps(
         self, sample: Mapping, vocabulary: Vocabulary | None, semantic: str, modes: Modes | None
     ) -> dict[str, Tensor]:
-        """Mode name -> scores (K, h, w) or labels (h, w) of one picture."""
+        """Mode name -> scores (K, h, w) or labels (h, w) of one image."""
         height, width = sample["image"].shape[-2:]
         sized = {"height": height, "width": width, **sample}
         totals: dict[str, Tensor] = {}
@@ -167,22 +168,22 @@ class AugmentedModel:
         return {name: mean.argmax(0) for name, mean in means.items()} if semantic == "labels" else means
 
     def _batches(self, image: Tensor) -> Iterator[list[tuple[Tensor, bool]]]:
-        """The variants of a picture in their order, together where they may be."""
+        """The variants of an image in their order, together where they may be."""
         for _, group in groupby(self.variants.of(image), key=lambda one: self.model.padded_size([one[0].shape[-2:]])):
             while batch := list(islice(group, self.batch_size)):
                 yield batch
 
 
-def build_variants(cfg: CfgNode) -> PictureVariants:
+def build_variants(cfg: CfgNode) -> ImageVariants:
     """What TEST.AUG asks for; also the check, before a model is built, that it can work.
 
     Raises:
         ValueError: sizes that are none, or semantic maps turned off.
     """
     if not cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON:
-        raise ValueError(_NO_SEMANTIC)
+        raise InputError(_NO_SEMANTIC)
     augmentation = cfg.TEST.AUG
-    return PictureVariants(
+    return ImageVariants(
         min_sizes=tuple(augmentation.MIN_SIZES), max_size=augmentation.MAX_SIZE, flip=augmentation.FLIP
     )
 
@@ -196,10 +197,10 @@ def build_augmented(cfg: CfgNode, model: FCCLIP | DistributedDataParallel) -> Au
     return AugmentedModel(model, variants=build_variants(cfg), batch_size=cfg.TEST.BATCH_SIZE)
 
 
-def resize_picture(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """(3, H, W) -> (3, *size) of the same dtype, bilinear with antialiasing; the picture itself at its own size.
+def resize_to(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """(3, H, W) -> (3, *size) of the same dtype, bilinear with antialiasing; the image itself at its own size.
 
-    Bytes go through Pillow, as test pictures do. Floating-point pictures are resized by the same filter without
+    Bytes go through Pillow, as test images do. Floating-point images are resized by the same filter without
     rounding, so that whole numbers come out at most one away from bytes.
 
     Raises:
@@ -211,8 +212,8 @@ def resize_picture(image: Tensor, size: tuple[int, int]) -> Tensor:
         resized = resize_image(image.permute(1, 2, 0).contiguous().cpu().numpy(), *size)
         return torch.from_numpy(np.array(resized.transpose(2, 0, 1), order="C"))
     if not image.is_floating_point():
-        raise ValueError(
-            f"test-time augmentation resizes pictures of uint8 or floating-point numbers, 0..255, got {image.dtype}; "
+        raise InputError(
+            f"test-time augmentation resizes images of uint8 or floating-point numbers, 0..255, got {image.dtype}; "
             "convert with image.to(torch.uint8)"
         )
     resized = F.interpolate(image[None].float(), size=tuple(size), mode="bilinear", antialias=True)[0]

@@ -12,8 +12,9 @@ from fvcore.common.config import CfgNode
 
 from fcclip.config import cache_folder, lookup, resolve_device
 from fcclip.data.vocabularies import dataset_vocabulary
+from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
-from fcclip.modeling.clip import CLIPBackbone, build_clip
+from fcclip.modeling.backbones.clip import CLIPBackbone, build_clip
 from fcclip.modeling.fcclip import FCCLIP, FCCLIPHead, InferenceSettings
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
 from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
@@ -110,7 +111,7 @@ def build_fcclip(cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_voca
 def check_embed_dim(cfg: CfgNode, backbone: CLIPBackbone) -> None:
     """Refuses a MODEL.FC_CLIP.EMBED_DIM that is not the width of this CLIP's joint space."""
     if backbone.embed_dim != cfg.MODEL.FC_CLIP.EMBED_DIM:
-        raise ValueError(
+        raise InputError(
             f"MODEL.FC_CLIP.EMBED_DIM is {cfg.MODEL.FC_CLIP.EMBED_DIM}, but CLIP "
             f"'{cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}' has a joint space of "
             f"{backbone.embed_dim}"
@@ -217,20 +218,20 @@ def pixel_decoder_arguments(cfg: CfgNode, backbone: Levels) -> dict[str, Any]:
     used = sorted(set(head.IN_FEATURES), key=backbone.strides.get)
     encoder = [name for name in used if name in head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES]
     if len(encoder) != MultiScaleMaskedTransformerDecoder.num_levels:
-        raise ValueError(
+        raise InputError(
             "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES must name three of IN_FEATURES, which "
             "the decoder "
             f"looks at in turn; got {encoder}"
         )
     if head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS != NUM_POINTS:
-        raise ValueError(
+        raise InputError(
             f"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS is "
             f"{head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS}, but "
             f"{NUM_POINTS} points are built, as published"
         )
     finer = [name for name in used if head.COMMON_STRIDE <= backbone.strides[name] < backbone.strides[encoder[0]]]
     if not finer or backbone.strides[finer[0]] != head.COMMON_STRIDE:
-        raise ValueError(
+        raise InputError(
             f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {head.COMMON_STRIDE}, but IN_FEATURES has no level of that stride "
             f"finer than "
             f"{encoder[0]}; the levels have strides { ({name: backbone.strides[name] for name in used}) }"

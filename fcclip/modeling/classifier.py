@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fcclip.structures import Targets, WordEmbeddings
+from fcclip.errors import InputError
+from fcclip.structures import Targets, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 
 
@@ -39,7 +40,7 @@ def resize_masks(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask_logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def word_logits(embeddings: Tensor, words: WordEmbeddings, logit_scale: Tensor) -> Tensor:
+def text_logits(embeddings: Tensor, words: TextEmbeddings, logit_scale: Tensor) -> Tensor:
     """Scaled cosine similarity to every class, a class scoring as its best word; always fp32.
 
     Args:
@@ -54,7 +55,7 @@ def word_logits(embeddings: Tensor, words: WordEmbeddings, logit_scale: Tensor) 
         scaled = logit_scale.float().exp().clamp(max=100) * F.normalize(embeddings.float(), dim=-1)
         scores = scaled @ words.vectors.float().T  # (B, Q, W)
         logits = scores.new_full((*scores.shape[:-1], words.num_classes), -torch.inf)
-        return logits.scatter_reduce(-1, words.class_of_word.expand_as(scores), scores, "amax")
+        return logits.scatter_reduce(-1, words.class_of_vector.expand_as(scores), scores, "amax")
 
 
 def cut_classes(class_logits: Tensor, start: int, stop: int) -> Tensor:
@@ -68,13 +69,13 @@ def cut_classes(class_logits: Tensor, start: int, stop: int) -> Tensor:
 def own_classes(
     class_logits: Sequence[Tensor], targets: Sequence[Targets], vocabularies: Sequence[Vocabulary]
 ) -> tuple[list[Tensor], list[Targets]]:
-    """Leaves each picture of a training batch the classes of its own vocabulary.
+    """Leaves each image of a training batch the classes of its own vocabulary.
 
     Args:
-        class_logits: tensors (B, Q, K + 1) for the distinct vocabularies, in the order of their first pictures, and
-            then for classes that are no picture's.
-        targets: of the B pictures; labels are positions in their vocabularies.
-        vocabularies: of the B pictures.
+        class_logits: tensors (B, Q, K + 1) for the distinct vocabularies, in the order of their first images, and
+            then for classes that are no image's.
+        targets: of the B images; labels are positions in their vocabularies.
+        vocabularies: of the B images.
 
     Returns:
         class logits without the last kind, minus infinity where a class is another vocabulary's; and targets whose
@@ -96,7 +97,7 @@ def own_classes(
     return [one.masked_fill(foreign, -torch.inf) for one in class_logits], moved
 
 
-def with_void(words: WordEmbeddings, void: Tensor) -> WordEmbeddings:
+def with_void(words: TextEmbeddings, void: Tensor) -> TextEmbeddings:
     """The vocabulary with one more class, void, as the last.
 
     Args:
@@ -104,10 +105,10 @@ def with_void(words: WordEmbeddings, void: Tensor) -> WordEmbeddings:
         void: (1, D) float, of any length; gradients flow into it.
     """
     void = F.normalize(void.float(), dim=-1)
-    last = words.class_of_word.new_full((1,), words.num_classes)
-    return WordEmbeddings(
+    last = words.class_of_vector.new_full((1,), words.num_classes)
+    return TextEmbeddings(
         vectors=torch.cat([words.vectors.to(void.device), void]),
-        class_of_word=torch.cat([words.class_of_word.to(void.device), last.to(void.device)]),
+        class_of_vector=torch.cat([words.class_of_vector.to(void.device), last.to(void.device)]),
         num_classes=words.num_classes + 1,
     )
 
@@ -140,7 +141,7 @@ def geometric_ensemble(
         ValueError: a weight outside 0..1.
     """
     if not (0 <= alpha <= 1 and 0 <= beta <= 1):
-        raise ValueError(f"the ensemble's alpha and beta must lie in 0..1, got {alpha} and {beta}")
+        raise InputError(f"the ensemble's alpha and beta must lie in 0..1, got {alpha} and {beta}")
     log_in = in_logits[..., :-1].float().log_softmax(-1)
     weight = torch.where(seen.to(log_in.device), alpha, beta).to(log_in.dtype)
     joined = (1 - weight) * log_in + weight * out_logits.float().log_softmax(-1)

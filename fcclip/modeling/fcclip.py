@@ -11,23 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
+from fcclip.modeling.backbones.clip import DENSE, CLIPBackbone
 from fcclip.modeling.classifier import (
     cut_classes,
     geometric_ensemble,
     own_classes,
     resize_masks,
+    text_logits,
     with_void,
-    word_logits,
 )
-from fcclip.modeling.clip import DENSE, CLIPBackbone
 from fcclip.modeling.inference import InstanceSelection, PanopticMerge, mask_chunk, postprocess_masks
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder, QueryPredictions
 from fcclip.modeling.pixel_decoder import MSDeformAttnPixelDecoder
 from fcclip.modeling.semantic_blocks import best_classes, semantic_blocks
-from fcclip.modeling.teacher import Teacher
 from fcclip.modeling.text import TextEncoder
-from fcclip.structures import Targets, WordEmbeddings
+from fcclip.structures import Targets, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 
 Modes = Mapping[str, tuple[float, float]]
@@ -66,11 +66,11 @@ class InferenceSettings:
 
     def __post_init__(self) -> None:
         if not (self.semantic_on or self.instance_on or self.panoptic_on):
-            raise ValueError(
+            raise InputError(
                 "MODEL.MASK_FORMER.TEST turns SEMANTIC_ON, INSTANCE_ON and PANOPTIC_ON off: nothing would be computed"
             )
         if self.query_chunk < 0 or self.class_chunk < 0:
-            raise ValueError(
+            raise InputError(
                 "TEST.QUERY_CHUNK and TEST.CLASS_CHUNK must be 0 (chosen) or a number of queries and of classes, got "
                 f"{self.query_chunk} and {self.class_chunk}"
             )
@@ -78,11 +78,11 @@ class InferenceSettings:
 
 @dataclass(frozen=True)
 class ScoredMasks:
-    """What one pass of the network found in one picture.
+    """What one pass of the network found in one image.
 
     Args:
         class_logits: mode name -> (Q, K + 1), void last.
-        mask_logits: (Q, ·, ·) at the stride of the mask features, over the padded picture.
+        mask_logits: (Q, ·, ·) at the stride of the mask features, over the padded image.
         vocabulary: its K classes.
         padded_size, image_size, output_size: (height, width) of the network input with and without padding, and of the
             outputs.
@@ -106,14 +106,14 @@ class FCCLIPHead(nn.Module):
         self.pixel_decoder = pixel_decoder
         self.predictor = predictor
 
-    def forward(self, features: Mapping[str, Tensor], words: WordEmbeddings, *, all_sets: bool) -> QueryPredictions:
+    def forward(self, features: Mapping[str, Tensor], words: TextEmbeddings, *, all_sets: bool) -> QueryPredictions:
         """Backbone levels and K classes with void -> predictions; see the decoder."""
         mask_features, pyramid = self.pixel_decoder(features)
         return self.predictor(pyramid, mask_features, words, all_sets=all_sets)
 
 
 class FCCLIP(nn.Module):
-    """Segments pictures with any words.
+    """Segments images with any words.
 
     The model keeps no words besides the two vocabularies it was given: the one it is trained with, and the one that is
     used when a call brings none.
@@ -121,7 +121,7 @@ class FCCLIP(nn.Module):
     Args:
         backbone: the frozen CLIP.
         sem_seg_head, criterion: the trained parts and their losses.
-        pixel_mean, pixel_std: three numbers each, 0..255, in the channel order of the pictures.
+        pixel_mean, pixel_std: three numbers each, 0..255, in the channel order of the images.
         size_divisibility: network inputs are padded to multiples of it; below 1 only to the largest of the batch.
         settings: what is made of the scored masks.
         text_encoder: turns vocabularies into vectors with the backbone's text tower.
@@ -162,7 +162,7 @@ class FCCLIP(nn.Module):
         self.test_vocabulary = test_vocabulary
         self.former_vocabulary: Vocabulary | None = None
         self._joined: tuple[Vocabulary, Vocabulary, Vocabulary] | None = None  # former and training words, and both
-        self.teacher: Teacher | None = None
+        self.teacher = None
 
     @property
     def seen_vocabulary(self) -> Vocabulary | None:
@@ -195,31 +195,31 @@ class FCCLIP(nn.Module):
         """Losses while training, else predictions.
 
         Args:
-            inputs: a mapping a picture: `image` (3, H, W) uint8 or float, 0..255, channels as the pixel statistics;
-                optionally `height` and `width`, the size of the outputs (default: the picture's), and `vocabulary`,
-                classes for this picture alone, which in training its labels mean; in training `targets`
+            inputs: a mapping an image: `image` (3, H, W) uint8 or float, 0..255, channels as the pixel statistics;
+                optionally `height` and `width`, the size of the outputs (default: the image's), and `vocabulary`,
+                classes for this image alone, which in training its labels mean; in training `targets`
                 (`structures.Targets`) and optionally `point_seed`, an int that fixes where its losses look.
-            vocabulary: classes for the pictures that bring none; default: `set_vocabulary`'s.
+            vocabulary: classes for the images that bring none; default: `set_vocabulary`'s.
             semantic: "scores" for (K, h, w) float, "labels" for (h, w) int64, None for no semantic map.
             modes: name -> (alpha, beta), to score one pass of the network in several ways.
-            segment_counts: in training, when these pictures are a part of a batch: the number of segments of each
-                picture of the whole batch. The losses of the parts then add up to those of the whole.
+            segment_counts: in training, when these images are a part of a batch: the number of segments of each
+                image of the whole batch. The losses of the parts then add up to those of the whole.
 
         Returns:
-            In training: weighted losses by name. Else a mapping a picture with `sem_seg`, `panoptic_seg` = (int32
+            In training: weighted losses by name. Else a mapping an image with `sem_seg`, `panoptic_seg` = (int32
             (h, w), segment records) and `instances` (`structures.Instances`), as far as they are turned on; with
             `modes` a list of such mappings by mode name.
 
         Raises:
-            ValueError: no vocabulary, no targets in training, pictures of another form.
+            ValueError: no vocabulary, no targets in training, images of another form.
         """
         if self.training:
             return self.losses(inputs, segment_counts=segment_counts)
         return self.predict(inputs, vocabulary=vocabulary, semantic=semantic, modes=modes)
 
     def preprocess(self, inputs: Sequence[Mapping]) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalised pictures padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
-        self.check_pictures(inputs)
+        """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
+        self.check_images(inputs)
         images = []
         for sample in inputs:
             image = sample["image"].to(self.device, non_blocking=True).float()
@@ -229,25 +229,25 @@ class FCCLIP(nn.Module):
         padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes)]
         return torch.stack(padded), sizes
 
-    def check_pictures(self, inputs: Sequence[Mapping]) -> None:
-        """Refuses what is no list of pictures.
+    def check_images(self, inputs: Sequence[Mapping]) -> None:
+        """Refuses what is no list of images.
 
         Raises:
             ValueError: an empty list, or a sample whose `image` is missing or no (3, H, W) tensor.
         """
         if not inputs:
-            raise ValueError("the model needs at least one picture, got an empty list")
+            raise InputError("the model needs at least one image, got an empty list")
         wanted = f"({len(self.pixel_mean)}, H, W)"
         for index, sample in enumerate(inputs):
             image = sample.get("image")
             if not isinstance(image, Tensor):
                 got = "nothing" if image is None else type(image).__name__
-                raise ValueError(f"picture {index} must bring its pixels under 'image', a {wanted} tensor; got {got}")
+                raise InputError(f"image {index} must bring its pixels under 'image', a {wanted} tensor; got {got}")
             if image.dim() != 3 or image.shape[0] != len(self.pixel_mean):
-                raise ValueError(f"picture {index} must be a {wanted} tensor, got {tuple(image.shape)}")
+                raise InputError(f"image {index} must be a {wanted} tensor, got {tuple(image.shape)}")
 
     def padded_size(self, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
-        """(height, width) of the network input for a batch of pictures of these sizes."""
+        """(height, width) of the network input for a batch of images of these sizes."""
         step = max(1, self.size_divisibility)
         height, width = (-(-max(sides) // step) * step for sides in zip(*sizes))
         return height, width
@@ -255,11 +255,11 @@ class FCCLIP(nn.Module):
     def losses(self, inputs: Sequence[Mapping], *, segment_counts: Sequence[int] | None = None) -> dict[str, Tensor]:
         """The weighted losses of a batch; see `SetCriterion`."""
         if self.train_vocabulary is None:
-            raise ValueError("the model has no training vocabulary; build it with build_model(cfg, train_vocabulary=…)")
-        self.check_pictures(inputs)
+            raise InputError("the model has no training vocabulary; build it with build_model(cfg, train_vocabulary=…)")
+        self.check_images(inputs)
         missing = [index for index, sample in enumerate(inputs) if "targets" not in sample]
         if missing:
-            raise ValueError(f"training needs 'targets' in every picture; pictures {missing} of this batch have none")
+            raise InputError(f"training needs 'targets' in every image; images {missing} of this batch have none")
         vocabularies = [sample.get("vocabulary") or self.train_vocabulary for sample in inputs]
         for index, (sample, own) in enumerate(zip(inputs, vocabularies)):
             self._check_targets(index, sample["targets"], own, tuple(sample["image"].shape[-2:]))
@@ -283,21 +283,21 @@ class FCCLIP(nn.Module):
             segment_counts=segment_counts,
         )
         if self.teacher is not None:
-            num_pictures = len(inputs if segment_counts is None else segment_counts)
-            losses |= self.teacher.losses(features, words, found, point_seeds=point_seeds, num_pictures=num_pictures)
+            num_images = len(inputs if segment_counts is None else segment_counts)
+            losses |= self.teacher.losses(features, words, found, point_seeds=point_seeds, num_images=num_images)
         return losses
 
     def _check_targets(self, index: int, targets: Targets, vocabulary: Vocabulary, image_size: tuple[int, int]) -> None:
         """Refuses targets that would be read at a wrong scale or as void; on the CPU, so that no GPU is waited for."""
         if targets.image_size != image_size:
-            raise ValueError(
-                f"picture {index}: its targets are {targets.image_size} (height, width), but the image is {image_size}"
+            raise InputError(
+                f"image {index}: its targets are {targets.image_size} (height, width), but the image is {image_size}"
             )
         num_classes = len(vocabulary)
         if len(targets) and not 0 <= int(targets.labels.min()) <= int(targets.labels.max()) < num_classes:
             whose = "the training vocabulary" if vocabulary is self.train_vocabulary else "its vocabulary"
-            raise ValueError(
-                f"picture {index}: labels must lie in 0..{num_classes - 1}, the classes of {whose} "
+            raise InputError(
+                f"image {index}: labels must lie in 0..{num_classes - 1}, the classes of {whose} "
                 f"'{vocabulary.name}', got {sorted(set(targets.labels.tolist()))}"
             )
 
@@ -312,7 +312,7 @@ class FCCLIP(nn.Module):
     ) -> list[dict] | dict[str, list[dict]]:
         """Predictions; arguments and result as in `forward`."""
         if semantic not in ("scores", "labels", None):
-            raise ValueError(f"semantic must be 'scores', 'labels' or None, got {semantic!r}")
+            raise InputError(f"semantic must be 'scores', 'labels' or None, got {semantic!r}")
         wanted = self._modes(modes)
         results: dict[str, list[dict]] = {name: [] for name in wanted}
         for found in self._scored_masks(inputs, vocabulary, wanted):
@@ -330,13 +330,13 @@ class FCCLIP(nn.Module):
             inputs, vocabulary, modes: as in `forward`.
 
         Yields:
-            index of the picture, mode name ("" without `modes`), scores (K, h, w); picture after picture.
+            index of the image, mode name ("" without `modes`), scores (K, h, w); image after image.
 
         Raises:
             ValueError: as `forward`, or semantic maps are turned off.
         """
         if not self.settings.semantic_on:
-            raise ValueError("semantic maps are turned off; set MODEL.MASK_FORMER.TEST.SEMANTIC_ON True")
+            raise InputError("semantic maps are turned off; set MODEL.MASK_FORMER.TEST.SEMANTIC_ON True")
         for index, found in enumerate(self._scored_masks(inputs, vocabulary, self._modes(modes))):
             for name in found.class_logits:
                 yield index, name, self._semantic_scores(found, [name])[name]
@@ -348,9 +348,9 @@ class FCCLIP(nn.Module):
     def _scored_masks(
         self, inputs: Sequence[Mapping], vocabulary: Vocabulary | None, modes: Modes
     ) -> list[ScoredMasks]:
-        """One pass of the network, whatever the number of modes and of vocabularies; one record a picture."""
+        """One pass of the network, whatever the number of modes and of vocabularies; one record an image."""
         images, sizes = self.preprocess(inputs)
-        groups: dict[Vocabulary, list[int]] = {}  # the pictures of each vocabulary
+        groups: dict[Vocabulary, list[int]] = {}  # the images of each vocabulary
         for index, sample in enumerate(inputs):
             groups.setdefault(self._words_of(sample, vocabulary), []).append(index)
         words = [self.text_encoder.encode(one) for one in groups]
@@ -359,13 +359,13 @@ class FCCLIP(nn.Module):
         in_logits, mask_logits, dense = found.class_logits[-1], found.mask_logits(), features[DENSE]
         results: list[ScoredMasks | None] = [None] * len(inputs)
         start = 0
-        for (one, pictures), own_words in zip(groups.items(), words):
+        for (one, images), own_words in zip(groups.items(), words):
             # words do not see each other before the softmax, so a vocabulary's logits can be cut out of all
             end = start + own_words.num_classes
             own_logits = cut_classes(in_logits, start, end)
-            rows = slice(None) if len(groups) == 1 else pictures
+            rows = slice(None) if len(groups) == 1 else images
             scored = self.classify(own_logits[rows], mask_logits[rows], dense[rows], own_words, one, modes)
-            for row, index in enumerate(pictures):
+            for row, index in enumerate(images):
                 size = sizes[index]
                 results[index] = ScoredMasks(
                     class_logits={name: class_logits[row] for name, class_logits in scored.items()},
@@ -382,14 +382,14 @@ class FCCLIP(nn.Module):
         for one in (sample.get("vocabulary"), vocabulary, self.test_vocabulary):
             if one is not None:
                 return one
-        raise ValueError("no words to segment with: pass vocabulary=… or call set_vocabulary first")
+        raise InputError("no words to segment with: pass vocabulary=… or call set_vocabulary first")
 
     def classify(
         self,
         in_logits: Tensor,
         mask_logits: Tensor,
         dense: Tensor,
-        words: WordEmbeddings,
+        words: TextEmbeddings,
         vocabulary: Vocabulary,
         modes: Modes,
     ) -> dict[str, Tensor]:
@@ -408,7 +408,7 @@ class FCCLIP(nn.Module):
         """
         small = resize_masks(mask_logits, dense.shape[-2:])
         embeddings = self.backbone.region_embeddings(dense, small)
-        out_logits = word_logits(embeddings, words, self.backbone.logit_scale)
+        out_logits = text_logits(embeddings, words, self.backbone.logit_scale)
         valid = (small > 0).flatten(2).any(-1) if self.settings.ensemble_on_valid_mask else None
         known = self.seen_vocabulary
         seen = torch.zeros(len(vocabulary), dtype=torch.bool) if known is None else vocabulary.seen_by(known)
@@ -423,7 +423,7 @@ class FCCLIP(nn.Module):
         return settings.postprocess_masks_first or settings.panoptic_on or settings.instance_on
 
     def _outputs(self, found: ScoredMasks, semantic: str | None) -> dict[str, dict]:
-        """Mode name -> outputs of one picture."""
+        """Mode name -> outputs of one image."""
         settings = self.settings
         outputs: dict[str, dict] = {name: {} for name in found.class_logits}
         if settings.semantic_on and semantic is not None:
@@ -502,13 +502,13 @@ def _numbers(queries: Tensor) -> list[int]:
     return list(range(len(queries))) if queries.is_meta else queries.tolist()
 
 
-def _joined(words: Sequence[WordEmbeddings]) -> WordEmbeddings:
+def _joined(words: Sequence[TextEmbeddings]) -> TextEmbeddings:
     """Several vocabularies as one, their classes one after the other."""
     if len(words) == 1:
         return words[0]
     starts = [sum(one.num_classes for one in words[:index]) for index in range(len(words))]
-    return WordEmbeddings(
+    return TextEmbeddings(
         vectors=torch.cat([one.vectors for one in words]),
-        class_of_word=torch.cat([one.class_of_word + start for one, start in zip(words, starts)]),
+        class_of_vector=torch.cat([one.class_of_vector + start for one, start in zip(words, starts)]),
         num_classes=sum(one.num_classes for one in words),
     )

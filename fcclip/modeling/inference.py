@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcclip.errors import InputError
 from fcclip.modeling.semantic_blocks import best_classes, semantic_blocks
 from fcclip.structures import Instances, boxes_of_masks
 
@@ -146,7 +147,7 @@ class PanopticMerge:
         """What `panoptic_inference` returns; (height, width) of the map, for the case that there is no mask."""
         count = len(self._scores)
         if self._taken != count:
-            raise ValueError(f"{self._taken} of {count} masks were added")
+            raise InputError(f"{self._taken} of {count} masks were added")
         if not count:
             return torch.zeros(size, dtype=torch.int32, device=self._scores.device), []
         owner, own_inside = self._owner, self._own_inside
@@ -256,7 +257,7 @@ class InstanceSelection:
         inside = torch.cat([self._scores.new_zeros(0, *size, dtype=torch.bool), *self._inside])
         mean = torch.cat([self._scores.new_zeros(0), *self._means])
         if len(inside) != len(self.queries):
-            raise ValueError(f"{len(inside)} of {len(self.queries)} masks were added")
+            raise InputError(f"{len(inside)} of {len(self.queries)} masks were added")
         boxes = torch.zeros(len(self._labels), 4, device=inside.device)
         return Instances(
             scores=self._scores * mean[self._position],

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fcclip.modeling.classifier import mask_pool, resize_masks, word_logits
+from fcclip.errors import InputError
+from fcclip.modeling.classifier import mask_pool, resize_masks, text_logits
 from fcclip.modeling.position import sine_positions
-from fcclip.structures import WordEmbeddings
+from fcclip.structures import TextEmbeddings
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Attention(nn.Module):
     def __init__(self, *, dim: int, heads: int) -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(f"MODEL.MASK_FORMER.HIDDEN_DIM {dim} must be divisible by NHEADS {heads}")
+            raise InputError(f"MODEL.MASK_FORMER.HIDDEN_DIM {dim} must be divisible by NHEADS {heads}")
         self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
@@ -173,11 +174,11 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if mask_dim != dim:
-            raise ValueError(
+            raise InputError(
                 f"MODEL.SEM_SEG_HEAD.MASK_DIM ({mask_dim}) must equal MODEL.MASK_FORMER.HIDDEN_DIM ({dim})"
             )
         if num_layers < 0:
-            raise ValueError(f"MODEL.MASK_FORMER.DEC_LAYERS must be at least 1, got {num_layers + 1}")
+            raise InputError(f"MODEL.MASK_FORMER.DEC_LAYERS must be at least 1, got {num_layers + 1}")
         layer = {"dim": dim, "pre_norm": pre_norm}
         self.transformer_self_attention_layers = nn.ModuleList(
             SelfAttentionLayer(heads=heads, **layer) for _ in range(num_layers)
@@ -207,7 +208,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(
-        self, pyramid: Sequence[Tensor], mask_features: Tensor, words: WordEmbeddings, *, all_sets: bool
+        self, pyramid: Sequence[Tensor], mask_features: Tensor, words: TextEmbeddings, *, all_sets: bool
     ) -> QueryPredictions:
         """Predictions of every layer or of the last.
 
@@ -249,12 +250,12 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             x = self.transformer_ffn_layers[step](x)
         return QueryPredictions(class_logits, mask_embeddings, mask_features)
 
-    def classify(self, normed: Tensor, embedding: Tensor, mask_features: Tensor, words: WordEmbeddings) -> Tensor:
+    def classify(self, normed: Tensor, embedding: Tensor, mask_features: Tensor, words: TextEmbeddings) -> Tensor:
         """The in-vocabulary classifier: normed queries (B, Q, d), mask embeddings -> logits (B, Q, K + 1)."""
         with torch.no_grad():
             mask_logits = mask_product(embedding, mask_features)
         pooled = self._mask_pooling_proj(mask_pool(mask_features, mask_logits))
-        return word_logits(self.class_embed(pooled + normed), words, self.logit_scale)
+        return text_logits(self.class_embed(pooled + normed), words, self.logit_scale)
 
 
 @torch.no_grad()

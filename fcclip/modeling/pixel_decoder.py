@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fcclip.errors import InputError
 from fcclip.modeling.position import sine_positions
 from fcclip.ops import ms_deform_attn_fused
 
@@ -30,7 +31,7 @@ class MSDeformAttn(nn.Module):
     def __init__(self, *, dim: int, levels: int, heads: int, points: int = NUM_POINTS, engine: str = "auto") -> None:
         super().__init__()
         if dim % heads:
-            raise ValueError(
+            raise InputError(
                 f"the width {dim} of deformable attention must be divisible by its {heads} heads "
                 f"(MODEL.MASK_FORMER.NHEADS)"
             )
@@ -139,7 +140,7 @@ class ConvNorm(nn.Conv2d):
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, norm: str) -> None:
         if norm not in ("GN", ""):
-            raise ValueError(f"MODEL.SEM_SEG_HEAD.NORM must be 'GN' or '', got '{norm}'")
+            raise InputError(f"MODEL.SEM_SEG_HEAD.NORM must be 'GN' or '', got '{norm}'")
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=not norm)
         self.norm = nn.GroupNorm(32, out_channels) if norm else nn.Identity()
         nn.init.kaiming_uniform_(self.weight, a=1)
@@ -179,7 +180,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
     ) -> None:
         super().__init__()
         if dim % 32:
-            raise ValueError(f"MODEL.SEM_SEG_HEAD.CONVS_DIM must be divisible by the 32 groups of its norms, got {dim}")
+            raise InputError(f"MODEL.SEM_SEG_HEAD.CONVS_DIM must be divisible by the 32 groups of its norms, got {dim}")
         self.encoder_levels = list(encoder_levels)[::-1]  # coarse to fine, as the encoder sees them
         self.top_down_levels = list(top_down_levels)[::-1]
         self.input_proj = nn.ModuleList(

@@ -1,6 +1,6 @@
-"""Semantic maps in blocks of rows, so that memory does not grow with the size of the picture.
+"""Semantic maps in blocks of rows, so that memory does not grow with the size of the image.
 
-A hundred classes more cost a hundred maps of the whole picture otherwise, and ADE20K-847 several gigabytes. Blocks give
+A hundred classes more cost a hundred maps of the whole image otherwise, and ADE20K-847 several gigabytes. Blocks give
 the numbers of the whole to rounding: bilinear resizing and the sum over queries are linear, so they may change places.
 """
 
@@ -32,7 +32,7 @@ def semantic_blocks(
     """Semantic scores at the output size, some rows at a time.
 
     Args:
-        mask_logits: (Q, ·, ·) float at network stride, over the padded picture.
+        mask_logits: (Q, ·, ·) float at network stride, over the padded image.
         num_classes: K.
         padded_size, image_size, output_size: (height, width) of the network input with and without padding, and of the
             result.

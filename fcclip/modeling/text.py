@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fcclip.structures import WordEmbeddings
+from fcclip.structures import TextEmbeddings
 from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
 
 logger = logging.getLogger(__name__)
@@ -42,11 +42,11 @@ class TextEncoder:
     def __init__(self, clip_model: nn.Module, *, cache_dir: Path | None = None) -> None:
         self.clip_model = clip_model
         self.cache_dir = cache_dir
-        self._memory: OrderedDict[tuple, WordEmbeddings] = OrderedDict()
+        self._memory: OrderedDict[tuple, TextEmbeddings] = OrderedDict()
         self._weights: tuple[tuple, str] | None = None
 
     @torch.inference_mode(mode=False)  # what is kept must serve training too
-    def encode(self, vocabulary: Vocabulary) -> WordEmbeddings:
+    def encode(self, vocabulary: Vocabulary) -> TextEmbeddings:
         """One unit vector a synonym: the mean of its fourteen unit-length prompt embeddings, normalised; fp32, no
         gradient.
         """
@@ -61,7 +61,7 @@ class TextEncoder:
             device = self.clip_model.text_projection.device
             vectors = rows[[position[word] for word in words]].to(device)
             classes = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
-            found = self._memory[key] = WordEmbeddings(vectors, classes, len(counts))
+            found = self._memory[key] = TextEmbeddings(vectors, classes, len(counts))
             while len(self._memory) > _KEEP:
                 self._memory.popitem(last=False)
         return found
@@ -73,7 +73,7 @@ class TextEncoder:
                 return load_file(path)["vectors"]
             except (SafetensorError, KeyError, OSError) as error:
                 logger.warning("text cache %s is unreadable (%s); encoding %d words again", path, error, len(words))
-        vectors = encode_words(self.clip_model, words).cpu()
+        vectors = encode_class_names(self.clip_model, words).cpu()
         if path is not None:
             _write(path, vectors)
         return vectors
@@ -106,7 +106,7 @@ def _text_weights(clip_model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def encode_words(clip_model: nn.Module, words: Sequence[str]) -> Tensor:
+def encode_class_names(clip_model: nn.Module, words: Sequence[str]) -> Tensor:
     """(len(words), D) float32, unit length, on the model's device; see `TextEncoder.encode`."""
     device = clip_model.text_projection.device
     tokens = open_clip.tokenize(prompts(words), context_length=int(clip_model.positional_embedding.shape[0]))

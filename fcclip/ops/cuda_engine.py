@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fcclip.errors import InputError
 from fcclip.ops import torch_engine
 from fcclip.ops.availability import Availability
 from fcclip.ops.builder import (
@@ -160,9 +161,9 @@ def _call(
     batch, cells, heads, channels = value.shape
     sizes = (batch, cells, heads, channels, points.shape[1], len(shapes), points.shape[4])
     if len(shapes) > MAX_LEVELS:
-        raise ValueError(f"the engine 'cuda' takes at most {MAX_LEVELS} levels, got {len(shapes)}")
+        raise InputError(f"the engine 'cuda' takes at most {MAX_LEVELS} levels, got {len(shapes)}")
     if max(*sizes, heads * channels * value.element_size(), sizes[5] * sizes[6]) > _INT_MAX:
-        raise ValueError(f"the engine 'cuda' counts to {_INT_MAX}, got (B, S, M, D, N, L, P) = {sizes}")
+        raise InputError(f"the engine 'cuda' counts to {_INT_MAX}, got (B, S, M, D, N, L, P) = {sizes}")
     flat = [size for pair in shapes for size in pair]
     arguments = [
         ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else one if one is not None else ctypes.c_void_p()

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 
 from fcclip.config import lookup
+from fcclip.errors import InputError
 from fcclip.ops import cpp_engine, cuda_engine, torch_engine, triton_engine
 from fcclip.ops.builder import COMMAND, BuildError
 
@@ -52,7 +53,7 @@ def select_engine(name: str = "auto", device: torch.device | str = "cpu") -> str
     availability = engine.available(device)
     if not availability:
         source = "the variable FCCLIP_MSDA" if variable else "MODEL.MSDA_ENGINE"
-        raise ValueError(
+        raise InputError(
             f"{source} asks for the engine '{wanted}' of multi-scale deformable attention, which cannot run on "
             f"{device}: {availability.reason}. 'auto' takes the fastest that can."
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fcclip.config import lookup
+from fcclip.errors import InputError
 from fcclip.ops.engines import ENGINES, KIND
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -35,23 +36,23 @@ def check_tensors(form: str, value: Tensor, spatial_shapes: Sequence[int], point
     """
     levels = list(pairs(spatial_shapes))
     if len(spatial_shapes) % 2 or not levels or any(size < 1 for size in spatial_shapes):
-        raise ValueError(f"spatial_shapes must be pairs (H, W) of positive ints, got {list(spatial_shapes)}")
+        raise InputError(f"spatial_shapes must be pairs (H, W) of positive ints, got {list(spatial_shapes)}")
     total = sum(height * width for height, width in levels)
     if value.dim() != 4 or value.shape[1] != total:
-        raise ValueError(
+        raise InputError(
             f"value must be (B, S, M, D) with S = {total} for the levels {levels}, got {tuple(value.shape)}"
         )
     if total >= 2**31:
-        raise ValueError(f"{form} takes at most {2**31 - 1} cells, got {total} for the levels {levels}")
+        raise InputError(f"{form} takes at most {2**31 - 1} cells, got {total} for the levels {levels}")
     if points.dim() != 6 or weights.dim() != 5:
-        raise ValueError(
+        raise InputError(
             f"{_POINTS[form]} must be (B, N, M, L, P, 2) and {_WEIGHTS[form]} (B, N, M, L, P), got "
             f"{tuple(points.shape)} and {tuple(weights.shape)}"
         )
     queries = total if form == "ms_deform_attn_fused" else points.shape[1]
     expected = (value.shape[0], queries, value.shape[2], len(levels), weights.shape[4])
     if tuple(weights.shape) != expected or tuple(points.shape) != (*expected, 2):
-        raise ValueError(
+        raise InputError(
             f"expected {_WEIGHTS[form]} {expected} and {_POINTS[form]} {(*expected, 2)}, got "
             f"{tuple(weights.shape)} and {tuple(points.shape)}"
         )
@@ -59,16 +60,16 @@ def check_tensors(form: str, value: Tensor, spatial_shapes: Sequence[int], point
     if value.dtype not in DTYPES or len({one.dtype for one in tensors.values()}) > 1:
         found = ", ".join(f"{name} {one.dtype}" for name, one in tensors.items())
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{form} computes in one dtype of {known}, got {found}; convert them to one")
+        raise InputError(f"{form} computes in one dtype of {known}, got {found}; convert them to one")
     if len({one.device for one in tensors.values()}) > 1:
         found = ", ".join(f"{name} on {one.device}" for name, one in tensors.items())
-        raise ValueError(f"{form} computes on one device, got {found}")
+        raise InputError(f"{form} computes on one device, got {found}")
 
 
 def _engine(name: str, device: torch.device):
     engine = lookup(KIND, name, ENGINES)
     if engine.DEVICES and device.type not in engine.DEVICES:
-        raise ValueError(
+        raise InputError(
             f"the engine '{name}' of multi-scale deformable attention computes on {' and '.join(engine.DEVICES)}, but "
             f"its tensors lie on {device}; move them, or choose another engine (MODEL.MSDA_ENGINE, FCCLIP_MSDA; "
             f"'auto' follows the tensors)"
@@ -108,7 +109,7 @@ def _define(form: str, forward: str, backward: str) -> None:
         batch, _, heads, channels = value.shape
         expected = (batch, points.shape[1], heads * channels)
         if tuple(grad_output.shape) != expected or grad_output.dtype != value.dtype:
-            raise ValueError(
+            raise InputError(
                 f"the gradient must be {expected} {value.dtype}, got {tuple(grad_output.shape)} {grad_output.dtype}"
             )
         if 0 in (*expected, points.shape[4]):

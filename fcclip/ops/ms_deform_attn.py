@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fcclip.errors import InputError
 from fcclip.ops import library, torch_engine  # library: registers torch.ops.fcclip
 from fcclip.ops.engines import automatic_engine
 
@@ -99,7 +100,7 @@ def _run(
     engine: str,
 ) -> Tensor:
     if isinstance(spatial_shapes, Tensor):
-        raise ValueError("spatial_shapes must be pairs of Python ints; reading them from a tensor would stop a GPU")
+        raise InputError("spatial_shapes must be pairs of Python ints; reading them from a tensor would stop a GPU")
     flat = [size for pair in spatial_shapes for size in pair]
     if engine == "auto":
         engine = automatic_engine(value.device.type)

@@ -15,6 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from fcclip.errors import InputError
 from fcclip.ops.availability import Availability
 
 DEVICES = ("cuda",)
@@ -134,7 +135,7 @@ def _launch(
     queries = points.shape[1]
     most = _kernels().MAX_LEVELS
     if len(shapes) > most:
-        raise ValueError(f"the engine 'triton' takes at most {most} levels, got {len(shapes)}")
+        raise InputError(f"the engine 'triton' takes at most {most} levels, got {len(shapes)}")
     on_grid = queries == cells
     padded = [*shapes, *[(1, 1)] * (most - len(shapes))]
     sizes = (*(height for height, _ in padded), *(width for _, width in padded), queries, cells)

@@ -4,7 +4,7 @@ Legend: B images, S cells of all levels, M heads, D channels of a head, N querie
 
 A program takes one head and a tile of TALL x WIDE neighbouring queries, whose samples lie near each other, so that most
 values come out of the first cache; where the queries are not the cells, a tile is a run of queries. Heights h0, h1, …
-and widths w0, w1, … of the levels are runtime numbers that triton must not look at, so that no size of picture compiles
+and widths w0, w1, … of the levels are runtime numbers that triton must not look at, so that no size of image compiles
 anything anew; triton would look into a tuple. Half types are computed in fp32.
 """
 

@@ -1,4 +1,4 @@
-"""What a model found in one picture."""
+"""What a model found in one image."""
 
 from __future__ import annotations
 

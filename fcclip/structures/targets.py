@@ -1,4 +1,4 @@
-"""What a training picture contains: one class and one mask per segment."""
+"""What a training image contains: one class and one mask per segment."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fcclip.errors import InputError
+
 
 @dataclass(frozen=True)
 class Targets:
-    """The n segments of one picture, as masks or as an id map.
+    """The n segments of one image, as masks or as an id map.
 
     Loader workers send the id map (4 bytes a pixel whatever n is); the device expands it with `expand`.
 
@@ -31,12 +33,12 @@ class Targets:
 
     def __post_init__(self) -> None:
         if (self.masks is None) == (self.id_map is None):
-            raise ValueError("Targets takes either masks or id_map with ids, got both or neither")
+            raise InputError("Targets takes either masks or id_map with ids, got both or neither")
         if self.id_map is not None and self.ids is None:
-            raise ValueError("Targets with an id_map needs ids, the id of each segment in it")
+            raise InputError("Targets with an id_map needs ids, the id of each segment in it")
         segments = self.ids if self.masks is None else self.masks
         if len(segments) != len(self.labels):
-            raise ValueError(f"Targets has {len(self.labels)} labels for {len(segments)} segments")
+            raise InputError(f"Targets has {len(self.labels)} labels for {len(segments)} segments")
 
     def __len__(self) -> int:
         return len(self.labels)

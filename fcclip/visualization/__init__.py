@@ -1,8 +1,8 @@
-"""Pictures of predictions and labels: arrays in, arrays out.
+"""Images of predictions and labels: arrays in, arrays out.
 
 colors.py  a colour per class, far from its neighbours, and shades of it for the instances of a class
-draw.py    draw_panoptic, draw_labels: masks, outlines, names and scores over a picture
-sheet.py   side_by_side, contact_sheet: pictures, labels and predictions next to each other
+draw.py    draw_panoptic, draw_labels: masks, outlines, names and scores over an image
+sheet.py   side_by_side, contact_sheet: images, labels and predictions next to each other
 """
 
 from fcclip.visualization.colors import class_color, instance_color

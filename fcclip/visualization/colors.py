@@ -17,7 +17,7 @@ def _palette() -> np.ndarray:
     rgb = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     lab = cv2.cvtColor(rgb[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
     chroma = np.hypot(lab[:, 1], lab[:, 2])
-    vivid = (lab[:, 0] > 40) & (lab[:, 0] < 85) & (chroma > 35)  # greys, near-black and near-white drown in pictures
+    vivid = (lab[:, 0] > 40) & (lab[:, 0] < 85) & (chroma > 35)  # greys, near-black and near-white drown in images
     rgb, lab = rgb[vivid], lab[vivid]
     chosen = [int(np.argmax(lab[:, 1]))]
     distance = np.full(len(lab), np.inf, np.float32)
@@ -44,7 +44,7 @@ def instance_color(index: int, instance: int) -> tuple[int, int, int]:
 
     Args:
         index: contiguous class index, from 0.
-        instance: 0 for the first instance of the class in the picture (exactly the class colour), 1 for the second, ...
+        instance: 0 for the first instance of the class in the image (exactly the class colour), 1 for the second, ...
     """
     shift = (0.0, 0.3, -0.25, 0.5, -0.4)[instance % 5]  # towards white above 0, towards black below
     target = 255 if shift > 0 else 0

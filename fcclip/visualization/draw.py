@@ -1,6 +1,6 @@
-"""Masks, outlines, names and scores over a picture.
+"""Masks, outlines, names and scores over an image.
 
-h x w are pixels of the map, H x W pixels of the drawing (the same unless a small picture is enlarged).
+h x w are pixels of the map, H x W pixels of the drawing (the same unless a small image is enlarged).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 import supervision as sv
 from PIL import Image, ImageDraw, ImageFont
 
+from fcclip.errors import InputError
 from fcclip.structures import Segment
 from fcclip.visualization.colors import class_color, instance_color
 
-READABLE_SIDE_PX = 768  # a picture whose longer side is smaller is enlarged by a whole factor to at least this
+READABLE_SIDE_PX = 768  # an image whose longer side is smaller is enlarged by a whole factor to at least this
 MASK_OPACITY = 0.4  # of stuff; a thing, which has a bold outline, gets half of it, so that its own colours stay visible
 STUFF_OUTLINE = (255, 255, 240)  # off-white, as published
 MAX_LABEL_LENGTH = 32  # characters of a name before it is cut
@@ -45,11 +46,11 @@ def draw_panoptic(
     scores: bool = True,
     opacity: float = MASK_OPACITY,
 ) -> np.ndarray:
-    """Draws a panoptic map over its picture.
+    """Draws a panoptic map over its image.
 
     Every segment is tinted in the colour of its class and carries its name; things have an outline in a shade of that
     colour that differs between instances, stuff a thin off-white one. Names never overlap; those that find no place
-    stand in a strip below the picture. A picture smaller than `READABLE_SIDE_PX` is enlarged first, so that names are
+    stand in a strip below the image. An image smaller than `READABLE_SIDE_PX` is enlarged first, so that names are
     readable.
 
     Args:
@@ -104,7 +105,7 @@ def draw_labels(
     ignore_label: int = 255,
     opacity: float = MASK_OPACITY,
 ) -> np.ndarray:
-    """Draws a semantic label map over its picture: one segment per class.
+    """Draws a semantic label map over its image: one segment per class.
 
     Args:
         image: (h, w, 3) uint8 RGB; not changed.
@@ -130,12 +131,12 @@ def draw_labels(
 
 def _check(image: np.ndarray, id_map: np.ndarray, segments: Sequence[Segment], class_names: Sequence[str]) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"image must be (h, w, 3) uint8 RGB, got {image.shape} {image.dtype}")
+        raise InputError(f"image must be (h, w, 3) uint8 RGB, got {image.shape} {image.dtype}")
     if id_map.shape != image.shape[:2]:
-        raise ValueError(f"the map is {id_map.shape} (height, width), its picture {image.shape[:2]}")
+        raise InputError(f"the map is {id_map.shape} (height, width), its image {image.shape[:2]}")
     for segment in segments:
         if not 0 <= segment.category_id < len(class_names):
-            raise ValueError(
+            raise InputError(
                 f"segment {segment.id} has class {segment.category_id}, "
                 f"but there are names for 0..{len(class_names) - 1}"
             )
@@ -165,8 +166,8 @@ def _write_labels(canvas: np.ndarray, labels: Sequence[_Label], cell_px: int) ->
     height, width = canvas.shape[:2]
     size_px = max(13, round(0.7 * max(height, width) ** 0.5))
     font, padding = _font(size_px), max(2, size_px // 5)
-    picture = Image.fromarray(cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB))
-    pen = ImageDraw.Draw(picture, "RGBA")
+    image = Image.fromarray(cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB))
+    pen = ImageDraw.Draw(image, "RGBA")
     line_px = sum(font.getmetrics()) + padding
     taken = np.zeros_like(labels[0].mask) if labels else None
     homeless = []
@@ -181,7 +182,7 @@ def _write_labels(canvas: np.ndarray, labels: Sequence[_Label], cell_px: int) ->
         left, top = column * cell_px, row * cell_px
         pen.rounded_rectangle((left, top, left + box[0], top + box[1]), radius=padding, fill=(0, 0, 0, 190))
         pen.text((left + padding, top + padding / 2), label.text, font=font, fill=_lighter(label.color))
-    return _with_strip(np.asarray(picture), homeless, font, padding, line_px)
+    return _with_strip(np.asarray(image), homeless, font, padding, line_px)
 
 
 def _place(mask: np.ndarray, taken: np.ndarray, box: tuple[int, int]) -> tuple[int, int] | None:
@@ -217,12 +218,12 @@ def _box_sums(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
 
 
 def _with_strip(
-    picture: np.ndarray, labels: Sequence[_Label], font: ImageFont.FreeTypeFont, padding: int, line_px: int
+    image: np.ndarray, labels: Sequence[_Label], font: ImageFont.FreeTypeFont, padding: int, line_px: int
 ) -> np.ndarray:
-    """Adds one swatch and name per label below the picture; unchanged without labels."""
+    """Adds one swatch and name per label below the image; unchanged without labels."""
     if not labels:
-        return picture
-    width = picture.shape[1]
+        return image
+    width = image.shape[1]
     positions, left, top = [], padding, padding
     for label in labels:
         length = line_px + round(font.getlength(label.text)) + 3 * padding
@@ -235,7 +236,7 @@ def _with_strip(
     for label, (left, top) in zip(labels, positions):
         pen.rectangle((left, top + padding, left + line_px - 2 * padding, top + line_px - padding), fill=label.color)
         pen.text((left + line_px, top + padding / 2), label.text, font=font, fill=(235, 235, 235))
-    return np.concatenate([picture, np.asarray(strip)])
+    return np.concatenate([image, np.asarray(strip)])
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""Pictures next to each other: picture, ground truth, prediction."""
+"""Images next to each other: image, ground truth, prediction."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw
 
+from fcclip.errors import InputError
 from fcclip.visualization.draw import _font
 
 GAP_PX = 8
@@ -15,27 +16,27 @@ PAPER = (255, 255, 255)
 
 
 def side_by_side(
-    picture: np.ndarray,
+    image: np.ndarray,
     ground_truth: np.ndarray,
     prediction: np.ndarray,
     *,
-    titles: Sequence[str] = ("picture", "ground truth", "prediction"),
+    titles: Sequence[str] = ("image", "ground truth", "prediction"),
 ) -> np.ndarray:
     """One row of a contact sheet.
 
     Args:
-        picture: (h, w, 3) uint8 RGB.
+        image: (h, w, 3) uint8 RGB.
         ground_truth: (H, W, 3) uint8 RGB, drawn by `draw_panoptic` or `draw_labels`.
         prediction: likewise.
         titles: a title above each of the three.
     """
-    return contact_sheet([[picture, ground_truth, prediction]], titles=titles)
+    return contact_sheet([[image, ground_truth, prediction]], titles=titles)
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, titles: Sequence[str] = ()) -> np.ndarray:
-    """A table of pictures on white paper.
+    """A table of images on white paper.
 
-    Pictures are scaled to the width of the widest; a row is as high as its highest picture.
+    Images are scaled to the width of the widest; a row is as high as its highest image.
 
     Args:
         rows: rows of the same length, each a list of (h, w, 3) uint8 RGB arrays.
@@ -45,14 +46,14 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, titles: Sequence[str]
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ValueError: no picture, rows of different length, or a number of titles that is not the number of columns.
+        ValueError: no image, rows of different length, or a number of titles that is not the number of columns.
     """
     lengths = {len(row) for row in rows}
     if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"rows of a sheet must have the same number of pictures, at least one, got {sorted(lengths)}")
+        raise InputError(f"rows of a sheet must have the same number of images, at least one, got {sorted(lengths)}")
     (columns,) = lengths
     if titles and len(titles) != columns:
-        raise ValueError(f"{len(titles)} titles for {columns} columns")
+        raise InputError(f"{len(titles)} titles for {columns} columns")
     width = max(one.shape[1] for row in rows for one in row)
     scaled = [[_to_width(one, width) for one in row] for row in rows]
     size_px = max(14, width // 32)
@@ -73,8 +74,8 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, titles: Sequence[str]
     return np.asarray(sheet)
 
 
-def _to_width(picture: np.ndarray, width: int) -> np.ndarray:
-    height = max(1, round(picture.shape[0] * width / picture.shape[1]))
-    if picture.shape[1] == width:
-        return picture
-    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_CUBIC)
+def _to_width(image: np.ndarray, width: int) -> np.ndarray:
+    height = max(1, round(image.shape[0] * width / image.shape[1]))
+    if image.shape[1] == width:
+        return image
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)

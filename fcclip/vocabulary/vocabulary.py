@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fcclip.config import lookup
+from fcclip.errors import InputError, MissingFileError
 
 _NAMES = Path(__file__).resolve().parent / "names"
 _PLACEHOLDER = "invalid_class_id"
@@ -39,7 +40,7 @@ class ClassEntry:
     Args:
         id: the data set's own id of the class (a COCO category id, a Cityscapes label id); the position where there is
             none.
-        name: the canonical name, used in tables and pictures.
+        name: the canonical name, used in tables and images.
         synonyms: every word that stands for the class, the best first; never empty. The name is the first of them,
             unless it is a label only: no plain English ("wall-other-merged"), misleading alone ("crane"), or the name
             of another class too.
@@ -67,12 +68,12 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if not self.classes:
-            raise ValueError(
+            raise InputError(
                 f"vocabulary '{self.name}' has no classes; give at least one, e.g. \"cat; dog; grass:stuff\""
             )
         for index, entry in enumerate(self.classes):
             if not entry.synonyms:
-                raise ValueError(f"vocabulary '{self.name}': class {index} has no word")
+                raise InputError(f"vocabulary '{self.name}': class {index} has no word")
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -166,7 +167,7 @@ class Vocabulary:
         if isinstance(entries, str):
             parts = [part for part in parts if part.strip()]
         if not parts:
-            raise ValueError('no words given; give at least one class, e.g. "cat; dog, puppy; grass:stuff"')
+            raise InputError('no words given; give at least one class, e.g. "cat; dog, puppy; grass:stuff"')
         marked = None if things is None else _check_things(things, len(parts), name)
         classes = []
         for index, part in enumerate(parts):
@@ -176,7 +177,7 @@ class Vocabulary:
                     text, thing = text[: -len(mark)], value
             words = _split(text)
             if not words:
-                raise ValueError(f'entry {index} ({part!r}) has no word; write it as "class, synonym" or remove it')
+                raise InputError(f'entry {index} ({part!r}) has no word; write it as "class, synonym" or remove it')
             classes.append(ClassEntry(index, words[0], words, thing))
         return cls(name, tuple(classes))
 
@@ -197,12 +198,12 @@ class Vocabulary:
         """
         path = Path(path).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"vocabulary file '{path}' does not exist")
+            raise MissingFileError(f"vocabulary file '{path}' does not exist")
         content = path.read_bytes()
         try:
             text = content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"vocabulary file '{path}' is not UTF-8 text: {error}") from error
+            raise InputError(f"vocabulary file '{path}' is not UTF-8 text: {error}") from error
         digest = hashlib.sha256(content).hexdigest()
         parse = _parse_json if text.lstrip().startswith("{") else _parse_text
         name, version, classes = parse(text, path)
@@ -237,7 +238,7 @@ def _check_things(things: Iterable[int], num_classes: int, name: str) -> set[int
     wanted = set(things)
     wrong = sorted(index for index in wanted if not 0 <= index < num_classes)
     if wrong:
-        raise ValueError(f"vocabulary '{name}': thing indices {wrong} are no classes (0..{num_classes - 1})")
+        raise InputError(f"vocabulary '{name}': thing indices {wrong} are no classes (0..{num_classes - 1})")
     return wanted
 
 
@@ -245,28 +246,28 @@ def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"vocabulary file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
+        raise InputError(f"vocabulary file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
     unknown = set(data) - {"name", "version", "classes"}
     if unknown or not isinstance(data.get("classes"), list):
-        raise ValueError(
+        raise InputError(
             f"vocabulary file '{path}': expected an object with name, version and a list of classes, got the keys "
             f"{sorted(data)}"
         )
     classes = []
     for index, entry in enumerate(data["classes"]):
         if not isinstance(entry, dict) or not isinstance(entry.get("synonyms", []), list):
-            raise ValueError(
+            raise InputError(
                 f"vocabulary file '{path}': class {index} must be an object whose synonyms are a list, got {entry!r}"
             )
         words = (str(entry.get("name", "")).strip(), *(word.strip() for word in entry.get("synonyms", ())))
         words = tuple(word for word in words if word)
         if not words:
-            raise ValueError(f"vocabulary file '{path}': class {index} has no name")
+            raise InputError(f"vocabulary file '{path}': class {index} has no name")
         name = words[0]
         if entry.get("label_only", False):  # the name is shown, but CLIP is asked for the synonyms alone
             words = words[1:]
         if not words:
-            raise ValueError(f"vocabulary file '{path}': '{name}' is label_only, so it needs at least one synonym")
+            raise InputError(f"vocabulary file '{path}': '{name}' is label_only, so it needs at least one synonym")
         classes.append(ClassEntry(int(entry.get("id", index)), name, words, bool(entry.get("thing", True))))
     return str(data.get("name", path.stem)), str(data.get("version", "1")), classes
 
@@ -281,6 +282,6 @@ def _parse_text(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
         if words == (_PLACEHOLDER,):
             continue
         if not colon or not identifier.strip().isdigit() or not words:
-            raise ValueError(f"vocabulary file '{path}', line {number}: expected 'id:name,synonym,…', got {line!r}")
+            raise InputError(f"vocabulary file '{path}', line {number}: expected 'id:name,synonym,…', got {line!r}")
         classes.append(ClassEntry(int(identifier), words[0], words))
     return path.stem, "1", classes

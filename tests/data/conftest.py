@@ -49,7 +49,7 @@ def segments_of(id_map: np.ndarray, categories: tuple[int, ...]) -> list[dict]:
 
 @pytest.fixture
 def coco_root(tmp_path: Path) -> Path:
-    """Six COCO val pictures, wide and tall in turn; each has a person (1), a sky (187) and a crowd of dogs (18)."""
+    """Six COCO val images, wide and tall in turn; each has a person (1), a sky (187) and a crowd of dogs (18)."""
     coco = tmp_path / "coco"
     images, annotations = [], []
     for index in range(6):

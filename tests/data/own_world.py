@@ -1,7 +1,7 @@
-"""A data set of a user's own in each of the three types: five pictures, the last one without a label.
+"""A data set of a user's own in each of the three types: five images, the last one without a label.
 
 The classes are those of `CLASSES`, in this order; the JSON files number them with holes, and have a category more that
-no annotation uses. Each labelled picture shows grass, a car and a person in a quarter each; the fourth quarter has no
+no annotation uses. Each labelled image shows grass, a car and a person in a quarter each; the fourth quarter has no
 class. Nothing shows the sky.
 """
 
@@ -22,7 +22,7 @@ CLASSES = ["grass:stuff", "car, automobile", "sky:stuff", "person"]
 CATEGORIES = {40: "zebra", 7: "automobile", 90: "grass", 3: "person"}  # id in the JSON files -> name there
 GRASS, CAR, PERSON = 0, 1, 3  # ids that they must become
 CATEGORY_OF = {GRASS: 90, CAR: 7, PERSON: 3}
-NUM_PICTURES, SIZES = 5, ((48, 64), (64, 48))
+NUM_IMAGES, SIZES = 5, ((48, 64), (64, 48))
 
 
 def write_own(folder: Path, kind: str, **keys: Any) -> Path:
@@ -34,7 +34,7 @@ def write_own(folder: Path, kind: str, **keys: Any) -> Path:
         keys: of the YAML, in place of those that fit; None leaves a key out.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"type": kind, "images": "pictures", **_WRITERS[kind](folder), **keys}
+    content = {"type": kind, "images": "images", **_WRITERS[kind](folder), **keys}
     path = folder / f"own_{kind}.yaml"
     write_yaml(path, {key: value for key, value in content.items() if value is not None})
     return path
@@ -52,26 +52,26 @@ def edit_json(path: Path, change: Any) -> None:
 
 
 def classes_of(number: int) -> np.ndarray:
-    """(h, w) int, the class of each pixel of a picture, 255 for none."""
+    """(h, w) int, the class of each pixel of an image, 255 for none."""
     size = SIZES[number % 2]
-    return np.full(size, 255) if number == NUM_PICTURES - 1 else quarters(*size, (GRASS, CAR, PERSON), 255)
+    return np.full(size, 255) if number == NUM_IMAGES - 1 else quarters(*size, (GRASS, CAR, PERSON), 255)
 
 
-def _write_pictures(folder: Path) -> list[dict]:
-    (folder / "pictures").mkdir(exist_ok=True)
+def _write_images(folder: Path) -> list[dict]:
+    (folder / "images").mkdir(exist_ok=True)
     images = []
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         labels = classes_of(number)
         noise = np.random.default_rng(number).integers(0, 40, (*labels.shape, 3))
         pixels = np.where(labels == 255, 0, 60 + 50 * labels)[..., None] + noise
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / "pictures" / f"{number} ä.jpg")
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / "images" / f"{number} ä.jpg")
         height, width = labels.shape
         images.append({"id": 10 * number, "file_name": f"{number} ä.jpg", "height": height, "width": width})
     return images
 
 
 def _write_panoptic(folder: Path) -> dict[str, Any]:
-    images, annotations = _write_pictures(folder), []
+    images, annotations = _write_images(folder), []
     (folder / "labels").mkdir(exist_ok=True)
     for number, image in enumerate(images):
         labels, segments = classes_of(number), []
@@ -88,7 +88,7 @@ def _write_panoptic(folder: Path) -> dict[str, Any]:
 
 
 def _write_instances(folder: Path) -> dict[str, Any]:
-    images, annotations = _write_pictures(folder), []
+    images, annotations = _write_images(folder), []
     for number, image in enumerate(images):
         for index in (CAR, PERSON):
             mask = classes_of(number) == index
@@ -114,9 +114,9 @@ def _write_instances(folder: Path) -> dict[str, Any]:
 
 
 def _write_semantic(folder: Path) -> dict[str, Any]:
-    _write_pictures(folder)
+    _write_images(folder)
     (folder / "masks").mkdir(exist_ok=True)
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         Image.fromarray(classes_of(number).astype(np.uint8)).save(folder / "masks" / f"{number} ä.png")
     return {"annotations": "masks", "classes": CLASSES}
 

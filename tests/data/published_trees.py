@@ -1,7 +1,7 @@
-"""Four-picture trees of every published data set, as they lie on the disk when they are ready to use.
+"""Four-image trees of every published data set, as they lie on the disk when they are ready to use.
 
 `write_tree(name, root)` writes one: folders and file names, bit depths, palettes and JSON fields are those of the real
-data set; the pictures are small, of different sizes, and hold three classes in a quarter each and a fourth quarter
+data set; the images are small, of different sizes, and hold three classes in a quarter each and a fourth quarter
 without a class. `CLASSES` tells which classes, so that a test knows what it has to find.
 """
 
@@ -19,7 +19,7 @@ from PIL import Image
 
 from fcclip.vocabulary import Vocabulary
 
-SIZES = ((48, 64), (64, 48), (45, 61), (50, 50))  # (height, width) of the four pictures
+SIZES = ((48, 64), (64, 48), (45, 61), (50, 50))  # (height, width) of the four images
 
 
 class Label(NamedTuple):
@@ -29,7 +29,7 @@ class Label(NamedTuple):
     contiguous: int
 
 
-# The classes in the first three quarters of every picture, for each data set; the third is a crowd in panoptic sets and
+# The classes in the first three quarters of every image, for each data set; the third is a crowd in panoptic sets and
 # in COCO's instances.
 CLASSES: dict[str, tuple[Label, Label, Label]] = {
     "openvocab_coco_2017_{}_panoptic_with_sem_seg": (Label(90, 79), Label(187, 119), Label(18, 16)),
@@ -62,7 +62,7 @@ def template_and_split(name: str) -> tuple[str, str]:
 
 
 def write_tree(name: str, root: Path) -> None:
-    """Writes four pictures of the data set of this name with their ground truth below `root`."""
+    """Writes four images of the data set of this name with their ground truth below `root`."""
     template, split = template_and_split(name)
     WRITERS[template](root, split, CLASSES[template])
 
@@ -77,13 +77,13 @@ def quarters(height: int, width: int, values: Iterable[int], rest: int, dtype: t
     return pixels
 
 
-def write_picture(path: Path, size: tuple[int, int], seed: int) -> None:
+def write_image(path: Path, size: tuple[int, int], seed: int) -> None:
     """A photo, as far as a reader can tell; the fourth of each tree is grey where the format is JPEG, as some of COCO's
     are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    (picture.convert("L") if seed == 3 and path.suffix == ".jpg" else picture).save(path)
+    image = Image.fromarray(pixels)
+    (image.convert("L") if seed == 3 and path.suffix == ".jpg" else image).save(path)
 
 
 def write_labels(path: Path, labels: np.ndarray) -> None:
@@ -137,7 +137,7 @@ def _coco_panoptic(root: Path, split: str, classes: tuple[Label, ...]) -> None:
     coco, images, annotations = root / "coco", [], []
     for index, size in enumerate(SIZES):
         stem = f"{139 + 146 * index:012d}"
-        write_picture(coco / f"{split}2017" / f"{stem}.jpg", size, index)
+        write_image(coco / f"{split}2017" / f"{stem}.jpg", size, index)
         ids = quarters(*size, (3_226_956 + index, 6_979_964, 70_003), 0)
         write_ids(coco / f"panoptic_{split}2017" / f"{stem}.png", ids)
         labels = quarters(*size, (label.contiguous for label in classes), 255, np.uint8)
@@ -156,7 +156,7 @@ def _ade20k_panoptic(root: Path, split: str, classes: tuple[Label, ...]) -> None
     ade, images, annotations = root / "ADEChallengeData2016", [], []
     for index, size in enumerate(SIZES):
         stem = f"ADE_{split}_{index + 1:08d}"
-        write_picture(ade / "images" / LONG[split] / f"{stem}.jpg", size, index)
+        write_image(ade / "images" / LONG[split] / f"{stem}.jpg", size, index)
         ids = quarters(*size, (204 + 5 * 256, 120 + 120 * 256 + 120 * 65536, 91 + index), 0)
         write_ids(ade / f"ade20k_panoptic_{split}" / f"{stem}.png", ids)
         labels = quarters(*size, (label.contiguous for label in classes), 255, np.uint8)
@@ -175,7 +175,7 @@ def _cityscapes(root: Path, split: str, classes: tuple[Label, ...]) -> None:
     stems = ["frankfurt_000000_000294", "frankfurt_000001_064925", "lindau_000000_000019", "bad-honnef_000000_000000"]
     for index, (stem, size) in enumerate(zip(stems, SIZES)):
         town = stem.split("_")[0]
-        write_picture(city / "leftImg8bit" / split / town / f"{stem}_leftImg8bit.png", size, index)
+        write_image(city / "leftImg8bit" / split / town / f"{stem}_leftImg8bit.png", size, index)
         thing, stuff, crowd = (label.dataset_id for label in classes)
         ids = quarters(*size, (thing * 1000 + index, stuff, crowd), 0)  # a thing without a number is a crowd
         write_ids(city / "gtFine" / f"cityscapes_panoptic_{split}" / f"{stem}_gtFine_panoptic.png", ids)
@@ -200,11 +200,11 @@ def _mapillary_vistas(root: Path, split: str, classes: tuple[Label, ...]) -> Non
     stems = ["_1Gn_xkw7sa_i9GU4mkxxQ", "-0TjJIHaWVoJNFTkvWkXQA", "00qclUcInksIYnm19b1Xfw", "__CRyFzoDOXn6unQ6a3DnQ"]
     palette = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
     for index, (stem, size) in enumerate(zip(stems, SIZES)):
-        write_picture(folder / "images" / f"{stem}.jpg", size, index)
+        write_image(folder / "images" / f"{stem}.jpg", size, index)
         ids = quarters(*size, (11, 5_000_000 + index, 300), 0)
         write_ids(folder / "panoptic" / f"{stem}.png", ids)
         labels = Image.fromarray(quarters(*size, (label.contiguous for label in classes), 65, np.uint8))
-        labels.putpalette(palette.ravel().tolist())  # makes the numbers of a grey picture indices
+        labels.putpalette(palette.ravel().tolist())  # makes the numbers of a grey image indices
         (folder / "labels").mkdir(parents=True, exist_ok=True)
         labels.save(folder / "labels" / f"{stem}.png")
         instances = quarters(*size, (label.contiguous * 256 for label in classes), 65 * 256, np.uint16)
@@ -221,7 +221,7 @@ def _mapillary_vistas(root: Path, split: str, classes: tuple[Label, ...]) -> Non
 
 
 def _coco_instances(root: Path, split: str, classes: tuple[Label, ...]) -> None:
-    """With a fifth picture that nobody has labelled."""
+    """With a fifth image that nobody has labelled."""
     _write_coco_instances(root, split, (*SIZES, (32, 32)), dict(enumerate(classes, start=1)))
 
 
@@ -230,7 +230,7 @@ def _write_coco_instances(root: Path, split: str, sizes: Sequence[tuple[int, int
     coco, images, annotations = root / "coco", [], []
     for index, size in enumerate(sizes):
         stem = f"{139 + 146 * index:012d}"
-        write_picture(coco / f"{split}2017" / f"{stem}.jpg", size, index)
+        write_image(coco / f"{split}2017" / f"{stem}.jpg", size, index)
         images.append({"license": 2, "file_name": f"{stem}.jpg", "height": size[0], "width": size[1], "id": int(stem)})
         if index < len(SIZES):
             annotations += _instances(size, classes, int(stem), first_id=900_000_000_000 + 10 * index, crowd=True)
@@ -245,7 +245,7 @@ def _lvis(root: Path, split: str, classes: tuple[Label, ...]) -> None:
     for index, size in enumerate(SIZES):
         folder = ("val2017", "train2017")[index % 2]  # LVIS mixes both
         stem = f"{139 + 146 * index:012d}"
-        write_picture(root / "coco" / folder / f"{stem}.jpg", size, index)
+        write_image(root / "coco" / folder / f"{stem}.jpg", size, index)
         url = f"http://images.cocodataset.org/{folder}/{stem}.jpg"
         image = {"id": int(stem), "coco_url": url, "height": size[0], "width": size[1], "license": 1}
         images.append({**image, "not_exhaustive_category_ids": [7], "neg_category_ids": [2, 3]})
@@ -303,7 +303,7 @@ def _write_ade20k_instances(root: Path, split: str, classes: dict[int, Label]) -
     ade, images, annotations = root / "ADEChallengeData2016", [], []
     for index, size in enumerate(SIZES):
         stem = f"ADE_{split}_{index + 1:08d}"
-        write_picture(ade / "images" / LONG[split] / f"{stem}.jpg", size, index)
+        write_image(ade / "images" / LONG[split] / f"{stem}.jpg", size, index)
         images.append({"id": stem, "file_name": f"{stem}.jpg", "width": size[1], "height": size[0]})
         numbers = quarters(*size, (1, 2, 3), 0)
         for number, label in classes.items():
@@ -342,7 +342,7 @@ def _semantic(
     classes: tuple[Label, ...],
     *,
     stem: Callable[[int, str], str],
-    pictures: str,
+    images: str,
     labels: str,
     folders: Mapping[str, str] = LONG,
     ending: str = "png",
@@ -350,23 +350,23 @@ def _semantic(
 ) -> None:
     """Label maps of 16 bit where they are tif, else of 8; `folders` are those of the splits in both places."""
     for index, size in enumerate(SIZES):
-        write_picture(root / pictures / folders[split] / f"{stem(index, split)}.jpg", size, index)
+        write_image(root / images / folders[split] / f"{stem(index, split)}.jpg", size, index)
         dtype = np.uint16 if ending == "tif" else np.uint8
         truth = quarters(*size, (label.contiguous for label in classes), ignore, dtype)
         write_labels(root / labels / folders[split] / f"{stem(index, split)}.{ending}", truth)
 
 
 _stuff = {"train": "train2017", "test": "val2017"}
-_ade = {"stem": _ade_stem, "pictures": "ADEChallengeData2016/images"}
-_full = {"stem": _ade_stem, "pictures": "ADE20K_2021_17_01/images_detectron2", "ending": "tif", "ignore": 65535}
-_context = {"stem": _voc_stem, "pictures": "pascal_ctx_d2/images"}
-_voc = {"stem": _voc_stem, "pictures": "pascal_voc_d2/images"}
+_ade = {"stem": _ade_stem, "images": "ADEChallengeData2016/images"}
+_full = {"stem": _ade_stem, "images": "ADE20K_2021_17_01/images_detectron2", "ending": "tif", "ignore": 65535}
+_context = {"stem": _voc_stem, "images": "pascal_ctx_d2/images"}
+_voc = {"stem": _voc_stem, "images": "pascal_voc_d2/images"}
 WRITERS: dict[str, Callable[[Path, str, tuple[Label, ...]], None]] = {
     "openvocab_coco_2017_{}_panoptic_with_sem_seg": _coco_panoptic,
     "openvocab_coco_2017_{}_panoptic": _coco_panoptic,
     "openvocab_coco_2017_{}": _coco_instances,
     "openvocab_coco_2017_{}_stuff_sem_seg": partial(
-        _semantic, stem=_coco_stem, pictures="coco", labels="coco/stuffthingmaps_detectron2", folders=_stuff
+        _semantic, stem=_coco_stem, images="coco", labels="coco/stuffthingmaps_detectron2", folders=_stuff
     ),
     "openvocab_lvis_v1_{}": _lvis,
     "openvocab_ade20k_panoptic_{}": _ade20k_panoptic,

@@ -122,9 +122,9 @@ def test_an_unknown_name_is_answered_with_its_neighbour():
 
 def test_the_root_is_the_argument_then_the_variable_then_datasets(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
-    monkeypatch.setenv("DETECTRON2_DATASETS", "~/pictures")
+    monkeypatch.setenv("DETECTRON2_DATASETS", "~/images")
     assert root_folder("~/here") == Path("/home/someone/here")
-    assert root_folder() == Path("/home/someone/pictures")
+    assert root_folder() == Path("/home/someone/images")
     monkeypatch.delenv("DETECTRON2_DATASETS")
     assert root_folder() == Path("datasets")
     assert get_dataset("shapes_val").metadata["image_root"] == "datasets/shapes/val"

@@ -67,7 +67,7 @@ def test_a_coin_decides_whether_contrast_comes_first_or_last(image):
 
 
 @pytest.mark.parametrize("generator", [np.random.default_rng, np.random.RandomState])
-def test_the_argument_is_left_alone_and_a_seed_gives_one_picture(image, generator):
+def test_the_argument_is_left_alone_and_a_seed_gives_one_image(image, generator):
     before = image.copy()
     found = [ColorJitter()(image, generator(seed)) for seed in (0, 1, 2, 3, 0)]
     np.testing.assert_array_equal(image, before)

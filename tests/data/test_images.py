@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fcclip.data.images import image_size, read_header, read_id_map, read_image, read_label_map, read_picture
+from fcclip.data.images import image_size, read_header, read_id_map, read_image, read_label_map, read_pil_image
 
 
 def test_an_id_map_is_red_plus_256_green_plus_65536_blue(tmp_path):
@@ -16,11 +16,11 @@ def test_an_id_map_is_red_plus_256_green_plus_65536_blue(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_upright_as_its_exif_says(tmp_path, orientation):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8))
+def test_a_image_is_turned_upright_as_its_exif_says(tmp_path, orientation):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 10, 3), dtype=np.uint8))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "turned.jpg", exif=exif)
     with Image.open(tmp_path / "turned.jpg") as stored:
         expected = np.asarray(ImageOps.exif_transpose(stored))
     np.testing.assert_array_equal(read_image(tmp_path / "turned.jpg"), expected)
@@ -28,8 +28,8 @@ def test_a_picture_is_turned_upright_as_its_exif_says(tmp_path, orientation):
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "LA"])
-def test_every_kind_of_picture_becomes_three_channels(tmp_path, mode):
-    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
+def test_every_kind_of_image_becomes_three_channels(tmp_path, mode):
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     Image.fromarray(np.full((4, 6, 3), 200, np.uint8)).convert(mode).save(path)
     image = read_image(path)
     assert (image.shape, image.dtype) == ((4, 6, 3), np.uint8)
@@ -70,13 +70,13 @@ def test_pixels_without_a_fixed_black_and_white_are_refused(tmp_path, dtype, wha
         read_image(tmp_path / "x.tif")
 
 
-def test_a_picture_stays_readable_when_its_file_is_gone(tmp_path):
+def test_a_image_stays_readable_when_its_file_is_gone(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png")
+    image = read_pil_image(tmp_path / "a.png")
     (tmp_path / "a.png").unlink()
-    assert (picture.mode, picture.size) == ("RGB", (6, 5))
-    np.testing.assert_array_equal(np.asarray(picture), pixels)
+    assert (image.mode, image.size) == ("RGB", (6, 5))
+    np.testing.assert_array_equal(np.asarray(image), pixels)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -104,11 +104,11 @@ def test_an_id_png_that_a_program_has_made_smaller_has_the_same_ids(tmp_path):
 def test_a_label_map_is_read_as_the_numbers_that_it_stores(tmp_path, kind):
     largest = {"16": 65535, "32": 100_000}.get(kind[:2], 255)
     labels = np.random.default_rng(0).integers(0, largest + 1, (5, 6))
-    picture = Image.fromarray(labels.astype({"16": np.uint16, "32": np.int32}.get(kind[:2], np.uint8)))
+    image = Image.fromarray(labels.astype({"16": np.uint16, "32": np.int32}.get(kind[:2], np.uint8)))
     if kind == "palette":
-        picture.putpalette(np.random.default_rng(1).integers(0, 256, 768).tolist())
+        image.putpalette(np.random.default_rng(1).integers(0, 256, 768).tolist())
     path = tmp_path / ("labels.tif" if kind.endswith("tif") else "labels.png")
-    picture.save(path)
+    image.save(path)
     found = read_label_map(path)
     np.testing.assert_array_equal(found, labels)
     assert found.dtype == np.int32
@@ -132,24 +132,22 @@ def test_a_label_map_without_one_whole_number_a_pixel_is_refused(tmp_path, mode,
 
 
 @pytest.mark.parametrize("read", [read_image, read_id_map, read_label_map, image_size])
-def test_a_missing_picture_is_named(tmp_path, read):
-    with pytest.raises(
-        FileNotFoundError, match=r"gone\.png: no such picture, though the data set lists it.*DETECTRON2"
-    ):
+def test_a_missing_image_is_named(tmp_path, read):
+    with pytest.raises(FileNotFoundError, match=r"gone\.png: no such image, though the data set lists it.*DETECTRON2"):
         read(tmp_path / "gone.png")
 
 
 @pytest.mark.parametrize("read", [read_image, read_id_map, read_label_map, image_size])
-def test_a_file_that_is_no_picture_is_named(tmp_path, read):
+def test_a_file_that_is_no_image_is_named(tmp_path, read):
     (tmp_path / "page.jpg").write_text("<html>not found</html>")
-    with pytest.raises(ValueError, match=r"page\.jpg: cannot be read as a picture: .*Copy or prepare the file again"):
+    with pytest.raises(ValueError, match=r"page\.jpg: cannot be read as an image: .*Copy or prepare the file again"):
         read(tmp_path / "page.jpg")
 
 
 @pytest.mark.parametrize("read", [read_image, read_id_map, read_label_map, image_size])
 def test_a_file_of_zero_bytes_is_named(tmp_path, read):
     (tmp_path / "empty.png").touch()
-    with pytest.raises(ValueError, match=r"empty\.png: cannot be read as a picture: the file is empty \(0 bytes\)"):
+    with pytest.raises(ValueError, match=r"empty\.png: cannot be read as an image: the file is empty \(0 bytes\)"):
         read(tmp_path / "empty.png")
 
 
@@ -157,17 +155,17 @@ def test_a_file_of_zero_bytes_is_named(tmp_path, read):
     ("name", "read"),
     [("cut.jpg", read_image), ("cut.png", read_image), ("cut.png", read_id_map), ("cut.png", read_label_map)],
 )
-def test_a_picture_that_was_cut_off_is_named(tmp_path, name, read):
+def test_a_image_that_was_cut_off_is_named(tmp_path, name, read):
     path, shape = tmp_path / name, (40, 40) if read is read_label_map else (40, 40, 3)
     Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=rf"{name}: cannot be read as a picture"):
+    with pytest.raises(ValueError, match=rf"{name}: cannot be read as an image"):
         read(path)
 
 
-def test_a_folder_instead_of_a_picture_is_named(tmp_path):
+def test_a_folder_instead_of_a_image_is_named(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
-    with pytest.raises(ValueError, match=r"folder\.jpg: cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"folder\.jpg: cannot be read as an image"):
         read_image(tmp_path / "folder.jpg")
 
 
@@ -213,7 +211,7 @@ def test_the_header_of_a_png_is_read_without_its_pixels(tmp_path):
     content[200:4000] = bytes(3800)
     path.write_bytes(content)
     assert read_header(path).upright == (60, 100)
-    with pytest.raises(ValueError, match=r"broken\.png: cannot be read as a picture"):
+    with pytest.raises(ValueError, match=r"broken\.png: cannot be read as an image"):
         read_image(path)
 
 

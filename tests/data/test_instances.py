@@ -48,7 +48,7 @@ def test_a_record_has_detectron2s_fields(coco_instances, tmp_path):
     }
 
 
-def test_records_come_in_the_order_of_their_ids_and_empty_pictures_stay(coco_instances):
+def test_records_come_in_the_order_of_their_ids_and_empty_images_stay(coco_instances):
     records = coco_instances.records()
     assert [record["image_id"] for record in records] == [139, 285, 431, 577, 723]
     assert records[-1]["annotations"] == []
@@ -87,9 +87,9 @@ def test_an_annotation_may_have_no_box(coco_instances, edit):
         (lambda c: c.update(annotations={}), r"has no list 'annotations'"),
         (lambda c: c["annotations"][1].pop("category_id"), r"an entry has no 'category_id'\. Expected"),
         (lambda c: c["images"][1].pop("file_name"), r"an entry has no 'file_name'"),
-        (lambda c: c["images"][1].update(id=139), r"two pictures with the id 139\. Give each an id of its own"),
+        (lambda c: c["images"][1].update(id=139), r"two images with the id 139\. Give each an id of its own"),
         (lambda c: c["images"][1].update(id="139"), r"'<' not supported .*Expected COCO instance annotations"),
-        (lambda c: c["annotations"][1].update(image_id=7), r"belongs to the picture 7, which is not in 'images'"),
+        (lambda c: c["annotations"][1].update(image_id=7), r"belongs to the image 7, which is not in 'images'"),
         (
             lambda c: c["annotations"][1].update(category_id=91),
             r"139 has category_id 91, which is not in vocabulary 'coco_panoptic_things' \(80 classes, ids 1\.\.90\)",
@@ -117,9 +117,9 @@ def test_a_json_cut_in_half_is_named(coco_instances, tmp_path):
         coco_instances.records()
 
 
-def test_a_wrong_picture_folder_shows_at_the_first_record(coco_instances, tmp_path):
+def test_a_wrong_image_folder_shows_at_the_first_record(coco_instances, tmp_path):
     (tmp_path / "coco" / "val2017" / "000000000139.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lists the picture .*000000000139\.jpg, which does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"lists the image .*000000000139\.jpg, which does not exist"):
         coco_instances.records()
 
 
@@ -138,7 +138,7 @@ def test_lvis_takes_its_classes_from_the_file_and_writes_them_with_spaces(lvis):
     assert dict(lvis.metadata)["json_file"].endswith("lvis_v1_val.json")
 
 
-def test_lvis_pictures_lie_in_both_folders_of_coco_and_records_say_what_was_looked_for(lvis, tmp_path):
+def test_lvis_images_lie_in_both_folders_of_coco_and_records_say_what_was_looked_for(lvis, tmp_path):
     records = lvis.records()
     assert [record["file_name"].removeprefix(f"{tmp_path}/coco/") for record in records[:2]] == [
         "val2017/000000000139.jpg",

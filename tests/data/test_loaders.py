@@ -63,7 +63,7 @@ def test_a_resumed_loader_goes_on_where_the_other_stopped(cfg, coco_val, groupin
     assert_same(take(build_train_loader(cfg, dataset=coco_val, start=4), 3), whole[4:])
 
 
-def test_resuming_reads_no_skipped_picture(cfg, coco_val, coco_root):
+def test_resuming_reads_no_skipped_image(cfg, coco_val, coco_root):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     loader = build_train_loader(cfg, dataset=coco_val, start=2)
     first_four = list(itertools.islice(permutation_stream(6, 7), 4))
@@ -136,10 +136,10 @@ def test_an_unknown_sampler_is_refused(cfg, coco_val):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bad_picture_stops_training_and_is_named(cfg, coco_val, coco_root, num_workers):
+def test_a_bad_image_stops_training_and_is_named(cfg, coco_val, coco_root, num_workers):
     cfg.DATALOADER.NUM_WORKERS = num_workers
     (coco_root / "coco" / "val2017" / "000000000103.jpg").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"^/.*000000000103\.jpg: cannot be read as a picture: the file is empty"):
+    with pytest.raises(ValueError, match=r"^/.*000000000103\.jpg: cannot be read as an image: the file is empty"):
         take(build_train_loader(cfg, dataset=coco_val), 6)
 
 
@@ -147,7 +147,7 @@ def test_a_bad_picture_stops_training_and_is_named(cfg, coco_val, coco_root, num
 
 
 def spoil(root, *indices):
-    """Makes pictures unreadable: an empty file, one that is missing, one that is cut off, in turn."""
+    """Makes images unreadable: an empty file, one that is missing, one that is cut off, in turn."""
     for turn, index in enumerate(indices):
         path = root / "coco" / "val2017" / f"{100 + index:012d}.jpg"
         if turn % 3 == 0:
@@ -163,7 +163,7 @@ def ids(batches):
 
 
 @pytest.mark.parametrize("grouping", [True, False])
-def test_good_ones_take_the_place_of_bad_pictures(cfg, coco_val, coco_root, caplog, grouping):
+def test_good_ones_take_the_place_of_bad_images(cfg, coco_val, coco_root, caplog, grouping):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = grouping
     before = ids(take(build_train_loader(cfg, dataset=coco_val), 12))
     spoil(coco_root, 1, 4)
@@ -177,8 +177,8 @@ def test_good_ones_take_the_place_of_bad_pictures(cfg, coco_val, coco_root, capl
             assert not grouping or new % 2 == old % 2  # wide ones for wide ones
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2  # once each
-    assert "bad picture 1 of at most 2 (DATALOADER.MAX_BAD_IMAGES), another one takes its place: /" in messages[0]
-    assert {Path(name).name for name in loader.bad_pictures} == {"000000000101.jpg", "000000000104.jpg"}
+    assert "bad image 1 of at most 2 (DATALOADER.MAX_BAD_IMAGES), another one takes its place: /" in messages[0]
+    assert {Path(name).name for name in loader.bad_images} == {"000000000101.jpg", "000000000104.jpg"}
 
 
 def test_what_takes_the_place_depends_on_seed_and_position_alone(cfg, coco_val, coco_root):
@@ -191,10 +191,10 @@ def test_what_takes_the_place_depends_on_seed_and_position_alone(cfg, coco_val, 
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_one_bad_picture_too_many_stops_training_with_the_list_of_all(cfg, coco_val, coco_root, num_workers):
+def test_one_bad_image_too_many_stops_training_with_the_list_of_all(cfg, coco_val, coco_root, num_workers):
     spoil(coco_root, 0, 3, 5)
     cfg.DATALOADER.NUM_WORKERS, cfg.DATALOADER.MAX_BAD_IMAGES = num_workers, 2
-    with pytest.raises(ValueError, match=r"3 pictures are bad, and DATALOADER\.MAX_BAD_IMAGES allows 2:") as error:
+    with pytest.raises(ValueError, match=r"3 images are bad, and DATALOADER\.MAX_BAD_IMAGES allows 2:") as error:
         take(build_train_loader(cfg, dataset=coco_val), 12)
     lines = str(error.value).splitlines()[1:]
     assert sorted(Path(line.strip().split(": ")[0]).name for line in lines) == [
@@ -202,20 +202,20 @@ def test_one_bad_picture_too_many_stops_training_with_the_list_of_all(cfg, coco_
     ]
 
 
-def test_when_no_picture_of_a_kind_is_good_training_stops(cfg, coco_val, coco_root):
+def test_when_no_image_of_a_kind_is_good_training_stops(cfg, coco_val, coco_root):
     spoil(coco_root, 0, 2, 4)  # all wide ones
     cfg.DATALOADER.MAX_BAD_IMAGES = 50
-    with pytest.raises(ValueError, match="3 pictures are bad, and there is no good one to take their place"):
+    with pytest.raises(ValueError, match="3 images are bad, and there is no good one to take their place"):
         take(build_train_loader(cfg, dataset=coco_val), 6)
 
 
-def test_ground_truth_counts_as_a_part_of_the_picture(cfg, coco_val, coco_root):
+def test_ground_truth_counts_as_a_part_of_the_image(cfg, coco_val, coco_root):
     (coco_root / "coco" / "panoptic_val2017" / "000000000102.png").unlink()
     cfg.DATALOADER.MAX_BAD_IMAGES = 1
     loader = build_train_loader(cfg, dataset=coco_val)
     assert all(2 not in batch for batch in ids(take(loader, 8)))
-    (problem,) = loader.bad_pictures.values()
-    assert "panoptic_val2017/000000000102.png: no such picture" in problem
+    (problem,) = loader.bad_images.values()
+    assert "panoptic_val2017/000000000102.png: no such image" in problem
 
 
 def cut(path):
@@ -245,24 +245,24 @@ def turned(path):
         ("panoptic_val2017/000000000102.png", lambda path: Image.new("RGB", (7, 9)).save(path)),
         ("panoptic_val2017/000000000102.png", lambda path: cv2.imwrite(str(path), np.ones((24, 36, 3), np.uint16))),
     ],
-    ids=["cut", "turned", "no picture", "size", "empty ids", "cut ids", "shifted ids", "size of ids", "deep ids"],
+    ids=["cut", "turned", "no image", "size", "empty ids", "cut ids", "shifted ids", "size of ids", "deep ids"],
 )
 def test_every_kind_of_bad_file_is_counted_and_named(cfg, coco_val, coco_root, file, spoiled):
     spoiled(coco_root / "coco" / file)
     cfg.DATALOADER.MAX_BAD_IMAGES = 1
     loader = build_train_loader(cfg, dataset=coco_val)
     assert all(2 not in batch for batch in ids(take(loader, 8)))
-    ((picture, problem),) = loader.bad_pictures.items()
-    assert Path(picture).name == "000000000102.jpg" and file in problem
+    ((image, problem),) = loader.bad_images.items()
+    assert Path(image).name == "000000000102.jpg" and file in problem
 
 
-def test_a_negative_number_of_bad_pictures_is_refused(cfg, coco_val):
+def test_a_negative_number_of_bad_images_is_refused(cfg, coco_val):
     cfg.DATALOADER.MAX_BAD_IMAGES = -1
     with pytest.raises(ValueError, match=r"DATALOADER\.MAX_BAD_IMAGES must be 0 or more, got -1"):
         build_train_loader(cfg, dataset=coco_val)
 
 
-def test_a_broken_run_length_code_counts_as_a_bad_picture(cfg, instances):
+def test_a_broken_run_length_code_counts_as_a_bad_image(cfg, instances):
     cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
     records = [record for record in instances.records() if record["annotations"]]
     broken = {"size": [records[0]["height"], records[0]["width"]], "counts": "55"}
@@ -270,8 +270,8 @@ def test_a_broken_run_length_code_counts_as_a_bad_picture(cfg, instances):
     cfg.DATALOADER.MAX_BAD_IMAGES = 1
     loader = build_train_loader(cfg, dataset=dataclasses.replace(instances, load=lambda: records))
     take(loader, 8)
-    ((picture, problem),) = loader.bad_pictures.items()
-    assert picture == records[0]["file_name"] and "a run-length code has runs of" in problem
+    ((image, problem),) = loader.bad_images.items()
+    assert image == records[0]["file_name"] and "a run-length code has runs of" in problem
 
 
 # ---- kinds of ground truth ----
@@ -279,7 +279,7 @@ def test_a_broken_run_length_code_counts_as_a_bad_picture(cfg, instances):
 
 @pytest.fixture
 def instances(tmp_path):
-    """COCO instances: four pictures, and a fifth without an annotation."""
+    """COCO instances: four images, and a fifth without an annotation."""
     write_tree("openvocab_coco_2017_train", tmp_path)
     return get_dataset("openvocab_coco_2017_train", tmp_path)
 
@@ -294,13 +294,13 @@ def test_a_mapper_of_another_kind_of_ground_truth_is_refused_before_anything_is_
 
 
 @pytest.mark.parametrize("filtered", [True, False])
-def test_pictures_without_an_annotation_are_left_out_if_the_config_says_so(cfg, instances, caplog, filtered):
+def test_images_without_an_annotation_are_left_out_if_the_config_says_so(cfg, instances, caplog, filtered):
     cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filtered
     with caplog.at_level(logging.INFO):
         loader = build_train_loader(cfg, dataset=instances)
     assert loader.num_records == (4 if filtered else 5)
-    assert ("1 of 5 pictures have no annotation but crowds; left out" in caplog.text) == filtered
+    assert ("1 of 5 images have no annotation but crowds; left out" in caplog.text) == filtered
     assert all(len(sample["targets"]) == len(sample["targets"].masks) for batch in take(loader, 5) for sample in batch)
 
 
@@ -311,7 +311,7 @@ def test_a_data_set_of_crowds_is_refused(cfg, instances):
         for annotation in record["annotations"]:
             annotation["iscrowd"] = 1
     crowds = dataclasses.replace(instances, load=lambda: records)
-    with pytest.raises(ValueError, match="none of its 5 pictures has an annotation that is no crowd"):
+    with pytest.raises(ValueError, match="none of its 5 images has an annotation that is no crowd"):
         build_train_loader(cfg, dataset=crowds)
 
 
@@ -370,7 +370,7 @@ def _leave_a_file(folder, worker):
 
 
 def kill_itself():
-    """Half a second later, when somebody waits for the picture."""
+    """Half a second later, when somebody waits for the image."""
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -425,7 +425,7 @@ def test_an_error_of_our_own_in_a_loading_process_is_none_of_a_loader(cfg, coco_
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_every_test_picture_comes_once(cfg, coco_val, world_size, batch_size):
+def test_every_test_image_comes_once(cfg, coco_val, world_size, batch_size):
     cfg.TEST.BATCH_SIZE = batch_size
     loaders = [build_test_loader(cfg, coco_val, rank=rank, world_size=world_size) for rank in range(world_size)]
     batches = [batch for loader in loaders for batch in loader]
@@ -434,7 +434,7 @@ def test_every_test_picture_comes_once(cfg, coco_val, world_size, batch_size):
     assert sum(loader.num_images for loader in loaders) == 6
 
 
-def test_test_pictures_share_a_batch_only_at_equal_padded_size(cfg, coco_val):
+def test_test_images_share_a_batch_only_at_equal_padded_size(cfg, coco_val):
     cfg.TEST.BATCH_SIZE = 2
     batches = list(build_test_loader(cfg, coco_val))
     assert [[sample["image_id"] for sample in batch] for batch in batches] == [[100, 102], [101, 103], [104], [105]]
@@ -470,8 +470,8 @@ def test_a_test_batch_of_nothing_is_refused(cfg, coco_val):
 def test_workers_start_although_opencv_has_run_threads_in_this_process(cfg, coco_val):
     """A forked worker that changes OpenCV's threads waits for ever for those of its parent."""
     cv2.setNumThreads(4)
-    picture = np.zeros((2000, 2000, 3), np.uint8)
+    image = np.zeros((2000, 2000, 3), np.uint8)
     for _ in range(3):  # OpenCV starts its threads at the first work that is worth it
-        cv2.GaussianBlur(picture, (9, 9), 2)
+        cv2.GaussianBlur(image, (9, 9), 2)
     cfg.DATALOADER.NUM_WORKERS = 2
     assert len(take(build_train_loader(cfg, dataset=coco_val), 2)) == 2

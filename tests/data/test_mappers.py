@@ -21,7 +21,7 @@ def rng(seed=0):
     return np.random.default_rng(seed)
 
 
-def test_a_training_sample_has_picture_targets_and_names(cfg, record):
+def test_a_training_sample_has_image_targets_and_names(cfg, record):
     sample = build_train_mapper(cfg)(record, rng())
     assert set(sample) == {
         *("image", "targets", "file_name", "image_id", "height", "width", "pan_seg_file_name", "sem_seg_file_name"),
@@ -36,7 +36,7 @@ def test_a_training_sample_has_picture_targets_and_names(cfg, record):
     assert targets.masks is None
 
 
-def test_picture_and_id_map_get_the_drawn_geometry(cfg, record):
+def test_image_and_id_map_get_the_drawn_geometry(cfg, record):
     sample = build_train_mapper(cfg)(record, rng(5))
     geometry = LargeScaleJitter(size=32, min_scale=0.1, max_scale=2.0).draw(24, 36, rng(5))
     expected = geometry.apply_image(read_image(record["file_name"]))
@@ -62,7 +62,7 @@ def test_a_segment_outside_the_crop_stays_with_an_empty_mask(cfg, record):
     assert any(0 in one for one in areas)
 
 
-def test_a_picture_of_crowds_gives_zero_targets(cfg, record):
+def test_a_image_of_crowds_gives_zero_targets(cfg, record):
     for segment in record["segments_info"]:
         segment["iscrowd"] = 1
     targets = build_train_mapper(cfg)(record, rng())["targets"]
@@ -111,10 +111,10 @@ def test_a_test_sample_needs_nothing_but_a_file_name(cfg, record):
 
 
 @pytest.mark.parametrize("build", [build_train_mapper, build_test_mapper])
-def test_a_listed_picture_that_is_absent_is_named(cfg, record, coco_root, build):
+def test_a_listed_image_that_is_absent_is_named(cfg, record, coco_root, build):
     (coco_root / "coco" / "val2017" / "000000000100.jpg").unlink()
     mapper = build(cfg)
-    with pytest.raises(FileNotFoundError, match=r"000000000100\.jpg: no such picture, though the data set lists it"):
+    with pytest.raises(FileNotFoundError, match=r"000000000100\.jpg: no such image, though the data set lists it"):
         mapper(record, rng()) if build is build_train_mapper else mapper(record)
 
 
@@ -124,17 +124,15 @@ def test_an_id_png_of_zero_bytes_is_named(cfg, record):
         build_train_mapper(cfg)(record, rng())
 
 
-def test_a_picture_of_another_size_than_the_json_says_is_named(cfg, record):
+def test_a_image_of_another_size_than_the_json_says_is_named(cfg, record):
     record.update(height=36, width=24)
-    with pytest.raises(
-        ValueError, match=r"000000000100\.jpg: the picture is 24 x 36 pixels .* annotations say 36 x 24"
-    ):
+    with pytest.raises(ValueError, match=r"000000000100\.jpg: the image is 24 x 36 pixels .* annotations say 36 x 24"):
         build_train_mapper(cfg)(record, rng())
     with pytest.raises(ValueError, match="annotations say 36 x 24"):
         build_test_mapper(cfg)(record)
 
 
-def test_an_id_map_of_another_size_than_its_picture_is_named(cfg, record):
+def test_an_id_map_of_another_size_than_its_image_is_named(cfg, record):
     Image.new("RGB", (35, 24)).save(record["pan_seg_file_name"])
     with pytest.raises(ValueError, match=r"100\.png: the id map is 24 x 35 pixels .*100\.jpg is 24 x 36"):
         build_train_mapper(cfg)(record, rng())
@@ -160,9 +158,7 @@ def test_ids_that_are_all_off_by_one_are_named(cfg, record):
 
 def test_a_missing_id_png_is_named(cfg, record, coco_root):
     (coco_root / "coco" / "panoptic_val2017" / "000000000100.png").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"panoptic_val2017/000000000100\.png: no such picture, though the data"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"panoptic_val2017/000000000100\.png: no such image, though the data"):
         build_train_mapper(cfg)(record, rng())
 
 
@@ -248,7 +244,7 @@ def drawn_geometry(cfg, seed, height=24, width=36):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_mask_former_panoptic_gives_picture_and_ids_the_drawn_geometry(former, record, seed):
+def test_mask_former_panoptic_gives_image_and_ids_the_drawn_geometry(former, record, seed):
     sample = build_train_mapper(former)(record, rng(seed))
     geometry = drawn_geometry(former, seed)
     expected = geometry.apply_image(read_image(record["file_name"]))
@@ -349,7 +345,7 @@ def test_without_a_label_map_crops_are_judged_by_the_segments(former, labelled):
     assert sum(torch.equal(one["image"], two["image"]) for one, two in zip(with_file, without)) >= 8
 
 
-def test_colours_change_the_picture_and_nothing_else(former, record):
+def test_colours_change_the_image_and_nothing_else(former, record):
     plain = [build_train_mapper(former)(record, rng(seed)) for seed in range(4)]
     former.INPUT.COLOR_AUG_SSD = True
     coloured = [build_train_mapper(former)(record, rng(seed)) for seed in range(4)]
@@ -382,7 +378,7 @@ SQUARE = [4.0, 4.0, 16.0, 4.0, 16.0, 16.0, 4.0, 16.0]
 
 @pytest.fixture
 def annotated(record):
-    """Two overlapping polygons, a run-length code and a crowd on the 24 x 36 picture."""
+    """Two overlapping polygons, a run-length code and a crowd on the 24 x 36 image."""
     mask = np.zeros((24, 36), np.uint8, order="F")
     mask[12:20, 20:30] = 1
     code = pycocotools.mask.encode(mask)
@@ -425,9 +421,9 @@ def test_overlapping_instances_are_masks_of_their_own(untouched, annotated, name
     assert (targets.masks.dtype, targets.masks.shape, targets.id_map) == (torch.bool, (3, 36, 36), None)
     expected = whole_masks(annotated["annotations"])
     found = targets.masks.numpy()
-    picture = read_image(annotated["file_name"])
-    if (sample["image"].permute(1, 2, 0).numpy()[:24] != picture).any():  # mirrored
-        np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy()[:24], picture[:, ::-1])
+    image = read_image(annotated["file_name"])
+    if (sample["image"].permute(1, 2, 0).numpy()[:24] != image).any():  # mirrored
+        np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy()[:24], image[:, ::-1])
         found = found[:, :, ::-1]
     np.testing.assert_array_equal(found[:, :24], expected)
     assert not found[:, 24:].any() and (expected[0] & expected[1]).any()
@@ -435,7 +431,7 @@ def test_overlapping_instances_are_masks_of_their_own(untouched, annotated, name
 
 @pytest.mark.parametrize("name", ["coco_instance_lsj", "mask_former_instance"])
 @pytest.mark.parametrize("seed", range(6))
-def test_polygons_and_run_lengths_follow_the_picture(former, annotated, name, seed):
+def test_polygons_and_run_lengths_follow_the_image(former, annotated, name, seed):
     former.INPUT.DATASET_MAPPER_NAME = name
     former.INPUT.IMAGE_SIZE = 64
     mapper = build_train_mapper(former)
@@ -466,7 +462,7 @@ def test_an_instance_that_the_crop_misses_is_left_out_or_stays_empty(former, ann
 
 
 @pytest.mark.parametrize("name", ["coco_instance_lsj", "mask_former_instance"])
-def test_a_picture_without_instances_gives_zero_targets(cfg, annotated, name):
+def test_a_image_without_instances_gives_zero_targets(cfg, annotated, name):
     cfg.INPUT.DATASET_MAPPER_NAME = name
     cfg.INPUT.MIN_SIZE_TRAIN = (0,)
     annotated["annotations"] = annotated["annotations"][3:]
@@ -479,10 +475,10 @@ def test_annotations_that_give_no_mask_are_named(cfg, annotated):
     cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
     mapper = build_train_mapper(cfg)
     annotated["annotations"][0].pop("segmentation")
-    with pytest.raises(ValueError, match=r"100\.jpg: an annotation of this picture has no segmentation, and its box"):
+    with pytest.raises(ValueError, match=r"100\.jpg: an annotation of this image has no segmentation, and its box"):
         mapper(annotated, rng())
     annotated["annotations"][0]["segmentation"] = pycocotools.mask.encode(np.zeros((36, 24), np.uint8, order="F"))
-    with pytest.raises(ValueError, match=r"100\.jpg: a run-length code is 36 x 24 .*its picture 24 x 36\. .* together"):
+    with pytest.raises(ValueError, match=r"100\.jpg: a run-length code is 36 x 24 .*its image 24 x 36\. .* together"):
         mapper(annotated, rng())
 
 

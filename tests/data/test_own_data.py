@@ -18,7 +18,7 @@ from fcclip.data import (
     joined,
     own_data,
 )
-from tests.data.own_world import CAR, CLASSES, GRASS, NUM_PICTURES, PERSON, classes_of, edit_json, write_own
+from tests.data.own_world import CAR, CLASSES, GRASS, NUM_IMAGES, PERSON, classes_of, edit_json, write_own
 
 KINDS = ("panoptic", "instances", "semantic")
 ANNOTATIONS = {"panoptic": "labels.json", "instances": "instances.json"}
@@ -64,9 +64,9 @@ def test_a_yaml_is_a_data_set_with_the_name_of_the_file(own, kind, tmp_path):
     assert vocabulary.thing_classes == (CAR, PERSON)
     assert [entry.id for entry in vocabulary.classes] == [0, 1, 2, 3]
     records = dataset.records()
-    assert len(records) == NUM_PICTURES
+    assert len(records) == NUM_IMAGES
     assert {record["file_name"] for record in records} == {
-        f"{tmp_path}/meine Bäume/pictures/{number} ä.jpg" for number in range(NUM_PICTURES)
+        f"{tmp_path}/meine Bäume/images/{number} ä.jpg" for number in range(NUM_IMAGES)
     }
     assert (records[1]["height"], records[1]["width"]) == (64, 48)
 
@@ -99,7 +99,7 @@ def test_panoptic_records_have_the_ids_of_the_classes_and_no_label_map(own):
     assert records[0]["image_id"] == 0 and records[0]["pan_seg_file_name"].endswith("meine Bäume/labels/0.png")
 
 
-def test_instance_records_keep_polygons_run_lengths_and_pictures_without_a_label(own):
+def test_instance_records_keep_polygons_run_lengths_and_images_without_a_label(own):
     records = get_dataset(own("instances")).records()
     car, person = records[0]["annotations"]
     assert (car["category_id"], person["category_id"]) == (CAR, PERSON)
@@ -107,46 +107,46 @@ def test_instance_records_keep_polygons_run_lengths_and_pictures_without_a_label
     assert records[-1]["annotations"] == []
 
 
-def test_the_mask_folder_may_be_named_and_pictures_may_have_any_ending(own, tmp_path):
+def test_the_mask_folder_may_be_named_and_images_may_have_any_ending(own, tmp_path):
     path = own("panoptic", masks="ids")
     folder = tmp_path / "meine Bäume"
     (folder / "labels").rename(folder / "ids")
     edit_json(folder / "labels.json", lambda content: content.update(images=[]))  # nothing but the stem is known then
-    for number in range(NUM_PICTURES):
-        Image.open(folder / "pictures" / f"{number} ä.jpg").save(folder / "pictures" / f"{number}.WEBP")
+    for number in range(NUM_IMAGES):
+        Image.open(folder / "images" / f"{number} ä.jpg").save(folder / "images" / f"{number}.WEBP")
     record = get_dataset(path).records()[2]
-    assert record["file_name"] == str(folder / "pictures" / "2.WEBP")
+    assert record["file_name"] == str(folder / "images" / "2.WEBP")
     assert record["pan_seg_file_name"] == str(folder / "ids" / "2.png")
 
 
-def test_label_maps_belong_to_the_pictures_of_the_same_name_in_folders_too(own, tmp_path, caplog):
+def test_label_maps_belong_to_the_images_of_the_same_name_in_folders_too(own, tmp_path, caplog):
     path, folder = own("semantic"), tmp_path / "meine Bäume"
-    for name in ("pictures", "masks"):
+    for name in ("images", "masks"):
         (folder / name / "a.b").mkdir()
         for file in (folder / name).glob("3 ä.*"):
             file.rename(folder / name / "a.b" / f"x.y{file.suffix.upper()}")
     (folder / "masks" / "2 ä.png").unlink()
-    (folder / "pictures" / ".2 ä.jpg").write_bytes(b"hidden")
+    (folder / "images" / ".2 ä.jpg").write_bytes(b"hidden")
     records = get_dataset(path).records()
     assert [record["image_id"] for record in records] == ["0 ä", "1 ä", "4 ä", "a.b/x.y"]
     assert records[-1]["sem_seg_file_name"] == str(folder / "masks" / "a.b" / "x.y.PNG")
-    assert "1 of 5 pictures" in caplog.text and "pictures/2 ä.jpg; left out" in caplog.text
+    assert "1 of 5 images" in caplog.text and "images/2 ä.jpg; left out" in caplog.text
 
 
-def test_label_maps_below_the_folder_of_pictures_are_no_pictures(own, tmp_path, caplog):
-    path, folder = own("semantic", images=".", annotations="pictures/masks"), tmp_path / "meine Bäume"
-    (folder / "masks").rename(folder / "pictures" / "masks")
-    for file in (folder / "pictures").glob("*.jpg"):
+def test_label_maps_below_the_folder_of_images_are_no_images(own, tmp_path, caplog):
+    path, folder = own("semantic", images=".", annotations="images/masks"), tmp_path / "meine Bäume"
+    (folder / "masks").rename(folder / "images" / "masks")
+    for file in (folder / "images").glob("*.jpg"):
         file.rename(folder / file.name)
-    assert len(get_dataset(path).records()) == NUM_PICTURES and not caplog.records
+    assert len(get_dataset(path).records()) == NUM_IMAGES and not caplog.records
 
 
 def test_paths_start_at_the_yaml_or_at_home(own, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "meine Bäume"))
     monkeypatch.chdir(tmp_path)
-    own("semantic", images="~/pictures", annotations=str(tmp_path / "meine Bäume" / "masks"))
-    assert len(get_dataset("meine Bäume/own_semantic.yaml").records()) == NUM_PICTURES
-    assert len(get_dataset("~/own_semantic.yaml").records()) == NUM_PICTURES
+    own("semantic", images="~/images", annotations=str(tmp_path / "meine Bäume" / "masks"))
+    assert len(get_dataset("meine Bäume/own_semantic.yaml").records()) == NUM_IMAGES
+    assert len(get_dataset("~/own_semantic.yaml").records()) == NUM_IMAGES
 
 
 def test_a_name_like_that_of_a_registered_set_is_no_clash(own, tmp_path):
@@ -243,14 +243,14 @@ def test_more_classes_than_an_8_bit_map_holds_move_the_ignore_label(own):
     ("keys", "message"),
     [
         ({"clases": ["x"]}, r"unknown key 'clases'\. Did you mean 'classes'\? Known: type, images"),
-        ({"images": None}, r"key 'images' is missing: the folder of the pictures\. Add it"),
+        ({"images": None}, r"key 'images' is missing: the folder of the images\. Add it"),
         ({"classes": None}, r"key 'classes' is missing"),
         (
             {"type": "panoptik"},
             r"'type': expected panoptic, instances or semantic, got 'panoptik'\. Did you mean 'panop",
         ),
         ({"type": ["panoptic"]}, r"'type': expected panoptic, instances or semantic, got \['panoptic'\]"),
-        ({"images": 3}, r"'images': expected a path, the folder of the pictures; got 3"),
+        ({"images": 3}, r"'images': expected a path, the folder of the images; got 3"),
         ({"masks": []}, r"'masks': expected a path, the folder of the id PNGs, with type panoptic; got a list"),
         ({"classes": {"car": 0}}, r"'classes': expected a list of names or the path of a file, got a mapping \(car\)"),
         ({"classes": []}, r"'classes': no words given"),
@@ -340,12 +340,12 @@ def test_a_missing_or_broken_file_of_classes_is_named(own, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "missing", "key"),
     [
-        ("panoptic", "pictures", "images"),
+        ("panoptic", "images", "images"),
         ("panoptic", "labels", "masks"),
         ("panoptic", "labels.json", "annotations"),
-        ("instances", "pictures", "images"),
+        ("instances", "images", "images"),
         ("instances", "instances.json", "annotations"),
-        ("semantic", "pictures", "images"),
+        ("semantic", "images", "images"),
         ("semantic", "masks", "annotations"),
     ],
 )
@@ -358,9 +358,9 @@ def test_missing_files_are_named_with_the_key_and_where_paths_begin(own, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "instances"])
-def test_a_picture_that_is_not_there_is_named_without_the_folder_of_registered_sets(own, tmp_path, kind):
+def test_a_image_that_is_not_there_is_named_without_the_folder_of_registered_sets(own, tmp_path, kind):
     path = own(kind)
-    (tmp_path / "meine Bäume" / "pictures" / "0 ä.jpg").unlink()
+    (tmp_path / "meine Bäume" / "images" / "0 ä.jpg").unlink()
     text = refusal(path, FileNotFoundError, records_of)
     assert "0 ä.jpg, which does not exist. Paths in" in text and "DETECTRON2_DATASETS" not in text
 
@@ -370,7 +370,7 @@ def test_a_folder_in_place_of_a_file_and_a_file_in_place_of_a_folder_are_refused
     text = refusal(own("instances", annotations="masks"), of=records_of)
     assert "masks is a folder. With type instances, `annotations` is the COCO JSON" in text
     assert "is a file" in refusal(own("semantic", annotations="own_semantic.yaml"), of=records_of)
-    assert "is the folder of the pictures too" in refusal(own("semantic", annotations="pictures"), of=records_of)
+    assert "is the folder of the images too" in refusal(own("semantic", annotations="images"), of=records_of)
 
 
 def test_folders_without_a_pair_are_refused(own, tmp_path):
@@ -381,7 +381,7 @@ def test_folders_without_a_pair_are_refused(own, tmp_path):
     for file in masks.iterdir():
         file.rename(masks / f"mask {file.name}")
     text = refusal(path, of=records_of)
-    assert "no picture in" in text and "Names must be the same but for the ending" in text
+    assert "no image in" in text and "Names must be the same but for the ending" in text
     shutil.rmtree(masks)
     masks.mkdir()
     assert "there is no file in" in refusal(path, of=records_of)
@@ -450,8 +450,8 @@ def test_instances_of_stuff_are_refused(own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda one: one["images"][1].pop("height"), "does not say the size of picture 10: it needs height and width"),
-        (lambda one: one["annotations"][2].pop("segmentation"), "picture 10 ("),
+        (lambda one: one["images"][1].pop("height"), "does not say the size of image 10: it needs height and width"),
+        (lambda one: one["annotations"][2].pop("segmentation"), "image 10 ("),
         (lambda one: one["annotations"][2].update(segmentation=[]), "has no segmentation, and its box alone gives no"),
     ],
 )
@@ -515,7 +515,7 @@ def test_sets_with_the_same_classes_are_trained_on_together(own, tmp_path, cfg):
     second = str(write_own(tmp_path / "second", "panoptic", classes="classes.txt"))
     (tmp_path / "second" / "classes.txt").write_text(LINES)
     both = joined([get_dataset(first), get_dataset(second)])
-    assert both.name == "own_panoptic+own_panoptic" and len(both.records()) == 2 * NUM_PICTURES
+    assert both.name == "own_panoptic+own_panoptic" and len(both.records()) == 2 * NUM_IMAGES
     assert len(next(build_train_loader(cfg, dataset=both))) == 2
 
 
@@ -539,9 +539,9 @@ def test_sets_with_other_classes_or_ignore_labels_are_not(own, tmp_path):
         joined([first, other])
 
 
-def test_sets_of_two_types_are_refused_with_the_picture_that_does_not_fit(own, tmp_path, cfg):
+def test_sets_of_two_types_are_refused_with_the_image_that_does_not_fit(own, tmp_path, cfg):
     panoptic = get_dataset(own("panoptic"))
     instances = get_dataset(str(write_own(tmp_path / "instances", "instances")))
     for both in ([panoptic, instances], [instances, panoptic]):
-        with pytest.raises(ValueError, match=r"instances/pictures/0 ä\.jpg: the ground truth has no pan_seg_file_name"):
+        with pytest.raises(ValueError, match=r"instances/images/0 ä\.jpg: the ground truth has no pan_seg_file_name"):
             build_train_loader(cfg, dataset=joined(both))

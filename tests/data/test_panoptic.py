@@ -36,7 +36,7 @@ def test_image_ids_may_be_numbers_in_one_list_and_strings_in_the_other(coco_val,
     assert (record["image_id"], record["height"], record["width"]) == (100, 24, 36)
 
 
-def test_sizes_that_the_json_lacks_come_from_the_pictures(coco_val, edit_json):
+def test_sizes_that_the_json_lacks_come_from_the_images(coco_val, edit_json):
     edit_json(lambda content: content.pop("images"))
     assert [(r["height"], r["width"]) for r in coco_val.records()] == [(24, 36), (40, 20)] * 3
 
@@ -59,7 +59,7 @@ def test_ids_of_ade20k_stay_strings(tmp_path):
     assert record["segments_info"][0]["isthing"] is True  # bed
 
 
-def test_pictures_of_cityscapes_lie_in_folders_of_cities(tmp_path):
+def test_images_of_cityscapes_lie_in_folders_of_cities(tmp_path):
     city = tmp_path / "leftImg8bit.v1" / "cityscapes"  # a root that must not be mistaken for a part of a file name
     stem = "bonn_000001_000019"
     for file in (
@@ -117,20 +117,20 @@ def test_a_class_id_outside_the_vocabulary_is_named(coco_val, edit_json):
         coco_val.records()
 
 
-def test_two_annotations_of_one_picture_are_refused(coco_val, edit_json):
+def test_two_annotations_of_one_image_are_refused(coco_val, edit_json):
     edit_json(lambda content: content["annotations"][2].update(image_id=101))
-    with pytest.raises(ValueError, match=r"panoptic_val2017\.json has two annotations of the picture 101\. Give each"):
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json has two annotations of the image 101\. Give each"):
         coco_val.records()
 
 
-def test_a_json_without_pictures_is_refused(coco_val, edit_json):
+def test_a_json_without_images_is_refused(coco_val, edit_json):
     edit_json(lambda content: content["annotations"].clear())
-    with pytest.raises(ValueError, match=r"with_sem_seg' has no records: .*panoptic_val2017\.json lists no picture"):
+    with pytest.raises(ValueError, match=r"with_sem_seg' has no records: .*panoptic_val2017\.json lists no image"):
         coco_val.records()
 
 
 @pytest.mark.parametrize(
-    ("folder", "kind"), [("val2017/000000000100.jpg", "picture"), ("panoptic_val2017/000000000100.png", "id PNG")]
+    ("folder", "kind"), [("val2017/000000000100.jpg", "image"), ("panoptic_val2017/000000000100.png", "id PNG")]
 )
 def test_a_wrong_folder_shows_at_the_first_record(coco_val, coco_root, folder, kind):
     (coco_root / "coco" / folder).unlink()

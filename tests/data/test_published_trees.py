@@ -67,7 +67,7 @@ def test_the_content_of_its_annotation_file_gives_the_same_records_wherever_its_
 
 
 @every_data_set
-def test_its_four_pictures_become_records_with_sizes_and_ground_truth(tree):
+def test_its_four_images_become_records_with_sizes_and_ground_truth(tree):
     name, dataset = tree
     records = [record for record in dataset.records() if record.get("annotations", True)]
     assert len(records) == 4
@@ -130,7 +130,7 @@ def test_each_mapper_reads_its_kind_and_names_those_that_read_the_others(tree, c
     assert sorted(targets.labels.tolist()) == sorted(labels)
     masks = targets.expand()
     assert masks.dtype == torch.bool and masks.any(dim=(1, 2)).all()
-    assert masks.sum(dim=0).max() == 1  # three quarters of the picture, none over the other
+    assert masks.sum(dim=0).max() == 1  # three quarters of the image, none over the other
     assert not masks[:, -1, -1].any()
 
 

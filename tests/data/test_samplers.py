@@ -69,10 +69,10 @@ def test_values_that_cannot_work_are_refused(values):
 
 # ---- repeat factors ----
 
-CATEGORIES = [(0,), (0, 0), (0, 1), (0, 2), (0,), (0,), (0,), (0,), (), (0, 1)]  # in 9, 2 and 1 of 10 pictures
+CATEGORIES = [(0,), (0, 0), (0, 1), (0, 2), (0,), (0,), (0,), (0,), (), (0, 1)]  # in 9, 2 and 1 of 10 images
 
 
-def test_a_picture_is_repeated_as_its_rarest_category_asks():
+def test_a_image_is_repeated_as_its_rarest_category_asks():
     factors = repeat_factors(CATEGORIES, threshold=0.4)
     wanted = [1.0] * 10
     wanted[2] = wanted[9] = (0.4 / 0.2) ** 0.5
@@ -87,16 +87,14 @@ def test_classes_of_different_former_data_sets_are_counted_apart():
     cfg = get_cfg()
     cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.5
     first = [{"replayed_from": 0, "segments_info": [{"category_id": 0}]}] * 9
-    rare = [{"replayed_from": 1, "annotations": [{"category_id": 0}]}]  # another class 0, in 1 of 10 pictures
+    rare = [{"replayed_from": 1, "annotations": [{"category_id": 0}]}]  # another class 0, in 1 of 10 images
     factors = build_stream(cfg, first + rare).keywords["factors"]
     torch.testing.assert_close(factors, torch.tensor([1.0] * 9 + [(0.5 / 0.1) ** 0.5]))
 
 
 def test_a_threshold_of_zero_repeats_nothing_and_a_negative_one_is_refused():
     assert repeat_factors(CATEGORIES, threshold=0.0).tolist() == [1.0] * 10
-    with pytest.raises(
-        ValueError, match=r"DATALOADER\.REPEAT_THRESHOLD must be a share of pictures, 0 or more, got -1"
-    ):
+    with pytest.raises(ValueError, match=r"DATALOADER\.REPEAT_THRESHOLD must be a share of images, 0 or more, got -1"):
         repeat_factors(CATEGORIES, threshold=-1)
 
 
@@ -168,5 +166,5 @@ def test_inference_batches_hold_one_kind_and_every_index_once():
     assert all(len({kinds[index - 10] for index in batch}) == 1 and len(batch) <= 3 for batch in made)
 
 
-def test_single_pictures_keep_their_order():
+def test_single_images_keep_their_order():
     assert inference_batches([3, 4, 5], ["a", "b", "a"], batch_size=1) == [[3], [4], [5]]

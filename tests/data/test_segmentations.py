@@ -45,7 +45,7 @@ def test_no_code_gives_no_mask():
 
 
 def test_a_code_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="a run-length code is 12 x 17 pixels .*, its picture 17 x 12"):
+    with pytest.raises(ValueError, match="a run-length code is 12 x 17 pixels .*, its image 17 x 12"):
         read_run_lengths([encoded(blob(0))], (17, 12))
 
 
@@ -91,7 +91,7 @@ def test_run_length_codes_are_read_as_they_were_written(share):
         ("", "the 'counts' are no run-length code"),
     ],
 )
-def test_a_run_length_code_that_does_not_fill_its_picture_is_refused(counts, message):
+def test_a_run_length_code_that_does_not_fill_its_image_is_refused(counts, message):
     with pytest.raises(ValueError, match=message):
         read_run_lengths([{"size": [12, 17], "counts": counts}], (12, 17))
 

@@ -21,7 +21,7 @@ def folders(tmp_path):
     return images, labels
 
 
-def test_pictures_and_label_maps_are_paired_by_name(tmp_path, folders):
+def test_images_and_label_maps_are_paired_by_name(tmp_path, folders):
     images, labels = folders
     first, second = get_dataset(NAME, tmp_path).records()
     assert first == {
@@ -34,18 +34,18 @@ def test_pictures_and_label_maps_are_paired_by_name(tmp_path, folders):
     assert second["image_id"] == "2008_b"
 
 
-def test_a_picture_without_a_label_map_is_left_out_with_a_warning(tmp_path, folders, caplog):
+def test_a_image_without_a_label_map_is_left_out_with_a_warning(tmp_path, folders, caplog):
     Image.new("RGB", (4, 4)).save(folders[0] / "2007_z.jpg")
     with caplog.at_level(logging.WARNING):
         records = get_dataset(NAME, tmp_path).records()
     assert [record["image_id"] for record in records] == ["2008_a", "2008_b"]
-    assert "1 of 3 pictures" in caplog.text and "have no partner" in caplog.text
+    assert "1 of 3 images" in caplog.text and "have no partner" in caplog.text
 
 
 def test_two_folders_without_a_pair_are_refused(tmp_path, folders):
     for path in folders[1].iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match=r"has no records: .*images/validation lists no picture"):
+    with pytest.raises(ValueError, match=r"has no records: .*images/validation lists no image"):
         get_dataset(NAME, tmp_path).records()
 
 
@@ -57,7 +57,7 @@ def test_a_missing_folder_is_named(tmp_path, folders):
         get_dataset(NAME, tmp_path).records()
 
 
-def test_hidden_files_are_no_pictures(tmp_path, folders, caplog):
+def test_hidden_files_are_no_images(tmp_path, folders, caplog):
     for folder, ending in zip(folders, ("jpg", "tif")):
         (folder / f"._2008_a.{ending}").write_bytes(b"of a file system that leaves such files beside the real ones")
     with caplog.at_level(logging.WARNING):

@@ -18,7 +18,7 @@ def root(tmp_path_factory):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     root = tmp_path_factory.mktemp("datasets")
-    script.prepare(out=root, seed=11, num_pictures=4, num_workers=1, num_evaluation=2)
+    script.prepare(out=root, seed=11, num_images=4, num_workers=1, num_evaluation=2)
     return root
 
 
@@ -32,7 +32,7 @@ def test_its_records_are_complete(root, name):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_its_pictures_go_through_both_loaders(root, name, cfg):
+def test_its_images_go_through_both_loaders(root, name, cfg):
     cfg.INPUT.IMAGE_SIZE = cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = 256
     cfg.INPUT.MIN_SCALE = cfg.INPUT.MAX_SCALE = 1.0
     dataset = get_dataset(name, root)

@@ -40,7 +40,7 @@ def recorded_geometry(sample: dict) -> JitterGeometry:
     )
 
 
-def picture_and_ids(sample: dict) -> tuple[np.ndarray, np.ndarray]:
+def image_and_ids(sample: dict) -> tuple[np.ndarray, np.ndarray]:
     image = seeded_image(sample["height"], sample["width"], sample["image_seed"]).permute(1, 2, 0).numpy()
     return image, (image[..., 0] // 64 + 5 * (image[..., 1] // 64)).astype(np.int32)
 
@@ -52,7 +52,7 @@ def textured(height: int, width: int, seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("index", range(len(SAMPLES)))
 def test_the_recorded_transforms_give_the_published_pixels(index):
     geometry = recorded_geometry(SAMPLES[index])
-    image, id_map = picture_and_ids(SAMPLES[index])
+    image, id_map = image_and_ids(SAMPLES[index])
     off = np.abs(geometry.apply_image(image).astype(int) - read_image(RECORDED / f"{index}_image.png")).max()
     off_ids = np.abs(geometry.apply_id_map(id_map) - read_id_map(RECORDED / f"{index}_ids.png")).max()
     print(f"large-scale jitter {index}: worst deviation of a pixel {off}, of an id {off_ids}")
@@ -111,7 +111,7 @@ def test_a_sliver_keeps_at_least_one_pixel():
     assert geometry.apply_image(textured(400, 2)).shape == (16, 16, 3)
 
 
-def test_geometry_refuses_a_picture_of_another_size():
+def test_geometry_refuses_a_image_of_another_size():
     geometry = LargeScaleJitter(size=16, min_scale=1.0, max_scale=1.0).draw(8, 8, np.random.RandomState(0))
     with pytest.raises(ValueError, match=r"drawn for 8 x 8 pixels, applied to \(8, 9\)"):
         geometry.apply_id_map(np.zeros((8, 9), np.int32))
@@ -229,7 +229,7 @@ def test_a_range_of_sizes_includes_both_ends():
     assert drawn == {30, 31, 32, 33}
 
 
-def test_a_size_of_zero_keeps_the_picture_and_both_flips_come():
+def test_a_size_of_zero_keeps_the_image_and_both_flips_come():
     jitter = ShortestEdgeJitter(min_sizes=(0,), max_size=10)
     drawn = [jitter.draw(60, 80, np.random.default_rng(seed)) for seed in range(20)]
     assert {one.canvas for one in drawn} == {(60, 80)}
@@ -308,7 +308,7 @@ def test_the_augmentation_refuses_values_that_cannot_work(change, message):
         ShortestEdgeJitter(**{**ROOMY, **change})
 
 
-def test_a_picture_larger_than_its_target_is_refused():
+def test_a_image_larger_than_its_target_is_refused():
     jitter = ShortestEdgeJitter(min_sizes=(0,), max_size=40, target_size=40)  # keeps the size, whatever the limit
     with pytest.raises(ValueError, match=r"SIZE_DIVISIBILITY is 40, .* this one is 30 x 50"):
         jitter.draw(30, 50, np.random.default_rng(0))
@@ -323,7 +323,7 @@ def test_a_picture_larger_than_its_target_is_refused():
             (0, 5),
             r"INPUT.CROP.SIZE must be two numbers of pixels above 0 for type 'absolute', got \[0, 5\]",
         ),
-        ("relative", (0.5, 1.5), "must be two shares of the picture above 0 and up to 1 for type 'relative'"),
+        ("relative", (0.5, 1.5), "must be two shares of the image above 0 and up to 1 for type 'relative'"),
         ("absolute", (5,), "must be two numbers"),
         ("absolute_range", (9, 5), "must be smallest and largest side"),
     ],
@@ -349,7 +349,7 @@ def star(rng: np.random.Generator, centre: tuple[float, float], radius: float, c
     return np.round(centre + np.stack([np.cos(angles), np.sin(angles)], axis=-1) * reach[:, None], 2)
 
 
-def test_corners_follow_the_picture():
+def test_corners_follow_the_image():
     points = np.array([[0.0, 0.0], [8.0, 0.0], [8.0, 4.0]])
     jitter = JitterGeometry(10, 20, "horizontal", 30, 60, top=0, left=6, size=64)  # flip, then three times as large
     np.testing.assert_allclose(jitter.apply_polygon(points), [[54, 0], [30, 0], [30, 12]])

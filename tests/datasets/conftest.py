@@ -1,4 +1,4 @@
-"""The preparation programs, run in the test's own process on data sets of four tiny pictures."""
+"""The preparation programs, run in the test's own process on data sets of four tiny images."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def prepare(tmp_path, program) -> Callable[..., int]:
 
 @pytest.fixture
 def values(tmp_path) -> Callable[[str], list]:
-    """Function (path below `tmp_path`) -> the pixels of a picture of one channel, as lists."""
+    """Function (path below `tmp_path`) -> the pixels of an image of one channel, as lists."""
 
     def read(path: str) -> list:
-        with Image.open(tmp_path / path) as picture:
-            assert picture.mode in ("L", "I;16"), picture.mode
-            return np.array(picture).tolist()
+        with Image.open(tmp_path / path) as image:
+            assert image.mode in ("L", "I;16"), image.mode
+            return np.array(image).tolist()
 
     return read
 

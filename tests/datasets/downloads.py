@@ -1,6 +1,6 @@
-"""Writes data sets of four tiny pictures, two a split, as they come from their sites: layout, names, modes, formats.
+"""Writes data sets of four tiny images, two a split, as they come from their sites: layout, names, modes, formats.
 
-Every function takes the folder of all data sets. Pictures are 4 x 6 or 6 x 4 pixels (height x width); what is in them
+Every function takes the folder of all data sets. Images are 4 x 6 or 6 x 4 pixels (height x width); what is in them
 is written out here, so that tests can say by hand what comes of it.
 """
 
@@ -24,13 +24,13 @@ WIDE, TALL = (4, 6), (6, 4)
 
 
 def save(path: Path, pixels: np.ndarray, palette: list[int] | None = None) -> None:
-    """A picture in the format of its ending; `palette`: (R, G, B) after (R, G, B), which makes it one of indices."""
+    """An image in the format of its ending; `palette`: (R, G, B) after (R, G, B), which makes it one of indices."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(pixels)
+    image = Image.fromarray(pixels)
     if palette is not None:
-        picture.putpalette(palette)
-        assert picture.mode == "P"
-    picture.save(path)
+        image.putpalette(palette)
+        assert image.mode == "P"
+    image.save(path)
 
 
 def save_photo(path: Path, size: tuple[int, int], seed: int) -> None:
@@ -69,9 +69,9 @@ def segment(id_map: np.ndarray, segment_id: int, category: int, crowd: int = 0) 
 
 
 def coco(root: Path) -> None:
-    """COCO 2017: pictures, panoptic PNGs and JSON files, instances JSON files.
+    """COCO 2017: images, panoptic PNGs and JSON files, instances JSON files.
 
-    The first picture of a split: a crowd of persons (1) above, rug (200) below, void in the last column; the second:
+    The first image of a split: a crowd of persons (1) above, rug (200) below, void in the last column; the second:
     sky (187) above, dog (18) below.
     """
     folder = root / "coco"
@@ -113,7 +113,7 @@ def coco(root: Path) -> None:
 
 def coco_stuff(root: Path) -> None:
     """COCO with the label maps of COCO-Stuff: person (id 1) above, wood (id 182) below, nothing in the first column; in
-    the second picture of a split stop sign (id 13) above and banner (id 92) below."""
+    the second image of a split stop sign (id 13) above and banner (id 92) below."""
     coco(root)
     for split, first in (("train", 9), ("val", 139)):
         folder = root / "coco" / "stuffthingmaps" / f"{split}2017"
@@ -129,7 +129,7 @@ def coco_stuff(root: Path) -> None:
 def ade20k(root: Path) -> None:
     """ADEChallengeData2016 with the instances of the Places Challenge.
 
-    The first picture of a split: road (7) above, skyscraper (49) below, and over them persons (thing 4) as instances 1
+    The first image of a split: road (7) above, skyscraper (49) below, and over them persons (thing 4) as instances 1
     and 3, each one pixel of the second column, in rows 0 and 2; the pixel below the first is a person without instance,
     the last column is other (0). The second: wall (1) above and, below it, a bed (thing 1, class 8) as instance 2.
     """
@@ -157,7 +157,7 @@ def ade20k(root: Path) -> None:
 
 def ade20k_full(root: Path) -> None:
     """ADE20K_2021_17_01: wall (object 2978) above, sky (2420) below, and in the first column an object (6655) that is
-    none of the 847 classes. The last picture has 520 x 1041 pixels."""
+    none of the 847 classes. The last image has 520 x 1041 pixels."""
     ade = "ADE20K_2021_17_01"
     index: dict[str, Any] = {"filename": [], "folder": []}
     for name, place, size in (
@@ -182,7 +182,7 @@ def ade20k_full(root: Path) -> None:
         "objectnames": ["-"] * 3000,
         "objectPresence": np.zeros((3000, 4), np.int32),
         "proportionClassIsPart": np.zeros(3000),
-        "description": {"folder": "where the picture lies"},
+        "description": {"folder": "where the image lies"},
     }
     (root / ade / "index_ade20k.pkl").write_bytes(pickle.dumps(index, protocol=4))
 
@@ -192,7 +192,7 @@ def ade20k_full(root: Path) -> None:
 
 def cityscapes(root: Path) -> None:
     """leftImg8bit and gtFine: road (7) above and, below it, car 0 (26000) with a group of cars (26) in the last column;
-    the first column is ego vehicle (1). In the second picture of a split sky (23) and a trailer (30001), which is not
+    the first column is ego vehicle (1). In the second image of a split sky (23) and a trailer (30001), which is not
     evaluated. Each city has a folder."""
     for split, cities in (("train", ("aachen", "zurich")), ("val", ("frankfurt", "munster"))):
         for index, (city, size) in enumerate(zip(cities, (WIDE, TALL))):
@@ -261,7 +261,7 @@ def voc_palette() -> list[int]:
 
 
 def pascal_voc(root: Path) -> None:
-    """VOC 2012: background (0) above, aeroplane (1) below, border (255) in the first column; in the second picture of a
+    """VOC 2012: background (0) above, aeroplane (1) below, border (255) in the first column; in the second image of a
     split tvmonitor (20) and background."""
     folder = root / "VOCdevkit" / "VOC2012"
     for split, names in (("train", ("2007_000032", "2011_003276")), ("val", ("2007_000033", "2011_003271"))):
@@ -281,7 +281,7 @@ def pascal_voc(root: Path) -> None:
 def pascal_context(root: Path) -> None:
     """VOC 2010 with trainval_merged.json and the .mat files.
 
-    The first picture of a split: aeroplane (category 2) everywhere, painted over below by sky (360) and in the last
+    The first image of a split: aeroplane (category 2) everywhere, painted over below by sky (360) and in the last
     column by category 0; the second: wood (458) above, below nothing. In the .mat files the upper half is 1, the lower
     459, the last column 0.
     """

@@ -1,4 +1,4 @@
-"""Pixels by hand: see downloads.py for what the pictures hold."""
+"""Pixels by hand: see downloads.py for what the images hold."""
 
 import io
 import json
@@ -107,11 +107,11 @@ def test_an_instance_without_one_known_class_is_named(pixel, sentence, downloads
     Image.fromarray(pixels).save(path)
     assert prepare("ade20k_ins_seg", "--splits", "val") == 1
     message = capsys.readouterr().err
-    assert f"ADE_val_00000001.png: {sentence}" in message and "1 of 2 pictures failed; the others are made" in message
+    assert f"ADE_val_00000001.png: {sentence}" in message and "1 of 2 images failed; the others are made" in message
     assert not (tmp_path / ADE / "ade20k_instance_val.json").exists()
 
 
-def test_a_grey_picture_of_instances_is_refused(downloads, prepare, capsys, tmp_path):
+def test_a_grey_image_of_instances_is_refused(downloads, prepare, capsys, tmp_path):
     downloads.ade20k(tmp_path)
     path = tmp_path / ADE / "annotations_instance" / "validation" / "ADE_val_00000001.png"
     Image.open(path).convert("L").save(path)
@@ -119,19 +119,19 @@ def test_a_grey_picture_of_instances_is_refused(downloads, prepare, capsys, tmp_
     assert "pixels are of mode L, expected RGB or RGBA" in capsys.readouterr().err
 
 
-def test_a_picture_without_instances_file_is_named(downloads, prepare, capsys, tmp_path):
+def test_a_image_without_instances_file_is_named(downloads, prepare, capsys, tmp_path):
     downloads.ade20k(tmp_path)
     (tmp_path / ADE / "annotations_instance" / "validation" / "ADE_val_00000002.png").unlink()
     assert prepare("ade20k_ins_seg") == 1
     assert "in one of them only: 1, e.g. ADE_val_00000002" in capsys.readouterr().err
 
 
-def test_a_map_of_another_size_than_its_picture_is_named(downloads, prepare, capsys, tmp_path):
+def test_a_map_of_another_size_than_its_image_is_named(downloads, prepare, capsys, tmp_path):
     downloads.ade20k(tmp_path)
     path = tmp_path / ADE / "annotations_instance" / "validation" / "ADE_val_00000001.png"
     Image.open(path).resize((5, 4)).save(path)
     assert prepare("ade20k_ins_seg", "--splits", "val") == 1
-    assert "ADE_val_00000001.png: 4 x 5 pixels (height x width), but its picture" in capsys.readouterr().err
+    assert "ADE_val_00000001.png: 4 x 5 pixels (height x width), but its image" in capsys.readouterr().err
 
 
 # ---- panoptic ----
@@ -231,7 +231,7 @@ def test_an_interrupted_run_goes_on_with_its_own_parts_only(downloads, prepare, 
     for path in (tmp_path / ADE).glob("ade20k_panoptic_*.json"):
         path.unlink()
     replace = os.replace
-    for flags, end in (((), 3), (("--corrected",), 2)):  # each picture is a PNG and a part
+    for flags, end in (((), 3), (("--corrected",), 2)):  # each image is a PNG and a part
         calls = []
 
         def interrupted(*paths, calls=calls, end=end):
@@ -257,7 +257,7 @@ def test_ids_of_many_instances_are_distinct_never_zero_and_no_colour_of_another_
         assert [palette.get(one) for one in ids] == [*module.THINGS, *[None] * 400]
 
 
-# ---- a JSON file and its pictures belong together ----
+# ---- a JSON file and its images belong together ----
 
 
 @pytest.mark.parametrize("name", ["ade20k_ins_seg", "ade20k_pan_seg"])
@@ -272,7 +272,7 @@ def test_a_json_file_of_another_program_is_kept_when_it_is_complete(name, downlo
     assert files() == before
 
 
-def test_pictures_are_not_added_to_what_another_program_made(downloads, prepare, capsys, tmp_path):
+def test_images_are_not_added_to_what_another_program_made(downloads, prepare, capsys, tmp_path):
     downloads.ade20k(tmp_path)
     assert prepare("ade20k_pan_seg", "--splits", "val") == 0
     path = tmp_path / ADE / "ade20k_panoptic_val.json"
@@ -280,11 +280,11 @@ def test_pictures_are_not_added_to_what_another_program_made(downloads, prepare,
     (tmp_path / ADE / "ade20k_panoptic_val" / "ADE_val_00000002.png").unlink()
     assert prepare("ade20k_pan_seg", "--splits", "val") == 1
     message = capsys.readouterr().err
-    assert "was not made by this program, and files of pictures that it lists are missing: 1" in message
+    assert "was not made by this program, and files of images that it lists are missing: 1" in message
     assert "Delete it" in message
 
 
-def test_a_json_file_of_other_pictures_is_refused_from_another_program_and_made_anew_from_this(
+def test_a_json_file_of_other_images_is_refused_from_another_program_and_made_anew_from_this(
     downloads, prepare, capsys, tmp_path
 ):
     downloads.ade20k(tmp_path)
@@ -299,7 +299,7 @@ def test_a_json_file_of_other_pictures_is_refused_from_another_program_and_made_
     del content["info"]
     path.write_text(json.dumps(content))
     assert prepare("ade20k_ins_seg", "--splits", "val") == 1
-    assert "was not made by this program and lists 1 pictures" in capsys.readouterr().err
+    assert "was not made by this program and lists 1 images" in capsys.readouterr().err
 
 
 def test_a_json_file_cut_in_half_is_made_anew_with_its_pngs(downloads, prepare, capsys, files, tmp_path):
@@ -367,15 +367,15 @@ def test_objects_of_the_full_set_become_847_classes(downloads, prepare, values, 
     ]
 
 
-def test_pictures_of_the_full_set_have_a_short_side_of_at_most_512_and_say_so(downloads, prepare, tmp_path):
+def test_images_of_the_full_set_have_a_short_side_of_at_most_512_and_say_so(downloads, prepare, tmp_path):
     downloads.ade20k_full(tmp_path)
     assert prepare("ade20k_full_sem_seg", "--splits", "val") == 0
     folder = tmp_path / FULL / "images_detectron2" / "validation"
     assert read_image(folder / "ADE_val_00000001.jpg").shape == (4, 6, 3)
     assert read_image(folder / "ADE_val_00000002.jpg").shape == (512, 1025, 3)  # 520 x 1041: 1041 * 512 / 520 = 1024.98
-    with Image.open(folder / "ADE_val_00000002.jpg") as picture:
-        assert b"quality 75" in picture.info["comment"]
-        found = np.array(picture)
+    with Image.open(folder / "ADE_val_00000002.jpg") as image:
+        assert b"quality 75" in image.info["comment"]
+        found = np.array(image)
     original = read_image(next((tmp_path / FULL / "images").rglob("ADE_val_00000002.jpg")))
     encoded = io.BytesIO()
     Image.fromarray(cv2.resize(original, (1025, 512), interpolation=cv2.INTER_LINEAR)).save(encoded, "JPEG", quality=75)

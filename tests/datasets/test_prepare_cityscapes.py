@@ -1,4 +1,4 @@
-"""Pixels by hand: see downloads.py for what the pictures hold."""
+"""Pixels by hand: see downloads.py for what the images hold."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Pixels by hand: see downloads.py for what the pictures hold."""
+"""Pixels by hand: see downloads.py for what the images hold."""
 
 import json
 
@@ -60,7 +60,7 @@ def test_a_json_file_cut_in_half_is_named(downloads, prepare, capsys, tmp_path):
     assert "panoptic_val2017.json: no valid JSON" in capsys.readouterr().err
 
 
-def test_a_picture_that_is_listed_twice_is_refused(downloads, prepare, capsys, tmp_path):
+def test_a_image_that_is_listed_twice_is_refused(downloads, prepare, capsys, tmp_path):
     downloads.coco(tmp_path)
     change_panoptic(tmp_path, lambda content: content["annotations"].append(content["annotations"][0]))
     assert prepare(SEMANTIC, "--splits", "val") == 1

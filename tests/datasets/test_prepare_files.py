@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fcclip.data import read_id_map
-from fcclip.data.preparation_files import (
+from fcclip.preparation.files import (
     COLOUR_MODES,
     atomically,
     box_and_area,
@@ -54,13 +54,13 @@ def test_a_label_map_of_16_bits_is_stored_without_loss_and_small(tmp_path):
 
 
 def test_palette_indices_are_read_and_not_their_colours(tmp_path):
-    picture = Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8))
-    picture.putpalette([9] * 768)
-    picture.save(tmp_path / "palette.png")
+    image = Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8))
+    image.putpalette([9] * 768)
+    image.save(tmp_path / "palette.png")
     assert read_pixels(tmp_path / "palette.png").tolist() == [[0, 1], [2, 255]]
 
 
-def test_a_picture_is_read_as_it_is_stored_whatever_its_exif_block_says(tmp_path):
+def test_a_image_is_read_as_it_is_stored_whatever_its_exif_block_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
@@ -78,14 +78,14 @@ def test_a_value_outside_the_table_is_an_error(value, tmp_path):
     assert remap(np.array([[2, 0]], np.uint8), table, tmp_path / "x.png", invalid=9).tolist() == [[2, 0]]
 
 
-def test_hidden_files_are_no_pictures_and_pairs_need_both(tmp_path):
+def test_hidden_files_are_no_images_and_pairs_need_both(tmp_path):
     for name in ("b.jpg", "a.jpg", "._a.jpg", "a.txt"):
         (tmp_path / name).touch()
-    pictures = files_by_stem(tmp_path, ".jpg")
-    assert [*pictures] == ["a", "b"]
-    assert pair_by_stem(pictures, pictures)[0] == ("a", (tmp_path / "a.jpg", tmp_path / "a.jpg"))
-    with pytest.raises(ValueError, match="pictures that are in one of them only: 1, e.g. b"):
-        pair_by_stem(pictures, {"a": tmp_path / "a.txt"})
+    images = files_by_stem(tmp_path, ".jpg")
+    assert [*images] == ["a", "b"]
+    assert pair_by_stem(images, images)[0] == ("a", (tmp_path / "a.jpg", tmp_path / "a.jpg"))
+    with pytest.raises(ValueError, match="images that are in one of them only: 1, e.g. b"):
+        pair_by_stem(images, {"a": tmp_path / "a.txt"})
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):

@@ -1,4 +1,4 @@
-"""Pixels by hand: see downloads.py for what the pictures hold."""
+"""Pixels by hand: see downloads.py for what the images hold."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_without_background_voc_has_20_values(downloads, prepare, values, tmp_pa
     assert values(f"{folder}/validation/2011_003271.png") == [[19] * 4] * 3 + [[255] * 4] * 3
 
 
-def test_pictures_of_voc_are_copied_as_they_are_and_only_those_of_the_split(downloads, prepare, tmp_path):
+def test_images_of_voc_are_copied_as_they_are_and_only_those_of_the_split(downloads, prepare, tmp_path):
     downloads.pascal_voc(tmp_path)
     assert prepare("pascal_voc_sem_seg") == 0
     folder = tmp_path / "pascal_voc_d2" / "images"
@@ -93,7 +93,7 @@ def test_a_category_that_is_none_of_the_59_is_named_unless_it_is_painted_over(do
     assert prepare("pascal_ctx_sem_seg", "--splits", "val") == 0
 
 
-def test_a_picture_without_annotations_has_no_class(downloads, prepare, values, tmp_path):
+def test_a_image_without_annotations_has_no_class(downloads, prepare, values, tmp_path):
     downloads.pascal_context(tmp_path)
     change_context(
         tmp_path,
@@ -111,7 +111,7 @@ def test_a_mask_of_another_size_is_named(downloads, prepare, capsys, tmp_path):
     code = {"size": rle["size"], "counts": rle["counts"].decode()}
     change_context(tmp_path, lambda content: of(content, 2010006082)[0].update(segmentation=code))
     assert prepare("pascal_ctx_sem_seg", "--splits", "val") == 1
-    assert "2010_006082: 4 x 6 pixels (height x width), but its picture" in capsys.readouterr().err
+    assert "2010_006082: 4 x 6 pixels (height x width), but its image" in capsys.readouterr().err
 
 
 def test_another_json_file_is_no_pascal_in_detail(downloads, prepare, capsys, tmp_path):
@@ -159,7 +159,7 @@ def test_context_459_without_context_59_says_what_to_run_first(downloads, prepar
     [
         ({"LabelMap": np.full((4, 6), 460, np.uint16)}, "value 460 stands for no class, expected 0..459"),
         ({"LabelMap": np.full((4, 6), 0.5)}, "LabelMap is float64 (4, 6), expected (height, width) whole numbers"),
-        ({"LabelMap": np.ones((6, 4), np.uint16)}, "6 x 4 pixels (height x width), but its picture"),
+        ({"LabelMap": np.ones((6, 4), np.uint16)}, "6 x 4 pixels (height x width), but its image"),
         ({"Labels": np.ones((4, 6), np.uint16)}, "cannot be read as a label map: KeyError('LabelMap')"),
         (None, "cannot be read as a label map"),
         ("gone", "no such file"),

@@ -16,7 +16,9 @@ import pytest
 from PIL import Image
 
 from fcclip.config import get_cfg
-from fcclip.data import build_test_mapper, build_train_mapper, get_dataset, preparation, preparation_files
+from fcclip.data import build_test_mapper, build_train_mapper, get_dataset
+from fcclip.preparation import files as preparation_files
+from fcclip.preparation import programs as preparation
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 VOC = "pascal_voc_d2/annotations_pascal20/validation/2007_000033.png"
@@ -127,7 +129,7 @@ def downloaded(case, downloads, prepare, tmp_path):
 
 @pytest.fixture
 def four_are_all(name, program, monkeypatch):
-    """As if the published set had two pictures a split."""
+    """As if the published set had two images a split."""
     for split in program(name).COUNTS:
         monkeypatch.setitem(program(name).COUNTS, split, 2)
 
@@ -209,7 +211,7 @@ def test_the_check_writes_nothing_and_finds_everything_in_order(name, downloaded
     before = files()
     assert prepare(name, "--check") == 0
     assert files() == before
-    assert capsys.readouterr().out.count("2 pictures, all there; 2 opened and in order") == 2
+    assert capsys.readouterr().out.count("2 images, all there; 2 opened and in order") == 2
 
 
 @pytest.mark.usefixtures("four_are_all")
@@ -220,7 +222,7 @@ def test_the_check_names_a_missing_file_and_prepares_nothing(name, case, downloa
     assert prepare(name, "--check") == 1
     output = capsys.readouterr()
     assert case.made in output.err and "missing" in output.err and "run without --check" in output.err
-    assert "train: 2 pictures, all there" in output.out  # the other split is in order
+    assert "train: 2 images, all there" in output.out  # the other split is in order
     assert files() == before
     assert prepare(name) == 0 and prepare(name, "--check") == 0
 
@@ -231,12 +233,12 @@ def test_the_check_finds_everything_missing_before_the_first_run(name, downloade
     assert "run without --check to make" in capsys.readouterr().err
 
 
-def test_the_check_of_fewer_pictures_than_published_fails_and_a_run_warns(downloads, prepare, capsys, tmp_path):
+def test_the_check_of_fewer_images_than_published_fails_and_a_run_warns(downloads, prepare, capsys, tmp_path):
     downloads.pascal_voc(tmp_path)
     assert prepare("pascal_voc_sem_seg") == 0
-    assert "warning: Pascal VOC semantic, val has 2 pictures, the published set 1449" in capsys.readouterr().err
+    assert "warning: Pascal VOC semantic, val has 2 images, the published set 1449" in capsys.readouterr().err
     assert prepare("pascal_voc_sem_seg", "--check") == 1
-    assert "the download has 2 pictures, the published set 1449" in capsys.readouterr().err
+    assert "the download has 2 images, the published set 1449" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("four_are_all")
@@ -245,7 +247,7 @@ def test_the_check_of_fewer_pictures_than_published_fails_and_a_run_warns(downlo
     ("damage", "sentence"),
     [
         (lambda path: path.write_bytes(b""), "missing or empty files: 1"),
-        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read as a picture (40 bytes)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read as an image (40 bytes)"),
         (lambda path: Image.fromarray(np.full((4, 6), 20, np.uint8)).save(path), "value 20 is neither a class (0..19)"),
         (lambda path: Image.fromarray(np.zeros((6, 4), np.uint8)).save(path), "6 x 4 pixels (height x width), but its"),
         (lambda path: Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(path), "pixels are of mode RGB"),
@@ -316,14 +318,14 @@ def test_no_process_at_all_is_refused(prepare, capsys):
     assert "--workers must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_bad_pictures_are_named_together_and_the_others_are_made(downloads, prepare, capsys, tmp_path):
+def test_bad_images_are_named_together_and_the_others_are_made(downloads, prepare, capsys, tmp_path):
     downloads.coco(tmp_path)
     folder = tmp_path / "coco" / "panoptic_val2017"
     (folder / "000000000139.png").write_bytes(b"")
     assert prepare("coco_semantic_annos_from_panoptic_annos", "--splits", "val") == 1
     message = capsys.readouterr().err
-    assert "1 of 2 pictures failed; the others are made" in message
-    assert "000000000139.png: cannot be read as a picture: the file is empty" in message
+    assert "1 of 2 images failed; the others are made" in message
+    assert "000000000139.png: cannot be read as an image: the file is empty" in message
     (folder / "000000000144.png").unlink()
     made = tmp_path / "coco" / "panoptic_semseg_val2017"
     assert [path.name for path in made.iterdir()] == ["000000000144.png"]
@@ -345,13 +347,13 @@ def test_the_number_of_processes_changes_nothing(name, case, downloads, program,
     assert one == two and case.made in one
 
 
-def test_an_error_in_another_process_names_the_picture(downloads, program, capsys, tmp_path):
+def test_an_error_in_another_process_names_the_image(downloads, program, capsys, tmp_path):
     downloads.ade20k(tmp_path)
     path = tmp_path / "ADEChallengeData2016" / "annotations" / "validation" / "ADE_val_00000002.png"
     path.write_bytes(path.read_bytes()[:50])
     arguments = ["--root", str(tmp_path), "--splits", "val", "--workers", "2"]
     assert program("ade20k_sem_seg").main(arguments) == 1
-    assert "ADE_val_00000002.png: cannot be read as a picture (50 bytes)" in capsys.readouterr().err
+    assert "ADE_val_00000002.png: cannot be read as an image (50 bytes)" in capsys.readouterr().err
 
 
 def test_a_process_that_is_ended_from_outside_ends_the_run_with_advice():
@@ -368,7 +370,7 @@ def test_after_many_failures_the_rest_is_not_tried():
         raise ValueError("bad")
 
     with pytest.raises(
-        ValueError, match=r"20 of 100 pictures failed and the rest was not tried\.(?s:.*)  9: bad\n  and 10 more"
+        ValueError, match=r"20 of 100 images failed and the rest was not tried\.(?s:.*)  9: bad\n  and 10 more"
     ):
         preparation._make_all(
             make, [(preparation.Task(str(one), ()), None) for one in range(100)], workers=1, title="x"
@@ -380,7 +382,7 @@ def test_processes_do_not_outlive_a_program_that_is_killed(downloads, tmp_path):
     downloads.pascal_context(tmp_path)
     pipe = tmp_path / "VOCdevkit" / "VOC2010" / "JPEGImages" / "2008_000002.jpg"
     pipe.unlink()
-    os.mkfifo(pipe)  # a picture that takes for ever to read
+    os.mkfifo(pipe)  # an image that takes for ever to read
     program = REPOSITORY / "datasets" / "prepare_pascal_ctx_sem_seg.py"
     command = [sys.executable, str(program), "--root", str(tmp_path), "--splits", "val", "--workers", "2"]
     with (
@@ -452,9 +454,9 @@ def test_an_interrupted_run_says_how_to_go_on(downloads, prepare, monkeypatch, c
     assert prepare("pascal_voc_sem_seg") == 130
     assert "what is finished is kept, the same command goes on from there" in capsys.readouterr().err
     made = tmp_path / "pascal_voc_d2"
-    assert len([path for path in made.rglob("*") if path.is_file()]) == 3  # of the first picture
+    assert len([path for path in made.rglob("*") if path.is_file()]) == 3  # of the first image
     assert prepare("pascal_voc_sem_seg") == 0
-    assert "1 of 2 pictures are there already" in capsys.readouterr().out
+    assert "1 of 2 images are there already" in capsys.readouterr().out
 
 
 def test_a_full_disk_is_told(downloads, prepare, monkeypatch, capsys, tmp_path):
@@ -476,5 +478,5 @@ def test_a_program_runs_from_any_folder(downloads, tmp_path):
     command = [sys.executable, str(REPOSITORY / "datasets" / "prepare_ade20k_pan_seg.py"), "--root", ".."]
     ended = subprocess.run([*command, "--workers", "1"], cwd=elsewhere, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.splitlines()[0].startswith("ADE20K-150 panoptic, train: 2 pictures, made 2 in")
+    assert ended.stdout.splitlines()[0].startswith("ADE20K-150 panoptic, train: 2 images, made 2 in")
     assert len(get_dataset("openvocab_ade20k_panoptic_val", tmp_path).annotations()) == 2

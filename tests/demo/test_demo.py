@@ -18,16 +18,16 @@ NOBODY = 65534
 
 
 class OneSegment:
-    """Stands in for a segmenter: the whole picture is the first of the user's words."""
+    """Stands in for a segmenter: the whole image is the first of the user's words."""
 
     def __init__(self, cfg, *, weights=None):
         self.weights = weights
 
-    def __call__(self, picture, words=None, *, min_score=0.0):
+    def __call__(self, image, words=None, *, min_score=0.0):
         names = words.class_names if words else ("default",)
-        height, width = picture.shape[:2]
+        height, width = image.shape[:2]
         segment = NamedSegment(id=1, category_id=0, isthing=True, score=0.9, area=height * width, name=names[0])
-        return Segmentation(picture, np.ones((height, width), np.int32), (segment,), names)
+        return Segmentation(image, np.ones((height, width), np.int32), (segment,), names)
 
 
 @pytest.fixture
@@ -40,12 +40,12 @@ def demo(monkeypatch):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("b.png", "a.jpg", "c.webp"):
         Image.new("RGB", (30, 20), (200, 30, 30)).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
@@ -70,106 +70,106 @@ def names(folder):
     return sorted(one.name for one in folder.iterdir())
 
 
-def test_every_picture_gives_a_drawing_of_its_name_a_json_and_a_line(demo, pictures, tmp_path, capsys):
+def test_every_image_gives_a_drawing_of_its_name_a_json_and_a_line(demo, images, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run(demo, "--input", pictures, "--words", "red circle; sand:stuff", "--output", out) == 0
+    assert run(demo, "--input", images, "--words", "red circle; sand:stuff", "--output", out) == 0
     assert names(out) == ["a.jpg", "a.json", "b.json", "b.png", "c.json", "c.webp"]
     content = json.loads((out / "a.json").read_text(encoding="utf-8"))
-    assert content["file_name"] == str(pictures / "a.jpg")
+    assert content["file_name"] == str(images / "a.jpg")
     assert [one["name"] for one in content["segments"]] == ["red circle"]
     assert content["class_names"] == ["red circle", "sand"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[0].startswith(f"{pictures / 'a.jpg'} -> {out / 'a.jpg'}: 1 segments, ")
+    assert lines[0].startswith(f"{images / 'a.jpg'} -> {out / 'a.jpg'}: 1 segments, ")
 
 
-def test_files_folders_and_globs_may_be_mixed_and_a_picture_is_done_once(demo, pictures):
-    found = demo.find_pictures([str(pictures / "b.png"), str(pictures), str(pictures / "*.jpg")])
+def test_files_folders_and_globs_may_be_mixed_and_a_image_is_done_once(demo, images):
+    found = demo.find_images([str(images / "b.png"), str(images), str(images / "*.jpg")])
     assert [one.name for one in found] == ["b.png", "a.jpg", "c.webp"]
 
 
-def test_one_picture_may_be_written_to_a_file(demo, pictures, tmp_path):
+def test_one_image_may_be_written_to_a_file(demo, images, tmp_path):
     target = tmp_path / "new" / "drawn.png"
-    assert run(demo, "--input", pictures / "a.jpg", "--words", "cat", "--output", target) == 0
+    assert run(demo, "--input", images / "a.jpg", "--words", "cat", "--output", target) == 0
     assert names(target.parent) == ["drawn.json", "drawn.png"]
 
 
-def test_without_words_the_config_names_the_classes(demo, pictures, tmp_path):
-    run(demo, "--input", pictures / "a.jpg", "--output", tmp_path / "out")
+def test_without_words_the_config_names_the_classes(demo, images, tmp_path):
+    run(demo, "--input", images / "a.jpg", "--output", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "a.json").read_text(encoding="utf-8"))["class_names"] == ["default"]
 
 
-def test_an_unreadable_picture_is_reported_and_the_others_are_done(demo, pictures, tmp_path, capsys):
-    (pictures / "b.png").write_bytes(b"")
-    assert run(demo, "--input", pictures, "--words", "cat", "--output", tmp_path / "out") == 1
+def test_an_unreadable_image_is_reported_and_the_others_are_done(demo, images, tmp_path, capsys):
+    (images / "b.png").write_bytes(b"")
+    assert run(demo, "--input", images, "--words", "cat", "--output", tmp_path / "out") == 1
     assert names(tmp_path / "out") == ["a.jpg", "a.json", "c.json", "c.webp"]
     errors = capsys.readouterr().err
     assert "b.png" in errors
-    assert "1 of 3 pictures could not be read" in errors
+    assert "1 of 3 images could not be read" in errors
 
 
 @pytest.mark.parametrize("words", ["", " ; ", "cat; ,;"])
-def test_empty_words_are_refused_before_anything_is_written(demo, pictures, tmp_path, words):
+def test_empty_words_are_refused_before_anything_is_written(demo, images, tmp_path, words):
     with pytest.raises(ValueError, match="word"):
-        run(demo, "--input", pictures, "--words", words, "--output", tmp_path / "out")
+        run(demo, "--input", images, "--words", words, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("given", ["none.jpg", "*.tiff"])
-def test_an_input_that_matches_nothing_is_named(demo, pictures, given):
+def test_an_input_that_matches_nothing_is_named(demo, images, given):
     with pytest.raises(FileNotFoundError, match="does not exist, and as a glob it matches nothing"):
-        demo.find_pictures([str(pictures / given)])
+        demo.find_images([str(images / given)])
 
 
-def test_a_folder_without_pictures_is_named(demo, tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no picture"):
-        demo.find_pictures([str(tmp_path)])
+def test_a_folder_without_images_is_named(demo, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no image"):
+        demo.find_images([str(tmp_path)])
 
 
-def test_two_pictures_with_the_same_stem_are_refused(demo, tmp_path):
+def test_two_images_with_the_same_stem_are_refused(demo, tmp_path):
     with pytest.raises(ValueError, match=r"would both write 'a\.json'"):
         demo.plan_outputs([Path("x/a.jpg"), Path("y/a.png")], tmp_path)
 
 
-def test_a_drawing_never_overwrites_its_picture(demo, pictures):
+def test_a_drawing_never_overwrites_its_image(demo, images):
     with pytest.raises(ValueError, match="would overwrite it"):
-        demo.plan_outputs([pictures / "a.jpg"], pictures)
+        demo.plan_outputs([images / "a.jpg"], images)
 
 
-def test_several_pictures_need_a_folder(demo, tmp_path):
-    with pytest.raises(ValueError, match="is one file, but there are 2 pictures"):
+def test_several_images_need_a_folder(demo, tmp_path):
+    with pytest.raises(ValueError, match="is one file, but there are 2 images"):
         demo.plan_outputs([Path("a.jpg"), Path("b.jpg")], tmp_path / "out.png")
 
 
 def test_an_output_folder_that_cannot_be_written_to_is_named_before_the_model_is_built(
-    demo, pictures, tmp_path, monkeypatch
+    demo, images, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(demo, "Segmenter", lambda *_, **__: pytest.fail("built"))
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    drawings = demo.plan_outputs([pictures / "a.jpg"], locked)
+    drawings = demo.plan_outputs([images / "a.jpg"], locked)
     with without_privileges(), pytest.raises(PermissionError, match=r"cannot write to the output folder .*locked"):
         demo.check_writable(drawings[0].parent)
 
 
-def test_a_missing_config_is_an_error_in_one_line(pictures, tmp_path):
+def test_a_missing_config_is_an_error_in_one_line(images, tmp_path):
     command = [sys.executable, REPOSITORY / "demo" / "demo.py", "--config-file", "none.yaml", "--output", tmp_path]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}  # also without an installed package
-    done = subprocess.run([*command, "--input", pictures], capture_output=True, text=True, check=False, env=env)
+    done = subprocess.run([*command, "--input", images], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 1
     assert done.stderr.startswith("error: config file 'none.yaml' not found")
     assert "Traceback" not in done.stderr
 
 
-def test_the_demo_hands_words_on_as_the_user_wrote_them(demo, pictures, tmp_path, monkeypatch):
+def test_the_demo_hands_words_on_as_the_user_wrote_them(demo, images, tmp_path, monkeypatch):
     seen = []
 
     class Recording(OneSegment):
-        def __call__(self, picture, words=None, *, min_score=0.0):
+        def __call__(self, image, words=None, *, min_score=0.0):
             seen.append((words, min_score))
-            return super().__call__(picture, words)
+            return super().__call__(image, words)
 
     monkeypatch.setattr(demo, "Segmenter", Recording)
     words = "blue star, azure star; sand:stuff"
-    run(demo, "--input", pictures / "a.jpg", "--words", words, "--output", tmp_path / "out")
+    run(demo, "--input", images / "a.jpg", "--words", words, "--output", tmp_path / "out")
     assert seen == [(Vocabulary.from_names(words), 0.5)]

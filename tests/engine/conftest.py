@@ -47,12 +47,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def shapes_world(tmp_path_factory) -> Path:
-    """A folder of data sets with six training pictures of shapes and two in every other set."""
+    """A folder of data sets with six training images of shapes and two in every other set."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "datasets")
         prepare = importlib.import_module("prepare_shapes").prepare
-        prepare(out=folder, seed=3, num_pictures=6, num_workers=1, num_evaluation=2)
+        prepare(out=folder, seed=3, num_images=6, num_workers=1, num_evaluation=2)
     return folder
 
 

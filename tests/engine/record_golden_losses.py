@@ -42,8 +42,8 @@ CHANGES = {
     "SOLVER.GAMMA": 0.5,
     "SOLVER.ACCUMULATE": 2,
 }
-# Of each picture: (height, width), and the classes of its segments, which are blocks.
-PICTURES = (((64, 64), (0, 3)), ((48, 64), (1, 1, 2, 3)), ((64, 64), ()), ((64, 56), (2, 0, 3)))
+# Of each image: (height, width), and the classes of its segments, which are blocks.
+IMAGES = (((64, 64), (0, 3)), ((48, 64), (1, 1, 2, 3)), ((64, 64), ()), ((64, 56), (2, 0, 3)))
 COLORS = ((200, 40, 40), (40, 180, 60), (60, 80, 220), (220, 210, 150))  # of the four classes
 BLOCK = 16  # pixels
 
@@ -94,9 +94,9 @@ def golden_model(cfg: CfgNode, seed: int) -> nn.Module:
 
 
 def golden_batch(iteration: int, seed: int) -> list[dict]:
-    """The same pictures at every iteration, coloured blocks with noise; the losses look at other points each time."""
+    """The same images at every iteration, coloured blocks with noise; the losses look at other points each time."""
     samples = []
-    for index, ((height, width), labels) in enumerate(PICTURES):
+    for index, ((height, width), labels) in enumerate(IMAGES):
         generator = torch.Generator().manual_seed(index)
         blocks = torch.randint(0, max(len(labels), 1), (4, 4), generator=generator)
         id_map = blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:height, :width]
@@ -107,7 +107,7 @@ def golden_batch(iteration: int, seed: int) -> list[dict]:
             {
                 "image": (colors[id_map].permute(2, 0, 1) + noise).clamp(0, 255).to(torch.uint8),
                 "targets": Targets(torch.tensor(labels, dtype=torch.long), id_map=id_map.int().contiguous(), ids=ids),
-                "point_seed": (seed * ITERATIONS + iteration) * len(PICTURES) + index,
+                "point_seed": (seed * ITERATIONS + iteration) * len(IMAGES) + index,
                 "file_name": f"{index}.jpg",
             }
         )

@@ -3,7 +3,7 @@ test_stopped_training.py.
 
     stopped_training.py CONFIG FOLDER
 
-Every second iteration is followed by a checkpoint and an evaluation: two pictures in three modes, and two more that
+Every second iteration is followed by a checkpoint and an evaluation: two images in three modes, and two more that
 choose best.pth.
 """
 
@@ -32,7 +32,7 @@ from tests.engine.forked_trainings import (
 
 term = functools.partial(send, signal.SIGTERM)
 usr1 = functools.partial(send, signal.SIGUSR1)
-PICTURES = 8  # evaluated each time, counting modes
+IMAGES = 8  # evaluated each time, counting modes
 
 POINTS: dict[str, Callable[[], None]] = {
     "SIGTERM while the first batch is loaded": lambda: at_call(TrainLoader, "__next__", 1, do=term),
@@ -40,8 +40,8 @@ POINTS: dict[str, Callable[[], None]] = {
     "SIGTERM in the step before an evaluation": lambda: at_call(SetCriterion, "forward", 4, do=term),
     "SIGTERM in an evaluation": lambda: at_call(SemanticEvaluator, "keep", 3, do=term),
     "SIGUSR1 in the evaluation that chooses the best": lambda: at_call(SemanticEvaluator, "keep", 8, do=usr1),
-    "SIGTERM in the last evaluation": lambda: at_call(SemanticEvaluator, "keep", 2 * PICTURES + 1, do=term),
-    "SIGKILL in an evaluation": lambda: at_call(SemanticEvaluator, "keep", PICTURES + 1, do=kill_when_written),
+    "SIGTERM in the last evaluation": lambda: at_call(SemanticEvaluator, "keep", 2 * IMAGES + 1, do=term),
+    "SIGKILL in an evaluation": lambda: at_call(SemanticEvaluator, "keep", IMAGES + 1, do=kill_when_written),
     "SIGKILL in the write of best.pth": lambda: at_call(os, "replace", 1, when=ending("best.pth")),
     "SIGKILL between best.pth and the note": lambda: at_call(os, "replace", 1, when=ending("last_evaluation")),
     "SIGKILL after an evaluation": lambda: at_call(SetCriterion, "forward", 5),

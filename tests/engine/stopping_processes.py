@@ -91,13 +91,13 @@ def load() -> None:
     from torch.utils.data import DataLoader
 
     with signals.StopRequest() as stop:
-        loader = DataLoader(Pictures(), num_workers=2, worker_init_fn=signals.shield_worker, batch_size=1)
+        loader = DataLoader(Images(), num_workers=2, worker_init_fn=signals.shield_worker, batch_size=1)
         for position, _ in enumerate(loader):
             say(f"batch {position}")
         say(f"all batches, {stop.signal_name}")
 
 
-class Pictures:
+class Images:
     """Forty samples that take a moment."""
 
     def __len__(self) -> int:

@@ -19,17 +19,8 @@ from pathlib import Path
 
 import torch
 
-from fcclip.engine.distributed import (
-    ProcessFailedError,
-    all_gather_object,
-    barrier,
-    broadcast_object,
-    get_rank,
-    get_world_size,
-    launch,
-    mean_over_processes,
-    watch,
-)
+from fcclip.comm import all_gather_object, barrier, broadcast_object, get_rank, get_world_size, mean_over_processes
+from fcclip.engine.distributed import ProcessFailedError, launch, watch
 from fcclip.engine.signals import REQUEUE_EXIT_CODE, StopRequest
 
 
@@ -43,7 +34,7 @@ def talk() -> list:
 def one_raises() -> None:
     """One process raises while the other waits for it."""
     if get_rank() == 1:
-        raise ValueError("picture 7 is broken")
+        raise ValueError("image 7 is broken")
     barrier()
 
 

@@ -9,7 +9,7 @@ import torch
 import fcclip.engine.trainer as trainer_module
 from fcclip.engine import launch
 
-# Sums over pictures are taken in another order, in float32: losses move by 3e-7 of their size, gradients by 4e-7 of
+# Sums over images are taken in another order, in float32: losses move by 3e-7 of their size, gradients by 4e-7 of
 # theirs, weights by 3e-7.
 TOLERANCE = 1e-6
 
@@ -47,7 +47,7 @@ def training(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(training) -> dict:
-    """Steps of a batch of eight: pictures without segments, and one with more segments than there are queries."""
+    """Steps of a batch of eight: images without segments, and one with more segments than there are queries."""
     return training.three_steps()
 
 

@@ -12,18 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fcclip.engine import (
-    Checkpointer,
-    clip_fingerprint,
-    initialise_from,
-    load_checkpoint,
-    load_weights,
-    model_weights,
-    save_checkpoint,
-    save_weights,
-    write_atomically,
-)
-from fcclip.engine.checkpoint import published_names
+from fcclip.engine import Checkpointer, load_checkpoint, save_checkpoint
+from fcclip.files import write_atomically
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
+from fcclip.weights import initialise_from, load_weights, model_weights, save_weights
+from fcclip.weights.checkpoint import published_names
 
 QUERIES = "sem_seg_head.predictor.query_feat.weight"
 

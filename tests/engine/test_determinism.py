@@ -26,12 +26,12 @@ def own_settings(monkeypatch):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Four training pictures."""
+    """Four training images."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "datasets")
         importlib.import_module("prepare_shapes").prepare(
-            out=folder, seed=3, num_pictures=4, num_workers=1, num_evaluation=1
+            out=folder, seed=3, num_images=4, num_workers=1, num_evaluation=1
         )
     return folder
 

@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcclip.engine import ProcessFailedError, get_rank, get_world_size, launch
+from fcclip.comm import get_rank, get_world_size
+from fcclip.engine import ProcessFailedError, launch
 from fcclip.engine.signals import REQUEUE_EXIT_CODE
 
 SHORT = "4"  # seconds of time-out for processes that hang
 PATIENCE_S = 150  # on a busy machine each process takes a while to start
 NAMED = rf" \(host {re.escape(socket.gethostname())}, last reported step 12\)"
-# Sums over pictures and processes are taken in another order, in float32; gradients are of the size of 0.1 to 1.
+# Sums over images and processes are taken in another order, in float32; gradients are of the size of 0.1 to 1.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-6}
 
 
@@ -120,12 +121,12 @@ def test_gradients_of_two_processes_are_the_mean_of_both(training, trained, ce_n
 def test_only_the_global_class_norm_makes_two_processes_equal_one(training, trained, ce_norm):
     two = torch.load(trained / f"{ce_norm}_0.pth")["together"]
     model = training.small_model(training.small_cfg(**{"SOLVER.CE_NORM": ce_norm}))
-    sum(model(training.pictures()).values()).backward()
+    sum(model(training.images()).values()).backward()
     one = training.gradients(model)
     if ce_norm == "global":
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, **TOLERANCE, msg=name)
-    else:  # the published class loss weighs every process alike, whatever its pictures contain
+    else:  # the published class loss weighs every process alike, whatever its images contain
         assert any(not torch.allclose(two[name], value, **TOLERANCE) for name, value in one.items())
 
 
@@ -138,10 +139,10 @@ def test_two_processes_train_to_the_same_weights_and_write_once(trained):
     assert not any(key.startswith("module.") for key in content["model"])
 
 
-def test_a_broken_loss_on_one_process_stops_both_with_its_pictures(trained):
+def test_a_broken_loss_on_one_process_stops_both_with_its_images(trained):
     texts = [(trained / f"broken_{rank}.txt").read_text() for rank in range(2)]
     assert texts[0] == texts[1]
-    assert "not finite at iteration 0: process 1: " in texts[0] and "pictures: 2.jpg, 3.jpg" in texts[0]
+    assert "not finite at iteration 0: process 1: " in texts[0] and "images: 2.jpg, 3.jpg" in texts[0]
 
 
 def test_processes_can_talk_and_share_uneven_batches_and_rank_0_returns_its_result(talking, programs):
@@ -151,7 +152,7 @@ def test_processes_can_talk_and_share_uneven_batches_and_rank_0_returns_its_resu
 
 
 def test_an_error_in_one_process_ends_all_and_is_told_with_its_rank(talking):
-    with pytest.raises(ProcessFailedError, match=r"^process 1 of 2 failed: picture 7 is broken$") as error:
+    with pytest.raises(ProcessFailedError, match=r"^process 1 of 2 failed: image 7 is broken$") as error:
         launch(talking.one_raises, num_processes=2)
     assert error.value.kind == "ValueError" and "talking_processes.py" in error.value.trace
 

@@ -9,7 +9,7 @@ from fcclip.engine import build_trainer
 from fcclip.engine.guards import explain_out_of_memory
 from fcclip.engine.metrics import History
 from fcclip.modeling import build_model
-from tests.engine.training_processes import WORDS, pictures, small_cfg
+from tests.engine.training_processes import WORDS, images, small_cfg
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,14 +18,14 @@ pytestmark = [
 
 
 def trainer_on(device: str, **changes):
-    """A trainer that sees the four pictures at every iteration; equal weights on every device."""
+    """A trainer that sees the four images at every iteration; equal weights on every device."""
     cfg = small_cfg(**{"MODEL.DEVICE": device, **changes})
     torch.manual_seed(0)
     model = build_model(small_cfg(), train_vocabulary=WORDS).to(device)
 
     def batches(start: int):
         while True:
-            yield pictures()
+            yield images()
 
     return build_trainer(cfg, model, batches=batches, device=torch.device(device), vocabulary=WORDS)
 

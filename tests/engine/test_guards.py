@@ -14,7 +14,7 @@ from tests.engine.toys import assert_trained_alike, make_batch, train_plainly
 
 
 def poisoned(*positions, value=math.nan, seen=None):
-    """Batches of which some hold a picture whose target is not a number; `seen` collects the positions."""
+    """Batches of which some hold an image whose target is not a number; `seen` collects the positions."""
 
     def batches(start):
         position = start
@@ -61,12 +61,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_cause(toy
         trainer.train()
     text = str(error.value)
     assert "not finite at iteration 3: process 0: loss_mask = " in text and "loss_ce" not in text
-    assert "(pictures: 3_0.jpg, 3_1.jpg, 3_2.jpg, 3_3.jpg)" in text and "SOLVER.BASE_LR" in text
+    assert "(images: 3_0.jpg, 3_1.jpg, 3_2.jpg, 3_3.jpg)" in text and "SOLVER.BASE_LR" in text
     assert trainer.iteration == 3
     assert_finite(trainer.model)
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_parameter_and_pictures(toy, toy_trainer):
+def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_parameter_and_images(toy, toy_trainer):
     model = toy()
     trainer = toy_trainer(model, checkpoint_period=0)
     model.void_embedding.weight.register_hook(
@@ -76,7 +76,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_parameter
         trainer.train()
     text = str(error.value)
     assert "gradient is not finite at iteration 3 although the losses are: norm " in text
-    assert "first in void_embedding.weight (pictures: 3_0.jpg, " in text
+    assert "first in void_embedding.weight (images: 3_0.jpg, " in text
     assert_finite(model)
 
 
@@ -338,7 +338,7 @@ def test_full_memory_says_what_was_resident_and_which_keys_to_turn(toy, toy_trai
     text = str(error.value)
     assert text.startswith(f"out of memory on cpu at iteration 2: {words.partition(chr(10))[0]}")
     assert "resident: parameters " in text and "of which frozen " in text and "More" not in text
-    assert "pictures of this step: 3x48x64, 3x48x64" in text and "SOLVER.ACCUMULATE larger" in text
+    assert "images of this step: 3x48x64, 3x48x64" in text and "SOLVER.ACCUMULATE larger" in text
 
 
 def test_resident_memory_is_counted_by_hand(toy):

@@ -207,11 +207,11 @@ def test_events_are_on_the_disk_before_the_next_ones_are_written(tmp_path):
 
 
 def test_a_resumed_run_hides_the_later_events_of_the_interrupted_one(tmp_path):
-    picture = np.zeros((4, 6, 3), np.uint8)
+    image = np.zeros((4, 6, 3), np.uint8)
     first = TensorBoardWriter(tmp_path, start=0)
     for iteration in (19, 39, 59):
         first.write(iteration, {"total_loss": 1.0})
-        first.pictures(iteration, {"a": picture})
+        first.images(iteration, {"a": image})
     first.close()
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-7])  # the last record is half written
@@ -219,26 +219,26 @@ def test_a_resumed_run_hides_the_later_events_of_the_interrupted_one(tmp_path):
     second.write(59, {"total_loss": 2.0})
     second.close()
     assert curve(tmp_path, "loss/total_loss") == [(19, 1.0), (39, 1.0), (59, 2.0)]
-    assert [event.step for event in events_of(tmp_path).Images("pictures/a")] == [19, 39]
+    assert [event.step for event in events_of(tmp_path).Images("images/a")] == [19, 39]
 
 
-def test_tensorboard_shows_pictures(tmp_path):
+def test_tensorboard_shows_images(tmp_path):
     from PIL import Image
 
-    picture = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     writer = TensorBoardWriter(tmp_path)
-    writer.pictures(19, {"000123.jpg": picture})
+    writer.images(19, {"000123.jpg": image})
     writer.close()
-    (event,) = events_of(tmp_path).Images("pictures/000123.jpg")
+    (event,) = events_of(tmp_path).Images("images/000123.jpg")
     assert event.step == 19
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), image)
 
 
-@pytest.mark.parametrize("picture", [np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8)])
-def test_a_picture_of_another_form_is_refused(tmp_path, picture):
+@pytest.mark.parametrize("image", [np.zeros((3, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((4, 4), np.uint8)])
+def test_a_image_of_another_form_is_refused(tmp_path, image):
     writer = TensorBoardWriter(tmp_path)
-    with pytest.raises(ValueError, match=r"picture 'x' must be \(height, width, 3\) uint8, got"):
-        writer.pictures(19, {"x": picture})
+    with pytest.raises(ValueError, match=r"image 'x' must be \(height, width, 3\) uint8, got"):
+        writer.images(19, {"x": image})
     writer.close()
 
 
@@ -285,15 +285,15 @@ def runs(monkeypatch):
         return started[-1]
 
     module.init, module.Error = init, type("Error", (Exception,), {})
-    module.Image = lambda picture: ("picture", picture.shape)
+    module.Image = lambda image: ("image", image.shape)
     monkeypatch.setitem(sys.modules, "wandb", module)
     return started
 
 
-def test_wandb_gets_scalars_and_pictures_over_the_iteration(tmp_path, runs):
+def test_wandb_gets_scalars_and_images_over_the_iteration(tmp_path, runs):
     writer = WandbWriter(tmp_path, project="p", name="n", config={"SEED": 1})
     writer.write(19, {"total_loss": 1.0})
-    writer.pictures(19, {"a.jpg": np.zeros((4, 6, 3), np.uint8)})
+    writer.images(19, {"a.jpg": np.zeros((4, 6, 3), np.uint8)})
     writer.close()
     writer.close()
     (run,) = runs
@@ -309,7 +309,7 @@ def test_wandb_gets_scalars_and_pictures_over_the_iteration(tmp_path, runs):
     assert run.axes == [("iteration", None), ("*", "iteration")] and run.finished == 1
     assert run.logged == [
         {"iteration": 19, "loss/total_loss": 1.0},
-        {"iteration": 19, "pictures/a.jpg": ("picture", (4, 6, 3))},
+        {"iteration": 19, "images/a.jpg": ("image", (4, 6, 3))},
     ]
 
 
@@ -382,7 +382,7 @@ def test_without_a_start_everything_is_kept(tmp_path):
     for iteration in (19, 19):
         for writer in build_writers(tmp_path, max_iter=100):
             writer.write(iteration, {"total_loss": 1.0})
-            writer.pictures(iteration, {"a": np.zeros((4, 4, 3), np.uint8)})
+            writer.images(iteration, {"a": np.zeros((4, 4, 3), np.uint8)})
             writer.close()
     assert len(records(tmp_path)) == 2
 
@@ -398,12 +398,12 @@ def test_the_line_says_where_the_time_goes(caplog):
     writer.write(39, {"total_loss": 3.25, "time": 0.5, "data_time": 0.02})
     writer.write(59, {"total_loss": 3.25, "time": 0.0, "data_time": 0.0})
     writer.write(59, {"panoptic_seg/PQ": 3.0})
-    writer.pictures(79, {"a.jpg": None, "b.jpg": None})
+    writer.images(79, {"a.jpg": None, "b.jpg": None})
     assert caplog.messages == [
         "iter: 20/100  total_loss: 3.25  time: 0.5 s (data 4%, forward 36%, backward 50%, step 10%)  max_mem: 40960M",
         "iter: 40/100  total_loss: 3.25  time: 0.5 s (data 4%)",
         "iter: 60/100  total_loss: 3.25  time: 0 s",
-        "iter: 80/100  pictures: a.jpg, b.jpg",
+        "iter: 80/100  images: a.jpg, b.jpg",
     ]
 
 

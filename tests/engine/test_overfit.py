@@ -1,4 +1,4 @@
-"""The whole model, its losses, the training loop and the evaluation agree: four pictures can be learnt by heart."""
+"""The whole model, its losses, the training loop and the evaluation agree: four images can be learnt by heart."""
 
 import importlib
 from pathlib import Path
@@ -15,7 +15,7 @@ from fcclip.evaluation import evaluate
 from fcclip.modeling import build_model
 from fcclip.structures import Targets
 
-SIDE = 128  # pixels, half of the rendered pictures
+SIDE = 128  # pixels, half of the rendered images
 ITERATIONS = 250
 SMALL = {
     "MODEL.DEVICE": "cpu",
@@ -38,17 +38,17 @@ SMALL = {
 
 
 @pytest.fixture
-def four_pictures(tmp_path, monkeypatch):
-    """A data set of four rendered training pictures."""
+def four_images(tmp_path, monkeypatch):
+    """A data set of four rendered training images."""
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2] / "datasets")
     importlib.import_module("prepare_shapes").prepare(
-        out=tmp_path, seed=3, num_pictures=4, num_workers=1, num_evaluation=1
+        out=tmp_path, seed=3, num_images=4, num_workers=1, num_evaluation=1
     )
     return get_dataset("shapes_train", tmp_path)
 
 
 def sample_of(record: dict) -> dict:
-    """The picture at half size, without augmentation, and its segments."""
+    """The image at half size, without augmentation, and its segments."""
     image = torch.from_numpy(np.array(read_image(record["file_name"]))).permute(2, 0, 1)[None].float()
     id_map = torch.from_numpy(np.array(read_id_map(record["pan_seg_file_name"])).astype(np.int32))
     step = id_map.shape[0] // SIDE
@@ -62,10 +62,10 @@ def sample_of(record: dict) -> dict:
     return {"image": image, "targets": targets, "file_name": record["file_name"]}
 
 
-def test_four_pictures_are_learnt_by_heart(four_pictures):
+def test_four_images_are_learnt_by_heart(four_images):
     cfg = load_config("shapes/fcclip_shapes.yaml", [word for pair in SMALL.items() for word in pair])
-    vocabulary = dataset_vocabulary(four_pictures)
-    samples = [sample_of(record) for record in four_pictures.records()]
+    vocabulary = dataset_vocabulary(four_images)
+    samples = [sample_of(record) for record in four_images.records()]
 
     def batches(start):
         while True:
@@ -81,7 +81,7 @@ def test_four_pictures_are_learnt_by_heart(four_pictures):
     trainer.train()
     last = trainer.history.medians()["total_loss"]
     decoder_only = {"in_vocabulary": (0.0, 0.0)}  # the CLIP is random and has nothing to say
-    results = evaluate(model, cfg, four_pictures, modes=decoder_only, vocabulary=vocabulary, progress=False)
+    results = evaluate(model, cfg, four_images, modes=decoder_only, vocabulary=vocabulary, progress=False)
     quality = results["in_vocabulary"]["panoptic_seg"]["PQ"]
     print(f"loss {first:.2f} -> {last:.2f} ({100 * (1 - last / first):.1f} % less), PQ {quality:.1f}")
     assert last < 0.1 * first

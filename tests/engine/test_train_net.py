@@ -1,4 +1,4 @@
-"""The command line: what it refuses before a process is started, and the whole way on six rendered pictures."""
+"""The command line: what it refuses before a process is started, and the whole way on six rendered images."""
 
 import ctypes
 import importlib
@@ -154,7 +154,7 @@ def test_the_error_of_a_loader_process_is_told_without_its_traceback(train_net):
     assert train_net.short_message("plain: text") == "plain: text"
 
 
-def test_six_pictures_are_trained_on_resumed_and_evaluated(train_net, config, capsys, tmp_path):
+def test_six_images_are_trained_on_resumed_and_evaluated(train_net, config, capsys, tmp_path):
     out = tmp_path / "out"
     assert run(train_net, config) == 0
     files = {path.name for path in out.iterdir()}
@@ -220,11 +220,11 @@ def test_six_pictures_are_trained_on_resumed_and_evaluated(train_net, config, ca
     assert "results are not those of TEST.EXPECTED_RESULTS" in text
 
 
-def test_a_missing_training_picture_is_one_message(train_net, config, capsys, shapes_world):
-    pictures = sorted((shapes_world / "shapes" / "train").iterdir())
-    contents = {path: path.read_bytes() for path in pictures}
+def test_a_missing_training_image_is_one_message(train_net, config, capsys, shapes_world):
+    images = sorted((shapes_world / "shapes" / "train").iterdir())
+    contents = {path: path.read_bytes() for path in images}
     try:
-        for path in pictures:
+        for path in images:
             path.unlink()
         text = refusal(train_net, capsys, config, "DATALOADER.NUM_WORKERS", 1)
         assert str(shapes_world / "shapes" / "train") in text
@@ -239,8 +239,8 @@ SHORT = ("DATASETS.TEST", "()", "SEED", 0)  # nothing is evaluated
 
 
 @pytest.fixture
-def pictures(shapes_world):
-    """The training pictures, which are there again after the test."""
+def images(shapes_world):
+    """The training images, which are there again after the test."""
     paths = sorted((shapes_world / "shapes" / "train").glob("*.*"))
     contents = {path: path.read_bytes() for path in paths}
     yield paths
@@ -262,27 +262,25 @@ def before_the_step(monkeypatch, number, do):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-@pytest.mark.parametrize(
-    ("what", "message"), [("deleted", "no such picture"), ("corrupt", "cannot be read as a picture")]
-)
-def test_a_picture_that_goes_bad_during_the_training_is_named(
-    train_net, config, capsys, pictures, monkeypatch, num_workers, what, message
+@pytest.mark.parametrize(("what", "message"), [("deleted", "no such image"), ("corrupt", "cannot be read as an image")])
+def test_a_image_that_goes_bad_during_the_training_is_named(
+    train_net, config, capsys, images, monkeypatch, num_workers, what, message
 ):
     def spoil():
-        for path in pictures:
-            path.unlink() if what == "deleted" else path.write_bytes(b"\x89PNG not a picture")
+        for path in images:
+            path.unlink() if what == "deleted" else path.write_bytes(b"\x89PNG not an image")
 
     before_the_step(monkeypatch, 2, spoil)
     text = refusal(train_net, capsys, config, *SHORT, "DATALOADER.NUM_WORKERS", num_workers, "SOLVER.MAX_ITER", 30)
-    assert any(str(path) in text for path in pictures) and message in text
+    assert any(str(path) in text for path in images) and message in text
 
 
-def test_what_was_saved_before_a_picture_went_bad_can_be_resumed(
-    train_net, config, capsys, pictures, monkeypatch, tmp_path
+def test_what_was_saved_before_a_image_went_bad_can_be_resumed(
+    train_net, config, capsys, images, monkeypatch, tmp_path
 ):
-    contents = {path: path.read_bytes() for path in pictures}
+    contents = {path: path.read_bytes() for path in images}
     with monkeypatch.context() as patch:
-        before_the_step(patch, 2, lambda: [path.unlink() for path in pictures])
+        before_the_step(patch, 2, lambda: [path.unlink() for path in images])
         refusal(train_net, capsys, config, *SHORT)
     assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
     for path, content in contents.items():
@@ -300,7 +298,7 @@ def test_full_memory_is_one_message_with_the_keys_to_turn(train_net, config, cap
     before_the_step(monkeypatch, 1, full)
     text = refusal(train_net, capsys, config, *SHORT)
     assert "out of memory on cpu at iteration 1: CUDA out of memory. Tried to allocate 20.00 GiB" in text
-    assert "pictures of this step: 3x64x64, 3x64x64" in text and "SOLVER.ACCUMULATE larger" in text
+    assert "images of this step: 3x64x64, 3x64x64" in text and "SOLVER.ACCUMULATE larger" in text
     assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
 
 
@@ -314,7 +312,7 @@ def test_a_loss_that_is_not_finite_is_one_message_or_left_out(train_net, config,
 
     monkeypatch.setattr(SetCriterion, "forward", forward)
     text = refusal(train_net, capsys, config, *SHORT)
-    assert "not finite at iteration 1: process 0: loss_mask = nan (pictures: " in text and ".jpg" in text
+    assert "not finite at iteration 1: process 0: loss_mask = nan (images: " in text and ".jpg" in text
     calls.clear()
     assert run(train_net, config, *SHORT, "SOLVER.NON_FINITE", "skip:1") == 0
     assert load_checkpoint(tmp_path / "out" / "model_final.pth")["left_out"] == [1]
@@ -468,10 +466,10 @@ def test_evaluations_choose_the_best_weights_on_another_data_set_and_draw(train_
     events.Reload()
     tags = events.Tags()
     assert "loss/total_loss" in tags["scalars"] and "panoptic_seg/PQ" in tags["scalars"]
-    assert len(tags["images"]) == 2  # there are two pictures in the set
+    assert len(tags["images"]) == 2  # there are two images in the set
     for tag in tags["images"]:
         drawings = events.Images(tag)
-        assert tag.startswith("pictures/0000") and [one.step for one in drawings] == [1, 3]
+        assert tag.startswith("images/0000") and [one.step for one in drawings] == [1, 3]
         assert drawings[0].width >= 256 and Image.open(io.BytesIO(drawings[0].encoded_image_string)).mode == "RGB"
 
 
@@ -534,8 +532,8 @@ def test_a_dry_run_tells_sizes_and_leaves_nothing_but_the_log(
     text = (tmp_path / "out" / "log.txt").read_text()
     for expected in (
         r"parameters: \d+\.\d+ M, trainable",
-        rf"first batch, {2 // processes} of 2 pictures in this process:",
-        r"\.jpg, picture 3x64x64, \d+ segments on a grid of 64x64",
+        rf"first batch, {2 // processes} of 2 images in this process:",
+        r"\.jpg, image 3x64x64, \d+ segments on a grid of 64x64",
         r"loss \d+",
         r"memory: \d+ MiB at most",
         r"a step takes [\d.]+ s",

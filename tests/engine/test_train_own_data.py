@@ -109,7 +109,7 @@ def test_a_class_that_training_did_not_know_counts_as_unseen(train_net, config, 
     path = config("semantic", train, (write_own(tmp_path / "b", "semantic"),))
     assert run(train_net, path) == 0
     found = results_of(tmp_path / "out", "own_semantic")["ensemble"]["sem_seg"]
-    assert found["mIoU_unseen"] == found["IoU-grass"]  # 'car, automobile' shares a word, the sky is in no picture
+    assert found["mIoU_unseen"] == found["IoU-grass"]  # 'car, automobile' shares a word, the sky is in no image
     assert found["mIoU_seen"] == pytest.approx((found["IoU-car"] + found["IoU-person"]) / 2)
 
 
@@ -148,7 +148,7 @@ def test_what_is_wrong_with_a_yaml_is_told_before_a_process_is_started(
     twin = shutil.copytree(tmp_path / "a", tmp_path / "b") / train.name
     text = refusal(train_net, capsys, path, "DATASETS.TEST", f"('{train}', '{twin}')")
     assert "are named 'own_semantic', the name that results are stored by" in text
-    broken = write_own(tmp_path / "c", "semantic", image="pictures")
+    broken = write_own(tmp_path / "c", "semantic", image="images")
     assert "unknown key 'image'. Did you mean 'images'?" in refusal(
         train_net, capsys, path, "DATASETS.TRAIN", f"('{broken}',)"
     )
@@ -247,7 +247,7 @@ def errors(findings: list[tuple[str, str]]) -> list[str]:
 def test_the_checker_of_a_run_finds_nothing_wrong_with_a_sound_yaml(check, config, tmp_path, kind):
     found = check(config(kind, write_own(tmp_path / "a", kind)))
     assert errors(found) == []
-    assert sum(f"own_{kind}.yaml: 5 pictures; the first" in text for _, text in found) == 2
+    assert sum(f"own_{kind}.yaml: 5 images; the first" in text for _, text in found) == 2
 
 
 def test_the_checker_of_a_run_names_what_is_missing_and_where_it_was_looked_for(check, config, tmp_path):

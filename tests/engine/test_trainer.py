@@ -13,19 +13,13 @@ import pytest
 import torch
 
 from fcclip.config import get_cfg
-from fcclip.engine import (
-    NonFiniteError,
-    StopRequest,
-    build_trainer,
-    check_training,
-    clip_fingerprint,
-    load_checkpoint,
-    load_weights,
-)
+from fcclip.engine import NonFiniteError, StopRequest, build_trainer, check_training, load_checkpoint
 from fcclip.engine.metrics import JsonWriter, LineWriter
 from fcclip.engine.trainer import amp_dtype
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import load_weights
 from tests.engine.toys import assert_trained_alike, make_batch, toy_batches, train_plainly
 
 
@@ -378,10 +372,10 @@ def test_a_final_checkpoint_that_cannot_be_written_is_an_error_whatever_is_writt
 def test_an_error_of_the_training_is_not_hidden_by_one_of_the_disk(toy, toy_trainer, monkeypatch, caplog):
     def batches(start):
         yield from map(make_batch, range(start, 3))
-        raise LookupError("no more pictures")
+        raise LookupError("no more images")
 
     full_disk(monkeypatch)
-    with pytest.raises(LookupError, match="no more pictures"):
+    with pytest.raises(LookupError, match="no more images"):
         toy_trainer(toy(), batches=batches).train()
     assert "No space left" in caplog.text
 
@@ -545,15 +539,15 @@ def test_an_evaluation_that_draws_random_numbers_changes_no_step(toy, toy_traine
     assert_equal_weights(*(trainer.model.state_dict() for trainer in trainers))
 
 
-def test_pictures_of_an_evaluation_go_to_every_writer(toy, toy_trainer):
+def test_images_of_an_evaluation_go_to_every_writer(toy, toy_trainer):
     told = []
 
     class Writer:
         def write(self, iteration, scalars):
             told.append((iteration, "scalars"))
 
-        def pictures(self, iteration, pictures):
-            told.append((iteration, list(pictures)))
+        def images(self, iteration, images):
+            told.append((iteration, list(images)))
 
         def close(self):
             told.append("closed")
@@ -733,7 +727,7 @@ def test_a_dry_run_tells_shapes_and_segments(toy, toy_trainer, toy_batch):
     targets = Targets(labels=torch.tensor([1, 2]), masks=torch.zeros(2, 24, 32, dtype=torch.bool))
     samples = [sample | {"image": torch.zeros(3, 48, 64), "targets": targets} for sample in toy_batch(0)[:1]]
     found = toy_trainer(toy(), batches=lambda start: iter([samples])).dry_run()
-    assert found["batch"] == ["0_0.jpg, picture 3x48x64, 2 segments on a grid of 24x32"]
+    assert found["batch"] == ["0_0.jpg, image 3x48x64, 2 segments on a grid of 24x32"]
 
 
 def test_a_dry_run_tells_the_norm_of_unscaled_gradients(toy, toy_trainer):

@@ -193,9 +193,9 @@ def test_a_process_that_has_left_is_named(dogs):
 
 def test_what_another_process_has_said_itself_comes_first(dogs):
     dog, other = dogs(0), dogs(1)
-    other.announce(failure_of(ValueError("picture 7 is broken"), rank=1, world_size=2))
+    other.announce(failure_of(ValueError("image 7 is broken"), rank=1, world_size=2))
     for error in (RuntimeError(CLOSED), RuntimeError("evaluation stopped because process 1 failed: ValueError")):
-        assert str(dog.explain(error)) == "process 1 of 2 failed: picture 7 is broken"
+        assert str(dog.explain(error)) == "process 1 of 2 failed: image 7 is broken"
 
 
 def test_processes_that_all_wait_are_listed_in_the_log(dogs, caplog):
@@ -208,8 +208,8 @@ def test_processes_that_all_wait_are_listed_in_the_log(dogs, caplog):
 
 def test_inside_the_context_an_error_of_a_collective_names_the_process(dogs):
     dogs(0)
-    dogs(1).announce(failure_of(ValueError("picture 7 is broken"), rank=1, world_size=2))
-    with pytest.raises(ProcessFailedError, match="process 1 of 2 failed: picture 7"), lost_processes_named():
+    dogs(1).announce(failure_of(ValueError("image 7 is broken"), rank=1, world_size=2))
+    with pytest.raises(ProcessFailedError, match="process 1 of 2 failed: image 7"), lost_processes_named():
         raise RuntimeError(CLOSED)
     with pytest.raises(KeyError), lost_processes_named():
         raise KeyError("mine")

@@ -32,7 +32,7 @@ class _Block(nn.Module):
 
 
 class ToyModel(nn.Module):
-    """Keys as FC-CLIP names them; the loss is the distance of a projected picture to its target."""
+    """Keys as FC-CLIP names them; the loss is the distance of a projected image to its target."""
 
     def __init__(self, queries: int = 4, dim: int = 8, channels: int = 6, layers: int = 2, embed: int = 5) -> None:
         super().__init__()

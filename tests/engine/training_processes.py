@@ -9,15 +9,16 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from fcclip.comm import all_gather_object, barrier, get_rank, get_world_size
 from fcclip.config import load_config
-from fcclip.engine import Trainer, all_gather_object, barrier, build_trainer, get_rank, get_world_size
+from fcclip.engine import Trainer, build_trainer
 from fcclip.modeling import build_model
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
 
 WORDS = Vocabulary.from_names("cat; dog; bird; sand:stuff")
-SEGMENTS = (1, 4, 0, 2)  # of the four pictures: unequal over the pictures and over two processes
-# Of eight pictures: two of the first process have none at all, one of the second has more than there are queries.
+SEGMENTS = (1, 4, 0, 2)  # of the four images: unequal over the images and over two processes
+# Of eight images: two of the first process have none at all, one of the second has more than there are queries.
 CROWDED = (1, 4, 0, 0, 12, 2, 3, 5)
 # Twice as wide: then a norm has two channels a group. With one, the gradient of the bias before it is nothing but
 # rounding, which AdamW blows up.
@@ -59,8 +60,8 @@ def small_model(cfg: CfgNode) -> nn.Module:
     return build_model(cfg, train_vocabulary=WORDS).train()
 
 
-def pictures(counts: Sequence[int] = SEGMENTS) -> list[dict]:
-    """Pictures of 64 x 64 with these numbers of segments, whose points are seeded per picture."""
+def images(counts: Sequence[int] = SEGMENTS) -> list[dict]:
+    """Images of 64 x 64 with these numbers of segments, whose points are seeded per image."""
     generator = torch.Generator().manual_seed(1)
     samples = []
     for index, count in enumerate(counts):
@@ -74,10 +75,10 @@ def pictures(counts: Sequence[int] = SEGMENTS) -> list[dict]:
     return samples
 
 
-def my_pictures(counts: Sequence[int] = SEGMENTS) -> list[dict]:
+def my_images(counts: Sequence[int] = SEGMENTS) -> list[dict]:
     """This process's share of them."""
     share = len(counts) // get_world_size()
-    return pictures(counts)[get_rank() * share : (get_rank() + 1) * share]
+    return images(counts)[get_rank() * share : (get_rank() + 1) * share]
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -90,7 +91,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def trainer_on_my_pictures(cfg: CfgNode, folder: str | None = None, samples=my_pictures):
+def trainer_on_my_images(cfg: CfgNode, folder: str | None = None, samples=my_images):
     """A trainer that sees the same batch at every iteration."""
 
     def batches(start: int):
@@ -106,25 +107,25 @@ def save_gradients(folder: str, ce_norm: str) -> None:
     """Gradients of each process alone, and those that the trainer's wrapped model ends with."""
     cfg = small_cfg(**{"SOLVER.CE_NORM": ce_norm})
     alone = small_model(cfg)
-    sum(alone(my_pictures()).values()).backward()
+    sum(alone(my_images()).values()).backward()
     of_each = all_gather_object(gradients(alone))
-    wrapped = trainer_on_my_pictures(cfg).model.train()
-    sum(wrapped(my_pictures()).values()).backward()
+    wrapped = trainer_on_my_images(cfg).model.train()
+    sum(wrapped(my_images()).values()).backward()
     torch.save({"alone": of_each, "together": gradients(wrapped)}, Path(folder, f"{ce_norm}_{get_rank()}.pth"))
 
 
 def train(folder: str) -> None:
     """Three iterations; weights of both processes, and the first losses that rank 0 saw."""
-    trainer = trainer_on_my_pictures(small_cfg(), folder)
+    trainer = trainer_on_my_images(small_cfg(), folder)
     trainer.train()
     torch.save(trainer.model.module.state_dict(), Path(folder, f"weights_{get_rank()}.pth"))
 
 
 def three_steps(counts: Sequence[int] = CROWDED, **changes) -> dict:
-    """Three iterations on the same pictures: `losses` (a list by name), `gradients` of each iteration before they are
+    """Three iterations on the same images: `losses` (a list by name), `gradients` of each iteration before they are
     clipped, and the `weights` after them."""
     cfg = small_cfg(**(WIDE | {"SOLVER.IMS_PER_BATCH": len(counts)} | changes))
-    trainer = trainer_on_my_pictures(cfg, samples=lambda: my_pictures(counts))
+    trainer = trainer_on_my_images(cfg, samples=lambda: my_images(counts))
     return noted_training(trainer)
 
 
@@ -153,16 +154,16 @@ def accumulate(folder: str) -> None:
 
 
 def break_one_loss(folder: str) -> None:
-    """A picture of rank 1 has a broken value."""
+    """An image of rank 1 has a broken value."""
 
     def samples() -> list[dict]:
-        mine = my_pictures()
+        mine = my_images()
         if get_rank() == 1:
             mine[0]["image"] = torch.full((3, 64, 64), torch.nan)
         return mine
 
     try:
-        trainer_on_my_pictures(small_cfg(), samples=samples).train()
+        trainer_on_my_images(small_cfg(), samples=samples).train()
     except RuntimeError as error:
         Path(folder, f"broken_{get_rank()}.txt").write_text(str(error))
         barrier()

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from fcclip.engine import OnNonFinite, StopRequest, Trainer, all_gather_object, get_rank
+from fcclip.comm import all_gather_object, get_rank
+from fcclip.engine import OnNonFinite, StopRequest, Trainer
 from tests.engine.toys import ToyModel, make_batch, make_trainer
 
-SIZE = 2  # pictures a process
+SIZE = 2  # images a process
 
 
 def batches(start: int) -> Iterator[list[dict]]:
@@ -27,7 +28,7 @@ def batches(start: int) -> Iterator[list[dict]]:
 
 
 def broken_on_process_1(start: int) -> Iterator[list[dict]]:
-    """The same, but for one broken picture at position 3."""
+    """The same, but for one broken image at position 3."""
     for position, batch in enumerate(batches(start), start):
         if position == 3 and get_rank() == 1:
             batch[0]["y"] = torch.tensor(math.nan)

@@ -1,5 +1,5 @@
 """One of several processes that resume an evaluation: FOLDER OUTPUT RANK WORLD_SIZE BEFORE. It is killed before its
-picture number BEFORE; rank 0 prints the results."""
+image number BEFORE; rank 0 prints the results."""
 
 import os
 import signal
@@ -31,7 +31,7 @@ def main(folder: str, output: str, rank: str, world_size: str, before: str) -> N
     if processes["world_size"] > 1:
         rendezvous = f"file://{output}.rendezvous.{before}"
         torch.distributed.init_process_group("gloo", init_method=rendezvous, **processes)
-    lines = Path(output, "tiny_val", "out_of_vocabulary", "predictions", f"pictures.{rank}.jsonl")
+    lines = Path(output, "tiny_val", "out_of_vocabulary", "predictions", f"images.{rank}.jsonl")
     results = tiny_world.evaluate(
         KilledModel(int(before), lines),
         tiny_world.config(),

@@ -15,7 +15,7 @@ from PIL import Image
 from fcclip.config import get_cfg
 from fcclip.data import get_dataset
 from fcclip.data.datasets.cityscapes import instance_ids_file
-from fcclip.evaluation import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator, Picture, build_evaluators
+from fcclip.evaluation import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator, GroundTruth, build_evaluators
 from fcclip.evaluation.cityscapes import pixels_by_region
 from fcclip.structures import Instances
 
@@ -36,12 +36,12 @@ MEAN_PIXELS = {
 # ---- a tree ----
 
 
-def random_city(seed, num_pictures=5, height=60, width=90):
+def random_city(seed, num_images=5, height=60, width=90):
     """Ground truth with stuff, void, instances from tiny to large, groups, and caravans and trailers, which have
     numbers and do not count; predictions near it with ties, duplicates, other classes and empty masks."""
     rng = np.random.default_rng(seed)
-    pictures = []
-    for _ in range(num_pictures):
+    images = []
+    for _ in range(num_images):
         ids = np.kron(rng.choice([0, 3, 4, 7, 8, 11, 13, 17, 20, 21, 23, 9], (3, 3)), np.ones((20, 30), np.int64))
         for number in range(12):
             label = int(rng.choice([24, 24, 25, 26, 26, 27, 28, 29, 30, 32, 33]))
@@ -75,14 +75,14 @@ def random_city(seed, num_pictures=5, height=60, width=90):
             pred_masks=torch.as_tensor(np.array(masks)),
             pred_boxes=torch.zeros(len(masks), 4),
         )
-        pictures.append((ids, predicted, instances))
-    return pictures
+        images.append((ids, predicted, instances))
+    return images
 
 
-def write_tree(folder, pictures):
-    """gtFine of these pictures; returns their records."""
+def write_tree(folder, images):
+    """gtFine of these images; returns their records."""
     records = []
-    for number, (ids, *_) in enumerate(pictures):
+    for number, (ids, *_) in enumerate(images):
         stem = folder / f"bonn_{number:06d}_000019_gtFine"
         Image.fromarray(ids.astype(np.uint16)).save(f"{stem}_instanceIds.png")
         Image.fromarray(np.where(ids < 1000, ids, ids // 1000).astype(np.uint8)).save(f"{stem}_labelIds.png")
@@ -98,17 +98,17 @@ def evaluators(seen=None):
     )
 
 
-def outputs(picture):
-    _, predicted, instances = picture
+def outputs(ground_truth):
+    _, predicted, instances = ground_truth
     return {"instances": instances, "sem_seg": torch.as_tensor(predicted)}
 
 
-def evaluate(records, pictures, **options):
+def evaluate(records, images, **options):
     both = evaluators(**options)
-    for record, picture in zip(records, pictures):
-        shared = Picture(record)
+    for record, ground_truth in zip(records, images):
+        shared = GroundTruth(record)
         for one in both:
-            one.process(shared, outputs(picture))
+            one.process(shared, outputs(ground_truth))
     return both
 
 
@@ -125,14 +125,14 @@ def silent():
         yield
 
 
-def published_instances(folder, pictures, records):
+def published_instances(folder, images, records):
     protocol = pytest.importorskip(
         "cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling",
         reason="needs cityscapesscripts: pip install 'fcclip[cityscapes]'",
     )
     protocol.writeDict2JSON = lambda *_: None  # a file for debugging, which it cannot write with NumPy 2
     lists = []
-    for number, (_, _, instances) in enumerate(pictures):
+    for number, (_, _, instances) in enumerate(images):
         lines = []
         rows = zip(instances.pred_masks, instances.pred_classes.tolist(), instances.scores.tolist())
         for index, (mask, label, score) in enumerate(rows):
@@ -149,14 +149,14 @@ def published_instances(folder, pictures, records):
         return protocol.evaluateImgLists(lists, [instance_ids_file(record) for record in records], arguments)
 
 
-def published_semantic(folder, pictures, records):
+def published_semantic(folder, images, records):
     protocol = pytest.importorskip(
         "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
         reason="needs cityscapesscripts: pip install 'fcclip[cityscapes]'",
     )
     label_of_class = np.array([CLASSES[index] for index in range(19)], np.uint8)
     predictions = []
-    for number, (_, predicted, _) in enumerate(pictures):
+    for number, (_, predicted, _) in enumerate(images):
         predictions.append(str(folder / f"{number}_pred.png"))
         Image.fromarray(label_of_class[predicted]).save(predictions[-1])
     truth = [record["sem_seg_file_name"].replace("labelTrainIds", "labelIds") for record in records]
@@ -177,10 +177,10 @@ def their_world(monkeypatch):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("their_world")
 def test_instance_ap_equals_cityscapesscripts(tmp_path, seed):
-    pictures = random_city(seed)
-    records = write_tree(tmp_path, pictures)
-    expected = published_instances(tmp_path, pictures, records)["averages"]
-    metrics = results(evaluate(records, pictures))["segm"]
+    images = random_city(seed)
+    records = write_tree(tmp_path, images)
+    expected = published_instances(tmp_path, images, records)["averages"]
+    metrics = results(evaluate(records, images))["segm"]
     worst = 0.0
     pairs = [(metrics["AP"], expected["allAp"]), (metrics["AP50"], expected["allAp50%"])]
     pairs += [
@@ -202,10 +202,10 @@ def published_class(averages, label):
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.usefixtures("their_world")
 def test_semantic_scores_equal_cityscapesscripts(tmp_path, seed):
-    pictures = random_city(seed)
-    records = write_tree(tmp_path, pictures)
-    expected = published_semantic(tmp_path, pictures, records)
-    metrics = results(evaluate(records, pictures))["sem_seg"]
+    images = random_city(seed)
+    records = write_tree(tmp_path, images)
+    expected = published_semantic(tmp_path, images, records)
+    metrics = results(evaluate(records, images))["sem_seg"]
     names = {"IoU": "Classes", "iIoU": "InstClasses", "IoU_sup": "Categories", "iIoU_sup": "InstCategories"}
     worst = max(abs(metrics[name] - 100 * expected[f"averageScore{other}"]) for name, other in names.items())
     print(f"semantic: worst deviation from cityscapesScripts {worst:.1e} (percent)")
@@ -216,14 +216,14 @@ def test_semantic_scores_equal_cityscapesscripts(tmp_path, seed):
 # ---- the protocol, written out slowly ----
 
 
-def slow_instance_ap(pictures):
+def slow_instance_ap(images):
     """Contiguous class -> AP at each threshold, 0..1."""
     found = {}
     for index, label in THINGS.items():
         found[index] = []
         for threshold in np.arange(0.5, 1.0, 0.05):
             points, missed, asked = [], 0, 0  # (score, right or not) of every prediction that counts
-            for ids, _, instances in pictures:
+            for ids, _, instances in images:
                 own = [one for one in np.unique(ids).tolist() if one == label or one // 1000 == label]
                 void = [one for one in np.unique(ids).tolist() if one < 1000 and one not in CLASSES.values()]
                 predictions = [
@@ -268,10 +268,10 @@ def slow_instance_ap(pictures):
     return found
 
 
-def slow_semantic_scores(pictures):
+def slow_semantic_scores(images):
     pixels = [
         (one, CLASSES[index])
-        for ids, predicted, _ in pictures
+        for ids, predicted, _ in images
         for one, index in zip(ids.ravel().tolist(), predicted.ravel().tolist())
     ]
     pixels = [(one // 1000 if one >= 1000 else one, one, label) for one, label in pixels]
@@ -283,7 +283,7 @@ def slow_semantic_scores(pictures):
 
     def weighted(label, group):
         right = wrong = 0.0
-        for ids, predicted, _ in pictures:
+        for ids, predicted, _ in images:
             for one in np.unique(ids[ids // 1000 == label]).tolist():
                 guesses = [CLASSES[index] for index in predicted[ids == one].tolist()]
                 weight = MEAN_PIXELS[label] / len(guesses)
@@ -308,15 +308,15 @@ def slow_semantic_scores(pictures):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_both_protocols_equal_their_rules_written_out(tmp_path, seed):
-    pictures = random_city(seed, num_pictures=3)
-    found = results(evaluate(write_tree(tmp_path, pictures), pictures))
-    expected = slow_instance_ap(pictures)
+    images = random_city(seed, num_images=3)
+    found = results(evaluate(write_tree(tmp_path, images), images))
+    expected = slow_instance_ap(images)
     for index, values in expected.items():
         assert found["segm"][f"AP-{NAMES[index]}"] == pytest.approx(100 * np.mean(values), abs=1e-9, nan_ok=True)
     everything = np.array(list(expected.values()))
     assert found["segm"]["AP"] == pytest.approx(100 * np.nanmean(everything), abs=1e-9)
     assert found["segm"]["AP50"] == pytest.approx(100 * np.nanmean(everything[:, 0]), abs=1e-9)
-    for name, value in slow_semantic_scores(pictures).items():
+    for name, value in slow_semantic_scores(images).items():
         assert found["sem_seg"][name] == pytest.approx(100 * value, abs=1e-9), name
 
 
@@ -395,7 +395,7 @@ def test_iiou_weights_small_instances_up(tmp_path):
     predicted = np.where(ids == 26_001, 13, 0)  # the small one is not seen
     records = write_tree(tmp_path, [(ids,)])
     evaluator = evaluators()[1]
-    evaluator.process(Picture(records[0]), {"sem_seg": predicted})
+    evaluator.process(GroundTruth(records[0]), {"sem_seg": predicted})
     metrics = evaluator.results()["sem_seg"]
     assert metrics["IoU-car"] == pytest.approx(100 * 400 / 420)
     assert metrics["iIoU"] == metrics["iIoU_sup"] == pytest.approx(50.0)  # each of the two counts 12794 pixels
@@ -407,32 +407,32 @@ def test_iiou_weights_small_instances_up(tmp_path):
 
 @pytest.mark.parametrize("shares", [[range(5)], [range(2), range(2, 5)], [[4, 0], [], [3, 1], [2]]])
 def test_merged_shares_equal_one_process_to_the_bit(tmp_path, shares):
-    pictures = random_city(3)
-    records = write_tree(tmp_path, pictures)
+    images = random_city(3)
+    records = write_tree(tmp_path, images)
     seen = [index % 2 == 0 for index in range(19)]
-    alone = evaluate(records, pictures, seen=seen)
-    parts = [evaluate([records[i] for i in share], [pictures[i] for i in share], seen=seen) for share in shares]
+    alone = evaluate(records, images, seen=seen)
+    parts = [evaluate([records[i] for i in share], [images[i] for i in share], seen=seen) for share in shares]
     for part in reversed(parts[1:]):
         for one, other in zip(parts[0], part):
             one.merge(other.state())
     assert repr(results(parts[0])) == repr(results(alone))
     assert {"AP_seen", "AP_unseen"} <= results(alone)["segm"].keys()
-    assert parts[0][1].per_picture == alone[1].per_picture and len(alone[1].per_picture) == 5
+    assert parts[0][1].per_image == alone[1].per_image and len(alone[1].per_image) == 5
     if len(shares[0]) < 5:
         with pytest.raises(ValueError, match="came twice"):
             parts[0][0].merge(parts[-1][0].state())
 
 
 def test_names_of_classes_play_no_part(tmp_path):
-    pictures = random_city(4)
-    records = write_tree(tmp_path, pictures)
-    plain = results(evaluate(records, pictures))
+    images = random_city(4)
+    records = write_tree(tmp_path, images)
+    plain = results(evaluate(records, images))
     prompts = [f"{name}, {name}s: in {index}" for index, name in enumerate(NAMES)]
     renamed = CityscapesInstanceEvaluator(class_names=prompts, dataset_ids=THINGS)
     labelled = CityscapesSemanticEvaluator(class_names=prompts, dataset_ids=CLASSES)
-    for record, picture in zip(records, pictures):
-        renamed.process(Picture(record), outputs(picture))
-        labelled.process(Picture(record), outputs(picture))
+    for record, ground_truth in zip(records, images):
+        renamed.process(GroundTruth(record), outputs(ground_truth))
+        labelled.process(GroundTruth(record), outputs(ground_truth))
     assert repr(list(results((renamed, labelled))["segm"].values())) == repr(list(plain["segm"].values()))
     assert repr(list(results((renamed, labelled))["sem_seg"].values())) == repr(list(plain["sem_seg"].values()))
 
@@ -469,17 +469,17 @@ def test_what_does_not_fit_is_refused(tmp_path):
         )
     (record,) = write_tree(tmp_path, [(ids,)])
     with pytest.raises(ValueError, match=r"instanceIds\.png: predicted class 19 is not one of the 19 classes"):
-        semantic.process(Picture(record), {"sem_seg": np.full(ids.shape, 19)})
+        semantic.process(GroundTruth(record), {"sem_seg": np.full(ids.shape, 19)})
     with pytest.raises(ValueError, match=r"instanceIds\.png: the prediction has shape \(60, 40\)"):
-        semantic.process(Picture(record), {"sem_seg": np.zeros(ids.T.shape, int)})
-    with pytest.raises(ValueError, match=r"'labels/1\.png' of picture 7 is not named .*_gtFine_labelTrainIds\.png"):
-        semantic.process(Picture({"image_id": 7, "sem_seg_file_name": "labels/1.png"}), {"sem_seg": ids})
+        semantic.process(GroundTruth(record), {"sem_seg": np.zeros(ids.T.shape, int)})
+    with pytest.raises(ValueError, match=r"'labels/1\.png' of image 7 is not named .*_gtFine_labelTrainIds\.png"):
+        semantic.process(GroundTruth({"image_id": 7, "sem_seg_file_name": "labels/1.png"}), {"sem_seg": ids})
     with pytest.raises(FileNotFoundError, match=r"ulm_gtFine_instanceIds\.png: no such file.*all of gtFine"):
         missing = {"image_id": "ulm", "sem_seg_file_name": f"{tmp_path}/ulm_gtFine_labelTrainIds.png"}
-        semantic.process(Picture(missing), {"sem_seg": ids})
+        semantic.process(GroundTruth(missing), {"sem_seg": ids})
     (broken,) = write_tree(tmp_path, [(canvas((50_001, 0, 0, 9, 9)),)])
     with pytest.raises(ValueError, match=r"label 50 is none of Cityscapes' \(0\.\.33\)"):
-        semantic.process(Picture(broken), {"sem_seg": ids})
+        semantic.process(GroundTruth(broken), {"sem_seg": ids})
 
 
 def test_classes_that_cityscapes_does_not_have_are_refused():

@@ -11,7 +11,14 @@ from faster_coco_eval.core.mask import decode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fcclip.evaluation import InstanceEvaluator, InstanceTruth, Picture, encode_masks, instances_of_rows, write_id_map
+from fcclip.evaluation import (
+    GroundTruth,
+    InstanceEvaluator,
+    InstanceTruth,
+    encode_masks,
+    instances_of_rows,
+    write_id_map,
+)
 from fcclip.structures import Instances
 
 NAMES = ("sand", "cup", "ball", "kite", "sea", "drum")
@@ -41,12 +48,12 @@ def instances_of(masks, classes, scores):
     )
 
 
-def random_world(seed, num_pictures=9, string_ids=False):
+def random_world(seed, num_images=9, string_ids=False):
     """Ground truth in the three mask formats, some of it crowds, and detections near it with ties and empty masks."""
     rng = np.random.default_rng(seed)
     things = list(DATASET_IDS)[:3]  # class 5 stays without ground truth
     images, annotations, detections = [], [], {}
-    for index in rng.permutation(num_pictures).tolist():
+    for index in rng.permutation(num_images).tolist():
         height, width = int(rng.integers(40, 160)), int(rng.integers(40, 160))
         image_id = f"photo_{index}" if string_ids else 10 * index
         images.append({"id": image_id, "height": height, "width": width})
@@ -171,7 +178,7 @@ def test_merged_shares_equal_one_process(tmp_path):
         first.add(image_id, found)
 
 
-def test_only_pictures_that_were_evaluated_count(tmp_path):
+def test_only_images_that_were_evaluated_count(tmp_path):
     content, detections = random_world(4)
     some = dict(list(detections.items())[:4])
     part = {
@@ -192,7 +199,7 @@ def square(top, left, size, height=40, width=60):
 
 
 def two_squares(tmp_path, **options):
-    """One picture with a cup and a ball."""
+    """One image with a cup and a ball."""
     annotations = [
         {
             "id": index + 1,
@@ -213,7 +220,7 @@ def two_squares(tmp_path, **options):
     return evaluator_for(tmp_path, content, **options)
 
 
-def panoptic_picture(folder, image_id, masks, classes, crowds):
+def panoptic_image(folder, image_id, masks, classes, crowds):
     """A record whose segments are these masks, later ones on top, and a stuff segment below them."""
     ids, segments = np.full(masks[0].shape, 1), [{"id": 1, "category_id": 0, "area": 1, "iscrowd": 0}]
     for index, (mask, label, crowd) in enumerate(zip(masks, classes, crowds), start=70_000):
@@ -221,7 +228,7 @@ def panoptic_picture(folder, image_id, masks, classes, crowds):
         segments.append({"id": index, "category_id": label, "area": 5, "iscrowd": crowd})
     write_id_map(folder / f"{image_id}.png", ids)
     files = {"pan_seg_file_name": str(folder / f"{image_id}.png"), "file_name": f"{image_id}.jpg"}
-    return Picture({"image_id": image_id, "segments_info": segments, **files})
+    return GroundTruth({"image_id": image_id, "segments_info": segments, **files})
 
 
 def test_without_an_instances_file_the_thing_segments_are_the_ground_truth(tmp_path):
@@ -232,10 +239,10 @@ def test_without_an_instances_file_the_thing_segments_are_the_ground_truth(tmp_p
         if not masks:
             masks = [square(0, 0, 9, *found.pred_masks.shape[1:])]
         classes, crowds = [(1, 2, 3, 1)[index] for index in range(len(masks))], [0, 1, 0, 0][: len(masks)]
-        picture = panoptic_picture(tmp_path, image_id, masks, classes, crowds)
-        from_segments.append((picture, found))
-        for segment in picture.segments[1:]:
-            mask = picture.id_map == segment["id"]
+        ground_truth = panoptic_image(tmp_path, image_id, masks, classes, crowds)
+        from_segments.append((ground_truth, found))
+        for segment in ground_truth.segments[1:]:
+            mask = ground_truth.id_map == segment["id"]
             if mask.any():  # covered by the others
                 left, top, right, bottom = box_of(mask)
                 entry = {"id": len(annotations) + 1, "image_id": image_id, "iscrowd": segment["iscrowd"]}
@@ -246,10 +253,10 @@ def test_without_an_instances_file_the_thing_segments_are_the_ground_truth(tmp_p
     alone, first, second = (
         InstanceEvaluator(truth=None, class_names=NAMES, dataset_ids=DATASET_IDS, seen=None) for _ in range(3)
     )
-    for index, (picture, found) in enumerate(from_segments):
-        from_file.add(picture.image_id, found)
-        alone.process(picture, {"instances": found})
-        (second, first)[index % 2].process(picture, {"instances": found})
+    for index, (ground_truth, found) in enumerate(from_segments):
+        from_file.add(ground_truth.image_id, found)
+        alone.process(ground_truth, {"instances": found})
+        (second, first)[index % 2].process(ground_truth, {"instances": found})
     first.merge(second.state())
     assert repr(alone.results()) == repr(first.results())
     assert alone.results()["segm"] == pytest.approx(from_file.results()["segm"], nan_ok=True)
@@ -259,9 +266,9 @@ def test_without_an_instances_file_the_thing_segments_are_the_ground_truth(tmp_p
 
 def test_masks_of_another_size_than_the_panoptic_annotation_are_refused(tmp_path):
     evaluator = InstanceEvaluator(truth=None, class_names=NAMES, dataset_ids=DATASET_IDS)
-    picture = panoptic_picture(tmp_path, 4, [square(0, 0, 9)], [1], [0])
-    with pytest.raises(ValueError, match=r"picture 4: masks are \(60, 40\) .* in its annotation is \(40, 60\)"):
-        evaluator.process(picture, {"instances": instances_of(np.zeros((1, 60, 40)), [1], [0.5])})
+    ground_truth = panoptic_image(tmp_path, 4, [square(0, 0, 9)], [1], [0])
+    with pytest.raises(ValueError, match=r"image 4: masks are \(60, 40\) .* in its annotation is \(40, 60\)"):
+        evaluator.process(ground_truth, {"instances": instances_of(np.zeros((1, 60, 40)), [1], [0.5])})
 
 
 def test_ground_truth_without_an_instance_leaves_every_score_undefined(tmp_path):
@@ -315,8 +322,8 @@ def test_a_file_of_results_gives_the_numbers_of_the_run_that_wrote_it(tmp_path, 
         own = [row for row in rows if row["image_id"] == image_id]
         if not boxes:
             own = [{key: value for key, value in row.items() if key != "bbox"} for row in own]
-        picture = Picture({"image_id": image_id, "file_name": "-"})
-        again.process(picture, {"instances": instances_of_rows(own, classes=classes, size=size)})
+        ground_truth = GroundTruth({"image_id": image_id, "file_name": "-"})
+        again.process(ground_truth, {"instances": instances_of_rows(own, classes=classes, size=size)})
     assert repr(again.results()) == repr(run.results())
 
 
@@ -359,13 +366,13 @@ def test_class_names_of_another_data_set_are_refused_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("image_id", "masks", "label", "message"),
     [
-        (2, np.zeros((1, 40, 60)), 1, r"picture 2 is not in .*instances\.json"),
-        ("1", np.zeros((1, 40, 60)), 1, "picture '1' is not in"),
+        (2, np.zeros((1, 40, 60)), 1, r"image 2 is not in .*instances\.json"),
+        ("1", np.zeros((1, 40, 60)), 1, "image '1' is not in"),
         (1, np.zeros((1, 60, 40)), 1, r"masks are \(60, 40\) .* is \(40, 60\)"),
         (1, np.zeros((1, 40, 60)), 0, r"instances of the classes \[0\], which are no thing classes"),
     ],
 )
-def test_instances_that_do_not_fit_the_picture_are_refused(tmp_path, image_id, masks, label, message):
+def test_instances_that_do_not_fit_the_image_are_refused(tmp_path, image_id, masks, label, message):
     with pytest.raises(ValueError, match=message):
         two_squares(tmp_path).add(image_id, instances_of(masks, [label], [0.5]))
 

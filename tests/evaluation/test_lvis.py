@@ -25,11 +25,11 @@ def random_mask(rng):
     return mask
 
 
-def random_world(seed, num_pictures=12, per_picture=4):
+def random_world(seed, num_images=12, per_image=4):
     """An LVIS file in which classes are marked, absent, unknown or marked in part; and detections of all of them."""
     rng = np.random.default_rng(seed)
     images, annotations, detections, masks_of = [], [], {}, []
-    for image_id in rng.permutation(num_pictures).tolist():
+    for image_id in rng.permutation(num_images).tolist():
         shown = rng.choice(list(FREQUENCIES)[:4], rng.integers(0, 3), replace=False).tolist()
         others = [one for one in FREQUENCIES if one not in shown]
         images.append(
@@ -43,7 +43,7 @@ def random_world(seed, num_pictures=12, per_picture=4):
         )
         masks, classes, scores = [], [], []
         for category in shown:
-            for _ in range(rng.integers(1, per_picture)):
+            for _ in range(rng.integers(1, per_image)):
                 mask = random_mask(rng)
                 masks_of.append(mask)
                 (code,) = encode_masks(torch.as_tensor(mask)[None])
@@ -96,7 +96,7 @@ def filled(mask):
 def slow_precisions(content, detections, truth_masks, category, threshold, area_range, task):
     """Precision at 101 recalls of one class, or None where it has no ground truth of that size."""
     low, high = area_range
-    marks, num_truth = [], 0  # (score, right), pictures in order, those without meaning left out
+    marks, num_truth = [], 0  # (score, right), images in order, those without meaning left out
     for image in sorted(content["images"], key=lambda image: image["id"]):
         own = [
             (one, truth_masks[index])
@@ -133,7 +133,7 @@ def slow_precisions(content, detections, truth_masks, category, threshold, area_
                 marks.append((float(found.scores[row]), False))
     if not num_truth:
         return None
-    marks.sort(key=lambda mark: -mark[0])  # stable: of equal scores the earlier picture first
+    marks.sort(key=lambda mark: -mark[0])  # stable: of equal scores the earlier image first
     curve, right = [], 0
     for count, (_, hit) in enumerate(marks, start=1):
         right += hit
@@ -195,7 +195,7 @@ def square(top, left, side=20):
     return mask
 
 
-def one_picture(tmp_path, *, negative=(), partial=(), extra_class=None, **options):
+def one_image(tmp_path, *, negative=(), partial=(), extra_class=None, **options):
     """A bow that is found, and before it a detection of another place."""
     (code,) = encode_masks(torch.as_tensor(square(0, 0))[None])
     entry = {"id": 1, "image_id": 5, "category_id": 7, "segmentation": code, "area": 400, "bbox": [0, 0, 20, 20]}
@@ -211,18 +211,18 @@ def one_picture(tmp_path, *, negative=(), partial=(), extra_class=None, **option
 
 
 def test_a_wrong_detection_counts_unless_the_class_is_marked_in_part(tmp_path):
-    assert one_picture(tmp_path)["AP"] == pytest.approx(50.0)
-    assert one_picture(tmp_path, partial=[7])["AP"] == pytest.approx(100.0)
+    assert one_image(tmp_path)["AP"] == pytest.approx(50.0)
+    assert one_image(tmp_path, partial=[7])["AP"] == pytest.approx(100.0)
 
 
 def test_a_class_without_ground_truth_has_no_ap_whether_denied_or_not(tmp_path):
     for negative in ((), (2,)):
-        metrics = one_picture(tmp_path, extra_class=1, negative=negative)
+        metrics = one_image(tmp_path, extra_class=1, negative=negative)
         assert metrics["AP"] == metrics["APf"] == pytest.approx(100.0)
         assert math.isnan(metrics["AP-air conditioner"]) and math.isnan(metrics["APc"]) and math.isnan(metrics["APr"])
 
 
-def test_a_detection_in_another_picture_counts_only_where_the_class_is_denied(tmp_path):
+def test_a_detection_in_another_image_counts_only_where_the_class_is_denied(tmp_path):
     for negative, expected in (([], 100.0), ([7], 50.0)):
         (code,) = encode_masks(torch.as_tensor(square(0, 0))[None])
         entry = {"id": 1, "image_id": 5, "category_id": 7, "segmentation": code, "area": 400, "bbox": [0, 0, 20, 20]}
@@ -240,12 +240,12 @@ def test_a_detection_in_another_picture_counts_only_where_the_class_is_denied(tm
         assert evaluator.results()["segm"]["AP"] == pytest.approx(expected)
 
 
-def test_the_three_hundred_best_of_a_picture_count(tmp_path):
+def test_the_three_hundred_best_of_a_image_count(tmp_path):
     masks = torch.as_tensor(np.array([square(0, 0), *[square(50, 50)] * 300]))
     found = Instances(
         torch.linspace(0.1, 0.9, 301), torch.full((301,), 2), masks, torch.zeros(301, 4)
     )  # the right one is the last
-    content, _, _ = random_world(0, num_pictures=1)
+    content, _, _ = random_world(0, num_images=1)
     evaluator = evaluator_for(tmp_path, content, folder=tmp_path)
     evaluator.add(0, found)
     evaluator.save()
@@ -266,10 +266,10 @@ def test_merged_shares_equal_one_process_to_the_bit(tmp_path):
 
 
 def test_a_file_without_the_lists_of_lvis_is_refused(tmp_path):
-    content, _, _ = random_world(0, num_pictures=2)
+    content, _, _ = random_world(0, num_images=2)
     content["categories"][0]["frequency"] = "x"
     with pytest.raises(ValueError, match=r"category 1 has the frequency 'x', expected one of r, c, f"):
         evaluator_for(tmp_path, content)
     del content["images"][1]["neg_category_ids"]
-    with pytest.raises(ValueError, match=r"lvis_v1_val\.json: picture \d has no 'neg_category_ids'"):
+    with pytest.raises(ValueError, match=r"lvis_v1_val\.json: image \d has no 'neg_category_ids'"):
         evaluator_for(tmp_path, content)

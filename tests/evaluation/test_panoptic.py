@@ -17,7 +17,7 @@ THING, STUFF = 7, 8
 
 
 def slow_counts(truth_map, truth_segments, predicted_map, predicted_segments):
-    """tp, fp, fn and IoU sums of one picture, pixel by pixel and pair by pair."""
+    """tp, fp, fn and IoU sums of one image, pixel by pixel and pair by pair."""
     truth, predicted = ({s["id"]: s for s in segments} for segments in (truth_segments, predicted_segments))
     n = defaultdict(int)
     for g, p in zip(truth_map.ravel().tolist(), predicted_map.ravel().tolist()):
@@ -55,7 +55,7 @@ def slow_counts(truth_map, truth_segments, predicted_map, predicted_segments):
     return {c: ClassCounts(tp[c], fp[c], fn[c], iou_sum[c]) for c in categories}
 
 
-def random_picture(seed, size=48, num_categories=5):
+def random_image(seed, size=48, num_categories=5):
     """Blocky maps: the prediction is the ground truth with shifted parts, other classes and new ids."""
     rng = np.random.default_rng(seed)
     coarse = rng.choice([0, 3, 70_000, 300, 5, 16_000_000], (6, 6), p=[0.2, 0.2, 0.15, 0.15, 0.15, 0.15])
@@ -96,9 +96,9 @@ def test_counts_equal_the_written_out_protocol_on_random_maps():
     seen = ClassCounts()
     worst = 0.0
     for seed in range(200):
-        picture = random_picture(seed)
-        expected = slow_counts(*picture)
-        found = compare_segments(*picture, categories=range(5))
+        ground_truth = random_image(seed)
+        expected = slow_counts(*ground_truth)
+        found = compare_segments(*ground_truth, categories=range(5))
         assert found.keys() == expected.keys()
         for category, counts in found.items():
             assert counts[:3] == expected[category][:3], f"seed {seed}, category {category}"
@@ -192,25 +192,25 @@ def test_worked_case(case):
     ],
 )
 def test_a_prediction_that_does_not_fit_is_refused(change, message):
-    picture = {
+    ground_truth = {
         "truth_map": row((1, 4)),
         "truth_segments": [truth_segment(1, THING, 4)],
         "predicted_map": row((5, 4)),
         "predicted_segments": [{"id": 5, "category_id": 7}],
     }
     with pytest.raises(ValueError, match=f"photo 3: .*{message}"):
-        compare_segments(**(picture | change), categories={7, 8}, name="photo 3")
+        compare_segments(**(ground_truth | change), categories={7, 8}, name="photo 3")
 
 
 # ---- files ----
 
 
-def write_files(folder, pictures, categories, image_ids=None):
+def write_files(folder, images, categories, image_ids=None):
     """Ground truth and predictions as COCO panoptic files; returns the two JSON paths."""
     annotations = {"gt": [], "pred": []}
     for kind in annotations:
         (folder / kind).mkdir(parents=True)
-    for index, (truth_map, truth_segments, predicted_map, predicted_segments) in enumerate(pictures):
+    for index, (truth_map, truth_segments, predicted_map, predicted_segments) in enumerate(images):
         image_id = index if image_ids is None else image_ids[index]
         for kind, ids, segments in (
             ("gt", truth_map, truth_segments),
@@ -249,31 +249,31 @@ def evaluator(seen=None):
 
 
 def test_streaming_gives_the_numbers_of_the_files(tmp_path):
-    pictures = [random_picture(seed) for seed in range(8)]
+    images = [random_image(seed) for seed in range(8)]
     image_ids = [5, 3, 12, 0, 7, 100, 2, 1]
-    quality = panoptic_quality(*write_files(tmp_path, pictures, CATEGORIES, image_ids))
+    quality = panoptic_quality(*write_files(tmp_path, images, CATEGORIES, image_ids))
     streaming = evaluator()
-    for image_id, picture in zip(reversed(image_ids), reversed(pictures)):
-        streaming.add(image_id, *picture)
+    for image_id, ground_truth in zip(reversed(image_ids), reversed(images)):
+        streaming.add(image_id, *ground_truth)
     metrics = streaming.results()["panoptic_seg"]
     for suffix, group in (("", "All"), ("_th", "Things"), ("_st", "Stuff")):
         for key in ("PQ", "SQ", "RQ"):
             assert metrics[key + suffix] == 100 * quality[group][key.lower()]
-    assert math.isnan(metrics["PQ-class 5"])  # in no picture: left out of every mean, zero in the published record
+    assert math.isnan(metrics["PQ-class 5"])  # in no image: left out of every mean, zero in the published record
     assert quality["per_class"][5] == {"pq": 0.0, "sq": 0.0, "rq": 0.0}
     assert quality["All"]["n"] == 5
 
 
 @pytest.mark.parametrize("shares", [[range(8)], [range(3), range(3, 8)], [[7, 0], [2, 5, 1], [], [3, 4, 6]]])
 def test_merged_shares_equal_one_process_to_the_bit(shares):
-    pictures = [random_picture(seed) for seed in range(8)]
+    images = [random_image(seed) for seed in range(8)]
     alone = evaluator(seen=[True, False, True, False, True, False])
-    for image_id, picture in enumerate(pictures):
-        alone.add(image_id, *picture)
+    for image_id, ground_truth in enumerate(images):
+        alone.add(image_id, *ground_truth)
     parts = [evaluator(seen=alone.seen) for _ in shares]
     for part, share in zip(parts, shares):
         for image_id in share:
-            part.add(image_id, *pictures[image_id])
+            part.add(image_id, *images[image_id])
     for part in reversed(parts[1:]):
         parts[0].merge(part.state())
     assert repr(parts[0].results()) == repr(alone.results())  # exact, and NaN equals NaN
@@ -282,7 +282,7 @@ def test_merged_shares_equal_one_process_to_the_bit(shares):
 def test_seen_and_unseen_average_the_classes_that_all_averages():
     quality = evaluator(seen=[True, False, True, False, False, True])
     for seed in range(8):
-        quality.add(seed, *random_picture(seed))
+        quality.add(seed, *random_image(seed))
     metrics = quality.results()["panoptic_seg"]
     per_class = [metrics[f"PQ-class {index}"] for index in range(6)]
     assert metrics["PQ_seen"] == pytest.approx((per_class[0] + per_class[2]) / 2)  # class 5 never occurs
@@ -298,7 +298,7 @@ def test_classes_without_any_segment_make_empty_groups_not_errors():
     assert math.isnan(metrics["PQ_st"]) and math.isnan(metrics["PQ_unseen"])
 
 
-def test_no_picture_at_all_leaves_every_score_undefined():
+def test_no_image_at_all_leaves_every_score_undefined():
     assert all(math.isnan(value) for value in evaluator(seen=[True] * 6).results()["panoptic_seg"].values())
 
 
@@ -312,47 +312,47 @@ def test_a_class_that_is_only_missed_counts_as_zero():
     assert all(math.isnan(value) for value in class_quality(ClassCounts()))
 
 
-def test_pictures_are_added_in_the_order_of_their_ids():
+def test_images_are_added_in_the_order_of_their_ids():
     values = [0.1, 0.2, 0.3, 1e9]
-    pictures = {index: {0: ClassCounts(1, 0, 0, value)} for index, value in enumerate(values)}
-    backwards = dict(reversed(pictures.items()))
-    assert sum_counts(backwards)[0].iou == sum_counts(pictures)[0].iou == 0.1 + 0.2 + 0.3 + 1e9
+    images = {index: {0: ClassCounts(1, 0, 0, value)} for index, value in enumerate(values)}
+    backwards = dict(reversed(images.items()))
+    assert sum_counts(backwards)[0].iou == sum_counts(images)[0].iou == 0.1 + 0.2 + 0.3 + 1e9
 
 
-def test_each_picture_has_a_quality_of_its_own():
-    pictures = {seed: random_picture(seed) for seed in range(4)}
+def test_each_image_has_a_quality_of_its_own():
+    images = {seed: random_image(seed) for seed in range(4)}
     quality = evaluator()
-    for image_id, picture in pictures.items():
-        quality.add(image_id, *picture)
-    assert quality.per_picture.keys() == pictures.keys()
-    for image_id, picture in pictures.items():
+    for image_id, ground_truth in images.items():
+        quality.add(image_id, *ground_truth)
+    assert quality.per_image.keys() == images.keys()
+    for image_id, ground_truth in images.items():
         alone = evaluator()
-        alone.add(image_id, *picture)
-        assert quality.per_picture[image_id] == pytest.approx(alone.results()["panoptic_seg"]["PQ"])
+        alone.add(image_id, *ground_truth)
+        assert quality.per_image[image_id] == pytest.approx(alone.results()["panoptic_seg"]["PQ"])
 
 
-def test_a_picture_may_come_once():
-    picture = random_picture(0)
+def test_a_image_may_come_once():
+    ground_truth = random_image(0)
     first, second = evaluator(), evaluator()
-    first.add("a", *picture)
-    second.add("a", *picture)
+    first.add("a", *ground_truth)
+    second.add("a", *ground_truth)
     with pytest.raises(ValueError, match="'a' came twice"):
-        first.add("a", *picture)
+        first.add("a", *ground_truth)
     with pytest.raises(ValueError, match="'a' came twice"):
         first.merge(second.state())
 
 
 def test_a_missing_prediction_is_named(tmp_path):
-    gt, pred = write_files(tmp_path, [random_picture(0), random_picture(1)], CATEGORIES)
+    gt, pred = write_files(tmp_path, [random_image(0), random_image(1)], CATEGORIES)
     content = json.loads(pred.read_text())
     content["annotations"][1]["image_id"] = "1"
     pred.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"no prediction for 1 of 2 pictures .* image_id 1\. .*JSON type"):
+    with pytest.raises(ValueError, match=r"no prediction for 1 of 2 images .* image_id 1\. .*JSON type"):
         panoptic_quality(gt, pred)
 
 
 def test_predictions_without_ground_truth_are_ignored_and_the_last_of_several_counts(tmp_path):
-    gt, pred = write_files(tmp_path, [random_picture(0), random_picture(1)], CATEGORIES)
+    gt, pred = write_files(tmp_path, [random_image(0), random_image(1)], CATEGORIES)
     expected = panoptic_quality(gt, pred)
     content = json.loads(pred.read_text())
     empty = {"image_id": 0, "file_name": "none.png", "segments_info": []}
@@ -362,13 +362,13 @@ def test_predictions_without_ground_truth_are_ignored_and_the_last_of_several_co
 
 
 def test_a_category_that_the_ground_truth_does_not_know_is_refused(tmp_path):
-    gt, pred = write_files(tmp_path, [random_picture(0)], CATEGORIES[:1])
-    with pytest.raises(ValueError, match=r"picture 0 of .*pred\.json: predicted category ids .* categories"):
+    gt, pred = write_files(tmp_path, [random_image(0)], CATEGORIES[:1])
+    with pytest.raises(ValueError, match=r"image 0 of .*pred\.json: predicted category ids .* categories"):
         panoptic_quality(gt, pred)
 
 
 def test_files_that_are_not_panoptic_ground_truth_are_refused(tmp_path):
-    gt, pred = write_files(tmp_path, [random_picture(0)], CATEGORIES)
+    gt, pred = write_files(tmp_path, [random_image(0)], CATEGORIES)
     with pytest.raises(FileNotFoundError, match=r"none\.json' does not exist"):
         panoptic_quality(tmp_path / "none.json", pred)
     with pytest.raises(FileNotFoundError, match=r"0\.png"):

@@ -1,6 +1,5 @@
 """Saved predictions give what the model gave, to the bit, whatever was interrupted in between."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,12 +13,9 @@ from PIL import Image
 
 import fcclip
 from fcclip.data import Dataset
-from fcclip.evaluation import Picture, PredictionWriter, SavedPredictions
+from fcclip.evaluation import GroundTruth, PredictionWriter, SavedPredictions
 from fcclip.structures import Instances
-
-SPEC = importlib.util.spec_from_file_location("tiny_world", Path(__file__).with_name("tiny_world.py"))
-tiny_world = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tiny_world)
+from tests.evaluation import tiny_world
 
 SINGLE = {"modes": None, "save_predictions": True}
 
@@ -36,7 +32,7 @@ class GoneError(BaseException):
 
 
 class DyingModel(tiny_world.GreyModel):
-    """Gives up before a picture."""
+    """Gives up before an image."""
 
     def __init__(self, before: int) -> None:
         super().__init__()
@@ -65,19 +61,19 @@ def files_of(output):
     return {
         str(path.relative_to(output)): path.read_bytes()
         for path in sorted(output.rglob("*"))
-        if path.is_file() and not path.name.startswith("pictures.")
+        if path.is_file() and not path.name.startswith("images.")
     }
 
 
 def lines_of(predictions):
-    return sorted(line for path in predictions.glob("pictures.*.jsonl") for line in path.read_bytes().splitlines())
+    return sorted(line for path in predictions.glob("images.*.jsonl") for line in path.read_bytes().splitlines())
 
 
 @pytest.mark.parametrize("before", [0, 1, 4, 7])
 def test_an_evaluation_that_was_interrupted_goes_on_to_the_same_numbers_and_files(folder, tmp_path, before):
     whole = evaluate(folder, tiny_world.GreyModel(), tmp_path / "whole")
     interrupted = DyingModel(before)
-    if before < tiny_world.NUM_PICTURES:
+    if before < tiny_world.NUM_IMAGES:
         with pytest.raises(GoneError):
             evaluate(folder, interrupted, tmp_path / "parts")
     else:
@@ -86,7 +82,7 @@ def test_an_evaluation_that_was_interrupted_goes_on_to_the_same_numbers_and_file
     assert before - 5 <= kept <= before  # those under way in the background are lost when the process goes down
     rest = tiny_world.GreyModel()
     resumed = evaluate(folder, rest, tmp_path / "parts", resume=True)
-    assert rest.calls == tiny_world.NUM_PICTURES - kept
+    assert rest.calls == tiny_world.NUM_IMAGES - kept
     assert repr(resumed) == repr(whole)
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
@@ -114,7 +110,7 @@ def test_what_the_model_gives_and_what_is_read_are_the_same(folder, tmp_path):
     segments = [{"id": 1 << 23, "isthing": True, "category_id": 3, "score": 1 / 3, "area": 7}]
     labels = torch.randint(0, 4, (40, 60), generator=generator)
     output = {"panoptic_seg": (id_map, segments), "sem_seg": labels, "instances": instances}
-    writer.process(Picture(records[2]), output)
+    writer.process(GroundTruth(records[2]), output)
     read = SavedPredictions(tmp_path).read(records[2]["image_id"])
     assert read.keys() == output.keys()
     assert np.array_equal(read["panoptic_seg"][0], id_map.numpy()) and read["panoptic_seg"][1] == segments
@@ -130,7 +126,7 @@ def test_no_instance_at_all_is_saved_too(folder, tmp_path):
     writer = PredictionWriter(folder=tmp_path, records=records, num_classes=4, dataset_ids={})
     (tmp_path / "header.json").write_text(json.dumps({"format": 1}))
     none = Instances(torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 40, 60, dtype=torch.bool), torch.zeros(0, 4))
-    writer.process(Picture(records[0]), {"instances": none})
+    writer.process(GroundTruth(records[0]), {"instances": none})
     read = SavedPredictions(tmp_path).read(records[0]["image_id"])["instances"]
     assert read.pred_masks.shape == (0, 40, 60) and read.pred_boxes.shape == (0, 4) and len(read.scores) == 0
 
@@ -140,14 +136,14 @@ def test_more_than_256_classes_need_16_bit(folder, tmp_path):
     writer = PredictionWriter(folder=tmp_path, records=records, num_classes=847, dataset_ids={})
     (tmp_path / "header.json").write_text(json.dumps({"format": 1}))
     labels = torch.arange(40 * 60).reshape(40, 60) % 847
-    writer.process(Picture(records[0]), {"sem_seg": labels})
+    writer.process(GroundTruth(records[0]), {"sem_seg": labels})
     assert np.array_equal(SavedPredictions(tmp_path).read(records[0]["image_id"])["sem_seg"], labels.numpy())
 
 
 @pytest.mark.parametrize("cut", [1, 2, 40, "all"])
 def test_a_line_that_a_kill_cut_off_is_evaluated_again(folder, tmp_path, cut):
     whole = evaluate(folder, tiny_world.GreyModel(), tmp_path, **SINGLE)
-    (path,) = (tmp_path / "tiny_val" / "predictions").glob("pictures.*.jsonl")
+    (path,) = (tmp_path / "tiny_val" / "predictions").glob("images.*.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:-1]) + (lines[-1][:-cut] if cut != "all" else b""))
     model = tiny_world.GreyModel()
@@ -156,19 +152,19 @@ def test_a_line_that_a_kill_cut_off_is_evaluated_again(folder, tmp_path, cut):
     assert path.read_bytes().splitlines(keepends=True) == lines
 
 
-def test_a_picture_that_only_one_mode_has_is_evaluated_again(folder, tmp_path):
+def test_a_image_that_only_one_mode_has_is_evaluated_again(folder, tmp_path):
     whole = evaluate(folder, tiny_world.GreyModel(), tmp_path)
-    path = tmp_path / "tiny_val" / "in_vocabulary" / "predictions" / "pictures.0.jsonl"
+    path = tmp_path / "tiny_val" / "in_vocabulary" / "predictions" / "images.0.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
     model = tiny_world.GreyModel()
     assert repr(evaluate(folder, model, tmp_path, resume=True)) == repr(whole)
     assert model.calls == 2
     for mode in tiny_world.MODES:  # and nothing stands there twice
-        assert len(lines_of(tmp_path / "tiny_val" / mode / "predictions")) == tiny_world.NUM_PICTURES
+        assert len(lines_of(tmp_path / "tiny_val" / mode / "predictions")) == tiny_world.NUM_IMAGES
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_picture_whose_file_is_not_whole_is_evaluated_again(folder, tmp_path, damage):
+def test_a_image_whose_file_is_not_whole_is_evaluated_again(folder, tmp_path, damage):
     whole = evaluate(folder, tiny_world.GreyModel(), tmp_path, **SINGLE)
     path = tmp_path / "tiny_val" / "predictions" / "semantic" / "3.png"
     path.write_bytes(path.read_bytes()[:20])
@@ -191,10 +187,10 @@ def test_a_file_with_a_flipped_bit_is_named(folder, tmp_path):
 
 def test_a_damaged_line_in_the_middle_is_named(folder, tmp_path):
     evaluate(folder, tiny_world.GreyModel(), tmp_path, **SINGLE)
-    path = tmp_path / "tiny_val" / "predictions" / "pictures.0.jsonl"
+    path = tmp_path / "tiny_val" / "predictions" / "images.0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b"\0\0\0\n" + b"".join(lines[2:]))
-    with pytest.raises(ValueError, match=rf"pictures\.0\.jsonl' is damaged at byte {len(lines[0])} .*Remove that line"):
+    with pytest.raises(ValueError, match=rf"images\.0\.jsonl' is damaged at byte {len(lines[0])} .*Remove that line"):
         evaluate(folder, tiny_world.GreyModel(), tmp_path, resume=True, **SINGLE)
 
 
@@ -241,24 +237,24 @@ def test_without_resume_everything_begins_anew(folder, tmp_path):
     evaluate(folder, tiny_world.GreyModel(), tmp_path, max_images=2, **SINGLE)
     model = tiny_world.GreyModel()
     evaluate(folder, model, tmp_path, **SINGLE)
-    assert model.calls == tiny_world.NUM_PICTURES
+    assert model.calls == tiny_world.NUM_IMAGES
 
 
 def test_a_subset_grows(folder, tmp_path):
     evaluate(folder, tiny_world.GreyModel(), tmp_path, max_images=2, **SINGLE)
     model = tiny_world.GreyModel()
     whole = evaluate(folder, model, tmp_path, resume=True, **SINGLE)
-    assert model.calls == tiny_world.NUM_PICTURES - 2
+    assert model.calls == tiny_world.NUM_IMAGES - 2
     assert repr(whole) == repr(evaluate(folder, tiny_world.GreyModel(), tmp_path / "whole", **SINGLE))
     some = evaluate(folder, DyingModel(0), tmp_path, max_images=3, resume=True, **SINGLE)
     assert repr(some) == repr(evaluate(folder, tiny_world.GreyModel(), tmp_path / "some", max_images=3, **SINGLE))
 
 
-def test_pictures_of_one_name_in_several_folders_keep_apart(folder, tmp_path):
+def test_images_of_one_name_in_several_folders_keep_apart(folder, tmp_path):
     dataset = tiny_world.dataset(folder)
     records = dataset.records()
     for index, record in enumerate(records):
-        place = tmp_path / str(index) / "picture.jpg"
+        place = tmp_path / str(index) / "image.jpg"
         place.parent.mkdir()
         Image.open(record["file_name"]).save(place, quality=100, subsampling=0)
         record["file_name"] = str(place)
@@ -266,12 +262,12 @@ def test_pictures_of_one_name_in_several_folders_keep_apart(folder, tmp_path):
     whole = evaluate(folder, tiny_world.GreyModel(), tmp_path / "out", dataset=moved, **SINGLE)
     again = evaluate(folder, DyingModel(0), tmp_path / "out", dataset=moved, resume=True, **SINGLE)
     assert repr(again) == repr(whole)
-    assert len(list((tmp_path / "out" / "tiny_val" / "predictions").glob("*.png"))) == tiny_world.NUM_PICTURES
+    assert len(list((tmp_path / "out" / "tiny_val" / "predictions").glob("*.png"))) == tiny_world.NUM_IMAGES
 
 
-def test_how_good_each_picture_is_stands_in_a_file(folder, tmp_path):
+def test_how_good_each_image_is_stands_in_a_file(folder, tmp_path):
     evaluate(folder, tiny_world.GreyModel(), tmp_path, **SINGLE)
-    found = json.loads((tmp_path / "tiny_val" / "per_picture.json").read_text())
+    found = json.loads((tmp_path / "tiny_val" / "per_image.json").read_text())
     assert found.keys() == {"panoptic_seg", "sem_seg"}
     assert [image_id for image_id, _ in found["sem_seg"]] == [1, 4, 7, 10, 13, 16, 19]
     assert all(0 <= value <= 100 for _, value in found["panoptic_seg"])
@@ -296,7 +292,7 @@ def test_two_processes_resume_what_one_began_and_one_what_two_began(folder, tmp_
         told = [process.communicate(timeout=180) for process in processes]
         return told[0][0].strip(), [process.returncode for process in processes], told
 
-    _, codes, told = run(tmp_path / "from_two", 2, 2)  # each process is killed before its third picture
+    _, codes, told = run(tmp_path / "from_two", 2, 2)  # each process is killed before its third image
     assert codes == [-9, -9], told
     assert repr(evaluate(folder, tiny_world.GreyModel(), tmp_path / "from_two", resume=True)) == whole
     with pytest.raises(GoneError):

@@ -8,7 +8,7 @@ import torch
 from fcclip.config import get_cfg
 from fcclip.data import DATASETS, get_dataset
 from fcclip.data.segmentations import fill_polygons, read_run_lengths
-from fcclip.evaluation import EVALUATORS, Background, Picture, build_evaluators
+from fcclip.evaluation import EVALUATORS, Background, GroundTruth, build_evaluators
 from fcclip.structures import Instances, boxes_of_masks
 from tests.data.published_trees import write_tree
 
@@ -27,12 +27,12 @@ def mask_of(annotation, size):
     return mask
 
 
-def instances_of(picture, things):
-    """The true instances of a picture, crowds left out."""
-    record = picture.record
+def instances_of(ground_truth, things):
+    """The true instances of an image, crowds left out."""
+    record = ground_truth.record
     if "segments_info" in record:
-        chosen = [one for one in picture.segments if one["category_id"] in things and not one["iscrowd"]]
-        masks = [picture.id_map == one["id"] for one in chosen]
+        chosen = [one for one in ground_truth.segments if one["category_id"] in things and not one["iscrowd"]]
+        masks = [ground_truth.id_map == one["id"] for one in chosen]
     else:
         chosen = [one for one in record["annotations"] if not one["iscrowd"]]
         masks = [mask_of(one, (record["height"], record["width"])) for one in chosen]
@@ -53,14 +53,14 @@ def test_its_own_ground_truth_scores_a_hundred(tmp_path, name):
     ignore_label = dataset.metadata.get("ignore_label", 255)
     with Background({"": evaluators}) as background:
         for record in dataset.records():
-            picture, output = Picture(record, ignore_label), {}
+            ground_truth, output = GroundTruth(record, ignore_label), {}
             if "segments_info" in record:
-                output["panoptic_seg"] = torch.from_numpy(picture.id_map), picture.segments
+                output["panoptic_seg"] = torch.from_numpy(ground_truth.id_map), ground_truth.segments
             if "sem_seg_file_name" in record:
-                output["sem_seg"] = np.where(picture.labels == ignore_label, 0, picture.labels)
+                output["sem_seg"] = np.where(ground_truth.labels == ignore_label, 0, ground_truth.labels)
             if things:
-                output["instances"] = instances_of(picture, things)
-            background.process(picture, {"": output})
+                output["instances"] = instances_of(ground_truth, things)
+            background.process(ground_truth, {"": output})
     results = {task: metrics for one in evaluators for task, metrics in one.results().items()}
     tasks = {"panoptic": {"panoptic_seg"}, "instance": {"segm", "bbox"}, "semantic": {"sem_seg"}}
     wanted = set().union(*(tasks[head] for head in EVALUATORS[dataset.metadata["evaluator_type"]]))

@@ -1,4 +1,3 @@
-import importlib.util
 import io
 import json
 import logging
@@ -16,18 +15,16 @@ from PIL import Image
 import fcclip
 from fcclip.data import Dataset, build_test_loader, read_id_map
 from fcclip.data.datasets.metadata import class_metadata
-from fcclip.evaluation import EVALUATORS, Picture, SemanticEvaluator, build_evaluators, panoptic_quality, runner
+from fcclip.evaluation import EVALUATORS, GroundTruth, SemanticEvaluator, build_evaluators, panoptic_quality, runner
 from fcclip.evaluation.runner import evaluate_augmented
 from fcclip.modeling import fcclip as assembly
 from fcclip.modeling import text
 from fcclip.modeling.augmentation import build_augmented
 from fcclip.structures import Instances
 from fcclip.vocabulary import Vocabulary
+from tests.evaluation import tiny_world
 
 PROGRAM = Path(__file__).with_name("tiny_world.py")
-SPEC = importlib.util.spec_from_file_location("tiny_world", PROGRAM)
-tiny_world = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tiny_world)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two_processes(folder, tmp_path_factory):
-    """Path stem of the files that two processes wrote, which evaluated the pictures and then a broken copy of them."""
+    """Path stem of the files that two processes wrote, which evaluated the images and then a broken copy of them."""
     broken, output = tmp_path_factory.mktemp("broken_world"), tmp_path_factory.mktemp("two") / "process"
     tiny_world.write(broken)
     Image.fromarray(np.full((40, 60), 77, np.uint8)).save(broken / "semantic" / "6.png")  # in the share of the second
@@ -87,7 +84,7 @@ def test_every_mode_gets_every_task_from_one_pass(folder):
         vocabulary=tiny_world.VOCABULARY,
         progress=False,
     )
-    assert model.calls == tiny_world.NUM_PICTURES and model.training
+    assert model.calls == tiny_world.NUM_IMAGES and model.training
     assert list(results) == ["ensemble", "in_vocabulary", "out_of_vocabulary"]
     for tasks in results.values():
         assert tasks.keys() == {"panoptic_seg", "segm", "bbox", "sem_seg"}
@@ -107,22 +104,22 @@ def test_the_ground_truth_itself_scores_a_hundred(folder):
     dataset = tiny_world.dataset(folder)
     (evaluators,) = build_evaluators(tiny_world.config(), dataset, modes=["ensemble"]).values()
     for record in dataset.records():
-        picture = Picture(record)
-        things = [segment for segment in picture.segments if segment["isthing"] and not segment["iscrowd"]]
+        ground_truth = GroundTruth(record)
+        things = [segment for segment in ground_truth.segments if segment["isthing"] and not segment["iscrowd"]]
         left, top, width, height = torch.tensor([segment["bbox"] for segment in things]).T
         instances = Instances(
             scores=torch.ones(len(things)),
             pred_classes=torch.tensor([segment["category_id"] for segment in things]),
-            pred_masks=torch.from_numpy(np.stack([picture.id_map == segment["id"] for segment in things])),
+            pred_masks=torch.from_numpy(np.stack([ground_truth.id_map == segment["id"] for segment in things])),
             pred_boxes=torch.stack([left, top, left + width, top + height], 1),
         )
         output = {
-            "panoptic_seg": (torch.from_numpy(picture.id_map), picture.segments),
-            "sem_seg": torch.from_numpy(picture.labels % 255).long(),
+            "panoptic_seg": (torch.from_numpy(ground_truth.id_map), ground_truth.segments),
+            "sem_seg": torch.from_numpy(ground_truth.labels % 255).long(),
             "instances": instances,
         }
         for evaluator in evaluators:
-            evaluator.process(picture, output)
+            evaluator.process(ground_truth, output)
     results = {task: metrics for evaluator in evaluators for task, metrics in evaluator.results().items()}
     defined = {key: value for metrics in results.values() for key, value in metrics.items() if not math.isnan(value)}
     assert {"PQ", "PQ_th", "PQ_st", "AP", "AP75", "mIoU", "mIoU_union", "pACC"} <= defined.keys()
@@ -142,7 +139,7 @@ def test_the_batch_size_changes_nothing(folder, batch_size):
     options = {"modes": tiny_world.MODES, "vocabulary": tiny_world.VOCABULARY, "progress": False}
     model = tiny_world.GreyModel()
     batched = tiny_world.evaluate(model, cfg, tiny_world.dataset(folder), **options)
-    assert model.calls == math.ceil(tiny_world.NUM_PICTURES / batch_size)
+    assert model.calls == math.ceil(tiny_world.NUM_IMAGES / batch_size)
     assert repr(batched) == repr(tiny_world.run(folder, training_vocabulary=None))
 
 
@@ -156,7 +153,7 @@ class SizeSensitiveModel(tiny_world.GreyModel):
 
 
 @pytest.mark.parametrize("batch_size", [2, 100])
-def test_only_pictures_of_equal_padded_size_share_a_batch_so_that_the_batch_size_changes_nothing(tmp_path, batch_size):
+def test_only_images_of_equal_padded_size_share_a_batch_so_that_the_batch_size_changes_nothing(tmp_path, batch_size):
     tiny_world.write(tmp_path, sizes=[(40, 60), (40, 80), (60, 40), (80, 40)])
     cfg, results, calls = tiny_world.config(), [], []
     for cfg.TEST.BATCH_SIZE in (1, batch_size):
@@ -165,7 +162,7 @@ def test_only_pictures_of_equal_padded_size_share_a_batch_so_that_the_batch_size
         results.append(tiny_world.evaluate(model, cfg, tiny_world.dataset(tmp_path), **options))
         calls.append(model.calls)
     assert repr(results[0]) == repr(results[1])
-    assert calls == [7, {2: 4, 100: 3}[batch_size]]  # 4 pictures padded to 64 x 64, 2 to 64 x 96, 1 to 96 x 64
+    assert calls == [7, {2: 4, 100: 3}[batch_size]]  # 4 images padded to 64 x 64, 2 to 64 x 96, 1 to 96 x 64
     assert repr(results[0]) != repr(tiny_world.run(tmp_path, training_vocabulary=None))
 
 
@@ -186,7 +183,7 @@ TRAINING_WORDS = "cup; sea:stuff; car; person; train"
 
 @pytest.fixture
 def two_sets(folder):
-    """The pictures with four classes, and for classes alone with the twenty of a vocabulary that comes with us."""
+    """The images with four classes, and for classes alone with the twenty of a vocabulary that comes with us."""
     first = tiny_world.dataset(folder)
     metadata = class_metadata(Vocabulary.builtin("pascal_voc_20"))
     second = Dataset(
@@ -214,8 +211,10 @@ def test_each_data_set_is_evaluated_with_its_own_words_whatever_came_before(
     two_sets, tiny_cfg, tiny_model, monkeypatch, function
 ):
     tiny_cfg.TEST.AUG.MIN_SIZES = (48,)
-    encoded, encode = [], text.encode_words
-    monkeypatch.setattr(text, "encode_words", lambda clip, words: encoded.append(list(words)) or encode(clip, words))
+    encoded, encode = [], text.encode_class_names
+    monkeypatch.setattr(
+        text, "encode_class_names", lambda clip, words: encoded.append(list(words)) or encode(clip, words)
+    )
 
     def fresh_model():
         model = tiny_model(words="none; of; these", train_words=TRAINING_WORDS)
@@ -265,7 +264,7 @@ def test_augmented_evaluation_scores_the_mean_maps_under_a_name_of_its_own(
         found = evaluate_augmented(
             model, tiny_cfg, dataset, training_vocabulary=tiny_world.TRAINING, output_dir=tmp_path, **options
         )
-    assert "each picture of tiny_val in 4 variants, shorter side 48, 64, each mirrored too" in caplog.text
+    assert "each image of tiny_val in 4 variants, shorter side 48, 64, each mirrored too" in caplog.text
     assert model.training and tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON
     assert list(found) == list(tiny_world.MODES)
     assert all(tasks.keys() == {"sem_seg_TTA"} for tasks in found.values())
@@ -277,9 +276,9 @@ def test_augmented_evaluation_scores_the_mean_maps_under_a_name_of_its_own(
     records = {record["image_id"]: record for record in dataset.records()}
     modes = {"in": (0.0, 0.0)}
     for [sample] in build_test_loader(tiny_cfg, dataset):
-        assert sample["image"].shape[-2:] != (tiny_world.HEIGHT, tiny_world.WIDTH)  # variants of the resized picture
+        assert sample["image"].shape[-2:] != (tiny_world.HEIGHT, tiny_world.WIDTH)  # variants of the resized image
         outputs = augmented([sample], vocabulary=tiny_world.VOCABULARY, semantic="labels", modes=modes)
-        evaluator.process(Picture(records[sample["image_id"]]), outputs["in"][0])
+        evaluator.process(GroundTruth(records[sample["image_id"]]), outputs["in"][0])
     expected = evaluator.results()["sem_seg"]
     metrics = found["in_vocabulary"]["sem_seg_TTA"]
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
@@ -317,7 +316,7 @@ def test_saved_predictions_hold_the_ids_of_the_data_set(folder, tmp_path):
     assert 100 * quality["Things"]["pq"] == results["ensemble"]["panoptic_seg"]["PQ_th"]
 
 
-def test_only_the_first_pictures_are_evaluated_when_asked(folder, tmp_path):
+def test_only_the_first_images_are_evaluated_when_asked(folder, tmp_path):
     tiny_world.run(folder, modes=None, max_images=2, output_dir=tmp_path, save_predictions=True)
     saved = json.loads((tmp_path / "tiny_val" / "predictions.json").read_text())
     assert [one["image_id"] for one in saved["annotations"]] == [1, 4]
@@ -327,8 +326,8 @@ def test_progress_tells_the_speed_and_where_the_time_goes(folder, caplog):
     with caplog.at_level(logging.INFO, logger="fcclip"):
         tiny_world.run(folder, progress=True)
     (line,) = [record.getMessage() for record in caplog.records if "tiny_val" in record.getMessage()]
-    assert "evaluated tiny_val: 7 pictures in" in line
-    for part in ("pictures/s", "data", "network", "evaluation"):
+    assert "evaluated tiny_val: 7 images in" in line
+    for part in ("images/s", "data", "network", "evaluation"):
         assert part in line
 
 
@@ -336,7 +335,7 @@ def test_lines_tell_the_progress_where_there_is_no_terminal(folder, caplog, monk
     monkeypatch.setattr(runner, "_LINE_SECONDS", 0)
     with caplog.at_level(logging.INFO, logger="fcclip"):
         tiny_world.run(folder, progress=True)
-    assert "evaluate tiny_val: 3/7 pictures, " in caplog.text
+    assert "evaluate tiny_val: 3/7 images, " in caplog.text
 
 
 @pytest.mark.parametrize(("columns", "split"), [("80", False), ("140", True)])
@@ -346,7 +345,7 @@ def test_a_bar_tells_the_progress_on_a_terminal(folder, monkeypatch, columns, sp
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     tiny_world.run(folder, progress=True)
-    assert all(part in terminal.getvalue() for part in ("evaluate tiny_val", "7/7", "pictures/s"))
+    assert all(part in terminal.getvalue() for part in ("evaluate tiny_val", "7/7", "images/s"))
     assert ("evaluation" in terminal.getvalue()) == split
 
 
@@ -359,7 +358,7 @@ def test_things_are_those_of_the_data_set(folder):
     ("options", "message"),
     [
         ({"vocabulary": Vocabulary.from_names("cup; sand")}, "has 2 classes, 'tiny_val' has 4; .* in the order"),
-        ({"max_images": 0}, "'tiny_val' has no pictures to evaluate"),
+        ({"max_images": 0}, "'tiny_val' has no images to evaluate"),
         ({"save_predictions": True}, "save_predictions needs output_dir"),
     ],
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fcclip.evaluation import Picture, SemanticEvaluator
+from fcclip.evaluation import GroundTruth, SemanticEvaluator
 
 NAMES = ("cup", "sand", "sea", "sky", "walkie-talkie")
 
@@ -79,27 +79,27 @@ def test_seen_and_unseen_average_the_classes_that_the_mean_averages():
 
 def test_merged_shares_equal_one_process():
     rng = np.random.default_rng(1)
-    pictures = [(rng.integers(0, 5, (6, 7)), torch.as_tensor(rng.integers(0, 5, (6, 7)))) for _ in range(4)]
+    images = [(rng.integers(0, 5, (6, 7)), torch.as_tensor(rng.integers(0, 5, (6, 7)))) for _ in range(4)]
     alone, first, second = (SemanticEvaluator(class_names=NAMES) for _ in range(3))
-    for index, picture in enumerate(pictures):
-        alone.add(*picture)
-        (first, second)[index % 2].add(*picture)
+    for index, ground_truth in enumerate(images):
+        alone.add(*ground_truth)
+        (first, second)[index % 2].add(*ground_truth)
     first.merge(second.state())
     assert repr(first.results()) == repr(alone.results())
 
 
-def test_each_picture_has_a_mean_of_its_own(tmp_path):
+def test_each_image_has_a_mean_of_its_own(tmp_path):
     rng, evaluator = np.random.default_rng(2), SemanticEvaluator(class_names=NAMES)
     expected = {}
     for image_id in (8, 3):
         truth, predicted = rng.choice([0, 1, 3, 255], (6, 7)), rng.integers(0, 5, (6, 7))
         Image.fromarray(truth.astype(np.uint8)).save(tmp_path / f"{image_id}.png")
         record = {"image_id": image_id, "sem_seg_file_name": str(tmp_path / f"{image_id}.png")}
-        evaluator.process(Picture(record), {"sem_seg": predicted})
+        evaluator.process(GroundTruth(record), {"sem_seg": predicted})
         expected[image_id] = metrics(truth, predicted)["mIoU"]
-    assert evaluator.per_picture == pytest.approx(expected)
-    with pytest.raises(ValueError, match="picture 3 came twice"):
-        evaluator.process(Picture(record), {"sem_seg": predicted})
+    assert evaluator.per_image == pytest.approx(expected)
+    with pytest.raises(ValueError, match="image 3 came twice"):
+        evaluator.process(GroundTruth(record), {"sem_seg": predicted})
 
 
 @pytest.mark.gpu

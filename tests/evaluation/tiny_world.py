@@ -1,4 +1,4 @@
-"""A data set of a few pictures on disk and a model without weights, for tests of the runner.
+"""A data set of a few images on disk and a model without weights, for tests of the runner.
 
 Also the program of one of several processes: `tiny_world.py FOLDER BROKEN_FOLDER RANK WORLD_SIZE OUTPUT`.
 """
@@ -24,7 +24,7 @@ from fcclip.evaluation import evaluate, write_id_map
 from fcclip.structures import Instances
 from fcclip.vocabulary import ClassEntry, Vocabulary
 
-NUM_PICTURES, HEIGHT, WIDTH = 7, 40, 60
+NUM_IMAGES, HEIGHT, WIDTH = 7, 40, 60
 VOCABULARY = Vocabulary(
     "tiny",
     tuple(
@@ -47,14 +47,14 @@ def config():
 
 
 def write(folder: Path, sizes: Sequence[tuple[int, int]] = ((HEIGHT, WIDTH),)) -> None:
-    """Pictures whose grey value says the class, with ground truth in every format; their (height, width), multiples of
+    """Images whose grey value says the class, with ground truth in every format; their (height, width), multiples of
     ten, are `sizes` in turn.
     """
     rng = np.random.default_rng(0)
     images, panoptic, instances = [], [], []
     for sub in ("images", "panoptic", "semantic"):
         (folder / sub).mkdir(parents=True)
-    for number in range(NUM_PICTURES):
+    for number in range(NUM_IMAGES):
         image_id = 3 * number + 1
         height, width = sizes[number % len(sizes)]
         classes = np.kron(rng.integers(0, 4, (height // 10, width // 10)), np.ones((10, 10), int))

@@ -25,7 +25,7 @@ def criterion(**changes):
 
 
 def batch(seed=0, *, empty=False, segments=([0, 3, 3], [2])):
-    """Pictures with segments of these classes, three prediction sets, five queries."""
+    """Images with segments of these classes, three prediction sets, five queries."""
     generator = torch.Generator().manual_seed(seed)
     num = len(segments)
     class_logits = [torch.randn(num, 5, 5, generator=generator, requires_grad=True) for _ in range(3)]
@@ -48,7 +48,7 @@ def run(module, data, seeds=(1, 2), **rest):
 
 
 def part_of(data, start, stop):
-    """The pictures from `start` to before `stop`."""
+    """The images from `start` to before `stop`."""
     class_logits, embeddings, features, targets = data
     rows = slice(start, stop)
     return [one[rows] for one in class_logits], [one[rows] for one in embeddings], features[rows], targets[rows]
@@ -67,7 +67,7 @@ def test_every_prediction_set_has_three_losses_and_the_last_has_no_suffix():
 
 
 def test_losses_are_those_of_the_definition_when_every_pixel_is_a_point():
-    """With all points uniform, mask losses converge to the mean over the picture; here the masks are constant, so they
+    """With all points uniform, mask losses converge to the mean over the image; here the masks are constant, so they
     are equal.
     """
     module = criterion(importance_ratio=0.0)
@@ -100,7 +100,7 @@ def test_gradients_reach_every_input_even_without_targets():
             assert tensor.grad is not None and tensor.grad.isfinite().all()
 
 
-def test_seeded_points_make_a_picture_independent_of_its_batch():
+def test_seeded_points_make_a_image_independent_of_its_batch():
     class_logits, embeddings, features, targets = batch()
     both = run(criterion(), (class_logits, embeddings, features, targets))
     # normalised by 4 masks together, by 3 and by 1 alone
@@ -112,7 +112,7 @@ def test_seeded_points_make_a_picture_independent_of_its_batch():
     torch.testing.assert_close(both["loss_dice_0"], (3 * parts[0]["loss_dice_0"] + parts[1]["loss_dice_0"]) / 4)
 
 
-# Of four pictures: none, one, some and more segments than there are queries.
+# Of four images: none, one, some and more segments than there are queries.
 CROWD = ([0, 3, 3], [], [0, 1, 2, 3, 0, 1, 2], [2])
 COUNTS = [len(labels) for labels in CROWD]
 SEEDS = (1, 2, 3, 4)

@@ -33,7 +33,7 @@ def test_the_cheapest_assignment_of_all_is_found():
     assert abs(float(costs[0, rows, columns].sum()) - best) < 1e-6
 
 
-def test_pictures_without_segments_and_more_segments_than_queries_are_fine():
+def test_images_without_segments_and_more_segments_than_queries_are_fine():
     assignments = match([torch.zeros(2, 4, 0), torch.rand(2, 2, 5)])
     assert [len(rows) for rows, _ in assignments[0]] == [0, 0]
     assert [len(rows) for rows, _ in assignments[1]] == [2, 2]

@@ -1,4 +1,4 @@
-"""Segments a picture of 512 x 683 into 847 classes with the tiny model; prints how much the peak memory grew, in MiB.
+"""Segments an image of 512 x 683 into 847 classes with the tiny model; prints how much the peak memory grew, in MiB.
 
 python tests/modeling/predict_many_classes.py True|False    # panoptic maps and instances too, or not
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fcclip.modeling import build_model
-from fcclip.structures import WordEmbeddings
+from fcclip.structures import TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 from tests.conftest import tiny_config
 
@@ -36,7 +36,7 @@ def main() -> None:
     words = Vocabulary.from_names([f"class {index}" for index in range(NUM_CLASSES)])
     model = build_model(cfg, train_vocabulary=words, test_vocabulary=words).eval()
     vectors = torch.nn.functional.normalize(torch.randn(NUM_CLASSES, model.backbone.embed_dim), dim=-1)
-    embeddings = WordEmbeddings(vectors, torch.arange(NUM_CLASSES), NUM_CLASSES)
+    embeddings = TextEmbeddings(vectors, torch.arange(NUM_CLASSES), NUM_CLASSES)
     model.text_encoder.encode = lambda _: embeddings  # prompts are not what is measured
     model([{"image": torch.zeros(3, 64, 64)}], semantic="labels")
     before = peak_mib()

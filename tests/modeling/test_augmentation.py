@@ -13,18 +13,18 @@ from fcclip.modeling import fcclip as assembly
 from fcclip.modeling import test_modes
 from fcclip.modeling.augmentation import (
     AugmentedModel,
-    PictureVariants,
+    ImageVariants,
     build_augmented,
     build_variants,
-    resize_picture,
+    resize_to,
 )
 from fcclip.vocabulary import Vocabulary
 
-VARIANTS = PictureVariants(min_sizes=(48, 80, 100), max_size=120, flip=True)
+VARIANTS = ImageVariants(min_sizes=(48, 80, 100), max_size=120, flip=True)
 
 
-def picture(rows=60, columns=90, /, seed=0, **extra):
-    """Smooth colours with some noise, so that the sizes of a picture look alike but not the same."""
+def sample_image(rows=60, columns=90, /, seed=0, **extra):
+    """Smooth colours with some noise, so that the sizes of an image look alike but not the same."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, 3, 4, 6, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, size=(rows, columns), mode="bicubic")[0]
@@ -46,7 +46,7 @@ def test_the_mean_is_that_of_the_published_loop(tiny_cfg, tiny_model, panoptic):
     test = tiny_cfg.MODEL.MASK_FORMER.TEST
     test.PANOPTIC_ON = test.INSTANCE_ON = panoptic
     model = tiny_model(cfg=tiny_cfg)
-    sample = picture(60, 90, height=50, width=70)
+    sample = sample_image(60, 90, height=50, width=70)
     pixels = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
     total, count = 0, 0
     for height, width in ((48, 72), (80, 120), (80, 120)):  # 100 x 150 does not fit into 120
@@ -64,21 +64,21 @@ def test_the_mean_is_that_of_the_published_loop(tiny_cfg, tiny_model, panoptic):
     assert (found - scores_of(model, sample)).abs().max() > 1e-4  # the variants do say something else
 
 
-def test_one_variant_that_is_the_picture_gives_what_the_model_gives(tiny_cfg, tiny_model):
-    model, pictures = tiny_model(), [picture(60, 90), picture(90, 60, seed=1, height=30, width=20)]
-    same = AugmentedModel(model, variants=PictureVariants(min_sizes=(60,), max_size=90, flip=False))
+def test_one_variant_that_is_the_image_gives_what_the_model_gives(tiny_cfg, tiny_model):
+    model, images = tiny_model(), [sample_image(60, 90), sample_image(90, 60, seed=1, height=30, width=20)]
+    same = AugmentedModel(model, variants=ImageVariants(min_sizes=(60,), max_size=90, flip=False))
     for semantic in ("scores", "labels"):
-        for found, sample in zip(same(pictures, semantic=semantic), pictures):
+        for found, sample in zip(same(images, semantic=semantic), images):
             assert torch.equal(found["sem_seg"], scores_of(model, sample, semantic=semantic))
-    found, plain = (one(pictures[:1], modes=test_modes(tiny_cfg)) for one in (same, model))
+    found, plain = (one(images[:1], modes=test_modes(tiny_cfg)) for one in (same, model))
     assert list(found) == list(plain)
     for mode in plain:
         assert torch.equal(found[mode][0]["sem_seg"], plain[mode][0]["sem_seg"])
 
 
-def test_the_mirrored_picture_gives_the_mirrored_result(tiny_model):
-    augmented = AugmentedModel(tiny_model(), variants=PictureVariants(min_sizes=(60,), max_size=90, flip=True))
-    sample = picture(60, 90)
+def test_the_mirrored_image_gives_the_mirrored_result(tiny_model):
+    augmented = AugmentedModel(tiny_model(), variants=ImageVariants(min_sizes=(60,), max_size=90, flip=True))
+    sample = sample_image(60, 90)
     assert torch.equal(scores_of(augmented, mirrored(sample)), scores_of(augmented, sample).flip(-1))
     assert not torch.equal(scores_of(augmented.model, mirrored(sample)), scores_of(augmented.model, sample).flip(-1))
 
@@ -86,9 +86,9 @@ def test_the_mirrored_picture_gives_the_mirrored_result(tiny_model):
 @pytest.mark.parametrize(("batch_size", "passes"), [(1, 6), (2, 3), (4, 2)])
 def test_variants_of_equal_padded_size_may_share_a_pass(tiny_model, batch_size, passes):
     model, batches = tiny_model(), []
-    expected = scores_of(AugmentedModel(model, variants=VARIANTS), picture())
+    expected = scores_of(AugmentedModel(model, variants=VARIANTS), sample_image())
     model.backbone.register_forward_hook(lambda _, images, __: batches.append(tuple(images[0].shape)))
-    found = scores_of(AugmentedModel(model, variants=VARIANTS, batch_size=batch_size), picture())
+    found = scores_of(AugmentedModel(model, variants=VARIANTS, batch_size=batch_size), sample_image())
     assert len(batches) == passes and max(batch[0] for batch in batches) == batch_size
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -96,15 +96,15 @@ def test_variants_of_equal_padded_size_may_share_a_pass(tiny_model, batch_size, 
 def test_each_variant_is_one_pass_for_all_modes_and_only_semantic_maps_are_made(tiny_cfg, tiny_model, monkeypatch):
     model, passes = tiny_model(), []
     assert model.settings.panoptic_on and model.settings.instance_on
-    expected = AugmentedModel(model, variants=VARIANTS)([picture()])
+    expected = AugmentedModel(model, variants=VARIANTS)([sample_image()])
     for name in ("PanopticMerge", "InstanceSelection"):
         monkeypatch.setattr(assembly, name, None)  # calling it would fail
     model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
-    together = AugmentedModel(model, variants=VARIANTS)([picture()], modes=test_modes(tiny_cfg))
+    together = AugmentedModel(model, variants=VARIANTS)([sample_image()], modes=test_modes(tiny_cfg))
     assert len(passes) == len(VARIANTS)
     assert together["ensemble"][0].keys() == {"sem_seg"}
     assert torch.equal(together["ensemble"][0]["sem_seg"], expected[0]["sem_seg"])
-    alone = AugmentedModel(model, variants=VARIANTS)([picture()], modes={"one": (1.0, 1.0)})
+    alone = AugmentedModel(model, variants=VARIANTS)([sample_image()], modes={"one": (1.0, 1.0)})
     assert torch.equal(together["out_of_vocabulary"][0]["sem_seg"], alone["one"][0]["sem_seg"])
     assert not torch.equal(together["out_of_vocabulary"][0]["sem_seg"], expected[0]["sem_seg"])
 
@@ -121,53 +121,53 @@ def test_one_map_a_mode_is_held_while_the_next_is_computed(tiny_cfg, tiny_model,
 
     monkeypatch.setattr(model, "_semantic_scores", watched)
     augmented = AugmentedModel(model, variants=VARIANTS, batch_size=4)
-    augmented([picture(), picture(seed=1)], semantic="labels", modes=test_modes(tiny_cfg))
+    augmented([sample_image(), sample_image(seed=1)], semantic="labels", modes=test_modes(tiny_cfg))
     assert len(alive) == 2 * 3 * len(VARIANTS)
     assert alive == 2 * [0, 1, 2, *[3] * (3 * len(VARIANTS) - 3)]
 
 
-def test_outputs_have_the_size_of_the_record_or_else_of_the_picture(tiny_model):
+def test_outputs_have_the_size_of_the_record_or_else_of_the_image(tiny_model):
     augmented = AugmentedModel(tiny_model(), variants=VARIANTS)
-    pictures = [picture(60, 90), picture(61, 47, height=30), picture(40, 40, height=33, width=55)]
-    shapes = [output["sem_seg"].shape for output in augmented(pictures)]
+    images = [sample_image(60, 90), sample_image(61, 47, height=30), sample_image(40, 40, height=33, width=55)]
+    shapes = [output["sem_seg"].shape for output in augmented(images)]
     assert shapes == [(3, 60, 90), (3, 30, 47), (3, 33, 55)]
 
 
 def test_labels_are_the_argmax_of_the_scores(tiny_model):
     augmented = AugmentedModel(tiny_model(), variants=VARIANTS)
-    labels = scores_of(augmented, picture(), semantic="labels")
-    assert labels.dtype == torch.int64 and torch.equal(labels, scores_of(augmented, picture()).argmax(0))
+    labels = scores_of(augmented, sample_image(), semantic="labels")
+    assert labels.dtype == torch.int64 and torch.equal(labels, scores_of(augmented, sample_image()).argmax(0))
 
 
-def test_words_come_with_the_call_with_the_picture_or_from_the_model(tiny_model):
+def test_words_come_with_the_call_with_the_image_or_from_the_model(tiny_model):
     augmented = AugmentedModel(tiny_model(), variants=VARIANTS)
     five, two = Vocabulary.from_names("a; b; c; d:stuff; e:stuff"), Vocabulary.from_names("f; g")
-    outputs = augmented([picture(), picture(vocabulary=two)], vocabulary=five)
+    outputs = augmented([sample_image(), sample_image(vocabulary=two)], vocabulary=five)
     assert [len(output["sem_seg"]) for output in outputs] == [5, 2]
-    assert torch.equal(outputs[1]["sem_seg"], scores_of(augmented, picture(), vocabulary=two))
-    assert len(scores_of(augmented, picture())) == 3
+    assert torch.equal(outputs[1]["sem_seg"], scores_of(augmented, sample_image(), vocabulary=two))
+    assert len(scores_of(augmented, sample_image())) == 3
 
 
-def test_floating_point_pictures_are_resized_by_the_same_filter_without_rounding():
-    image = picture(60, 90)["image"]
+def test_floating_point_images_are_resized_by_the_same_filter_without_rounding():
+    image = sample_image(60, 90)["image"]
     for size in ((31, 47), (60, 45), (100, 150), (60, 90)):
-        rounded, exact = resize_picture(image, size), resize_picture(image.float(), size)
+        rounded, exact = resize_to(image, size), resize_to(image.float(), size)
         assert rounded.dtype == torch.uint8 and exact.dtype == torch.float32
         assert rounded.shape == exact.shape == (3, *size)
         assert (rounded.float() - exact).abs().max() <= 1.01  # each of Pillow's two passes rounds
-    assert resize_picture(image.double(), (31, 47)).dtype == torch.float64
+    assert resize_to(image.double(), (31, 47)).dtype == torch.float64
 
 
-def test_floating_point_pictures_are_augmented_too(tiny_model):
-    augmented, sample = AugmentedModel(tiny_model(), variants=VARIANTS), picture()
+def test_floating_point_images_are_augmented_too(tiny_model):
+    augmented, sample = AugmentedModel(tiny_model(), variants=VARIANTS), sample_image()
     exact = scores_of(augmented, {"image": sample["image"].float()})
     torch.testing.assert_close(exact, scores_of(augmented, sample), atol=0.05, rtol=0.05)
     with pytest.raises(ValueError, match=r"uint8 or floating-point numbers, 0\.\.255, got torch\.int32"):
         augmented([{"image": sample["image"].int()}])
 
 
-def test_a_picture_of_one_column_is_resized():
-    assert resize_picture(torch.zeros(3, 8, 1, dtype=torch.uint8), (4, 1)).shape == (3, 4, 1)
+def test_a_image_of_one_column_is_resized():
+    assert resize_to(torch.zeros(3, 8, 1, dtype=torch.uint8), (4, 1)).shape == (3, 4, 1)
 
 
 def test_the_modes_of_training_and_evaluation_are_those_of_the_model(tiny_model):
@@ -175,7 +175,7 @@ def test_the_modes_of_training_and_evaluation_are_those_of_the_model(tiny_model)
     assert not augmented.training
     assert augmented.train().training and augmented.model.training
     with pytest.raises(ValueError, match=r"the model is training; call eval\(\) first"):
-        augmented([picture()])
+        augmented([sample_image()])
     assert not augmented.eval().model.training
 
 
@@ -191,14 +191,14 @@ def test_distributed_wrapping_is_taken_off(tiny_model, tmp_path):
 def test_what_a_call_cannot_give_is_refused(tiny_model):
     augmented = AugmentedModel(tiny_model(), variants=VARIANTS)
     with pytest.raises(ValueError, match="semantic must be 'scores' or 'labels', got None"):
-        augmented([picture()], semantic=None)
-    with pytest.raises(ValueError, match="at least one picture, got an empty list"):
+        augmented([sample_image()], semantic=None)
+    with pytest.raises(ValueError, match="at least one image, got an empty list"):
         augmented([])
-    with pytest.raises(ValueError, match=r"picture 1 must bring its pixels under 'image', .* got nothing"):
-        augmented([picture(), {"file_name": "a.jpg", "height": 3, "width": 4}])
+    with pytest.raises(ValueError, match=r"image 1 must bring its pixels under 'image', .* got nothing"):
+        augmented([sample_image(), {"file_name": "a.jpg", "height": 3, "width": 4}])
     augmented.model.test_vocabulary = None
     with pytest.raises(ValueError, match="no words to segment with"):
-        augmented([picture()])
+        augmented([sample_image()])
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,12 @@ def test_a_model_that_cannot_be_augmented_is_refused(tiny_model):
     with pytest.raises(ValueError, match=r"TEST\.AUG\.ENABLED .*SEMANTIC_ON is False"):
         AugmentedModel(model, variants=VARIANTS)
     with pytest.raises(ValueError, match=r"SEMANTIC_ON True"):
-        next(model.semantic_scores([picture()]))
+        next(model.semantic_scores([sample_image()]))
 
 
 def test_the_config_is_what_is_built(tiny_cfg, tiny_model):
-    assert build_variants(tiny_cfg) == PictureVariants(tuple(range(400, 1300, 100)), max_size=4000, flip=True)
+    assert build_variants(tiny_cfg) == ImageVariants(tuple(range(400, 1300, 100)), max_size=4000, flip=True)
     assert len(build_variants(tiny_cfg)) == 18
     tiny_cfg.TEST.AUG.MIN_SIZES, tiny_cfg.TEST.AUG.FLIP, tiny_cfg.TEST.BATCH_SIZE = (60, 80), False, 3
     augmented = build_augmented(tiny_cfg, tiny_model())
-    assert augmented.variants == PictureVariants((60, 80), max_size=4000, flip=False) and augmented.batch_size == 3
+    assert augmented.variants == ImageVariants((60, 80), max_size=4000, flip=False) and augmented.batch_size == 3

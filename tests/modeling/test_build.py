@@ -47,18 +47,18 @@ def build(tiny_model, tiny_cfg):
     return build
 
 
-def picture(height: int, width: int) -> dict:
+def image(height: int, width: int) -> dict:
     generator = torch.Generator().manual_seed(height * width)
     return {"image": torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)}
 
 
-def training_pictures() -> list[dict]:
-    """Two pictures, of three segments and of none."""
+def training_images() -> list[dict]:
+    """Two images, of three segments and of none."""
     samples = []
     for index, labels in enumerate(([0, 2, 1], [])):
         id_map = torch.arange(4).repeat_interleave(16)[:, None].expand(-1, 64).int().contiguous()
         targets = Targets(torch.tensor(labels, dtype=torch.long), id_map=id_map, ids=torch.arange(len(labels)))
-        samples.append({**picture(64, 64), "targets": targets, "point_seed": index})
+        samples.append({**image(64, 64), "targets": targets, "point_seed": index})
     return samples
 
 
@@ -68,7 +68,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 def assert_equal_training(compiled, plain) -> None:
     """Losses and gradients within the rounding of operations that are taken in another order."""
-    samples = training_pictures()
+    samples = training_images()
     compiled.zero_grad()
     plain.zero_grad()
     found, wanted = compiled(samples), plain(samples)
@@ -91,9 +91,9 @@ def test_an_unknown_part_is_refused_with_its_neighbour(build):
 
 
 def test_only_the_named_parts_are_compiled(build, graphs):
-    build("")([picture(64, 64)])
+    build("")([image(64, 64)])
     assert not graphs
-    build(" mask_decoder ,")([picture(64, 64)])
+    build(" mask_decoder ,")([image(64, 64)])
     (graph,) = graphs
     named = [name for name, _ in graph.named_parameters()] + [node.name for node in graph.graph.nodes]
     assert any("query_feat" in name for name in named) and not any("mask_features_weight" in name for name in named)
@@ -108,18 +108,18 @@ def test_every_part_is_one_graph_with_the_same_losses_and_gradients(build, graph
 
 def test_keys_of_the_state_dict_stay(build, graphs):
     compiled, plain = build(ALL), build()
-    compiled([picture(64, 64)])
+    compiled([image(64, 64)])
     assert list(compiled.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
-def test_pictures_of_changing_sizes_and_words_need_few_graphs(build, graphs):
+def test_images_of_changing_sizes_and_words_need_few_graphs(build, graphs):
     compiled, plain = build(ALL), build()
     cases = [((64, 64), "cat; dog"), ((96, 128), "cat, kitty; bird; sand:stuff")]
     more = [((128, 96), "a; b"), ((64, 160), "a; b, c"), ((160, 160), "a; b; c; d; e"), ((40, 70), "a, b, c, d")]
     for size, words in (*cases, *more):
         vocabulary = Vocabulary.from_names(words)
-        assert_equal_outputs(compiled, plain, [picture(*size)], vocabulary=vocabulary)
+        assert_equal_outputs(compiled, plain, [image(*size)], vocabulary=vocabulary)
     assert len(graphs) <= 3 * len(COMPILABLE)  # sizes and numbers of words become variables
 
 
@@ -127,31 +127,31 @@ def test_training_and_evaluation_may_alternate(build, graphs):
     compiled, plain = build(ALL), build()
     for _ in range(2):
         assert_equal_training(compiled.train(), plain.train())
-        assert_equal_outputs(compiled.eval(), plain.eval(), [picture(64, 64)])
+        assert_equal_outputs(compiled.eval(), plain.eval(), [image(64, 64)])
     assert len(graphs) == 2 * len(COMPILABLE)
 
 
 def test_weights_load_both_ways_and_count_at_once(build, graphs):
     compiled, plain = build(ALL), build()
-    assert_equal_outputs(compiled, plain, [picture(64, 64)])
+    assert_equal_outputs(compiled, plain, [image(64, 64)])
     for source, target in ((compiled, plain), (plain, compiled)):
         other = {
             key: value * 1.01 if value.is_floating_point() else value for key, value in source.state_dict().items()
         }
         source.load_state_dict(other)
         target.load_state_dict(source.state_dict())
-        assert_equal_outputs(compiled, plain, [picture(64, 64)])
+        assert_equal_outputs(compiled, plain, [image(64, 64)])
 
 
 def test_a_copy_of_a_compiled_model_has_weights_of_its_own(build, graphs):
     compiled = build(ALL)
-    (before,) = compiled([picture(64, 64)])
+    (before,) = compiled([image(64, 64)])
     other = copy.deepcopy(compiled)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    assert not torch.equal(other([picture(64, 64)])[0]["sem_seg"], before["sem_seg"])
-    assert torch.equal(compiled([picture(64, 64)])[0]["sem_seg"], before["sem_seg"])
+    assert not torch.equal(other([image(64, 64)])[0]["sem_seg"], before["sem_seg"])
+    assert torch.equal(compiled([image(64, 64)])[0]["sem_seg"], before["sem_seg"])
 
 
 def test_the_low_precision_copy_of_the_backbone_is_one_graph_and_follows_the_weights(build, graphs):
@@ -186,4 +186,4 @@ def test_graphs_of_forward_and_backward_pass_have_the_same_gradients(build, part
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_generated_code_has_the_same_outputs(build, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert_equal_outputs(build("pixel_decoder"), build(), [picture(64, 64)])
+    assert_equal_outputs(build("pixel_decoder"), build(), [image(64, 64)])

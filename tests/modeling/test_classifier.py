@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fcclip.modeling.classifier import geometric_ensemble, mask_pool, with_void, word_logits
-from fcclip.structures import WordEmbeddings
+from fcclip.modeling.classifier import geometric_ensemble, mask_pool, text_logits, with_void
+from fcclip.structures import TextEmbeddings
 
 RNG = torch.Generator().manual_seed(0)
 
@@ -34,35 +34,35 @@ def test_no_gradient_flows_through_the_masks():
 
 def words(num_words=7, dim=5):
     vectors = F.normalize(torch.randn(num_words, dim, generator=RNG), dim=-1)
-    return WordEmbeddings(vectors, torch.tensor([0, 0, 1, 2, 2, 2, 3]), 4)
+    return TextEmbeddings(vectors, torch.tensor([0, 0, 1, 2, 2, 2, 3]), 4)
 
 
 def test_a_class_scores_as_its_best_word():
     vocabulary, x = words(), torch.randn(2, 3, 5, generator=RNG)
-    logits = word_logits(x, vocabulary, torch.tensor(2.0))
+    logits = text_logits(x, vocabulary, torch.tensor(2.0))
     for b, q, k in itertools.product(range(2), range(3), range(4)):
         cosines = [
             F.cosine_similarity(x[b, q], vocabulary.vectors[w], dim=0)
             for w in range(7)
-            if vocabulary.class_of_word[w] == k
+            if vocabulary.class_of_vector[w] == k
         ]
         torch.testing.assert_close(logits[b, q, k], max(cosines) * torch.tensor(2.0).exp())
 
 
 def test_the_scale_is_at_most_100_and_a_zero_embedding_stays_finite():
     vocabulary = words()
-    logits = word_logits(vocabulary.vectors[None, 3:4], vocabulary, torch.tensor(9.0))
+    logits = text_logits(vocabulary.vectors[None, 3:4], vocabulary, torch.tensor(9.0))
     torch.testing.assert_close(logits.max(), torch.tensor(100.0))
-    assert word_logits(torch.zeros(1, 1, 5), vocabulary, torch.tensor(1.0)).abs().max() == 0
+    assert text_logits(torch.zeros(1, 1, 5), vocabulary, torch.tensor(1.0)).abs().max() == 0
 
 
 def test_void_is_the_last_class_and_gets_the_only_gradient():
     vocabulary, void = words(), torch.randn(1, 5, generator=RNG).requires_grad_()
     extended = with_void(vocabulary, void)
     assert (extended.num_classes, len(extended.vectors)) == (5, 8)
-    assert extended.class_of_word[-1] == 4
+    assert extended.class_of_vector[-1] == 4
     torch.testing.assert_close(extended.vectors[-1].norm(), torch.tensor(1.0))
-    word_logits(torch.randn(1, 2, 5, generator=RNG), extended, torch.tensor(1.0)).sum().backward()
+    text_logits(torch.randn(1, 2, 5, generator=RNG), extended, torch.tensor(1.0)).sum().backward()
     assert void.grad.abs().sum() > 0
 
 

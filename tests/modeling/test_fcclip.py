@@ -12,13 +12,13 @@ from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
 
 
-def picture(height=64, width=96, seed=0, **extra):
+def sample_image(height=64, width=96, seed=0, **extra):
     image = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     return {"image": image, **extra}
 
 
 def training_sample(seed=0, labels=(0, 2, 1)):
-    sample = picture(64, 64, seed)
+    sample = sample_image(64, 64, seed)
     blocks = torch.randint(1, 5, (4, 4), generator=torch.Generator().manual_seed(seed))
     id_map = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1).int()
     sample["targets"] = Targets(
@@ -28,7 +28,7 @@ def training_sample(seed=0, labels=(0, 2, 1)):
 
 
 def padded_alone(model, image, size):
-    """A picture in floating point with the colour around it that becomes zero, as padding is."""
+    """An image in floating point with the colour around it that becomes zero, as padding is."""
     canvas = model.pixel_mean.expand(3, *size).clone()
     canvas[:, : image.shape[1], : image.shape[2]] = image
     return canvas
@@ -36,9 +36,9 @@ def padded_alone(model, image, size):
 
 def test_outputs_have_the_contracted_form(tiny_model):
     model = tiny_model()
-    [output] = model([picture(height=50, width=70)])
+    [output] = model([sample_image(height=50, width=70)])
     assert output["sem_seg"].shape == (3, 50, 70)
-    [output] = model([{**picture(60, 90), "height": 50, "width": 70}])
+    [output] = model([{**sample_image(60, 90), "height": 50, "width": 70}])
     assert output["sem_seg"].shape == (3, 50, 70) and output["sem_seg"].dtype == torch.float32
     id_map, segments = output["panoptic_seg"]
     assert id_map.shape == (50, 70) and id_map.dtype == torch.int32
@@ -51,85 +51,85 @@ def test_outputs_have_the_contracted_form(tiny_model):
 
 def test_any_words_can_be_used_at_any_call(tiny_model):
     model = tiny_model()
-    [output] = model([picture()], vocabulary=Vocabulary.from_names("a; b; c; d:stuff; e:stuff"))
+    [output] = model([sample_image()], vocabulary=Vocabulary.from_names("a; b; c; d:stuff; e:stuff"))
     assert len(output["sem_seg"]) == 5
-    assert len(model([picture()])[0]["sem_seg"]) == 3
+    assert len(model([sample_image()])[0]["sem_seg"]) == 3
     model.set_vocabulary(Vocabulary.from_names("one thing"))
-    assert len(model([picture()])[0]["sem_seg"]) == 1
+    assert len(model([sample_image()])[0]["sem_seg"]) == 1
 
 
 def test_semantic_maps_come_as_scores_labels_or_not_at_all(tiny_model):
     model = tiny_model()
-    scores = model([picture()])[0]["sem_seg"]
-    labels = model([picture()], semantic="labels")[0]["sem_seg"]
+    scores = model([sample_image()])[0]["sem_seg"]
+    labels = model([sample_image()], semantic="labels")[0]["sem_seg"]
     assert labels.dtype == torch.int64 and torch.equal(labels, scores.argmax(0))
-    assert "sem_seg" not in model([picture()], semantic=None)[0]
+    assert "sem_seg" not in model([sample_image()], semantic=None)[0]
     with pytest.raises(ValueError, match="semantic must be"):
-        model([picture()], semantic="argmax")
+        model([sample_image()], semantic="argmax")
 
 
 def test_all_modes_come_from_one_pass_and_equal_their_own_passes(tiny_cfg, tiny_model):
     model = tiny_model()
     passes = []
     model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
-    together = model([picture()], modes=test_modes(tiny_cfg))
+    together = model([sample_image()], modes=test_modes(tiny_cfg))
     assert len(passes) == 1
     for mode in ("ensemble", "in_vocabulary", "out_of_vocabulary"):
         tiny_cfg.TEST.MODE = mode
         alone = tiny_model(cfg=tiny_cfg)
         alone.load_state_dict(model.state_dict())
-        assert torch.equal(alone([picture()])[0]["sem_seg"], together[mode][0]["sem_seg"])
+        assert torch.equal(alone([sample_image()])[0]["sem_seg"], together[mode][0]["sem_seg"])
     assert not torch.equal(together["in_vocabulary"][0]["sem_seg"], together["out_of_vocabulary"][0]["sem_seg"])
 
 
-def test_pictures_of_one_size_give_the_same_alone_and_together(tiny_model):
-    model, pictures = tiny_model(), [picture(seed=1), picture(seed=2)]
-    together = model(pictures)
-    for one, output in zip(pictures, together):
+def test_images_of_one_size_give_the_same_alone_and_together(tiny_model):
+    model, images = tiny_model(), [sample_image(seed=1), sample_image(seed=2)]
+    together = model(images)
+    for one, output in zip(images, together):
         torch.testing.assert_close(model([one])[0]["sem_seg"], output["sem_seg"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("panoptic", [True, False], ids=["masks resized", "scores resized"])
-def test_pictures_of_mixed_sizes_and_kinds_give_what_each_gives_padded_alone(tiny_cfg, tiny_model, panoptic):
+def test_images_of_mixed_sizes_and_kinds_give_what_each_gives_padded_alone(tiny_cfg, tiny_model, panoptic):
     test = tiny_cfg.MODEL.MASK_FORMER.TEST
     test.PANOPTIC_ON = test.INSTANCE_ON = panoptic
     model = tiny_model(cfg=tiny_cfg)
     sizes = [(50, 70), (64, 33), (90, 64)]
-    pictures = [picture(*size, seed=index) for index, size in enumerate(sizes)]
-    pictures[1]["image"] = pictures[1]["image"].float()
-    for sample, output, (height, width) in zip(pictures, model(pictures), sizes):
+    images = [sample_image(*size, seed=index) for index, size in enumerate(sizes)]
+    images[1]["image"] = images[1]["image"].float()
+    for sample, output, (height, width) in zip(images, model(images), sizes):
         [alone] = model([{"image": padded_alone(model, sample["image"], (96, 96))}])
         assert output["sem_seg"].shape == (3, height, width)
         torch.testing.assert_close(output["sem_seg"], alone["sem_seg"][:, :height, :width], atol=1e-4, rtol=1e-4)
 
 
-def test_in_a_mixed_batch_each_picture_has_its_own_output_size(tiny_cfg, tiny_model):
+def test_in_a_mixed_batch_each_image_has_its_own_output_size(tiny_cfg, tiny_model):
     test = tiny_cfg.MODEL.MASK_FORMER.TEST
     test.PANOPTIC_ON = test.INSTANCE_ON = False
     model = tiny_model(cfg=tiny_cfg)
-    pictures = [picture(50, 70), {**picture(64, 33, seed=1), "height": 40, "width": 20}]
-    first, second = model(pictures)
+    images = [sample_image(50, 70), {**sample_image(64, 33, seed=1), "height": 40, "width": 20}]
+    first, second = model(images)
     assert first["sem_seg"].shape == (3, 50, 70)
-    [alone] = model([{"image": padded_alone(model, pictures[1]["image"], (64, 96))}])
+    [alone] = model([{"image": padded_alone(model, images[1]["image"], (64, 96))}])
     resized = F.interpolate(alone["sem_seg"][None, :, :64, :33], size=(40, 20), mode="bilinear")[0]
     torch.testing.assert_close(second["sem_seg"], resized, atol=1e-4, rtol=1e-4)
 
 
-def test_pictures_of_equal_padded_size_give_the_same_alone_and_together(tiny_model):
-    model, pictures = tiny_model(), [picture(60, 90), picture(64, 70, seed=1), picture(33, 96, seed=2)]
-    for sample, output in zip(pictures, model(pictures)):
+def test_images_of_equal_padded_size_give_the_same_alone_and_together(tiny_model):
+    model, images = tiny_model(), [sample_image(60, 90), sample_image(64, 70, seed=1), sample_image(33, 96, seed=2)]
+    for sample, output in zip(images, model(images)):
         torch.testing.assert_close(model([sample])[0]["sem_seg"], output["sem_seg"], atol=1e-4, rtol=1e-4)
 
 
-def test_pictures_of_one_batch_may_each_bring_their_own_words(tiny_cfg, tiny_model):
+def test_images_of_one_batch_may_each_bring_their_own_words(tiny_cfg, tiny_model):
     model, passes = tiny_model(), []
     lists = ["a; b; cat:stuff", None, "person, d; e", "a; b; cat:stuff"]
     vocabularies = [words and Vocabulary.from_names(words) for words in lists]
-    pictures = [picture(seed=index) for index in range(len(lists))]
+    images = [sample_image(seed=index) for index in range(len(lists))]
     modes = test_modes(tiny_cfg)
-    alone = [model([one], vocabulary=words, modes=modes) for one, words in zip(pictures, vocabularies)]
+    alone = [model([one], vocabulary=words, modes=modes) for one, words in zip(images, vocabularies)]
     model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
-    together = model([{**one, "vocabulary": words} for one, words in zip(pictures, vocabularies)], modes=modes)
+    together = model([{**one, "vocabulary": words} for one, words in zip(images, vocabularies)], modes=modes)
     assert len(passes) == 1
     assert [len(output["sem_seg"]) for output in together["ensemble"]] == [3, 3, 2, 3]
     for mode in modes:
@@ -144,41 +144,41 @@ def test_pictures_of_one_batch_may_each_bring_their_own_words(tiny_cfg, tiny_mod
 def test_predictions_keep_no_graph(tiny_cfg, tiny_model):
     model = tiny_model()
     assert torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
-    outputs = [one for [one] in model([picture()], modes=test_modes(tiny_cfg)).values()]
+    outputs = [one for [one] in model([sample_image()], modes=test_modes(tiny_cfg)).values()]
     tensors = [one["sem_seg"] for one in outputs] + [one["panoptic_seg"][0] for one in outputs]
     tensors += [one["instances"].scores for one in outputs] + [
-        scores for *_, scores in model.semantic_scores([picture()])
+        scores for *_, scores in model.semantic_scores([sample_image()])
     ]
     assert not any(tensor.requires_grad for tensor in tensors)
-    for _ in model.semantic_scores([picture(), picture()]):
+    for _ in model.semantic_scores([sample_image(), sample_image()]):
         assert torch.is_grad_enabled()  # between two maps the caller's mode holds
 
 
 def test_more_pairs_than_there_are_can_be_asked_for(tiny_cfg, tiny_model):
     tiny_cfg.TEST.DETECTIONS_PER_IMAGE = 1000
-    [output] = tiny_model(cfg=tiny_cfg)([picture()])  # 8 queries, 3 classes of which 2 are things
+    [output] = tiny_model(cfg=tiny_cfg)([sample_image()])  # 8 queries, 3 classes of which 2 are things
     assert len(output["instances"]) == 16
 
 
-def test_pictures_are_padded_with_zeros_after_normalisation(tiny_model):
+def test_images_are_padded_with_zeros_after_normalisation(tiny_model):
     model = tiny_model()
-    images, sizes = model.preprocess([picture(50, 70), picture(64, 33)])
+    images, sizes = model.preprocess([sample_image(50, 70), sample_image(64, 33)])
     assert images.shape == (2, 3, 64, 96) and sizes == [(50, 70), (64, 33)]
     assert images[0, :, 50:].abs().max() == 0 and images[1, :, :, 33:].abs().max() == 0
     model.size_divisibility = -1
-    assert model.preprocess([picture(50, 70)])[0].shape == (1, 3, 50, 70)
+    assert model.preprocess([sample_image(50, 70)])[0].shape == (1, 3, 50, 70)
 
 
 def test_turned_off_outputs_are_absent_and_pure_semantic_resizes_scores(tiny_cfg, tiny_model):
     test = tiny_cfg.MODEL.MASK_FORMER.TEST
     test.PANOPTIC_ON = test.INSTANCE_ON = False
     after = tiny_model(cfg=tiny_cfg)
-    [output] = after([{**picture(50, 70), "height": 25, "width": 35}])
+    [output] = after([{**sample_image(50, 70), "height": 25, "width": 35}])
     assert set(output) == {"sem_seg"} and output["sem_seg"].shape == (3, 25, 35)
     test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = True
     before = tiny_model(cfg=tiny_cfg)
     before.load_state_dict(after.state_dict())
-    [first] = before([{**picture(50, 70), "height": 25, "width": 35}])
+    [first] = before([{**sample_image(50, 70), "height": 25, "width": 35}])
     assert not torch.equal(first["sem_seg"], output["sem_seg"])
     torch.testing.assert_close(first["sem_seg"], output["sem_seg"], atol=0.3, rtol=0.3)
     test.SEMANTIC_ON = False
@@ -196,13 +196,13 @@ def test_training_gives_weighted_losses_and_a_gradient_for_every_trainable_param
         assert (parameter.grad is not None) == parameter.requires_grad, name
 
 
-def test_losses_of_a_mixed_batch_are_those_of_its_pictures_padded_alone(tiny_cfg, tiny_model):
+def test_losses_of_a_mixed_batch_are_those_of_its_images_padded_alone(tiny_cfg, tiny_model):
     tiny_cfg.MODEL.MASK_FORMER.DROPOUT = 0.0
     model = tiny_model(cfg=tiny_cfg).train()
     samples = [{**training_sample(0), "point_seed": 1}, {**training_sample(1, labels=(1,)), "point_seed": 2}]
     wide = samples[1]["targets"]
     samples[1] = {
-        **picture(40, 80, seed=1),
+        **sample_image(40, 80, seed=1),
         "targets": Targets(labels=wide.labels, id_map=wide.id_map[:40].repeat(1, 2)[:, :80], ids=wide.ids),
         "point_seed": 2,
     }
@@ -234,7 +234,7 @@ def test_losses_of_a_mixed_batch_are_those_of_its_pictures_padded_alone(tiny_cfg
         torch.testing.assert_close(loss, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_pictures_without_segments_train_too(tiny_model):
+def test_images_without_segments_train_too(tiny_model):
     model = tiny_model().train()
     losses = model([training_sample(labels=())])
     assert all(value.isfinite() for value in losses.values())
@@ -258,18 +258,18 @@ def test_what_is_missing_is_said(tiny_model):
     model = tiny_model()
     with pytest.raises(ValueError, match="empty list"):
         model([])
-    with pytest.raises(ValueError, match=r"picture 0 must be a \(3, H, W\) tensor, got \(64, 64\)"):
+    with pytest.raises(ValueError, match=r"image 0 must be a \(3, H, W\) tensor, got \(64, 64\)"):
         model([{"image": torch.zeros(64, 64)}])
-    with pytest.raises(ValueError, match=r"picture 1 must bring its pixels under 'image', .* got nothing"):
-        model([picture(), {"file_name": "a.jpg"}])
-    with pytest.raises(ValueError, match=r"picture 0 must bring its pixels under 'image', .* got ndarray"):
-        model([{"image": picture()["image"].numpy()}])
+    with pytest.raises(ValueError, match=r"image 1 must bring its pixels under 'image', .* got nothing"):
+        model([sample_image(), {"file_name": "a.jpg"}])
+    with pytest.raises(ValueError, match=r"image 0 must bring its pixels under 'image', .* got ndarray"):
+        model([{"image": sample_image()["image"].numpy()}])
     model.test_vocabulary = None
     with pytest.raises(ValueError, match="no words to segment with"):
-        model([picture()])
+        model([sample_image()])
     model.train()
-    with pytest.raises(ValueError, match=r"pictures \[1\] of this batch have none"):
-        model([training_sample(), picture()])
+    with pytest.raises(ValueError, match=r"images \[1\] of this batch have none"):
+        model([training_sample(), sample_image()])
     model.train_vocabulary = None
     with pytest.raises(ValueError, match="no training vocabulary"):
         model([training_sample()])
@@ -277,9 +277,9 @@ def test_what_is_missing_is_said(tiny_model):
 
 def test_targets_of_another_size_or_class_list_are_refused(tiny_model):
     model = tiny_model().train()
-    with pytest.raises(ValueError, match=r"picture 0: its targets are \(64, 64\) .* the image is \(64, 96\)"):
-        model([{**training_sample(), "image": picture(64, 96)["image"]}])
-    with pytest.raises(ValueError, match=r"picture 1: labels must lie in 0\.\.2, .* got \[3\]"):
+    with pytest.raises(ValueError, match=r"image 0: its targets are \(64, 64\) .* the image is \(64, 96\)"):
+        model([{**training_sample(), "image": sample_image(64, 96)["image"]}])
+    with pytest.raises(ValueError, match=r"image 1: labels must lie in 0\.\.2, .* got \[3\]"):
         model([training_sample(), training_sample(labels=(3,))])
     with pytest.raises(ValueError, match=r"must lie in 0\.\.1, the classes of its vocabulary 'words', got \[2\]"):
         model([{**training_sample(labels=(2,)), "vocabulary": Vocabulary.from_names("a; b")}])
@@ -289,7 +289,7 @@ def test_a_model_that_has_predicted_in_inference_mode_can_still_be_trained(tiny_
     words = "cat; person; grass:stuff"
     model = tiny_model(words=words, train_words=words)
     with torch.inference_mode():
-        model([picture(64, 64)])
+        model([sample_image(64, 64)])
     sum(model.train()([training_sample()]).values()).backward()
     assert model.void_embedding.weight.grad.isfinite().all()
 
@@ -297,12 +297,12 @@ def test_a_model_that_has_predicted_in_inference_mode_can_still_be_trained(tiny_
 def test_threads_with_different_words_do_not_disturb_each_other(tiny_model):
     model = tiny_model()
     lists = ["a; b", "c; d; e", "f", "g; h; i; j"]
-    expected = [model([picture()], vocabulary=Vocabulary.from_names(words))[0]["sem_seg"] for words in lists]
+    expected = [model([sample_image()], vocabulary=Vocabulary.from_names(words))[0]["sem_seg"] for words in lists]
     fresh, found = copy.deepcopy(model), [None] * len(lists)
     fresh.text_encoder._memory.clear()
 
     def work(index):
-        found[index] = fresh([picture()], vocabulary=Vocabulary.from_names(lists[index]))[0]["sem_seg"]
+        found[index] = fresh([sample_image()], vocabulary=Vocabulary.from_names(lists[index]))[0]["sem_seg"]
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(lists))]
     for thread in threads:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fcclip.modeling.mask_decoder import Attention, MultiScaleMaskedTransformerDecoder, attention_mask
-from fcclip.structures import WordEmbeddings
+from fcclip.structures import TextEmbeddings
 
 
 def decoder(**changes):
@@ -27,7 +27,7 @@ def decoder(**changes):
 def inputs(channels=32):
     torch.manual_seed(1)
     pyramid = [torch.randn(2, channels, 2 * 2**i, 3 * 2**i) for i in range(3)]
-    words = WordEmbeddings(F.normalize(torch.randn(5, 16), dim=-1), torch.tensor([0, 0, 1, 2, 3]), 4)
+    words = TextEmbeddings(F.normalize(torch.randn(5, 16), dim=-1), torch.tensor([0, 0, 1, 2, 3]), 4)
     return pyramid, torch.randn(2, 32, 16, 24), words
 
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 
 from fcclip import ops
 from fcclip.modeling import inference, text
-from fcclip.modeling.classifier import word_logits
-from fcclip.modeling.clip import DENSE, build_clip
+from fcclip.modeling.backbones.clip import DENSE, build_clip
+from fcclip.modeling.classifier import text_logits
 from fcclip.modeling.text import TextEncoder
 from fcclip.ops import ms_deform_attn
-from fcclip.structures import WordEmbeddings
+from fcclip.structures import TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 from tests.losses.test_criterion import batch, criterion, run
-from tests.modeling.test_fcclip import picture, training_sample
+from tests.modeling.test_fcclip import sample_image, training_sample
 
 DATA = Path(__file__).parents[1] / "data"
 TINY = {"convnext": str(DATA / "tiny_convnext.json"), "resnet": str(DATA / "tiny_resnet.json")}
@@ -43,11 +43,11 @@ def test_words_do_not_depend_on_autocast():
 
 def test_similarities_do_not_depend_on_autocast():
     generator = torch.Generator().manual_seed(0)
-    words = WordEmbeddings(F.normalize(torch.randn(3, 8, generator=generator), dim=-1), torch.tensor([0, 1, 1]), 2)
+    words = TextEmbeddings(F.normalize(torch.randn(3, 8, generator=generator), dim=-1), torch.tensor([0, 1, 1]), 2)
     x = torch.randn(2, 4, 8, generator=generator)
-    expected = word_logits(x, words, torch.tensor(4.6))
+    expected = text_logits(x, words, torch.tensor(4.6))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = word_logits(x, words, torch.tensor(4.6))
+        found = text_logits(x, words, torch.tensor(4.6))
     assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
@@ -95,8 +95,8 @@ def test_only_prediction_sets_that_are_used_are_scored(tiny_cfg, tiny_model, tra
 def test_no_part_of_a_prediction_keeps_a_graph(tiny_model):
     model, kept = tiny_model(), []
     model.sem_seg_head.register_forward_hook(lambda _, __, found: kept.append(found.class_logits[-1].requires_grad))
-    model([picture()])
-    list(model.semantic_scores([picture()]))
+    model([sample_image()])
+    list(model.semantic_scores([sample_image()]))
     assert kept == [False, False]
 
 
@@ -105,7 +105,7 @@ def test_instances_do_not_depend_on_the_panoptic_output(tiny_cfg, tiny_model):
     tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
     alone = tiny_model(cfg=tiny_cfg, words="sky:stuff; cat; grass:stuff; dog")
     alone.load_state_dict(both.state_dict())
-    one, other = (model([picture()])[0]["instances"] for model in (both, alone))
+    one, other = (model([sample_image()])[0]["instances"] for model in (both, alone))
     assert len(one) and set(one.pred_classes.tolist()) <= {1, 3}
     for field in ("scores", "pred_classes", "pred_masks"):
         assert torch.equal(getattr(one, field), getattr(other, field)), field

@@ -81,7 +81,7 @@ def test_rows_can_be_made_of_a_part_of_the_map():
 
 
 @pytest.mark.parametrize(("all_outputs", "limit"), [(False, 150), (True, 450)])
-def test_many_classes_do_not_take_many_maps_of_the_picture(all_outputs, limit):
+def test_many_classes_do_not_take_many_maps_of_the_image(all_outputs, limit):
     """847 maps of 512 x 683 floats are 1,130 MiB, 100 masks 133 MiB; measured: 42 to 63 and 317 MiB."""
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fcclip.modeling import text
-from fcclip.modeling.clip import build_clip
+from fcclip.modeling.backbones.clip import build_clip
 from fcclip.modeling.text import TextEncoder, encode_tokens, text_weights_hash
 from fcclip.vocabulary import Vocabulary, prompts
 
@@ -24,13 +24,13 @@ def clip_model():
 
 def counted(monkeypatch) -> list[int]:
     """The number of words of every encoding that really ran."""
-    calls, encode = [], text.encode_words
+    calls, encode = [], text.encode_class_names
 
     def encode_and_count(clip_model, words):
         calls.append(len(words))
         return encode(clip_model, words)
 
-    monkeypatch.setattr(text, "encode_words", encode_and_count)
+    monkeypatch.setattr(text, "encode_class_names", encode_and_count)
     return calls
 
 
@@ -47,7 +47,7 @@ def test_cutting_behind_the_last_end_of_text_changes_nothing(clip_model):
 
 def test_a_word_is_the_normalised_mean_of_its_normalised_prompts(clip_model):
     words = TextEncoder(clip_model).encode(Vocabulary.from_names("cat, kitty; grass"))
-    assert words.class_of_word.tolist() == [0, 0, 1] and words.num_classes == 2
+    assert words.class_of_vector.tolist() == [0, 0, 1] and words.num_classes == 2
     with torch.no_grad():
         prompt = F.normalize(clip_model.encode_text(open_clip.tokenize(prompts(["kitty"]))), dim=-1)
     torch.testing.assert_close(words.vectors[1], F.normalize(prompt.mean(0), dim=0), atol=1e-6, rtol=1e-5)

@@ -36,7 +36,7 @@ def deterministic():
 
 
 def problem(form, *, dtype=torch.float32, device="cuda", **sizes):
-    """value, points, weights and gradient of the output on the GPU, in the sizes of a small picture."""
+    """value, points, weights and gradient of the output on the GPU, in the sizes of a small image."""
     sizes = {"batch": 2, "heads": 8, "channels": 32, "points": 4, "queries": 300, "spread": 0.3, **sizes}
     return [one.to(device) for one in inputs(SHAPES, form=form, dtype=dtype, **sizes)]
 
@@ -49,7 +49,7 @@ def forward_and_backward(form, name, value, points, weights, grad_output):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_pictures_of_real_size_equal_plain_torch(name, form, dtype):
+def test_images_of_real_size_equal_plain_torch(name, form, dtype):
     tensors = problem(form, dtype=dtype)
     exact = [one.double() for one in tensors]
     share = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2 * torch.finfo(dtype).eps)

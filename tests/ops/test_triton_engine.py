@@ -199,7 +199,7 @@ def test_a_triton_that_does_not_fit_is_broken(gpu, monkeypatch):
 
 @normal
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_kernels_compile_for_gpus_and_only_once_for_all_pictures(capability):
+def test_the_kernels_compile_for_gpus_and_only_once_for_all_images(capability):
     """triton brings all that it needs to compile; what is missing here is a driver that says for which GPU."""
     pytest.importorskip("triton", reason="triton is not installed")
     program = f"from tests.ops.test_triton_engine import compile_kernels; compile_kernels({capability})"
@@ -209,7 +209,7 @@ def test_the_kernels_compile_for_gpus_and_only_once_for_all_pictures(capability)
 
 
 def compile_kernels(capability: int) -> None:
-    """All kernels, one form in fp32 and the other in bf16; fails if a picture of another size compiles them again."""
+    """All kernels, one form in fp32 and the other in bf16; fails if an image of another size compiles them again."""
     from types import SimpleNamespace
 
     from triton.backends.compiler import GPUTarget
@@ -219,10 +219,10 @@ def compile_kernels(capability: int) -> None:
     answers = {"get_current_device": 0, "get_current_stream": 0, "get_current_target": target}
     driver.set_active(SimpleNamespace(**{name: lambda *_, one=one: one for name, one in answers.items()}))
     kernels = triton_engine._kernels()
-    pictures = ([(32, 32), (64, 64), (128, 128)], [(25, 38), (50, 76), (99, 151)])
+    images = ([(32, 32), (64, 64), (128, 128)], [(25, 38), (50, 76), (99, 151)])
     for dtype, fused in ((torch.float32, True), (torch.bfloat16, False)):
         compiled = []
-        for shapes in pictures:
+        for shapes in images:
             cells = sum(height * width for height, width in shapes)
             value = torch.empty(2, cells, 8, 32, device="meta")
             points = torch.empty(2, cells if fused else 300, 8, 3, 4, 2, device="meta")

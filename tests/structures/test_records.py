@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fcclip.structures import Targets, WordEmbeddings, boxes_of_masks
+from fcclip.structures import Targets, TextEmbeddings, boxes_of_masks
 
 
 def test_an_id_map_expands_to_one_mask_per_segment_empty_ones_included():
@@ -31,7 +31,7 @@ def test_targets_refuse_what_does_not_belong_together():
     with pytest.raises(ValueError, match="1 labels for 2 segments"):
         Targets(labels=labels[:1], masks=masks)
     with pytest.raises(ValueError, match="2 vectors for 1 words"):
-        WordEmbeddings(torch.zeros(2, 4), torch.zeros(1, dtype=torch.long), 1)
+        TextEmbeddings(torch.zeros(2, 4), torch.zeros(1, dtype=torch.long), 1)
 
 
 def test_boxes_are_tight_and_exclusive_at_right_and_bottom():

@@ -24,10 +24,10 @@ def load_program(path: Path) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """The shapes world with three training pictures and two in every other set."""
+    """The shapes world with three training images and two in every other set."""
     root = tmp_path_factory.mktemp("datasets")
     program = load_program(REPOSITORY / "datasets" / "prepare_shapes.py")
-    program.prepare(out=root, seed=3, num_pictures=3, num_workers=1, num_evaluation=2)
+    program.prepare(out=root, seed=3, num_images=3, num_workers=1, num_evaluation=2)
     return root
 
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fcclip.config import load_config
 from fcclip.modeling import build_model
-from fcclip.structures import Targets, WordEmbeddings
+from fcclip.structures import Targets, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -111,7 +111,7 @@ def words_that_leave_nothing_void(model, vocabulary):
         model.void_embedding.weight.copy_(-vectors.mean(0, keepdim=True))
         vectors += 3 * vectors.mean(0)
     classes = torch.repeat_interleave(torch.arange(len(vocabulary)), counts)
-    return WordEmbeddings(F.normalize(vectors, dim=-1), classes, len(vocabulary))
+    return TextEmbeddings(F.normalize(vectors, dim=-1), classes, len(vocabulary))
 
 
 class FixedWords:
@@ -221,7 +221,7 @@ def test_a_convnext_large_at_1024_pixels_costs_what_timm_says():
     assert report["inference"]["memory"]["parameters"] == 4 * 372_494_210
 
 
-def test_flops_grow_with_pixels_and_pictures_as_they_should(tiny_cfg):
+def test_flops_grow_with_pixels_and_images_as_they_should(tiny_cfg):
     small, large, pair = (
         tool.analyse(tiny_cfg, height=side, width=side, batch=batch) for side, batch in ((64, 1), (128, 1), (64, 2))
     )

@@ -32,9 +32,9 @@ def test_a_step_is_measured_in_its_parts_and_recorded_with_its_surroundings(benc
         parts = row["median_seconds"]
         assert parts["forward_time"] > 0 and parts["backward_time"] > 0 and parts["step_time"] > 0
         assert sum(parts.values()) < 3 * row["seconds"]
-        assert row["pictures_per_second"] == pytest.approx(row["batch"] / row["seconds"])
+        assert row["images_per_second"] == pytest.approx(row["batch"] / row["seconds"])
     assert {"torch", "git", "CPU"} <= set(report["environment"])
-    assert "pictures/s" in capsys.readouterr().out
+    assert "images/s" in capsys.readouterr().out
 
 
 def test_the_largest_batch_is_found_between_those_that_fit_and_those_that_do_not(benchmark, monkeypatch):
@@ -53,11 +53,11 @@ def test_the_largest_batch_is_found_between_those_that_fit_and_those_that_do_not
     options.batch = [40]
     assert benchmark.largest_step(None, options)["batch"] == 11
     monkeypatch.setattr(benchmark, "measure_step", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-    with pytest.raises(ValueError, match="not even one picture fits"):
+    with pytest.raises(ValueError, match="not even one image fits"):
         benchmark.largest_step(None, options)
 
 
-def test_made_up_samples_have_the_wanted_segments_and_cover_the_picture(benchmark):
+def test_made_up_samples_have_the_wanted_segments_and_cover_the_image(benchmark):
     sample = benchmark.made_up_sample(3, 100, 5, 7)
     targets = sample["targets"]
     assert sample["image"].shape == (3, 100, 100) and targets.id_map.shape == (100, 100)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--pictures", "2", "--rounds", "2", "--size", "48", "64", "--classes", "6", "--queries", "5"]
+SMALL = ["--images", "2", "--rounds", "2", "--size", "48", "64", "--classes", "6", "--queries", "5"]
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def benchmark(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tools")
     module = importlib.import_module("benchmark")
     monkeypatch.setattr(module, "BUSY_SECONDS", 0.005)
-    monkeypatch.setattr(module, "BUSY_PICTURES", 5)
+    monkeypatch.setattr(module, "BUSY_IMAGES", 5)
     return module
 
 
@@ -29,7 +29,7 @@ def test_every_task_is_compared_measured_in_turns_and_recorded(benchmark, tmp_pa
     assert benchmark.main(["evaluation", *SMALL, "--output", str(tmp_path / "evaluation.json")]) == 0
     report = json.loads((tmp_path / "evaluation.json").read_text())
     tasks = {"panoptic quality", "mean IoU", "mean IoU with head", "instance encoding"}
-    assert report["tasks"].keys() == tasks and report["picture"] == [48, 64]
+    assert report["tasks"].keys() == tasks and report["image"] == [48, 64]
     for row in report["tasks"].values():
         assert len(row["ratios"]) == 2 and all(seconds > 0 for seconds in row["seconds"].values())
     added = report["beside_a_network"]
@@ -37,27 +37,27 @@ def test_every_task_is_compared_measured_in_turns_and_recorded(benchmark, tmp_pa
     assert added["network alone"]["added"] == 0 and added["without threads"]["seconds"] > 0
     assert {"CPU", "git", "torch"} <= set(report["environment"]) and report["allocator"]
     out = capsys.readouterr().out
-    assert all(task in out for task in tasks) and "2 pictures compared in each task, all equal" in out
+    assert all(task in out for task in tasks) and "2 images compared in each task, all equal" in out
     assert torch.get_num_threads() == threads
 
 
 @pytest.fixture
 def world(benchmark, tmp_path):
-    options = Namespace(pictures=2, size=[48, 64], classes=6, segments=9, queries=5, instances=11)
+    options = Namespace(images=2, size=[48, 64], classes=6, segments=9, queries=5, instances=11)
     return benchmark.made_up_predictions(tmp_path, options)
 
 
 def test_made_up_predictions_are_neither_right_nor_hopeless(benchmark, world):
-    pictures, head = world
+    images, head = world
     assert head.scores.shape == (6, 48, 64)
-    for picture in pictures:
-        assert len(picture.output["instances"]) == 11 and picture.output["sem_seg"].shape == (48, 64)
-        ids, segments = picture.output["panoptic_seg"]
+    for ground_truth in images:
+        assert len(ground_truth.output["instances"]) == 11 and ground_truth.output["sem_seg"].shape == (48, 64)
+        ids, segments = ground_truth.output["panoptic_seg"]
         assert set(np.unique(ids)) - {0} == {segment["id"] for segment in segments}
-    group = benchmark.three_evaluators(pictures, 6)
-    for picture in pictures:
+    group = benchmark.three_evaluators(images, 6)
+    for ground_truth in images:
         for evaluator in group:
-            evaluator.process(benchmark.Picture(picture.record), picture.output)
+            evaluator.process(benchmark.GroundTruth(ground_truth.record), ground_truth.output)
     assert 0 < group[0].results()["panoptic_seg"]["PQ"] < 100
 
 
@@ -81,7 +81,7 @@ def test_numbers_that_differ_are_not_measured(benchmark, monkeypatch, capsys, fu
     setattr(peer, function, broken)
     monkeypatch.setattr(benchmark, "load_peer", lambda name: peer)
     assert benchmark.main(["evaluation", *SMALL]) == 1
-    assert "picture 0: ours and the published steps differ" in capsys.readouterr().err
+    assert "image 0: ours and the published steps differ" in capsys.readouterr().err
 
 
 def test_work_of_the_network_is_the_same_every_time(benchmark, monkeypatch):
@@ -111,4 +111,4 @@ def test_an_allocator_that_is_not_the_usual_one_is_told(benchmark, monkeypatch):
 def test_nothing_to_measure_is_one_line(benchmark, capsys, words):
     assert benchmark.main(["evaluation", *words]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: --pictures, --rounds") and error.count("\n") == 1
+    assert error.startswith("error: --images, --rounds") and error.count("\n") == 1

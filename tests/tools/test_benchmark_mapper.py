@@ -18,7 +18,7 @@ def benchmark(monkeypatch):
 
 def test_both_mappers_are_compared_measured_in_turns_and_recorded(benchmark, tmp_path, capsys):
     threads = torch.get_num_threads()
-    words = ["--pictures", "5", "--rounds", "2", "--size", "256", "--output", str(tmp_path / "mapper.json")]
+    words = ["--images", "5", "--rounds", "2", "--size", "256", "--output", str(tmp_path / "mapper.json")]
     assert benchmark.main(["mapper", *words]) == 0
     report = json.loads((tmp_path / "mapper.json").read_text())
     assert len(report["ratios"]) == 2 and report["samples"] == 10
@@ -29,7 +29,7 @@ def test_both_mappers_are_compared_measured_in_turns_and_recorded(benchmark, tmp
     assert torch.get_num_threads() == threads
 
 
-def test_made_up_pictures_are_as_large_as_said_and_have_their_segments(benchmark, tmp_path):
+def test_made_up_images_are_as_large_as_said_and_have_their_segments(benchmark, tmp_path):
     records = benchmark.made_up_records(tmp_path, 4, 12)
     assert [(record["height"], record["width"]) for record in records] == [(480, 640)] * 3 + [(640, 480)]
     assert all(len(record["segments_info"]) == 12 for record in records)
@@ -46,12 +46,10 @@ def test_samples_that_differ_are_not_measured(benchmark, monkeypatch, capsys):
 
     original, peer.map_record = peer.map_record, wrong
     monkeypatch.setattr(benchmark, "load_peer", lambda name: peer)
-    assert benchmark.main(["mapper", "--pictures", "1", "--rounds", "1", "--size", "64"]) == 1
+    assert benchmark.main(["mapper", "--images", "1", "--rounds", "1", "--size", "64"]) == 1
     assert "the two mappers give different samples" in capsys.readouterr().err
 
 
 def test_nothing_to_measure_is_one_line(benchmark, capsys):
     assert benchmark.main(["mapper", "--rounds", "0"]) == 1
-    assert (
-        capsys.readouterr().err == "error: --pictures, --rounds and --size must be at least 1, --segments 0 or more\n"
-    )
+    assert capsys.readouterr().err == "error: --images, --rounds and --size must be at least 1, --segments 0 or more\n"

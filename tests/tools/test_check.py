@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from fcclip.config import assets_dir
 from fcclip.engine import save_checkpoint
-from fcclip.engine.checkpoint import vocabulary_note
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import vocabulary_note
 from tests.data.published_trees import write_tree
 from tests.tools.conftest import REPOSITORY, load_program
 
@@ -295,11 +295,11 @@ def test_a_fine_tuning_that_cannot_start_is_named(root, tmp_path):
     assert not checked("--eval-only", "--weights", WEIGHTS, "FINETUNE.METHOD", "repaly").count(tool.ERROR)
 
 
-def test_former_pictures_are_looked_at_like_new_ones(root):
+def test_former_images_are_looked_at_like_new_ones(root):
     replay = ("--weights", WEIGHTS, *FINETUNE, "FINETUNE.METHOD", "replay", "FINETUNE.REPLAY_DATASETS")
     report = checked(*replay, "('shapes_tune',)")
     assert not report.count(tool.ERROR)
-    assert "shapes_tune: 2 pictures" in of_level(report, tool.OK, "former training data")[0].text
+    assert "shapes_tune: 2 images" in of_level(report, tool.OK, "former training data")[0].text
     mapper = ("FINETUNE.REPLAY_MAPPER", "coco_instance_lsj")
     assert "shapes_tune" in the_error(checked(*replay, "('shapes_tune',)", *mapper)).text
     shutil.rmtree(root / "shapes" / "tune")
@@ -505,7 +505,7 @@ def test_a_class_id_that_is_not_in_the_vocabulary_is_named(root):
     assert "category_id 999" in the_error(checked()).text
 
 
-def test_a_picture_of_another_size_than_its_annotation_is_named(root):
+def test_a_image_of_another_size_than_its_annotation_is_named(root):
     path = root / "shapes" / "val" / "000000000001.jpg"
     Image.open(path).resize((128, 256)).save(path)
     error = the_error(checked())
@@ -516,7 +516,7 @@ def test_a_picture_of_another_size_than_its_annotation_is_named(root):
 def test_ground_truth_of_another_size_is_named(root, folder):
     path = root / "shapes" / folder / "000000000001.png"
     Image.open(path).resize((128, 256), Image.Resampling.NEAREST).save(path)
-    assert "is 256 x 128 (height x width), its picture 256 x 256" in the_error(checked()).text
+    assert "is 256 x 128 (height x width), its image 256 x 256" in the_error(checked()).text
 
 
 def test_labels_that_are_no_class_are_named(root):
@@ -543,7 +543,7 @@ def test_files_that_are_missing_later_in_a_data_set_are_named(root):
     assert "1 of 3 files" in error.text and "000000000003.jpg" in error.text
 
 
-def test_a_picture_that_cannot_be_opened_is_named(root):
+def test_a_image_that_cannot_be_opened_is_named(root):
     (root / "shapes" / "train" / "000000000001.jpg").write_bytes(b"")
     assert "the file is empty" in the_error(checked()).text
 
@@ -588,7 +588,7 @@ def test_semantic_sets_are_looked_at_too(root):
     Image.new("L", (8, 6), 58).save(root / "pascal_ctx_d2" / "annotations_ctx59" / "validation" / "a.png")
     report = checked("--eval-only", *words)
     assert not report.count(tool.ERROR)
-    assert "1 pictures; the first, 6 x 8 as its ground truth" in of_level(report, tool.OK, "test data")[0].text
+    assert "1 images; the first, 6 x 8 as its ground truth" in of_level(report, tool.OK, "test data")[0].text
     idle = of_level(report, tool.NOTE, "test data")[0]
     assert idle.remedy == "MODEL.MASK_FORMER.TEST.PANOPTIC_ON False MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
 

@@ -57,23 +57,23 @@ def test_a_healthy_data_set_leaves_with_0(run, words):
     assert ("pixels were not decoded" in out) == bool(words)
 
 
-def test_the_summary_names_words_pictures_classes_and_what_was_seen(run, root):
+def test_the_summary_names_words_images_classes_and_what_was_seen(run, root):
     _, out, _ = run("shapes_val")
     lines = [line.strip() for line in out.splitlines()]
     assert lines[0] == "shapes_val (panoptic)"
     assert lines[1] == f"files      {os.path.join('shapes', 'annotations', 'panoptic_val.json')} below {root}"
     assert lines[2].startswith("vocabulary 'shapes' (not published), 60 classes, ") and "sha256 " in lines[2]
-    assert lines[3] == "pictures   2"
+    assert lines[3] == "images   2"
     assert lines[4].startswith("classes    60, ") and lines[4].endswith("of them used; 48 things, 12 stuff")
     assert lines[5] == "seen       40 share a word with the training vocabulary 'shapes_seen', 20 are unseen"
 
 
 def test_errors_leave_with_1_and_are_named_with_file_and_remedy(run, root):
-    picture = root / "shapes/val/000000000001.jpg"
-    picture.write_bytes(picture.read_bytes()[:1000])
+    image = root / "shapes/val/000000000001.jpg"
+    image.write_bytes(image.read_bytes()[:1000])
     code, out, _ = run("shapes_val")
     assert code == 1
-    assert "ERROR pictures that cannot be read: 1" in out
+    assert "ERROR images that cannot be read: 1" in out
     assert "shapes/val/000000000001.jpg: image file is truncated" in out
     assert "-> copy or download them again" in out
     assert "shapes_val: not fit for use (1 error, " in out
@@ -116,7 +116,7 @@ def test_the_first_files_of_a_kind_are_shown_and_all_of_them_on_demand(run, root
         Image.new("RGB", (8, 8)).save(root / f"shapes/val/more_{number}.jpg")
     code, out, _ = run("shapes_val")
     assert code == 0
-    assert "pictures that no annotation lists: they are not used: 5" in out
+    assert "images that no annotation lists: they are not used: 5" in out
     assert out.count("more_") == 3 and "and 2 more (--all, --output)" in out
     assert run("shapes_val", "--all")[1].count("more_") == 5
 
@@ -131,14 +131,14 @@ def test_the_output_file_has_every_finding_and_every_class(run, root, tmp_path):
     assert (first["dataset"], second["dataset"]) == ("shapes_val", "shapes_train")
     unlisted = [one for one in first["findings"] if one["kind"] == "unlisted-file"]
     assert len(unlisted) == 5 and {*unlisted[0]} == {"severity", "file", "what", "remedy", "kind"}
-    assert len(first["classes"]) == 60 and sum(one["pictures"] > 0 for one in second["classes"]) > 3
+    assert len(first["classes"]) == 60 and sum(one["images"] > 0 for one in second["classes"]) > 3
 
 
 @pytest.mark.parametrize("words", [(), ("--fast",)])
-def test_a_preview_is_a_sheet_of_pictures_with_labels_drawn(run, tmp_path, words):
+def test_a_preview_is_a_sheet_of_images_with_labels_drawn(run, tmp_path, words):
     code, out, _ = run("shapes_train", "--preview", "12", "--output", tmp_path / "out" / "report.json", *words)
     assert code == 0
-    assert f"3 pictures with their labels: {tmp_path / 'out' / 'shapes_train_preview.jpg'}" in out
+    assert f"3 images with their labels: {tmp_path / 'out' / 'shapes_train_preview.jpg'}" in out
     sheet = np.asarray(Image.open(tmp_path / "out" / "shapes_train_preview.jpg"))
     assert sheet.shape[0] > 1000 and sheet.shape[1] > 1000  # two rows of two
     assert (sheet[-600:, -500:] > 250).mean() > 0.99  # the fourth place stays empty
@@ -164,9 +164,9 @@ def test_every_kind_of_label_can_be_drawn(run, tmp_path, monkeypatch, name):
     assert min(sheet.size) > 1000
 
 
-def test_a_picture_that_nobody_could_read_has_its_place_in_the_preview(run, root, tmp_path):
-    picture = root / "shapes/val/000000000001.jpg"
-    picture.write_bytes(picture.read_bytes()[:-1000])
+def test_a_image_that_nobody_could_read_has_its_place_in_the_preview(run, root, tmp_path):
+    image = root / "shapes/val/000000000001.jpg"
+    image.write_bytes(image.read_bytes()[:-1000])
     code, out, _ = run("shapes_val", "--fast", "--preview", "2")
     assert code == 0
     assert "warn  files that do not end as their format does; probably cut off: 1" in out
@@ -182,10 +182,10 @@ def test_own_data_are_checked_and_drawn_by_their_yaml(run, root, tmp_path):
 
 
 def test_a_yaml_that_describes_no_data_set_is_an_error_of_the_data(run, root):
-    code, out, _ = run(own_yaml(root, picture="shapes/val"), "shapes_val")
+    code, out, _ = run(own_yaml(root, image="shapes/val"), "shapes_val")
     assert code == 1
     assert "ERROR descriptions of data sets that cannot be used: 1" in out
-    assert "Did you mean 'images'?" in out or "'picture'" in out
+    assert "Did you mean 'images'?" in out or "'image'" in out
     assert "meine Daten: not fit for use" in out and "shapes_val: in order" in out
 
 

@@ -13,9 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fcclip.engine import clip_fingerprint, load_weights, model_weights, save_checkpoint
-from fcclip.modeling.clip import build_clip
-from fcclip.modeling.weight_files import read_weight_file
+from fcclip.engine import save_checkpoint
+from fcclip.modeling.backbones.clip import build_clip
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
+from fcclip.weights import load_weights, model_weights
+from fcclip.weights.files import read_weight_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLIP = "backbone.clip_model."

@@ -20,7 +20,7 @@ ADE20K = "openvocab_ade20k_panoptic_val"
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Four-picture trees of ADE20K and Cityscapes, whose ground truth serves as predictions of another program."""
+    """Four-image trees of ADE20K and Cityscapes, whose ground truth serves as predictions of another program."""
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     monkeypatch.setenv("COLUMNS", "100")
     write_tree(ADE20K, tmp_path)
@@ -52,7 +52,7 @@ def test_predictions_of_another_program_in_all_three_formats(root, capsys):
     assert "copypaste: Task: panoptic_seg" in printed and "predictions" in printed
     found = json.loads((root / "out" / "results.json").read_text())["sets"][ADE20K]["predictions"]
     assert {name: groups["all"] for name, groups in found.items()} == pytest.approx({"PQ": 100, "AP": 100, "mIoU": 100})
-    assert (root / "out" / ADE20K / "per_picture.json").is_file()
+    assert (root / "out" / ADE20K / "per_image.json").is_file()
 
 
 def test_label_ids_of_cityscapes_with_a_suffix(root, capsys):
@@ -83,14 +83,14 @@ def test_missing_predictions_stop_it_unless_they_are_to_count_as_empty(root, cap
     path.write_text(json.dumps([row for row in json.loads(path.read_text()) if row["image_id"] != first]))
     words = ["--dataset", ADE20K, "--instances", str(path)]
     assert tool.main(words) == 1
-    assert f"1 of 4 pictures of '{ADE20K}' have no instances prediction: image_id '{first}'" in capsys.readouterr().err
+    assert f"1 of 4 images of '{ADE20K}' have no instances prediction: image_id '{first}'" in capsys.readouterr().err
     assert tool.main([*words, "--missing", "empty"]) == 0
     assert tool.main([*words, "--first", "0"]) == 1
 
 
 def test_saved_predictions_of_several_modes_have_a_line_each(root, tmp_path, capsys):
-    from fcclip.engine import save_weights
     from fcclip.modeling import build_model
+    from fcclip.weights import save_weights
     from tests.conftest import tiny_config
     from tests.tools.test_evaluate_zero_shot import tool as zero_shot
 

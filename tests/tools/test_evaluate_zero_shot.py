@@ -1,4 +1,4 @@
-"""The whole table, on four-picture trees of every data set and on the shapes world; killed, resumed, shared out."""
+"""The whole table, on four-image trees of every data set and on the shapes world; killed, resumed, shared out."""
 
 import contextlib
 import importlib.util
@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from fcclip.data import DATASETS
-from fcclip.engine import save_weights
-from fcclip.evaluation import published_results
 from fcclip.modeling import build_model
+from fcclip.reports import published_results
+from fcclip.weights import save_weights
 from tests.conftest import tiny_config
 from tests.data.own_world import write_own
 from tests.data.published_trees import write_tree
@@ -40,7 +40,7 @@ tool = load(PROGRAM)
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """(config file, weights) of the tiny model, of which every picture is 64 pixels wide."""
+    """(config file, weights) of the tiny model, of which every image is 64 pixels wide."""
     folder = tmp_path_factory.mktemp("tiny")
     cfg = tiny_config()
     cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = 64
@@ -152,11 +152,11 @@ def test_earlier_predictions_are_neither_removed_nor_mixed(tiny, trees, tmp_path
     assert code == 1 and "INPUT.MAX_SIZE_TEST was 64, now 32" in printed
 
 
-def test_a_page_shows_pictures_and_oracles_are_told_apart(tiny, trees, tmp_path, monkeypatch):
+def test_a_page_shows_images_and_oracles_are_told_apart(tiny, trees, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(trees))
     some = ("--datasets", "openvocab_cityscapes_fine_panoptic_val", "openvocab_pascal20_sem_seg_val")
-    code, printed, plain = run(tiny, tmp_path / "out", "--pictures", 1, *some, *SMALL)
-    assert code == 0 and f"page with pictures: {tmp_path}/out/page/index.html" in printed
+    code, printed, plain = run(tiny, tmp_path / "out", "--images", 1, *some, *SMALL)
+    assert code == 0 and f"page with images: {tmp_path}/out/page/index.html" in printed
     assert (tmp_path / "out/page/openvocab_pascal20_sem_seg_val/best1_prediction.jpg").is_file()
     found = {}
     for oracle in ("classes", "masks"):
@@ -172,7 +172,7 @@ def test_a_page_shows_pictures_and_oracles_are_told_apart(tiny, trees, tmp_path,
 @pytest.mark.parametrize("kind", ["panoptic", "instances", "semantic"])
 def test_data_of_a_users_own_has_a_row_too(tiny, tmp_path, kind):
     path = write_own(tmp_path / "own", kind)
-    code, printed, results = run(tiny, tmp_path / "out", "--datasets", path, "--pictures", 1, *SMALL)
+    code, printed, results = run(tiny, tmp_path / "out", "--datasets", path, "--images", 1, *SMALL)
     assert code == 0, printed
     columns = {"panoptic": ["PQ", "AP", "mIoU"], "instances": ["AP"], "semantic": ["mIoU"]}
     assert [cell["column"] for cell in results["row"]] == columns[kind]
@@ -189,9 +189,9 @@ def test_all_modes_come_from_one_pass(tiny, trees, tmp_path, monkeypatch):
         tiny, tmp_path, "--modes", "ensemble", "out_of_vocabulary", "--first", 2, *some, *SMALL
     )
     assert code == 0 and results["row"][0]["values"].keys() == {"ensemble", "out_of_vocabulary"}
-    assert "out of vocabulary" in printed and "2 pictures, published 1449" in printed.replace("\n    ", " ")
-    assert "evaluated openvocab_pascal20_sem_seg_val: 2 pictures" in printed
-    assert results["notes"]["pictures"] == "only the first 2 of each data set"
+    assert "out of vocabulary" in printed and "2 images, published 1449" in printed.replace("\n    ", " ")
+    assert "evaluated openvocab_pascal20_sem_seg_val: 2 images" in printed
+    assert results["notes"]["images"] == "only the first 2 of each data set"
 
 
 def test_options_may_stand_in_any_order():
@@ -234,11 +234,11 @@ def test_a_checkpoint_of_a_training_brings_its_config(tiny_cfg, tmp_path):
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory):
-    """The root of a shapes world whose three test sets have twelve pictures each."""
+    """The root of a shapes world whose three test sets have twelve images each."""
     root = tmp_path_factory.mktemp("shapes")
     render = load(REPOSITORY / "datasets" / "prepare_shapes.py")
     with contextlib.redirect_stdout(io.StringIO()):
-        render.prepare(out=root, seed=0, num_pictures=1, num_workers=1, num_evaluation=12)
+        render.prepare(out=root, seed=0, num_images=1, num_workers=1, num_evaluation=12)
     return root
 
 
@@ -264,7 +264,7 @@ def comparable(results):
 
 
 def lines_in(output):
-    return sum(path.read_bytes().count(b"\n") for path in output.glob("**/pictures.*.jsonl"))
+    return sum(path.read_bytes().count(b"\n") for path in output.glob("**/images.*.jsonl"))
 
 
 def test_killed_half_way_it_resumes_to_the_same_row_with_two_processes_too(tiny, shapes, tmp_path, monkeypatch):
@@ -288,7 +288,7 @@ def test_killed_half_way_it_resumes_to_the_same_row_with_two_processes_too(tiny,
     process = start(tiny, shapes, tmp_path / "parts", "--resume", "--num-gpus", 2)
     told = process.communicate(timeout=400)[0]
     assert process.returncode == 0, told
-    assert "pictures are evaluated from saved predictions" in told
+    assert "images are evaluated from saved predictions" in told
     resumed = json.loads((tmp_path / "parts" / "results.json").read_text())
     assert comparable(resumed) == comparable(whole)
     for path in sorted((tmp_path / "whole").glob("*/predictions.json")):

@@ -10,7 +10,7 @@ import pytest
 
 from fcclip.config import load_config
 from fcclip.data import dataset_vocabulary, get_dataset, read_id_map
-from fcclip.engine.finetuning import METHODS, check_finetuning
+from fcclip.finetuning.start import METHODS, check_finetuning
 from fcclip.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -26,12 +26,12 @@ def program():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A folder of data sets with six pictures in each set but the training set, which has one."""
+    """A folder of data sets with six images in each set but the training set, which has one."""
     folder = tmp_path_factory.mktemp("datasets")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(REPOSITORY / "datasets")
         prepare = importlib.import_module("prepare_shapes").prepare
-        prepare(out=folder, seed=3, num_pictures=1, num_workers=1, num_evaluation=6)
+        prepare(out=folder, seed=3, num_images=1, num_workers=1, num_evaluation=6)
     return folder
 
 
@@ -44,7 +44,7 @@ def test_the_own_classes_are_unseen_ones(program):
     assert set(program.METHODS) == set(METHODS) - {""}
 
 
-def test_own_data_are_the_pictures_of_orange_shapes_with_nothing_else_labelled(program, world, tmp_path):
+def test_own_data_are_the_images_of_orange_shapes_with_nothing_else_labelled(program, world, tmp_path):
     path = program.write_own_data(tmp_path / "own" / "test", world, ("val", "val_unseen"))
     dataset = get_dataset(str(path))
     assert dataset.name == "orange_test" and dataset.own_vocabulary().class_names == program.OWN

@@ -43,16 +43,16 @@ def test_what_the_quickstart_names_exists(quickstart):
     assert cfg.SOLVER.MAX_ITER < load_config(REPOSITORY / quickstart.CONFIG).SOLVER.MAX_ITER
 
 
-def test_a_sheet_shows_picture_ground_truth_and_prediction_of_the_first_pictures(quickstart, monkeypatch, tmp_path):
-    picture, ids = tmp_path / "1.png", tmp_path / "ids.png"
-    Image.new("RGB", (64, 64), (90, 120, 30)).save(picture)
+def test_a_sheet_shows_image_ground_truth_and_prediction_of_the_first_images(quickstart, monkeypatch, tmp_path):
+    pixels, ids = tmp_path / "1.png", tmp_path / "ids.png"
+    Image.new("RGB", (64, 64), (90, 120, 30)).save(pixels)
     Image.new("RGB", (64, 64), (7, 0, 0)).save(ids)
     segment = {"id": 7, "category_id": 1, "isthing": True, "area": 4096}
-    record = {"file_name": str(picture), "pan_seg_file_name": str(ids), "segments_info": [segment]}
+    record = {"file_name": str(pixels), "pan_seg_file_name": str(ids), "segments_info": [segment]}
 
     words = Vocabulary.from_names("red circle; blue star")
 
-    class TenPictures:
+    class TenImages:
         def records(self):
             return [record] * 10
 
@@ -60,7 +60,7 @@ def test_a_sheet_shows_picture_ground_truth_and_prediction_of_the_first_pictures
         def __call__(self, image, words):
             return Segmentation(image, np.zeros(image.shape[:2], np.int32), (), words.class_names)
 
-    monkeypatch.setattr(quickstart, "get_dataset", lambda name: TenPictures())
+    monkeypatch.setattr(quickstart, "get_dataset", lambda name: TenImages())
     monkeypatch.setattr(quickstart, "dataset_vocabulary", lambda dataset: words)
     sheet = np.array(Image.open(quickstart.draw_set(NothingFound(), "some_set", tmp_path / "new")))
     height, width = sheet.shape[:2]

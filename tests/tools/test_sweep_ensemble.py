@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from fcclip.engine import save_weights
 from fcclip.modeling import build_model
+from fcclip.weights import save_weights
 from tests.conftest import tiny_config
 from tests.data.published_trees import write_tree
 

@@ -25,7 +25,7 @@ tool = load_tool()
 
 @pytest.fixture(scope="module")
 def pool():
-    return tool.render_pool(seed=11, rule_name="clip", num_pictures=12, workers=1)
+    return tool.render_pool(seed=11, rule_name="clip", num_images=12, workers=1)
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_the_shipped_file_is_small_half_precision_and_says_how_it_was_made():
 
 
 def test_the_shipped_clip_names_single_shapes(shipped):
-    singles = tool.render_pool(seed=4711, rule_name="single", num_pictures=24, workers=1)
+    singles = tool.render_pool(seed=4711, rule_name="single", num_images=24, workers=1)
     words, owners = tool.word_vectors(shipped)
     with torch.no_grad():
         vectors = shipped.visual(tool.enlarge(singles.images, 256))

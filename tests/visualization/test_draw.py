@@ -8,7 +8,7 @@ from fcclip.visualization.draw import READABLE_SIDE_PX, _box_sums, _place
 GREY = 128
 
 
-def picture(height=800, width=800):
+def pixels(height=800, width=800):
     return np.full((height, width, 3), GREY, np.uint8)
 
 
@@ -24,7 +24,7 @@ NAMES = ("sand", "red circle")
 
 
 def test_void_pixels_stay_untouched_and_segments_are_tinted():
-    drawn = draw_panoptic(picture(), square_map(), SEGMENTS, NAMES)
+    drawn = draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES)
     assert drawn.dtype == np.uint8
     assert drawn.shape == (800, 800, 3)
     assert (drawn[:195] == GREY).all()
@@ -32,65 +32,65 @@ def test_void_pixels_stay_untouched_and_segments_are_tinted():
     assert (drawn[420:440, 220:580] != GREY).any(-1).mean() > 0.9
 
 
-def test_the_input_picture_is_not_changed():
-    image = picture()
+def test_the_input_image_is_not_changed():
+    image = pixels()
     draw_panoptic(image, square_map(), SEGMENTS, NAMES)
     assert (image == GREY).all()
 
 
-def test_drawing_twice_gives_the_same_picture():
-    first, second = (draw_panoptic(picture(), square_map(), SEGMENTS, NAMES) for _ in range(2))
+def test_drawing_twice_gives_the_same_image():
+    first, second = (draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES) for _ in range(2))
     np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (16, 40), (256, 256), (500, 300)])
-def test_small_pictures_are_enlarged_by_a_whole_factor_until_names_are_readable(size):
+def test_small_images_are_enlarged_by_a_whole_factor_until_names_are_readable(size):
     height, width = size
-    drawn = draw_panoptic(picture(height, width), np.ones(size, np.int32), SEGMENTS[:1], NAMES)
+    drawn = draw_panoptic(pixels(height, width), np.ones(size, np.int32), SEGMENTS[:1], NAMES)
     assert drawn.shape[1] % width == 0
     assert max(drawn.shape[:2]) >= READABLE_SIDE_PX
     assert drawn.shape[0] >= height * (drawn.shape[1] // width)  # a strip of names may stand below
 
 
-def test_a_large_picture_keeps_its_size():
-    drawn = draw_panoptic(picture(1024, 2048), np.ones((1024, 2048), np.int32), SEGMENTS[:1], NAMES)
+def test_a_large_image_keeps_its_size():
+    drawn = draw_panoptic(pixels(1024, 2048), np.ones((1024, 2048), np.int32), SEGMENTS[:1], NAMES)
     assert drawn.shape == (1024, 2048, 3)
 
 
 def test_scores_change_the_writing_only():
-    without = draw_panoptic(picture(), square_map(), SEGMENTS, NAMES, scores=False)
-    with_scores = draw_panoptic(picture(), square_map(), SEGMENTS, NAMES)
+    without = draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES, scores=False)
+    with_scores = draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES)
     changed = (without != with_scores).any(-1)
     assert 0 < changed.mean() < 0.02
 
 
-def test_a_picture_without_segments_is_drawn_as_it_is():
-    np.testing.assert_array_equal(draw_panoptic(picture(), np.zeros((800, 800), np.int32), [], NAMES), picture())
+def test_a_image_without_segments_is_drawn_as_it_is():
+    np.testing.assert_array_equal(draw_panoptic(pixels(), np.zeros((800, 800), np.int32), [], NAMES), pixels())
 
 
 def test_names_of_segments_too_small_for_a_name_stand_in_a_strip_below():
     ids = np.ones((800, 800), np.int32)
     ids[401, 401] = 2  # one pixel, thinner than a cell of the placement grid
-    drawn = draw_panoptic(picture(), ids, SEGMENTS, NAMES)
+    drawn = draw_panoptic(pixels(), ids, SEGMENTS, NAMES)
     assert drawn.shape[0] > 800
     np.testing.assert_array_equal(drawn.shape[1:], (800, 3))
 
 
 def test_names_in_any_alphabet_and_of_any_length_can_be_written():
     names = ("песок und Straße θάλασσα", "x" * 500)
-    assert draw_panoptic(picture(), square_map(), SEGMENTS, names).shape == (800, 800, 3)
+    assert draw_panoptic(pixels(), square_map(), SEGMENTS, names).shape == (800, 800, 3)
 
 
 def test_a_hundred_segments_can_be_drawn():
     ids = np.kron(np.arange(1, 101).reshape(10, 10), np.ones((30, 30))).astype(np.int32)
     segments = [Segment(i, i % 2, bool(i % 3), 0.5, 900) for i in range(1, 101)]
-    assert draw_panoptic(picture(300, 300), ids, segments, NAMES).shape[1] == 900
+    assert draw_panoptic(pixels(300, 300), ids, segments, NAMES).shape[1] == 900
 
 
 def test_equal_things_have_different_shades():
     ids = np.zeros((800, 800), np.int32)
     ids[100:300, 100:700], ids[500:700, 100:700] = 1, 2
-    drawn = draw_panoptic(picture(), ids, [Segment(i, 1, True, 0.5, 120000) for i in (1, 2)], NAMES)
+    drawn = draw_panoptic(pixels(), ids, [Segment(i, 1, True, 0.5, 120000) for i in (1, 2)], NAMES)
     assert (drawn[120, 120] != drawn[520, 120]).any()
 
 
@@ -126,18 +126,18 @@ def test_box_sums_are_the_written_out_sums():
 def test_labels_are_drawn_like_one_segment_per_class_and_ignored_pixels_stay_untouched():
     labels = np.full((800, 800), 255, np.uint8)
     labels[400:] = 1
-    drawn = draw_labels(picture(), labels, NAMES)
+    drawn = draw_labels(pixels(), labels, NAMES)
     assert (drawn[:395] == GREY).all()
     assert (drawn[410:] != GREY).any(-1).mean() > 0.9
 
 
 def test_a_map_of_another_size_is_refused():
-    with pytest.raises(ValueError, match=r"the map is \(4, 4\).*picture \(800, 800\)"):
-        draw_panoptic(picture(), np.zeros((4, 4), np.int32), [], NAMES)
+    with pytest.raises(ValueError, match=r"the map is \(4, 4\).*image \(800, 800\)"):
+        draw_panoptic(pixels(), np.zeros((4, 4), np.int32), [], NAMES)
 
 
 @pytest.mark.parametrize(("shape", "kind"), [((8, 8), np.uint8), ((8, 8, 4), np.uint8), ((8, 8, 3), np.float32)])
-def test_a_picture_that_is_not_rgb_bytes_is_refused(shape, kind):
+def test_a_image_that_is_not_rgb_bytes_is_refused(shape, kind):
     image = np.zeros(shape, kind)
     with pytest.raises(ValueError, match=r"\(h, w, 3\) uint8 RGB"):
         draw_panoptic(image, np.zeros((8, 8), np.int32), [], NAMES)
@@ -145,6 +145,6 @@ def test_a_picture_that_is_not_rgb_bytes_is_refused(shape, kind):
 
 def test_a_class_without_a_name_is_refused():
     with pytest.raises(ValueError, match=r"segment 5 has class 2, but there are names for 0\.\.1"):
-        draw_panoptic(picture(), square_map(), [Segment(5, 2, True, 1.0, 1)], NAMES)
+        draw_panoptic(pixels(), square_map(), [Segment(5, 2, True, 1.0, 1)], NAMES)
     with pytest.raises(ValueError, match="has class 7"):
-        draw_labels(picture(), np.full((800, 800), 7), NAMES)
+        draw_labels(pixels(), np.full((800, 800), 7), NAMES)

@@ -3,7 +3,7 @@
 metadata.py          class_metadata: detectron2's class names and id maps of a vocabulary
 files.py             read_json: annotation files, and what they must have
 panoptic.py          panoptic_dataset: COCO panoptic JSON with id PNGs, for every family that has them
-semantic.py          semantic_dataset: two folders of pictures and label maps, paired by file name
+semantic.py          semantic_dataset: two folders of images and label maps, paired by file name
 instances.py         instance_dataset: COCO instance JSON with polygons or run-length codes
 coco.py              COCO 2017: panoptic, instances, COCO-Stuff
 ade20k.py            ADE20K: panoptic, instances and semantic with 150 classes, semantic with 847

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
+from fcclip.errors import InputError
 
 __all__ = ["CITYSCAPES", "cityscapes_panoptic", "instance_ids_file"]
 
@@ -14,7 +15,7 @@ CITYSCAPES = "cityscapes_panoptic_seg"  # evaluator type
 
 
 def cityscapes_panoptic(root: Path, *, name: str, split: str) -> Dataset:
-    """Cityscapes fine panoptic, split train or val: 19 classes, 8 of them things; pictures lie in one folder a city."""
+    """Cityscapes fine panoptic, split train or val: 19 classes, 8 of them things; images lie in one folder a city."""
     city = root / "cityscapes"
     dataset = panoptic_dataset(
         name=name,
@@ -41,8 +42,8 @@ def instance_ids_file(record: Mapping) -> str:
     labels = record.get("sem_seg_file_name", "")
     stem = labels.removesuffix("_gtFine_labelTrainIds.png")
     if stem == labels:
-        raise ValueError(
-            f"the label map '{labels}' of picture {record['image_id']!r} is not named "
+        raise InputError(
+            f"the label map '{labels}' of image {record['image_id']!r} is not named "
             "<city>_<sequence>_<frame>_gtFine_labelTrainIds.png; the Cityscapes protocol needs the instanceIds file "
             "beside it"
         )

@@ -41,7 +41,7 @@ def coco_instances(root: Path, *, name: str, split: str) -> Dataset:
 
 
 def coco_stuff_sem_seg(root: Path, *, name: str, split: str) -> Dataset:
-    """COCO-Stuff 164k, split train or test (the pictures of val2017): 171 classes."""
+    """COCO-Stuff 164k, split train or test (the images of val2017): 171 classes."""
     coco, folder = root / "coco", {"train": "train2017", "test": "val2017"}[split]
     return semantic_dataset(
         name=name,

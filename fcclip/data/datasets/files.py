@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fcclip.errors import InputError, MissingFileError
+
 __all__ = ["WHERE_DATA_IS", "check_first_files", "check_lists", "read_json"]
 
 WHERE_DATA_IS = (
     "Data sets are looked for below $DETECTRON2_DATASETS, else below the folder 'datasets'; "
     "datasets/README.md shows the layout."
 )
-_FILES = {"file_name": "picture", "pan_seg_file_name": "id PNG"}  # of a record
+_FILES = {"file_name": "image", "pan_seg_file_name": "id PNG"}  # of a record
 
 
 def read_json(where: str, path: Path, lists: Sequence[str], expected: str, remedy: str = WHERE_DATA_IS) -> dict:
@@ -33,9 +35,9 @@ def read_json(where: str, path: Path, lists: Sequence[str], expected: str, remed
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{where} does not exist. {remedy}") from error
+        raise MissingFileError(f"{where} does not exist. {remedy}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(
+        raise InputError(
             f"{where} is not valid JSON ({path.stat().st_size} bytes): {error}. "
             "It may have been cut off; copy or prepare it again."
         ) from error
@@ -51,7 +53,7 @@ def check_lists(where: str, content: Any, lists: Sequence[str], expected: str) -
     """
     for name in lists:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise ValueError(f"{where} has no list '{name}'. {expected}")
+            raise InputError(f"{where} has no list '{name}'. {expected}")
 
 
 def check_first_files(where: str, records: Sequence[Mapping], remedy: str = WHERE_DATA_IS) -> None:
@@ -68,4 +70,4 @@ def check_first_files(where: str, records: Sequence[Mapping], remedy: str = WHER
     for record in records[:1]:
         for key, kind in _FILES.items():
             if key in record and not Path(record[key]).is_file():
-                raise FileNotFoundError(f"{where} lists the {kind} {record[key]}, which does not exist. {remedy}")
+                raise MissingFileError(f"{where} lists the {kind} {record[key]}, which does not exist. {remedy}")

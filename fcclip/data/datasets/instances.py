@@ -1,4 +1,4 @@
-"""Reader of COCO instance annotations: one JSON file, a folder of pictures."""
+"""Reader of COCO instance annotations: one JSON file, a folder of images."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.files import check_first_files, read_json
 from fcclip.data.datasets.metadata import class_metadata, thing_vocabulary
 from fcclip.data.segmentations import compressed, has_area
+from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
 __all__ = ["BOX_MODE", "NOT_INSTANCES", "instance_dataset", "instance_records", "read_instance_json"]
@@ -35,8 +36,8 @@ def instance_dataset(
     Args:
         name: as registered.
         vocabulary: name of the built-in vocabulary with these things; the category ids of the JSON are theirs.
-        image_root, json_file: pictures and annotations.
-        image_id: from the `id` of a picture in the JSON to the `image_id` of the record.
+        image_root, json_file: images and annotations.
+        image_id: from the `id` of an image in the JSON to the `image_id` of the record.
     """
     words = thing_vocabulary(Vocabulary.builtin(vocabulary))
     metadata = {
@@ -46,10 +47,10 @@ def instance_dataset(
         "json_file": str(json_file),
     }
 
-    def picture(image: dict) -> dict[str, Any]:
+    def image_file(image: dict) -> dict[str, Any]:
         return {"file_name": f"{image_root}/{image['file_name']}", "image_id": image_id(image["id"])}
 
-    how = {"vocabulary": words, "picture": picture}
+    how = {"vocabulary": words, "image": image_file}
     load = partial(read_instance_json, name, json_file, **how)
     parse = partial(instance_records, f"data set '{name}': {json_file}", **how)
     return Dataset(name=name, metadata=metadata, load=load, parse=parse, vocabulary=words.name, words=lambda: words)
@@ -60,15 +61,15 @@ def read_instance_json(
     path: Path,
     *,
     vocabulary: Vocabulary,
-    picture: Callable[[dict], dict[str, Any]],
+    image_file: Callable[[dict], dict[str, Any]],
 ) -> list[dict]:
-    """The records of an instance JSON file, in the order of the ids of its pictures.
+    """The records of an instance JSON file, in the order of the ids of its images.
 
     Args:
         name: of the data set, for messages.
         path: the JSON file.
         vocabulary: contiguous ids are positions in it.
-        picture: from an entry of `images` to `file_name`, `image_id` and whatever else the record takes from it.
+        image: from an entry of `images` to `file_name`, `image_id` and whatever else the record takes from it.
 
     Returns:
         Dicts with `file_name, image_id, annotations`, and `height, width` where the JSON gives them. An annotation has
@@ -77,13 +78,13 @@ def read_instance_json(
         with none left.
 
     Raises:
-        FileNotFoundError: the file, or the first picture, does not exist.
-        ValueError: the file is no complete instance JSON, has two pictures of one id, an annotation of a picture that
+        FileNotFoundError: the file, or the first image, does not exist.
+        ValueError: the file is no complete instance JSON, has two images of one id, an annotation of an image that
             it does not list, or a category id that is not in the vocabulary.
     """
     where = f"data set '{name}': {path}"
     content = read_json(where, path, ("images", "annotations"), NOT_INSTANCES)
-    records = instance_records(where, content, vocabulary=vocabulary, picture=picture)
+    records = instance_records(where, content, vocabulary=vocabulary, image_file=image_file)
     check_first_files(where, records)
     return records
 
@@ -93,45 +94,45 @@ def instance_records(
     content: dict,
     *,
     vocabulary: Vocabulary,
-    picture: Callable[[dict], dict[str, Any]],
+    image_file: Callable[[dict], dict[str, Any]],
 ) -> list[dict]:
     """The records of instance annotations that are read already; see `read_instance_json`. Looks for no file.
 
     Args:
         where: data set and file, for messages.
         content: of the file; `images` and `annotations` are lists.
-        vocabulary, picture: as for `read_instance_json`.
+        vocabulary, image: as for `read_instance_json`.
     """
     classes = {entry.id: index for index, entry in enumerate(vocabulary.classes)}
     records: dict[Any, dict] = {}
     try:
         for image in sorted(content["images"], key=lambda image: image["id"]):
             if image["id"] in records:
-                raise ValueError(f"{where} lists two pictures with the id {image['id']!r}. Give each an id of its own.")
-            record = records[image["id"]] = {**picture(image), "annotations": []}
+                raise InputError(f"{where} lists two images with the id {image['id']!r}. Give each an id of its own.")
+            record = records[image["id"]] = {**image_file(image), "annotations": []}
             if image.get("height") and image.get("width"):
                 record.update(height=image["height"], width=image["width"])
         for annotation in content["annotations"]:
             if annotation["image_id"] not in records:
-                raise ValueError(
-                    f"{where}: annotation {annotation.get('id')!r} belongs to the picture {annotation['image_id']!r}, "
-                    "which is not in 'images'. Leave both out, or list the picture."
+                raise InputError(
+                    f"{where}: annotation {annotation.get('id')!r} belongs to the image {annotation['image_id']!r}, "
+                    "which is not in 'images'. Leave both out, or list the image."
                 )
             instance = _instance(where, annotation, classes, vocabulary)
             if instance is not None:
                 records[annotation["image_id"]]["annotations"].append(instance)
     except KeyError as error:
-        raise ValueError(f"{where}: an entry has no {error}. {NOT_INSTANCES}") from error
+        raise InputError(f"{where}: an entry has no {error}. {NOT_INSTANCES}") from error
     except TypeError as error:
-        raise ValueError(f"{where}: {error}. {NOT_INSTANCES}") from error
+        raise InputError(f"{where}: {error}. {NOT_INSTANCES}") from error
     return list(records.values())
 
 
 def _instance(where: str, annotation: dict, classes: dict[int, int], vocabulary: Vocabulary) -> dict | None:
     category = annotation["category_id"]
     if category not in classes:
-        raise ValueError(
-            f"{where}: annotation {annotation.get('id')!r} of picture {annotation['image_id']!r} has category_id "
+        raise InputError(
+            f"{where}: annotation {annotation.get('id')!r} of image {annotation['image_id']!r} has category_id "
             f"{category}, which is not in vocabulary '{vocabulary.name}' ({len(classes)} classes, ids "
             f"{min(classes)}..{max(classes)}). Check that this JSON belongs to this data set."
         )
@@ -145,7 +146,7 @@ def _instance(where: str, annotation: dict, classes: dict[int, int], vocabulary:
         try:
             instance["segmentation"] = compressed(segmentation)
         except ValueError as error:
-            raise ValueError(f"{where}: annotation {annotation.get('id')!r}: {error}") from error
+            raise InputError(f"{where}: annotation {annotation.get('id')!r}: {error}") from error
     elif segmentation:
         kept = [polygon for polygon in segmentation if has_area(polygon)]
         if not kept:

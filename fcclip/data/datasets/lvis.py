@@ -1,4 +1,4 @@
-"""LVIS v1: instances of 1203 classes on the pictures of COCO; the class names come from the user's annotation file."""
+"""LVIS v1: instances of 1203 classes on the images of COCO; the class names come from the user's annotation file."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.files import read_json
 from fcclip.data.datasets.instances import instance_records, read_instance_json
 from fcclip.data.datasets.metadata import LateMetadata
+from fcclip.errors import InputError
 from fcclip.vocabulary import ClassEntry, Vocabulary
 
 __all__ = ["lvis_instances", "lvis_vocabulary"]
@@ -22,7 +23,7 @@ _ENOUGH = 16 * 2**20  # bytes; the categories of LVIS v1 take 0.5 MB
 
 
 def lvis_instances(root: Path, *, name: str, split: str) -> Dataset:
-    """LVIS v1, split train or val; pictures of both splits lie in both of COCO's folders.
+    """LVIS v1, split train or val; images of both splits lie in both of COCO's folders.
 
     A record also has `not_exhaustive_category_ids` and `neg_category_ids`, which federated evaluation needs.
     """
@@ -31,16 +32,16 @@ def lvis_instances(root: Path, *, name: str, split: str) -> Dataset:
     def words() -> Vocabulary:
         return lvis_vocabulary(name, path)
 
-    def picture(image: dict) -> dict[str, Any]:
+    def image_file(image: dict) -> dict[str, Any]:
         folder, file = image["coco_url"].split("/")[-2:]  # http://images.cocodataset.org/train2017/000000391895.jpg
         lists = {key: image[key] for key in ("not_exhaustive_category_ids", "neg_category_ids") if key in image}
         return {"file_name": f"{coco}/{folder}/{file}", "image_id": image["id"], **lists}
 
     def load() -> list[dict]:
-        return read_instance_json(name, path, vocabulary=words(), picture=picture)
+        return read_instance_json(name, path, vocabulary=words(), image_file=image_file)
 
     def parse(content: dict) -> list[dict]:
-        return instance_records(f"data set '{name}': {path}", content, vocabulary=words(), picture=picture)
+        return instance_records(f"data set '{name}': {path}", content, vocabulary=words(), image_file=image_file)
 
     known = {"evaluator_type": "lvis", "image_root": str(coco), "json_file": str(path)}
     metadata = LateMetadata(known, words)
@@ -67,11 +68,11 @@ def _vocabulary(name: str, path: Path, changed: int) -> Vocabulary:
     try:
         classes = tuple(map(_class, sorted(categories, key=lambda category: category["id"])))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{where}: a category has no {error}. {_EXPECTED}") from error
+        raise InputError(f"{where}: a category has no {error}. {_EXPECTED}") from error
     except AttributeError as error:
-        raise ValueError(f"{where}: a name or synonym of a category is no text ({error}). {_EXPECTED}") from error
+        raise InputError(f"{where}: a name or synonym of a category is no text ({error}). {_EXPECTED}") from error
     if not classes:
-        raise ValueError(f"{where} has no categories. {_EXPECTED}")
+        raise InputError(f"{where} has no categories. {_EXPECTED}")
     return Vocabulary(VOCABULARY, classes)
 
 

@@ -1,4 +1,4 @@
-"""Reader of the COCO panoptic format: one JSON file, a folder of id PNGs, a folder of pictures."""
+"""Reader of the COCO panoptic format: one JSON file, a folder of id PNGs, a folder of images."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.files import check_first_files, read_json
 from fcclip.data.datasets.metadata import class_metadata
+from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
 __all__ = ["NOT_PANOPTIC", "panoptic_dataset", "panoptic_records", "read_panoptic_json"]
@@ -38,11 +39,11 @@ def panoptic_dataset(
         name: as registered.
         vocabulary: name of the built-in vocabulary that the category ids of the JSON belong to.
         evaluator_type: which evaluators run on it.
-        image_root, panoptic_root, panoptic_json, sem_seg_root: pictures, id PNGs, annotations, semantic label maps.
+        image_root, panoptic_root, panoptic_json, sem_seg_root: images, id PNGs, annotations, semantic label maps.
         json_file: instance annotations for average precision; None: the data set has none.
         ignore_label: value of unlabelled pixels in the semantic label maps.
         image_id: from the `image_id` of the JSON to that of the record.
-        image_file: from an annotation to its picture below `image_root`; default: the same stem, `.jpg`.
+        image_file: from an annotation to its image below `image_root`; default: the same stem, `.jpg`.
         sem_seg_file: from an annotation to its label map below `sem_seg_root`; default: the same file name.
     """
     words = Vocabulary.builtin(vocabulary)
@@ -93,8 +94,8 @@ def read_panoptic_json(
         the JSON gives them. A segment keeps its fields; `category_id` becomes contiguous, `isthing` is added.
 
     Raises:
-        FileNotFoundError: the file, or a picture or id PNG of the first record, does not exist.
-        ValueError: the file is no complete panoptic JSON, has two annotations of one picture, or holds a category id
+        FileNotFoundError: the file, or an image or id PNG of the first record, does not exist.
+        ValueError: the file is no complete panoptic JSON, has two annotations of one image, or holds a category id
             that is not in the vocabulary.
     """
     where = f"data set '{name}': {path}"
@@ -129,13 +130,12 @@ def panoptic_records(
                 _segment(where, annotation, segment, classes, vocabulary) for segment in annotation["segments_info"]
             ]
         except KeyError as error:
-            raise ValueError(f"{where}: annotation {len(records)} has no {error}. {NOT_PANOPTIC}") from error
+            raise InputError(f"{where}: annotation {len(records)} has no {error}. {NOT_PANOPTIC}") from error
         except TypeError as error:
-            raise ValueError(f"{where}: annotation {len(records)}: {error}. {NOT_PANOPTIC}") from error
+            raise InputError(f"{where}: annotation {len(records)}: {error}. {NOT_PANOPTIC}") from error
         if record["image_id"] in known:
-            raise ValueError(
-                f"{where} has two annotations of the picture {record['image_id']!r}. Give each picture an id of its "
-                "own."
+            raise InputError(
+                f"{where} has two annotations of the image {record['image_id']!r}. Give each image an id of its own."
             )
         known.add(record["image_id"])
         size = sizes.get(str(annotation["image_id"]), {})
@@ -148,7 +148,7 @@ def panoptic_records(
 def _segment(where: str, annotation: dict, segment: dict, classes: dict, vocabulary: Vocabulary) -> dict:
     if segment["category_id"] not in classes:
         ids = [entry.id for entry in vocabulary.classes]
-        raise ValueError(
+        raise InputError(
             f"{where}: segment {segment['id']} of {annotation['file_name']} has category_id {segment['category_id']}, "
             f"which is not in vocabulary '{vocabulary.name}' ({len(ids)} classes, ids {min(ids)}..{max(ids)}). "
             "Check that this JSON belongs to this data set; leave segments without a class out of segments_info."

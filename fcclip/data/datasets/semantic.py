@@ -1,4 +1,4 @@
-"""Reader of semantic data sets: a folder of pictures and a folder of label maps, paired by file name."""
+"""Reader of semantic data sets: a folder of images and a folder of label maps, paired by file name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.files import WHERE_DATA_IS
 from fcclip.data.datasets.metadata import class_metadata
+from fcclip.errors import MissingFileError
 from fcclip.vocabulary import Vocabulary
 
 __all__ = ["read_folder_pair", "semantic_dataset"]
@@ -55,22 +56,22 @@ def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_e
     Raises:
         FileNotFoundError: a folder does not exist.
     """
-    pictures, labels = _files_by_stem(name, image_root, image_ext), _files_by_stem(name, sem_seg_root, gt_ext)
-    stems = sorted(pictures.keys() & labels.keys())
-    alone = len(pictures) + len(labels) - 2 * len(stems)
+    images, labels = _files_by_stem(name, image_root, image_ext), _files_by_stem(name, sem_seg_root, gt_ext)
+    stems = sorted(images.keys() & labels.keys())
+    alone = len(images) + len(labels) - 2 * len(stems)
     if alone:
         logger.warning(
-            "data set '%s': %d of %d pictures in %s and %d label maps in %s have no partner of the same name; left out",
-            *(name, alone, len(pictures), image_root, len(labels), sem_seg_root),
+            "data set '%s': %d of %d images in %s and %d label maps in %s have no partner of the same name; left out",
+            *(name, alone, len(images), image_root, len(labels), sem_seg_root),
         )
     return [
-        {"file_name": str(pictures[stem]), "sem_seg_file_name": str(labels[stem]), "image_id": stem} for stem in stems
+        {"file_name": str(images[stem]), "sem_seg_file_name": str(labels[stem]), "image_id": stem} for stem in stems
     ]
 
 
 def _files_by_stem(name: str, folder: Path, extension: str) -> dict[str, Path]:
     if not folder.is_dir():
-        raise FileNotFoundError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
+        raise MissingFileError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
     ending = f".{extension}"
     files = (path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
     return {path.name.removesuffix(ending): path for path in files}

@@ -1,4 +1,4 @@
-"""The shapes world: pictures that datasets/prepare_shapes.py renders, stored as COCO panoptic files."""
+"""The shapes world: images that datasets/prepare_shapes.py renders, stored as COCO panoptic files."""
 
 from __future__ import annotations
 

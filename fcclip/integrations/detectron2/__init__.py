@@ -18,12 +18,14 @@ training.py    Trainer, and the evaluators of each kind of data set
 registry.py    register: everything under its published name
 """
 
+from fcclip.errors import NotInstalledError
+
 try:
     import detectron2 as _detectron2  # noqa: F401 (the parts below need it)
 except ModuleNotFoundError as error:
     if error.name != "detectron2":
         raise
-    raise ImportError(
+    raise NotInstalledError(
         "fcclip.integrations.detectron2 needs detectron2, which is not on PyPI. Install it with "
         "pip install --no-build-isolation 'fcclip[detectron2]', or from its repository with pip install "
         "--no-build-isolation git+https://github.com/facebookresearch/detectron2.git, or put a checkout of it on "

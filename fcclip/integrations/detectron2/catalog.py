@@ -23,6 +23,7 @@ from fcclip.data import (
     is_own_data,
     own_dataset,
 )
+from fcclip.errors import InputError
 from fcclip.integrations.detectron2.records import instances_from_targets
 from fcclip.vocabulary import Vocabulary
 
@@ -110,7 +111,7 @@ def register_datasets() -> None:
 def register_own_data(path: str | Path) -> str:
     """Puts the data set that a YAML describes (GETTING_STARTED.md, "Your own data") into both catalogs.
 
-    The YAML is read now, and again by a second call with the same path; pictures and labels are read when detectron2
+    The YAML is read now, and again by a second call with the same path; images and labels are read when detectron2
     asks for records.
 
     Returns:
@@ -127,7 +128,7 @@ def register_own_data(path: str | Path) -> str:
     if DatasetCatalog.data.get(name, records) != records or not (
         isinstance(other, OwnMetadata) or (not isinstance(other, DatasetMetadata) and _is_ours_or_empty(other))
     ):
-        raise ValueError(
+        raise InputError(
             f"data set '{name}' is in detectron2's catalogs already, and not by {path}. Rename the YAML: the name of a "
             "data set is that of its file."
         )
@@ -143,7 +144,7 @@ def catalog_vocabulary(name: str, *, folder: str, need_things: bool = False) -> 
         ValueError: no data set of that name, and as `metadata_vocabulary`.
     """
     if is_own_data(name) and name not in MetadataCatalog.data:
-        raise ValueError(
+        raise InputError(
             f"data set '{name}' is a YAML, which detectron2 does not know: call register_own_data('{name}') of "
             "fcclip.integrations.detectron2, and put the name that it returns into DATASETS"
         )
@@ -173,20 +174,20 @@ def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bo
         DatasetCatalog.get(metadata.name)  # detectron2's COCO reader learns the classes when it reads the file
     entries, things = _classes(metadata), metadata.get("thing_dataset_id_to_contiguous_id")
     if not entries:
-        raise ValueError(
+        raise InputError(
             f"the {where} have neither stuff_classes nor thing_classes, so there are no words to look for. Set them: "
             f'MetadataCatalog.get("{metadata.name}").set(stuff_classes=["cat, kitty", "grass"], '
             "thing_dataset_id_to_contiguous_id={1: 0})"
         )
     if things is None and metadata.get("stuff_classes") and need_things:
-        raise ValueError(
+        raise InputError(
             f"the {where} do not say which of the stuff_classes are things. Set thing_dataset_id_to_contiguous_id (all "
             "classes stuff: {}), or turn MODEL.MASK_FORMER.TEST.PANOPTIC_ON and INSTANCE_ON off"
         )
     if things is None:
         things = {} if metadata.get("stuff_classes") else {index: index for index in range(len(entries))}
     if any(index >= len(entries) for index in things.values()):
-        raise ValueError(
+        raise InputError(
             f"the {where} have {len(entries)} classes, but thing_dataset_id_to_contiguous_id goes up to "
             f"{max(things.values())}: stuff_classes must be all classes, things too, in the order of their contiguous "
             "ids"
@@ -194,7 +195,7 @@ def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bo
     try:
         vocabulary = Vocabulary.from_names(list(entries), things=things.values(), name=metadata.name)
     except ValueError as error:
-        raise ValueError(f"the {where} cannot be read as words: {error}") from error
+        raise InputError(f"the {where} cannot be read as words: {error}") from error
     logger.info(
         "data set '%s': %d classes of its own metadata, %d of them things",
         *(metadata.name, len(vocabulary), len(vocabulary.thing_classes)),

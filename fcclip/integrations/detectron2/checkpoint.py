@@ -11,8 +11,10 @@ from fvcore.common.checkpoint import _IncompatibleKeys
 from torch import nn
 
 from fcclip.config import assets_dir
-from fcclip.engine import clip_fingerprint, load_weights, model_weights, save_checkpoint
+from fcclip.engine import save_checkpoint
 from fcclip.integrations.detectron2.lenient import LenientModel
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
+from fcclip.weights import load_weights, model_weights
 
 __all__ = ["Checkpointer"]
 

@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from fcclip.config import get_cfg
+from fcclip.errors import InputError
 
 __all__ = ["add_fcclip_config", "add_maskformer2_config", "check_config", "check_unread", "value_of"]
 
@@ -22,7 +23,7 @@ def add_fcclip_config(cfg: CfgNode) -> None:
         ValueError: no config of detectron2, or one with a value where a group of keys belongs.
     """
     if not isinstance(cfg, CfgNode):
-        raise ValueError(
+        raise InputError(
             f"add_fcclip_config takes a config made by detectron2.config.get_cfg(), got {type(cfg).__module__}."
             f"{type(cfg).__name__}"
         )
@@ -41,12 +42,12 @@ def check_config(cfg: CfgNode) -> None:
         ValueError: names the key and the remedy.
     """
     if "FC_CLIP" not in cfg.MODEL:
-        raise ValueError(
+        raise InputError(
             "the config has no MODEL.FC_CLIP: call fcclip.integrations.detectron2.add_fcclip_config(cfg) before "
             "cfg.merge_from_file(...)"
         )
     if cfg.MODEL.DEVICE == "auto":
-        raise ValueError("MODEL.DEVICE is 'auto', which detectron2 does not know: set it to 'cuda', 'mps' or 'cpu'")
+        raise InputError("MODEL.DEVICE is 'auto', which detectron2 does not know: set it to 'cuda', 'mps' or 'cpu'")
     check_unread(
         cfg, ("MODEL.COMPILE",), "nothing reads it inside detectron2 (compile a part: model.backbone.compile())"
     )
@@ -62,7 +63,7 @@ def check_unread(cfg: CfgNode, keys: tuple[str, ...], why: str) -> None:
     for key in keys:
         value, default = value_of(cfg, key), value_of(defaults, key)
         if value != default:
-            raise ValueError(f"'{key}' is {value!r}, but {why}; leave the key at its default, {default!r}")
+            raise InputError(f"'{key}' is {value!r}, but {why}; leave the key at its default, {default!r}")
 
 
 def value_of(cfg: CfgNode, key: str) -> Any:
@@ -78,7 +79,7 @@ def _complete(cfg: CfgNode, defaults: Any, *, prefix: str) -> None:
             if name not in cfg:
                 setattr(cfg, name, type(cfg)())
             if not isinstance(cfg[name], CfgNode):
-                raise ValueError(f"'{prefix}{name}' is a group of keys in fcclip, but the config has {cfg[name]!r}")
+                raise InputError(f"'{prefix}{name}' is a group of keys in fcclip, but the config has {cfg[name]!r}")
             _complete(cfg[name], value, prefix=f"{prefix}{name}.")
         elif name not in cfg:
             setattr(cfg, name, copy.deepcopy(value))

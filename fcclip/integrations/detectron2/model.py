@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from fcclip.config import lookup
-from fcclip.engine import load_state, model_weights
+from fcclip.errors import InputError
 from fcclip.integrations.detectron2.catalog import catalog_vocabulary, metadata_vocabulary
 from fcclip.integrations.detectron2.config import check_config
 from fcclip.integrations.detectron2.lenient import LenientModel
 from fcclip.integrations.detectron2.records import output_to_detectron2, targets_from_instances
-from fcclip.modeling import build, clip, mask_decoder, pixel_decoder
+from fcclip.modeling import build, mask_decoder, pixel_decoder
 from fcclip.modeling import fcclip as whole
-from fcclip.structures import WordEmbeddings
+from fcclip.modeling.backbones import clip
+from fcclip.structures import TextEmbeddings
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import load_state, model_weights
 
 __all__ = [
     "CLIP",
@@ -51,7 +53,7 @@ class FCCLIP(whole.FCCLIP):
     `predict` and `losses` speak fcclip's records; a call of the model speaks detectron2's.
 
     Args:
-        input_format: channel order of the pictures, "RGB" or "BGR" (INPUT.FORMAT).
+        input_format: channel order of the images, "RGB" or "BGR" (INPUT.FORMAT).
         vocabularies: folder of published vocabulary files for the data sets of fcclip; "" looks for one.
         parts: as of `fcclip.modeling.FCCLIP`.
     """
@@ -68,7 +70,7 @@ class FCCLIP(whole.FCCLIP):
         check_config(cfg)
         backbone = build_backbone(cfg)
         if not isinstance(backbone, clip.CLIPBackbone):
-            raise ValueError(
+            raise InputError(
                 f"MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}' is a {type(backbone).__name__}; FCCLIP needs a "
                 "fcclip.modeling.CLIPBackbone, because the backbone classifies too. Use 'CLIP'."
             )
@@ -89,16 +91,16 @@ class FCCLIP(whole.FCCLIP):
         """Losses while training, else predictions.
 
         Args:
-            batched_inputs: a mapping a picture: `image` (3, H, W), optionally `height` and `width` of the outputs; in
+            batched_inputs: a mapping an image: `image` (3, H, W), optionally `height` and `width` of the outputs; in
                 training `instances` (see `targets_from_instances`).
             vocabulary: classes for this call; default: those of `set_metadata`.
 
         Returns:
-            In training: weighted losses by name. Else a mapping a picture: `sem_seg` (K, h, w) float, `panoptic_seg` =
+            In training: weighted losses by name. Else a mapping an image: `sem_seg` (K, h, w) float, `panoptic_seg` =
             (int32 (h, w), segment records), `instances` (detectron2's), as far as they are turned on.
 
         Raises:
-            ValueError: no ground truth in training, no words, pictures of another form.
+            ValueError: no ground truth in training, no words, images of another form.
         """
         if self.training:
             return self.losses([_with_targets(index, sample) for index, sample in enumerate(batched_inputs)])
@@ -128,7 +130,7 @@ class FCCLIP(whole.FCCLIP):
         except ValueError as error:
             if strict or model_weights(self).keys() <= state_dict.keys():
                 raise
-            raise ValueError(
+            raise InputError(
                 f"{error}\n  (detectron2's own checkpointer leaves keys of another shape out before the model sees "
                 "them, so a missing key may be one of another shape; fcclip.integrations.detectron2.Checkpointer "
                 "names both shapes.)"
@@ -165,11 +167,11 @@ def CLIP(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The frozen CLIP that MODEL.FC_CLIP names.
 
     Raises:
-        ValueError: as `fcclip.modeling.build_clip`, or pictures that do not have three channels.
+        ValueError: as `fcclip.modeling.build_clip`, or images that do not have three channels.
     """
     check_config(cfg)
     if input_shape.channels not in (None, 3):
-        raise ValueError(f"CLIP takes pictures of 3 channels, MODEL.PIXEL_MEAN has {input_shape.channels} numbers")
+        raise InputError(f"CLIP takes images of 3 channels, MODEL.PIXEL_MEAN has {input_shape.channels} numbers")
     backbone = build.build_clip_backbone(cfg)
     backbone.__class__ = FAMILIES[type(backbone)]  # the same object, with detectron2's two methods
     return backbone
@@ -186,7 +188,7 @@ class FCCLIPHead(whole.FCCLIPHead):
     @configurable
     def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module) -> None:
         if not callable(getattr(pixel_decoder, "forward_features", None)):
-            raise ValueError(
+            raise InputError(
                 f"the pixel decoder {type(pixel_decoder).__name__} (MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME) needs a "
                 "method forward_features(features) -> mask features, map at stride 32, [maps at strides 32, 16, 8]"
             )
@@ -206,7 +208,7 @@ class FCCLIPHead(whole.FCCLIPHead):
         return {"pixel_decoder": pixel_decoder, "predictor": predictor}
 
     def forward(
-        self, features: Mapping[str, Tensor], words: WordEmbeddings, *, all_sets: bool
+        self, features: Mapping[str, Tensor], words: TextEmbeddings, *, all_sets: bool
     ) -> mask_decoder.QueryPredictions:
         """As fcclip's head, through `forward_features`."""
         mask_features, _, pyramid = self.pixel_decoder.forward_features(features)
@@ -245,7 +247,7 @@ class MultiScaleMaskedTransformerDecoder(mask_decoder.MultiScaleMaskedTransforme
         """The values of a config."""
         check_config(cfg)
         if not mask_classification:
-            raise ValueError("FC-CLIP classifies masks: mask_classification must be True")
+            raise InputError("FC-CLIP classifies masks: mask_classification must be True")
         arguments = build.mask_decoder_arguments(cfg, embed_dim=cfg.MODEL.FC_CLIP.EMBED_DIM)
         return {**arguments, "in_channels": in_channels}
 
@@ -291,8 +293,8 @@ def _with_targets(index: int, sample: Mapping[str, Any]) -> Mapping[str, Any]:
     if "targets" in sample:
         return sample
     if "instances" not in sample:
-        raise ValueError(
-            f"training needs 'instances' with gt_classes and gt_masks in every picture; picture {index} of this batch "
+        raise InputError(
+            f"training needs 'instances' with gt_classes and gt_masks in every image; image {index} of this batch "
             f"has {', '.join(sample)}. Build the loader with fcclip's mapper: build_detection_train_loader(cfg, "
             "mapper=DatasetMapper(cfg)) from fcclip.integrations.detectron2, or use its Trainer."
         )

@@ -1,4 +1,4 @@
-"""What a picture contains and what was found in it, in the records of fcclip and in those of detectron2.
+"""What an image contains and what was found in it, in the records of fcclip and in those of detectron2.
 
 Records of data sets need no conversion: they are the same dicts.
 """
@@ -13,6 +13,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from torch import Tensor
 
 from fcclip import structures
+from fcclip.errors import InputError
 
 __all__ = ["instances_from_targets", "instances_to_detectron2", "output_to_detectron2", "targets_from_instances"]
 
@@ -29,7 +30,7 @@ def targets_from_instances(instances: Instances) -> structures.Targets:
     """
     missing = [name for name in ("gt_classes", "gt_masks") if not instances.has(name)]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"training needs {' and '.join(missing)} in 'instances', which has "
             f"{', '.join(instances.get_fields()) or 'no field'}. Boxes alone cannot train FC-CLIP: use "
             "fcclip.integrations.detectron2.DatasetMapper, or a mapper that adds masks (MODEL.MASK_ON True)."
@@ -58,7 +59,7 @@ def instances_to_detectron2(found: structures.Instances) -> Instances:
 
 
 def output_to_detectron2(output: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model says about one picture, its `instances` as detectron2's; the other entries have the same form."""
+    """What the model says about one image, its `instances` as detectron2's; the other entries have the same form."""
     converted = dict(output)
     if "instances" in converted:
         converted["instances"] = instances_to_detectron2(converted["instances"])
@@ -74,5 +75,5 @@ def _masks(instances: Instances) -> Tensor:
         masks = masks.tensor
     if not isinstance(masks, Tensor) or masks.dim() != 3:
         got = tuple(masks.shape) if isinstance(masks, Tensor) else type(masks).__name__
-        raise ValueError(f"gt_masks must be BitMasks, PolygonMasks or a tensor (n, H, W), got {got}")
+        raise InputError(f"gt_masks must be BitMasks, PolygonMasks or a tensor (n, H, W), got {got}")
     return masks.to(instances.gt_classes.device, torch.bool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 
+from fcclip.errors import InputError
 from fcclip.integrations.detectron2.catalog import register_datasets, taken_datasets
 from fcclip.integrations.detectron2.model import (
     CLIP,
@@ -40,7 +41,7 @@ def register() -> None:
     ]
     taken += [f"data set '{name}' in detectron2's catalogs" for name in taken_datasets()]
     if taken:
-        raise ValueError(
+        raise InputError(
             f"names of FC-CLIP are taken by something else: {'; '.join(taken)}. Two projects with the same names, such "
             "as Mask2Former's own code, cannot serve one process: import only one of them. A data set of your own can "
             "have any other name."

@@ -29,15 +29,16 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fcclip.config import lookup
-from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer, check_training, unwrap
-from fcclip.engine.checkpoint import vocabulary_note
+from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer, check_training
 from fcclip.engine.optimizer import trainable_parameters
 from fcclip.engine.trainer import amp_dtype
+from fcclip.errors import InputError
 from fcclip.integrations.detectron2.catalog import DatasetMapper, catalog_vocabulary
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
 from fcclip.integrations.detectron2.config import check_config, check_unread
 from fcclip.modeling.augmentation import AugmentedModel, build_augmented
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import unwrap, vocabulary_note
 
 __all__ = ["InstanceSegEvaluator", "Trainer", "build_evaluator"]
 
@@ -121,7 +122,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
-        """One picture a batch; no ground truth is opened."""
+        """One image a batch; no ground truth is opened."""
         return build_detection_test_loader(cfg, dataset_name, mapper=DatasetMapper(cfg, is_train=False))
 
     @classmethod
@@ -165,7 +166,7 @@ class Trainer(DefaultTrainer):
             evaluators = [evaluators]
         names = list(cfg.DATASETS.TEST)
         if evaluators is not None and len(evaluators) != len(names):
-            raise ValueError(f"{len(evaluators)} evaluators for the {len(names)} data sets of DATASETS.TEST")
+            raise InputError(f"{len(evaluators)} evaluators for the {len(names)} data sets of DATASETS.TEST")
         bare = model.model if isinstance(model, AugmentedModel) else unwrap(model)
         words, results = bare.test_vocabulary, OrderedDict()
         try:
@@ -181,7 +182,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> Mapping[str, Any]:
-        """Evaluates the mean semantic maps of the variants of each picture that TEST.AUG asks for; the published name.
+        """Evaluates the mean semantic maps of the variants of each image that TEST.AUG asks for; the published name.
 
         Files go to OUTPUT_DIR/inference_TTA/<data set>.
 
@@ -216,7 +217,7 @@ class InstanceSegEvaluator(COCOEvaluator):
         super().__init__(dataset_name, *args, **kwargs)
         things = self._metadata.get("thing_dataset_id_to_contiguous_id")
         if things is None:
-            raise ValueError(
+            raise InputError(
                 f"data set '{dataset_name}' has no thing_dataset_id_to_contiguous_id in its metadata, so nothing says "
                 "what the category ids of its instances file are"
             )
@@ -244,7 +245,7 @@ class InstanceSegEvaluator(COCOEvaluator):
         classes = instances.pred_classes
         strange = sorted(set(classes.tolist()) - self._rank.keys())
         if strange:
-            raise ValueError(f"instances of the classes {strange}, which are no things of '{self._metadata.name}'")
+            raise InputError(f"instances of the classes {strange}, which are no things of '{self._metadata.name}'")
         ranks = torch.tensor([self._rank[index] for index in classes.tolist()], dtype=torch.int64)
         fields = {**instances.get_fields(), "pred_classes": ranks.to(classes.device)}
         return Instances(instances.image_size, **fields)
@@ -254,10 +255,10 @@ def _training_words(cfg: CfgNode) -> Vocabulary:
     """The words of all data sets of DATASETS.TRAIN, whose labels mean the same classes."""
     words = [catalog_vocabulary(name, folder=cfg.MODEL.FC_CLIP.VOCABULARIES) for name in cfg.DATASETS.TRAIN]
     if not words:
-        raise ValueError("DATASETS.TRAIN is empty; its first data set decides the training classes")
+        raise InputError("DATASETS.TRAIN is empty; its first data set decides the training classes")
     if any(one.synonyms != words[0].synonyms for one in words):
         sizes = {name: len(one) for name, one in zip(cfg.DATASETS.TRAIN, words)}
-        raise ValueError(
+        raise InputError(
             f"the data sets of DATASETS.TRAIN have different classes, so a label would mean several (number of "
             f"classes: {sizes}). Train on data sets with the same classes in the same order."
         )
@@ -288,7 +289,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     metadata = MetadataCatalog.get(dataset_name)
     kind = getattr(metadata, "evaluator_type", None)
     if kind is None:
-        raise ValueError(
+        raise InputError(
             f"data set '{dataset_name}' has no evaluator_type in its metadata, so nothing says how to evaluate it. Set "
             f'MetadataCatalog.get("{dataset_name}").evaluator_type to one of {", ".join(EVALUATORS)}, or pass '
             "evaluators to Trainer.test."
@@ -302,14 +303,14 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     if not wanted:
         heads = sorted({"INSTANCE" if task == "lvis" else task.split()[-1].upper() for task in tasks})
         keys = ", ".join(f"MODEL.MASK_FORMER.TEST.{head}_ON" for head in heads)
-        raise ValueError(f"nothing to evaluate on data set '{dataset_name}' ({kind}): switch on at least one of {keys}")
+        raise InputError(f"nothing to evaluate on data set '{dataset_name}' ({kind}): switch on at least one of {keys}")
     found = [BUILDERS[task](dataset_name, metadata, folder) for task in wanted]
     return found[0] if len(found) == 1 else DatasetEvaluators(found)
 
 
 def _semantic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
     if getattr(metadata, "sem_seg_root", "") is None:
-        raise ValueError(
+        raise InputError(
             f"data set '{name}' has no semantic label maps, and detectron2's evaluator paints none from its segments "
             "(fcclip.evaluation does); set MODEL.MASK_FORMER.TEST.SEMANTIC_ON False"
         )
@@ -318,9 +319,9 @@ def _semantic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
 
 def _panoptic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
     try:
-        import panopticapi  # noqa: F401 (detectron2 needs it once every picture has been computed)
+        import panopticapi  # noqa: F401 (detectron2 needs it once every image has been computed)
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"detectron2 needs panopticapi for the panoptic quality of '{name}': pip install "
             "git+https://github.com/cocodataset/panopticapi.git, or turn MODEL.MASK_FORMER.TEST.PANOPTIC_ON off. "
             "fcclip.evaluation computes the same numbers without it."
@@ -330,7 +331,7 @@ def _panoptic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
         categories = json.loads(Path(path).read_bytes()).get("categories", ())
         silent = [one["name"] for one in categories if "isthing" not in one]
         if silent:
-            raise ValueError(
+            raise InputError(
                 f"{path}: {len(silent)} of {len(categories)} categories do not say 'isthing' (e.g. '{silent[0]}'), "
                 f"which panopticapi needs for the panoptic quality of '{name}'. Add it, or evaluate with fcclip's "
                 "train_net.py --eval-only."
@@ -340,7 +341,7 @@ def _panoptic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
 
 def _instance(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
     if getattr(metadata, "json_file", "") is None:
-        raise ValueError(
+        raise InputError(
             f"data set '{name}' has no instances file, so AP cannot be evaluated; set "
             "MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
         )
@@ -352,7 +353,7 @@ def _lvis(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
 
 
 def _cityscapes(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
-    raise ValueError(
+    raise InputError(
         f"'{name}': the Cityscapes evaluators of detectron2 import a package that is internal to Meta (since December "
         "2024) and cannot run. Set MODEL.MASK_FORMER.TEST.SEMANTIC_ON and INSTANCE_ON False to evaluate panoptic "
         "quality alone."

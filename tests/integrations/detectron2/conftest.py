@@ -77,12 +77,12 @@ def detectron2_cfg(both_cfgs) -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """The root folder of a shapes world with four pictures in each set."""
+    """The root folder of a shapes world with four images in each set."""
     spec = importlib.util.spec_from_file_location("prepare_shapes_once", REPOSITORY / "datasets/prepare_shapes.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     root = tmp_path_factory.mktemp("datasets")
-    script.prepare(out=root, seed=5, num_pictures=4, num_workers=1, num_evaluation=4)
+    script.prepare(out=root, seed=5, num_images=4, num_workers=1, num_evaluation=4)
     return root
 
 

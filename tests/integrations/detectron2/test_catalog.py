@@ -208,7 +208,7 @@ def test_detectron2s_loaders_take_the_mapper(shapes, detectron2_cfg, num_workers
     assert [sample["image_id"] for batch in loader for sample in batch] == [1, 2, 3, 4]
 
 
-def test_detectron2s_own_mapper_reads_the_same_test_pictures(shapes, detectron2_cfg):
+def test_detectron2s_own_mapper_reads_the_same_test_images(shapes, detectron2_cfg):
     cfg = detectron2_cfg()
     own, theirs = (
         build_detection_test_loader(cfg, "shapes_val", mapper=mapper)

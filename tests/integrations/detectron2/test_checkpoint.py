@@ -11,10 +11,9 @@ pytest.importorskip("detectron2", reason="detectron2 is not installed")
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
-from fcclip.engine import load_weights, save_weights
-from fcclip.engine.checkpoint import vocabulary_note
 from fcclip.integrations.detectron2 import Checkpointer
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import load_weights, save_weights, vocabulary_note
 
 pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
 BOTH = pytest.mark.parametrize("checkpointer", [DetectionCheckpointer, Checkpointer])

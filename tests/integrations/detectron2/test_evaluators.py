@@ -14,10 +14,10 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from fcclip.data import get_dataset
-from fcclip.engine import load_weights
 from fcclip.evaluation import evaluate, evaluate_augmented
 from fcclip.integrations.detectron2 import Checkpointer, InstanceSegEvaluator, Trainer, build_evaluator
 from fcclip.modeling import build_model as build_own_model
+from fcclip.weights import load_weights
 from tests.integrations.detectron2.conftest import ADE20K
 
 pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip", "shapes")

@@ -43,16 +43,16 @@ RESNET = {
 }
 
 
-def picture(size=(64, 96), seed=0, **extra):
+def sample_image(size=(64, 96), seed=0, **extra):
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
     return {"image": image, **extra}
 
 
-def training_picture(seed=0):
+def training_image(seed=0):
     masks = torch.zeros(3, 64, 96, dtype=torch.bool)
     masks[0, :32], masks[1, 20:, :40], masks[2, 40:60, 50:] = True, True, True
-    return picture(seed=seed), torch.tensor([0, 5, 2]), masks
+    return sample_image(seed=seed), torch.tensor([0, 5, 2]), masks
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_outputs_of_the_published_file_are_fcclips_bit_for_bit(both_models, chan
     model, ours = both_models(ADE20K, **changes)
     assert model.state_dict().keys() == ours.state_dict().keys()
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
-    inputs = [picture((64, 96), height=50, width=75), picture((90, 60), seed=1)]
+    inputs = [sample_image((64, 96), height=50, width=75), sample_image((90, 60), seed=1)]
     for found, expected in zip(model.eval()(inputs), ours(inputs), strict=True):
         assert torch.equal(found["sem_seg"], expected["sem_seg"])
         assert torch.equal(found["panoptic_seg"][0], expected["panoptic_seg"][0])
@@ -158,7 +158,7 @@ def test_outputs_of_the_published_file_are_fcclips_bit_for_bit(both_models, chan
 
 def test_losses_are_fcclips_bit_for_bit(both_models):
     model, ours = both_models(ADE20K)
-    sample, labels, masks = training_picture()
+    sample, labels, masks = training_image()
     targets = Targets(labels, masks)
     expected = ours.train()([{**sample, "targets": targets, "point_seed": 3}])
     for form in (masks, BitMasks(masks)):
@@ -174,7 +174,7 @@ def test_the_predictor_finds_what_the_segmenter_finds(shapes, both_models, both_
     model, ours = both_models(**settings)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     cfg, own_cfg = both_cfgs(MODEL__WEIGHTS=str(tmp_path / "model.pth"), **settings)
-    rgb = np.ascontiguousarray(picture((60, 90))["image"].permute(1, 2, 0).numpy())
+    rgb = np.ascontiguousarray(sample_image((60, 90))["image"].permute(1, 2, 0).numpy())
 
     predictor = DefaultPredictor(cfg)
     assert predictor.metadata.stuff_classes == list(ours.test_vocabulary.class_names)
@@ -197,8 +197,8 @@ def predictor_input(rgb, channels):
 
 def test_the_visualizer_draws_what_is_found(both_models):
     model, _ = both_models(ADE20K)
-    (found,) = model.eval()([picture()])
-    canvas = Visualizer(picture()["image"].permute(1, 2, 0).numpy(), drawing_metadata(model.test_vocabulary))
+    (found,) = model.eval()([sample_image()])
+    canvas = Visualizer(sample_image()["image"].permute(1, 2, 0).numpy(), drawing_metadata(model.test_vocabulary))
     ids, segments = found["panoptic_seg"]
     assert segments and canvas.draw_panoptic_seg(ids, segments).get_image().shape == (64, 96, 3)
     assert canvas.draw_instance_predictions(found["instances"][:2]).get_image().any()
@@ -215,7 +215,7 @@ def test_a_users_own_data_set_brings_its_words(detectron2_cfg, monkeypatch):
     model = build_model(detectron2_cfg(ADE20K, DATASETS__TRAIN=(own.name,), DATASETS__TEST=(own.name,))).eval()
     assert model.train_vocabulary == model.test_vocabulary
     assert model.test_vocabulary.synonyms[0] == ("tree", "trees")
-    (output,) = model([picture()])
+    (output,) = model([sample_image()])
     assert output["sem_seg"].shape == (3, 64, 96)
     assert set(output["instances"].pred_classes.tolist()) == {2}
 
@@ -223,11 +223,11 @@ def test_a_users_own_data_set_brings_its_words(detectron2_cfg, monkeypatch):
 def test_metadata_and_calls_change_the_words(detectron2_cfg):
     model = build_model(detectron2_cfg(ADE20K)).eval()
     model.set_metadata(MetadataCatalog.get("shapes_val"))
-    assert model([picture()])[0]["sem_seg"].shape[0] == 60
-    assert model([picture()], vocabulary=Vocabulary.from_names("cat; grass:stuff"))[0]["sem_seg"].shape[0] == 2
+    assert model([sample_image()])[0]["sem_seg"].shape[0] == 60
+    assert model([sample_image()], vocabulary=Vocabulary.from_names("cat; grass:stuff"))[0]["sem_seg"].shape[0] == 2
     with pytest.raises(ValueError, match="do not say which of the stuff_classes are things"):
         model.set_metadata(Metadata(name="mine", stuff_classes=["sky"]))
-    assert model([picture()])[0]["sem_seg"].shape[0] == 60
+    assert model([sample_image()])[0]["sem_seg"].shape[0] == 60
 
 
 def test_several_test_sets_are_warned_about(detectron2_cfg, caplog):
@@ -278,18 +278,16 @@ def test_a_key_that_nothing_would_read_is_refused(detectron2_cfg):
         build_model(cfg)
 
 
-def test_pictures_of_another_number_of_channels_are_refused(detectron2_cfg):
-    with pytest.raises(ValueError, match="CLIP takes pictures of 3 channels, MODEL.PIXEL_MEAN has 4"):
+def test_images_of_another_number_of_channels_are_refused(detectron2_cfg):
+    with pytest.raises(ValueError, match="CLIP takes images of 3 channels, MODEL.PIXEL_MEAN has 4"):
         BACKBONE_REGISTRY.get("CLIP")(detectron2_cfg(), ShapeSpec(channels=4))
 
 
 def test_training_without_ground_truth_is_refused(detectron2_cfg):
     model = build_model(detectron2_cfg(ADE20K)).train()
-    with pytest.raises(
-        ValueError, match=r"needs 'instances' .* picture 0 .* has image, height. .*DatasetMapper\(cfg\)"
-    ):
-        model([picture(height=3)])
-    sample, labels, masks = training_picture()
+    with pytest.raises(ValueError, match=r"needs 'instances' .* image 0 .* has image, height. .*DatasetMapper\(cfg\)"):
+        model([sample_image(height=3)])
+    sample, labels, masks = training_image()
     with pytest.raises(ValueError, match=r"its targets are \(32, 96\) \(height, width\), but the image is \(64, 96\)"):
         model([{**sample, "instances": Instances((32, 96), gt_classes=labels, gt_masks=masks[:, :32])}])
 
@@ -303,4 +301,4 @@ def test_a_model_survives_copies_and_moves(detectron2_cfg):
     model = build_model(detectron2_cfg(ADE20K)).eval()
     twin = copy.deepcopy(model).to(torch.float64).to(torch.float32)
     assert isinstance(twin.backbone, Backbone) and isinstance(twin.sem_seg_head, nn.Module)
-    assert torch.equal(model([picture()])[0]["sem_seg"], twin([picture()])[0]["sem_seg"])
+    assert torch.equal(model([sample_image()])[0]["sem_seg"], twin([sample_image()])[0]["sem_seg"])

@@ -116,7 +116,7 @@ def only(head):
 
 
 def perfect(number):
-    """The instances of a picture of `own_world`."""
+    """The instances of an image of `own_world`."""
     labels = classes_of(number)
     classes = [index for index in (CAR, PERSON) if (labels == index).any()]
     found = Instances(labels.shape)

@@ -37,13 +37,13 @@ def test_masks_of_every_form_become_the_same_targets(masks):
     assert torch.equal(targets.expand(), MASKS)
 
 
-def test_polygons_are_drawn_at_the_size_of_the_picture():
+def test_polygons_are_drawn_at_the_size_of_the_image():
     square = [np.array([2.0, 1.0, 7.0, 1.0, 7.0, 4.0, 2.0, 4.0])]
     targets = targets_from_instances(Instances((6, 8), gt_classes=LABELS[:1], gt_masks=PolygonMasks([square])))
     assert torch.equal(targets.expand(), MASKS[:1])
 
 
-def test_a_picture_without_segments_stays_one():
+def test_a_image_without_segments_stays_one():
     empty = Instances((6, 8), gt_classes=torch.zeros(0, dtype=torch.int64), gt_masks=torch.zeros(0, 6, 8))
     targets = targets_from_instances(empty)
     assert len(targets) == 0 and targets.image_size == (6, 8)
@@ -97,6 +97,6 @@ def test_detectron2_writes_and_draws_the_predictions(found):
         (7, 2, [0, 0, 0, 0]),
     ]
     metadata = Metadata(name="drawn", thing_classes=["cat", "dog", "hen"])
-    picture = np.zeros((6, 8, 3), np.uint8)
-    drawn = Visualizer(picture, metadata).draw_instance_predictions(instances[:1])
+    image = np.zeros((6, 8, 3), np.uint8)
+    drawn = Visualizer(image, metadata).draw_instance_predictions(instances[:1])
     assert drawn.get_image().any()

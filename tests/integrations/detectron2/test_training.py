@@ -15,11 +15,11 @@ from detectron2.solver import build_lr_scheduler as build_detectron2s_schedule
 from detectron2.utils.events import EventStorage
 
 from fcclip.engine import Trainer as OwnTrainer
-from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer, model_weights
-from fcclip.engine.checkpoint import trained_vocabulary, vocabulary_note
+from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer
 from fcclip.engine.optimizer import trainable_parameters
 from fcclip.integrations.detectron2 import Trainer, targets_from_instances
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import model_weights, trained_vocabulary, vocabulary_note
 from tests.integrations.detectron2.conftest import ADE20K
 
 pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
@@ -34,7 +34,7 @@ TRAINING = {
 
 @pytest.fixture
 def cfg(shapes, detectron2_cfg, tmp_path):
-    """The published ADE20K file made tiny, training on four pictures of the shapes world."""
+    """The published ADE20K file made tiny, training on four images of the shapes world."""
     return detectron2_cfg(ADE20K, **TRAINING, OUTPUT_DIR=str(tmp_path))
 
 
@@ -48,7 +48,7 @@ def weights(model):
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def test_a_step_on_four_pictures_is_fcclips_own_bit_for_bit(cfg):
+def test_a_step_on_four_images_is_fcclips_own_bit_for_bit(cfg):
     trainer = Trainer(cfg)
     twin, before = copy.deepcopy(trainer.model), weights(trainer.model)
     batch = next(iter(trainer.build_train_loader(cfg)))

@@ -1,0 +1,97 @@
+"""Evaluation while the network runs: threads look at the images, results are kept in the order of the images."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from fcclip.errors import InputError
+from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
+
+_FOR_THE_USER = (ValueError, OSError)  # keep their kind; everything else is a fault of ours or of the machine
+
+
+class Background:
+    """Hands images to evaluators in threads.
+
+    Decoding, counting and encoding happen in the threads and mostly without Python's global lock, so that the next
+    forward pass does not wait. What comes of them is kept by the calling thread, image after image in the order
+    they came, so the numbers do not depend on timing.
+
+    Args:
+        evaluators: mode -> the evaluators of its outputs.
+        num_threads: how many images are looked at at once.
+        num_waiting: how many may be under way while the network works on the next; their outputs stay in memory.
+
+    Example:
+        with Background(evaluators) as background:
+            for record, outputs in ...:
+                background.process(Image(record), outputs)
+    """
+
+    def __init__(
+        self, evaluators: Mapping[str, Sequence[Evaluator]], *, num_threads: int | None = None, num_waiting: int = 2
+    ) -> None:
+        num_threads = min(2, os.cpu_count() or 1) if num_threads is None else num_threads
+        if num_threads < 1 or num_waiting < 1:
+            raise InputError(f"num_threads and num_waiting must be 1 or more, got {num_threads} and {num_waiting}")
+        self.evaluators = evaluators
+        self.num_waiting = num_waiting
+        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="evaluation")
+        self._waiting: deque[tuple[GroundTruth, Future]] = deque()
+
+    def process(self, ground_truth: GroundTruth, outputs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes in mode -> the model's output for one image; waits while too many are under way.
+
+        Raises:
+            ValueError, OSError: what the evaluators refuse in this image or in one before it, which is named.
+            RuntimeError: any other failure there.
+        """
+        self._waiting.append((ground_truth, self._pool.submit(self._measure, ground_truth, outputs)))
+        while self._waiting and (len(self._waiting) > self.num_waiting or self._waiting[0][1].done()):
+            self._keep_first()
+
+    def finish(self) -> None:
+        """Waits for every image; raises as `process` does."""
+        while self._waiting:
+            self._keep_first()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        try:
+            if error_type is None:
+                self.finish()
+        finally:
+            self._waiting.clear()
+            self._pool.shutdown(cancel_futures=True)
+
+    def _measure(
+        self, ground_truth: GroundTruth, outputs: Mapping[str, Mapping[str, Any]]
+    ) -> list[tuple[Evaluator, Any]]:
+        return [
+            (evaluator, evaluator.measure(ground_truth, outputs[mode]))
+            for mode, group in self.evaluators.items()
+            for evaluator in group
+        ]
+
+    def _keep_first(self) -> None:
+        ground_truth, future = self._waiting.popleft()
+        try:
+            for evaluator, measured in future.result():
+                evaluator.keep(ground_truth.image_id, measured)
+        except Exception as error:
+            message = str(error)
+            named = repr(ground_truth.image_id) in message or any(
+                str(value) in message for key, value in ground_truth.record.items() if key.endswith("file_name")
+            )
+            if isinstance(error, _FOR_THE_USER) and named:
+                raise
+            where = f"image {ground_truth.image_id!r} ({ground_truth.file_name})"
+            if isinstance(error, ValueError):
+                raise InputError(f"{where}: {message}") from error
+            raise RuntimeError(f"{where} could not be evaluated: {type(error).__name__}: {message}") from error

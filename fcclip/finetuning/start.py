@@ -1,0 +1,221 @@
+"""Fine-tuning: a training on other classes that starts from weights of FC-CLIP and is not to forget the former ones.
+
+The former classes come from the checkpoint, and go into those of the new training: what counts as seen at test time is
+both. FINETUNE.METHOD says how forgetting is fought: by former images (`data/replay.py`), or by the answers of the
+frozen start (`modeling/teacher.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from fcclip.config import lookup, resolve_file
+from fcclip.data import Dataset, dataset_vocabulary, get_dataset
+from fcclip.engine.run_folder import check_same_classes
+from fcclip.errors import InputError
+from fcclip.finetuning.distillation import DistillationLoss
+from fcclip.finetuning.replay import replayed_images
+from fcclip.finetuning.teacher import Teacher
+from fcclip.modeling import FCCLIP
+from fcclip.vocabulary import Vocabulary
+from fcclip.weights import is_mask2former, load_weights, trained_vocabulary, vocabulary_note, weights_hash
+from fcclip.weights.checkpoint import FORMER
+from fcclip.weights.files import read_weight_file
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("", "plain", "replay", "distill")
+_START = "finetuned_from"  # note of a fine-tuned file: hash of the weights that it began with
+_REPLAYED = "replay_vocabularies"  # note of a replay: the words of each of FINETUNE.REPLAY_DATASETS
+_VOCABULARY_FILES = (".json", ".txt")
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What a fine-tuning goes on from.
+
+    Args:
+        former: all classes that the start was trained on.
+        notes: entries for every checkpoint.
+    """
+
+    former: Vocabulary
+    notes: dict[str, Any]
+
+
+def check_finetuning(cfg: CfgNode, *, world_size: int, resumes: bool = False) -> None:
+    """Refuses FINETUNE.* that cannot work, before anything starts.
+
+    Args:
+        cfg: scaled to the number of processes.
+        world_size: processes that share a batch.
+        resumes: there is a checkpoint to go on from, so the start is needed by `distill` alone.
+
+    Raises:
+        ValueError, FileNotFoundError: an unknown method, a start that is none of FC-CLIP, former classes that nobody
+            knows, missing former data, a share or weight that cannot be.
+    """
+    tuning = cfg.FINETUNE
+    lookup("FINETUNE.METHOD", tuning.METHOD, dict.fromkeys(METHODS))
+    if not tuning.METHOD:
+        return
+    if not tuning.DISTILL_WEIGHT >= 0 or math.isinf(tuning.DISTILL_WEIGHT):
+        raise InputError(f"FINETUNE.DISTILL_WEIGHT must be a finite number, 0 or more, got {tuning.DISTILL_WEIGHT}")
+    if tuning.METHOD == "replay":
+        replayed_images(cfg, world_size)
+        for dataset, _ in replay_sets(cfg):
+            if not dataset.annotations():
+                raise InputError(f"FINETUNE.REPLAY_DATASETS: data set '{dataset.name}' has no records")
+    if resumes and tuning.METHOD != "distill":
+        return
+    former_vocabulary(cfg, _read_start(cfg))
+
+
+def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] | None = None) -> FineTuning:
+    """Loads the start (MODEL.WEIGHTS) into a model and gives it what its method needs.
+
+    Args:
+        cfg: FINETUNE.METHOD is not "".
+        model: built for the new classes.
+        resumed: the checkpoint that will be resumed from afterwards; its former classes hold, and the start is loaded
+            for `distill` alone.
+
+    Raises:
+        ValueError: as `load_weights` and `former_vocabulary`; the start, or the words of the former data, are not those
+            of the training that is resumed.
+    """
+    method, source = cfg.FINETUNE.METHOD, cfg.MODEL.WEIGHTS
+    if resumed is None:
+        former = former_vocabulary(cfg, load_weights(model, source))
+        notes = {FORMER: vocabulary_note(former), _START: weights_hash(model)}
+    else:
+        absent = [key for key in (FORMER, _START) if key not in resumed]
+        if absent:
+            raise InputError(
+                f"FINETUNE.METHOD is '{method}', but the checkpoint that is resumed from is of no fine-tuning (it has "
+                f"no {' and no '.join(absent)}). Start from it with MODEL.WEIGHTS in another OUTPUT_DIR."
+            )
+        notes = {key: resumed[key] for key in (FORMER, _START)}
+        former = trained_vocabulary({"vocabulary": notes[FORMER]})
+        if method == "distill":
+            load_weights(model, source)
+            if weights_hash(model) != notes[_START]:
+                raise InputError(
+                    f"the fine-tuning that is resumed began with other weights than MODEL.WEIGHTS '{source}', and "
+                    "FINETUNE.METHOD 'distill' keeps to the weights it began with; give the same file"
+                )
+    if method == "replay":
+        replayed = replay_sets(cfg)
+        for stored, (dataset, words) in zip((resumed or {}).get(_REPLAYED, ()), replayed):
+            check_same_classes(stored, words, source=f"{cfg.OUTPUT_DIR}, images of '{dataset.name}'")
+        notes[_REPLAYED] = [vocabulary_note(words) for _, words in replayed]
+    model.former_vocabulary = former
+    new = int((~model.train_vocabulary.seen_by(former)).sum())
+    logger.info(
+        "fine-tuning (%s) from %s: %d former classes ('%s'); %d of the %d classes of '%s' are new",
+        *(method, source or "a checkpoint", len(former), former.name),
+        *(new, len(model.train_vocabulary), model.train_vocabulary.name),
+    )
+    if method == "distill" and cfg.FINETUNE.DISTILL_WEIGHT > 0:
+        model.teacher = build_teacher(cfg, model, former)
+    return FineTuning(former, notes)
+
+
+def build_teacher(cfg: CfgNode, model: FCCLIP, vocabulary: Vocabulary) -> Teacher:
+    """The model as it is now, as a teacher in the former words; weights of the losses as those of the criterion, times
+    FINETUNE.DISTILL_WEIGHT."""
+    former, weight = cfg.MODEL.MASK_FORMER, cfg.FINETUNE.DISTILL_WEIGHT
+    loss = DistillationLoss(
+        class_weight=weight * former.CLASS_WEIGHT,
+        mask_weight=weight * former.MASK_WEIGHT,
+        dice_weight=weight * former.DICE_WEIGHT,
+        void_floor=former.NO_OBJECT_WEIGHT,
+        num_points=former.TRAIN_NUM_POINTS,
+        oversample_ratio=former.OVERSAMPLE_RATIO,
+        importance_ratio=former.IMPORTANCE_SAMPLE_RATIO,
+    )
+    head, void = model.sem_seg_head, model.void_embedding.weight
+    return Teacher(head=head, void_embedding=void, vocabulary=vocabulary, loss=loss)
+
+
+def former_vocabulary(cfg: CfgNode, notes: Mapping[str, Any]) -> Vocabulary:
+    """The classes that the start was trained on: FINETUNE.VOCABULARY, else what the file says, else those of
+    FINETUNE.REPLAY_DATASETS.
+
+    Args:
+        cfg: reads FINETUNE and MODEL.FC_CLIP.VOCABULARIES.
+        notes: what stands beside the weights of the start.
+
+    Raises:
+        ValueError: nobody says.
+    """
+    name, folder = cfg.FINETUNE.VOCABULARY, cfg.MODEL.FC_CLIP.VOCABULARIES
+    if name:
+        if Path(name).suffix in _VOCABULARY_FILES:
+            return Vocabulary.from_file(name)
+        return dataset_vocabulary(name, folder)
+    found = trained_vocabulary(notes)
+    if found is not None:
+        return found
+    if cfg.FINETUNE.METHOD == "replay":
+        return reduce(Vocabulary.joined, (words for _, words in replay_sets(cfg)))
+    raise InputError(
+        f"MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}' does not say which classes it was trained on. Name them with "
+        "FINETUNE.VOCABULARY: a data set (openvocab_coco_2017_train_panoptic_with_sem_seg for the published weights) "
+        "or a vocabulary file (.json, .txt)."
+    )
+
+
+def replay_sets(cfg: CfgNode) -> list[tuple[Dataset, Vocabulary]]:
+    """FINETUNE.REPLAY_DATASETS, each with the words of its labels.
+
+    Raises:
+        ValueError: none, or an unknown one.
+    """
+    names: Sequence[str] = cfg.FINETUNE.REPLAY_DATASETS
+    if not names:
+        raise InputError(
+            "FINETUNE.METHOD 'replay' needs FINETUNE.REPLAY_DATASETS, the data sets that MODEL.WEIGHTS was trained on "
+            "(names or YAML files). Without that data, use FINETUNE.METHOD distill."
+        )
+    datasets = [get_dataset(name) for name in names]
+    return [(one, dataset_vocabulary(one, cfg.MODEL.FC_CLIP.VOCABULARIES)) for one in datasets]
+
+
+def _read_start(cfg: CfgNode) -> dict[str, Any]:
+    """What stands beside the weights of MODEL.WEIGHTS.
+
+    Raises:
+        ValueError: there is no such key, or the weights are none of FC-CLIP.
+    """
+    method, source = cfg.FINETUNE.METHOD, cfg.MODEL.WEIGHTS
+    if not source:
+        raise InputError(
+            f"FINETUNE.METHOD is '{method}', but MODEL.WEIGHTS is empty: a fine-tuning starts from weights of FC-CLIP. "
+            'Name them, or set FINETUNE.METHOD "" for a training from the beginning.'
+        )
+    file = read_weight_file(resolve_file(source, what="MODEL.WEIGHTS"), what="MODEL.WEIGHTS")
+    kind = _foreign(file.tensors)
+    if kind:
+        raise InputError(
+            f"FINETUNE.METHOD is '{method}', but MODEL.WEIGHTS '{source}' holds {kind}: a fine-tuning starts from "
+            'weights of FC-CLIP, which know former words. Set FINETUNE.METHOD "" for a training that starts from such '
+            "a file."
+        )
+    return file.rest
+
+
+def _foreign(weights: Mapping[str, Tensor]) -> str:
+    """What weights are that are none of FC-CLIP; "" if they are."""
+    if is_mask2former(weights):
+        return "weights of Mask2Former"
+    return "" if "void_embedding.weight" in weights else "no weights of FC-CLIP (there is no void_embedding)"

@@ -1,0 +1,392 @@
+"""The frozen CLIP that is both backbone and classifier (FC-CLIP, section 3.2).
+
+A family is a subclass of `CLIPBackbone`: how features are tapped, and how a region becomes an embedding in CLIP's
+image-text space.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+import json
+import logging
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import ClassVar
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import ModifiedResNet
+from open_clip.transformer import QuickGELU
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fcclip.config import resolve_file
+from fcclip.errors import InputError, NotReachableError
+from fcclip.modeling.classifier import mask_pool
+from fcclip.weights.checkpoint import FROZEN_PREFIX
+from fcclip.weights.files import read_weight_file
+
+logger = logging.getLogger(__name__)
+
+LEVELS = ("stem", "res2", "res3", "res4", "res5")
+DENSE = "clip_vis_dense"
+# Tags of supported architectures whose weights were trained with QuickGELU; newer versions of open_clip say so.
+_QUICK_GELU_TAGS = ("openai", "yfcc15m", "cc12m")
+_NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # constants that some files hold
+
+
+class CLIPBackbone(nn.Module, abc.ABC):
+    """A frozen CLIP; always in evaluation mode, never with gradients.
+
+    Attributes:
+        channels: channels of each level; strides: pixels between its cells.
+        embed_dim: D, the width of the joint space.
+        pooling: name of the out-of-vocabulary classifier's pooling.
+        architecture, pretrained: what the config called them; pretrained "" means random weights.
+        quick_gelu: whether the text tower has QuickGELU; activation_source: who said so, "default" for nobody.
+        needs_activation: whether weights of this family exist with either activation.
+    """
+
+    pooling: ClassVar[str]
+    needs_activation: ClassVar[bool]
+    strides: ClassVar[dict[str, int]]
+
+    def __init__(self, clip_model: nn.Module, *, channels: dict[str, int]) -> None:
+        super().__init__()
+        self.clip_model = clip_model.requires_grad_(False).eval()
+        self.channels = channels
+        self.embed_dim = int(clip_model.text_projection.shape[-1])
+        self.architecture, self.pretrained = "", ""
+        self.quick_gelu = has_quick_gelu(clip_model)
+        self.activation_source = "default"
+        self._cast: tuple[tuple, nn.Module] | None = None  # in a tuple, so that it is no part of the state dict
+
+    def train(self, mode: bool = True) -> CLIPBackbone:
+        """Marks the module as training; the CLIP inside stays in evaluation mode."""
+        super().train(mode)
+        self.clip_model.eval()
+        return self
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """CLIP's own logit scale, a logarithm."""
+        return self.clip_model.logit_scale
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) -> maps by level name, and `clip_vis_dense`, the features that region
+        embeddings pool.
+        """
+        visual = self.clip_model.visual
+        if self.training and torch.is_autocast_enabled(images.device.type):
+            visual = self._cast_to(torch.get_autocast_dtype(images.device.type))
+        return self.tap(visual, images)
+
+    @abc.abstractmethod
+    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """The maps of one family from its image tower."""
+
+    @torch.compiler.disable  # copies modules and compares addresses, which breaks a graph into pieces
+    def _cast_to(self, dtype: torch.dtype) -> nn.Module:
+        """A copy of the image tower for training under autocast, whose convolutions and products have that type
+        already.
+
+        Autocast would cast the same frozen weights again in every iteration. The copy rounds them once, to the same
+        values; norms stay in fp32. It follows the weights, and evaluation has the original.
+        """
+        visual = self.clip_model.visual
+        version = (dtype, *((weight.data_ptr(), weight._version) for weight in visual.parameters()))
+        if self._cast is None or self._cast[0] != version:
+            self._cast = None  # the old one goes before the new one comes
+            cast = copy.deepcopy(visual)
+            for module in cast.modules():
+                if isinstance(module, (nn.Conv2d, nn.Linear)):
+                    module.to(dtype)
+            self._cast = (version, cast)
+        return self._cast[1]
+
+    @abc.abstractmethod
+    def region_embeddings(self, dense: Tensor, mask_logits: Tensor) -> Tensor:
+        """Dense features (B, C, h, w) and mask logits (B, Q, h, w) -> (B, Q, D), of any length."""
+
+
+class ConvNeXtCLIP(CLIPBackbone):
+    """CLIP with a timm ConvNeXt of any size; regions are averages of the last stage (`mask_pool`)."""
+
+    pooling = "mask_pool"
+    needs_activation = False
+    strides: ClassVar[dict[str, int]] = {"stem": 4, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
+
+    def __init__(self, clip_model: nn.Module) -> None:
+        trunk = clip_model.visual.trunk
+        widths = [trunk.stem[0].out_channels, *(info["num_chs"] for info in trunk.feature_info)]
+        super().__init__(clip_model, channels=dict(zip(LEVELS, widths, strict=True)))
+
+    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """Stem and the four stages."""
+        trunk = visual.trunk
+        x = trunk.stem(images)
+        maps = {"stem": x.contiguous()}
+        for name, stage in zip(LEVELS[1:], trunk.stages):
+            x = stage(x)
+            maps[name] = x.contiguous()
+        maps[DENSE] = trunk.norm_pre(x).contiguous()
+        return maps
+
+    @torch.no_grad()
+    def region_embeddings(self, dense: Tensor, mask_logits: Tensor) -> Tensor:
+        """Averages first, then CLIP's own head: norm and projection."""
+        pooled = mask_pool(dense, mask_logits)  # (B, Q, C)
+        visual = self.clip_model.visual
+        embedded = visual.head(visual.trunk.head(pooled.flatten(0, 1)[..., None, None]))
+        return embedded.unflatten(0, pooled.shape[:2])
+
+
+class ResNetCLIP(CLIPBackbone):
+    """CLIP with OpenAI's modified ResNet; regions go through its attention pool, masked (`masked_attention_pool`)."""
+
+    pooling = "masked_attention_pool"
+    needs_activation = True  # OpenAI's towers, and those trained like them, have QuickGELU; others have not
+    strides: ClassVar[dict[str, int]] = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
+
+    def __init__(self, clip_model: nn.Module) -> None:
+        visual = clip_model.visual
+        layers = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+        widths = [visual.conv3.out_channels, *(layer[-1].conv3.out_channels for layer in layers)]
+        super().__init__(clip_model, channels=dict(zip(LEVELS, widths, strict=True)))
+
+    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
+        """The stem before its average pool, and the four layers."""
+        x = visual.act1(visual.bn1(visual.conv1(images)))
+        x = visual.act2(visual.bn2(visual.conv2(x)))
+        x = visual.act3(visual.bn3(visual.conv3(x)))
+        maps = {"stem": x}
+        x = visual.avgpool(x)
+        for name, layer in zip(LEVELS[1:], (visual.layer1, visual.layer2, visual.layer3, visual.layer4)):
+            x = layer(x)
+            maps[name] = x
+        maps[DENSE] = x
+        return maps
+
+    @torch.no_grad()
+    def region_embeddings(self, dense: Tensor, mask_logits: Tensor) -> Tensor:
+        """The attention pool once per mask, its mean query seeing only the cells inside; an empty mask sees every
+        cell.
+        """
+        pool = self.clip_model.visual.attnpool
+        heads, (height, width) = pool.num_heads, dense.shape[-2:]
+        cells = dense.flatten(2).transpose(1, 2)  # (B, hw, C)
+        grid = round((len(pool.positional_embedding) - 1) ** 0.5)
+        spatial = pool.positional_embedding[1:].T.unflatten(-1, (grid, grid))[None]  # (1, C, s, s)
+        spatial = F.interpolate(spatial, size=(height, width), mode="bilinear", align_corners=False)
+        keys = cells + spatial.flatten(2).transpose(1, 2).to(cells.dtype)
+        query = cells.mean(dim=1, keepdim=True) + pool.positional_embedding[0].to(cells.dtype)  # (B, 1, C)
+        if mask_logits.shape[-2:] != dense.shape[-2:]:
+            mask_logits = F.interpolate(mask_logits, size=(height, width), mode="bilinear", align_corners=False)
+        visible = (mask_logits > 0).flatten(2)  # (B, Q, hw)
+        visible = visible | ~visible.any(dim=-1, keepdim=True)
+
+        def split(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+        num_queries = mask_logits.shape[1]
+        q = split(pool.q_proj(query)).expand(-1, -1, num_queries, -1)
+        attended = F.scaled_dot_product_attention(
+            q, split(pool.k_proj(keys)), split(pool.v_proj(keys)), attn_mask=visible[:, None]
+        )
+        return pool.c_proj(attended.transpose(1, 2).flatten(2))
+
+
+def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> CLIPBackbone:
+    """A frozen CLIP of any supported family.
+
+    Args:
+        name: an open_clip architecture ("convnext_large_d_320", "RN50"), or the path of an open_clip model JSON.
+        pretrained: an open_clip tag; the path of a weights file: a state dict (.pt, .pth, .bin, .safetensors), OpenAI's
+            TorchScript archive, or a checkpoint of a whole model with its CLIP inside; or "" for random weights.
+        quick_gelu: "auto", "on" or "off" (MODEL.FC_CLIP.QUICK_GELU). "auto" asks, in this order: the architecture's
+            name or JSON, the tag, the file. OpenAI's ResNets have QuickGELU whatever open_clip builds by itself.
+
+    Raises:
+        ValueError: unknown architecture or tag, a family that is not supported, weights of another architecture, or a
+            ResNet file of which nothing says what activation it was trained with.
+        FileNotFoundError: a path that does not exist.
+        ConnectionError: a tag whose weights are not on this machine and cannot be downloaded.
+    """
+    architecture = _architecture(name)
+    named_quick = bool(architecture.pop("quick_gelu", False))
+    if quick_gelu not in ("auto", "on", "off"):
+        raise InputError(f"MODEL.FC_CLIP.QUICK_GELU must be 'auto', 'on' or 'off', got '{quick_gelu}'")
+    weights = _pretrained_weights(name, pretrained) if pretrained else None
+    if quick_gelu != "auto":
+        quick, source = quick_gelu == "on", f"MODEL.FC_CLIP.QUICK_GELU is '{quick_gelu}'"
+    elif named_quick:
+        quick, source = True, f"the architecture '{name}' says so"
+    elif weights is not None and weights.quick_gelu is not None:
+        quick, source = weights.quick_gelu, f"'{pretrained}' says so"
+    else:
+        quick, source = False, "default"
+    with _RealRates():
+        clip_model = open_clip.model.CLIP(**architecture, quick_gelu=quick)
+    backbone = as_backbone(clip_model, name=name)
+    if backbone.quick_gelu != quick:
+        raise RuntimeError(
+            f"open_clip {version('open_clip_torch')} built the text tower of '{name}' "
+            f"{'with' if backbone.quick_gelu else 'without'} QuickGELU although it was asked for the other"
+        )
+    if weights is not None and source == "default" and backbone.needs_activation:
+        raise InputError(
+            f"nothing says whether the ResNet weights in '{pretrained}' are OpenAI's, whose text tower has QuickGELU: "
+            "set MODEL.FC_CLIP.QUICK_GELU to 'on' (OpenAI's weights) or 'off' (all others)"
+        )
+    backbone.architecture, backbone.pretrained, backbone.activation_source = name, pretrained, source
+    if weights is None:
+        logger.info("CLIP '%s': random weights (MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS is empty)", name)
+    else:
+        _load(backbone.clip_model, weights.tensors, source=f"'{pretrained}'", name=name)
+        logger.info("CLIP '%s': weights from '%s', %s (%s)", name, pretrained, "QuickGELU" if quick else "GELU", source)
+    return backbone
+
+
+class _RealRates(TorchFunctionMode):
+    """Early 1.0 versions of timm read drop rates out of `torch.linspace` while they build; on the meta device there
+    would be none to read."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {}, **({"device": "cpu"} if func is torch.linspace else {}))
+        return func(*args, **kwargs)
+
+
+def as_backbone(clip_model: nn.Module, *, name: str = "CLIP") -> CLIPBackbone:
+    """The family that an open_clip model belongs to, told by its image tower.
+
+    Raises:
+        ValueError: a tower of another kind.
+    """
+    visual = clip_model.visual
+    if isinstance(visual, ModifiedResNet):
+        return ResNetCLIP(clip_model)
+    trunk = getattr(visual, "trunk", None)
+    if type(trunk).__name__ == "ConvNeXt":
+        return ConvNeXtCLIP(clip_model)
+    kind = type(trunk if trunk is not None else visual).__name__
+    raise InputError(
+        f"CLIP '{name}' has the image tower {kind}; supported are timm's ConvNeXt (convnext_*) and OpenAI's ResNets "
+        "(RN50, RN101, RN50x4, RN50x16, RN50x64). FC-CLIP needs a convolutional tower."
+    )
+
+
+def _architecture(name: str) -> dict:
+    if name.endswith(".json"):
+        path = resolve_file(name, what="MODEL.FC_CLIP.CLIP_MODEL_NAME")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        config = open_clip.get_model_config(name)
+        if config is None:
+            convolutional = sorted(one for one in open_clip.list_models() if one.startswith(("convnext", "RN")))
+            raise InputError(
+                f"MODEL.FC_CLIP.CLIP_MODEL_NAME: open_clip {version('open_clip_torch')} knows no architecture "
+                f"'{name}'. Known convolutional ones: {', '.join(convolutional)}; or give the path of an open_clip "
+                "model JSON."
+            )
+    config = dict(config)
+    if config.pop("custom_text", False) or "hf_model_name" in config.get("text_cfg", {}):
+        raise InputError(f"CLIP '{name}' has a custom text tower; only CLIP's own text transformer is supported")
+    return config
+
+
+def has_quick_gelu(clip_model: nn.Module) -> bool:
+    """Whether the text tower of an open_clip model has QuickGELU, x * sigmoid(1.702 x), instead of the exact GELU.
+
+    Raises:
+        ValueError: any other activation, or different ones in different blocks.
+    """
+    kinds = {type(block.mlp.gelu) for block in clip_model.transformer.resblocks}
+    if len(kinds) != 1 or not kinds <= {nn.GELU, QuickGELU}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise InputError(f"the text tower of CLIP must have GELU or QuickGELU in every block, got {names}")
+    return kinds == {QuickGELU}
+
+
+def set_quick_gelu(backbone: CLIPBackbone, quick: bool, *, source: str) -> None:
+    """Gives the text tower the activation its weights were trained with; `source` says who knows."""
+    for block in backbone.clip_model.transformer.resblocks:
+        block.mlp.gelu = QuickGELU() if quick else nn.GELU()
+    backbone.quick_gelu, backbone.activation_source = quick, source
+    logger.info("CLIP '%s': %s (%s)", backbone.architecture, "QuickGELU" if quick else "GELU", source)
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Tensors of a CLIP, and whether its text tower has QuickGELU; None: nothing says so."""
+
+    tensors: dict[str, Tensor]
+    quick_gelu: bool | None
+
+
+def _pretrained_weights(name: str, pretrained: str) -> _Weights:
+    if Path(pretrained).suffix in (".pt", ".pth", ".bin", ".safetensors", ".pkl") or "/" in pretrained:
+        return _clip_weights(resolve_file(pretrained, what="MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"))
+    known = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained not in known:
+        raise InputError(
+            f"MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS: '{pretrained}' is no open_clip tag of '{name}' (its tags: "
+            f"{', '.join(known) or 'none'}) and no weights file (.pt, .pth, .bin, .safetensors)"
+        )
+    tag = open_clip.get_pretrained_cfg(name, pretrained)
+    try:
+        path = open_clip.download_pretrained(tag)
+    except Exception as error:  # every downloader behind open_clip has errors of its own
+        raise NotReachableError(
+            f"the weights '{pretrained}' of CLIP '{name}' are not on this machine and could not be downloaded "
+            f"({type(error).__name__}: {error}). Download them where there is a network and give the path of the file "
+            "as MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, or '' for random weights."
+        ) from error
+    return _Weights(_clip_weights(Path(path)).tensors, tag_has_quick_gelu(name, pretrained))
+
+
+def tag_has_quick_gelu(name: str, tag: str) -> bool:
+    """Whether the weights behind an open_clip tag were trained with QuickGELU; open_clip before 2.27 does not say."""
+    return bool(open_clip.get_pretrained_cfg(name, tag).get("quick_gelu")) or tag in _QUICK_GELU_TAGS
+
+
+def _clip_weights(path: Path) -> _Weights:
+    """The CLIP in a file: bare, or inside a whole model."""
+    file = read_weight_file(path, what="CLIP weights")
+    tensors, notes = file.tensors, file.rest.get("clip")
+    if any(key.startswith(FROZEN_PREFIX) for key in tensors):
+        tensors = {
+            key.removeprefix(FROZEN_PREFIX): value for key, value in tensors.items() if key.startswith(FROZEN_PREFIX)
+        }
+    elif any(key.startswith("sem_seg_head.") for key in tensors):
+        raise InputError(
+            f"'{path}' holds a segmenter without its CLIP: it belongs in MODEL.WEIGHTS, not in "
+            "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"
+        )
+    said = notes.get("quick_gelu") if isinstance(notes, dict) else None
+    return _Weights(tensors, True if file.kind == "torchscript" else said)  # OpenAI alone publishes TorchScript
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], *, source: str, name: str) -> None:
+    wanted = model.state_dict()
+    tensors = {
+        key: value.float() if value.is_floating_point() else value
+        for key, value in tensors.items()
+        if key not in _NO_WEIGHTS
+    }
+    missing = sorted(set(wanted) - set(tensors))
+    unexpected = sorted(set(tensors) - set(wanted))
+    shapes = [key for key in wanted if key in tensors and wanted[key].shape != tensors[key].shape]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(keys)} {what} (e.g. {keys[0]})"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if keys
+        ]
+        raise InputError(
+            f"weights {source} do not fit CLIP '{name}': {', '.join(parts)}. Are they of another architecture?"
+        )
+    model.load_state_dict(tensors)

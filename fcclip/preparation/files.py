@@ -1,0 +1,247 @@
+"""Reading what was downloaded strictly, and writing whole files or none; for datasets/prepare_*.py.
+
+Pixels are taken as they are stored; whatever is not as expected is an error that names the file and says what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fcclip.errors import InputError, MissingFileError
+
+__all__ = [
+    "COLOUR_MODES",
+    "LABEL_MODES",
+    "atomically",
+    "box_and_area",
+    "check_size",
+    "copy_file",
+    "files_by_stem",
+    "has_content",
+    "id_colours",
+    "pair_by_stem",
+    "read_json",
+    "read_pixels",
+    "remap",
+    "remove_leftovers",
+    "stored_size",
+    "write_image",
+    "write_json",
+]
+
+LABEL_MODES = ("L", "P", "I;16", "I")  # one value a pixel: grey, palette index, 16 bits
+COLOUR_MODES = ("RGB", "RGBA")
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".tif": "TIFF"}
+_READING = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_HOST = socket.gethostname().replace(os.sep, "_")
+
+
+# ---- images ----
+
+
+def files_by_stem(folder: Path, ending: str) -> dict[str, Path]:
+    """Name without `ending` -> file, sorted; hidden files are none."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(ending) and not name.startswith("."))
+    return {name.removesuffix(ending): folder / name for name in names}
+
+
+def pair_by_stem(images: Mapping[str, Path], *others: Mapping[str, Path]) -> list[tuple[str, tuple[Path, ...]]]:
+    """(stem, files) of each image and its companions.
+
+    Raises:
+        ValueError: an image or companion is alone; names the first ones.
+    """
+    for other in others:
+        alone = [*(images.keys() - other.keys()), *(other.keys() - images.keys())]
+        if alone:
+            folders = " and ".join(str(next(iter(files.values())).parent) for files in (images, other) if files)
+            raise InputError(
+                f"{folders}: images that are in one of them only: {len(alone)}, e.g. {', '.join(sorted(alone)[:3])}. "
+                "Unpack the download again."
+            )
+    return [(stem, (path, *(other[stem] for other in others))) for stem, path in images.items()]
+
+
+def read_pixels(path: Path, *, modes: Sequence[str] = LABEL_MODES, convert: str | None = None) -> np.ndarray:
+    """(H, W) or (H, W, channels) values as stored: no turning by EXIF, and unless `convert` names a mode, no conversion
+    and no colours of a palette.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image, is cut off, or of another mode than those.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode in modes:
+                return np.array(image if convert is None else image.convert(convert))
+            found = image.mode
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path}: no such file. Unpack the download again.") from error
+    except _READING as error:
+        size = path.stat().st_size if path.is_file() else 0
+        raise InputError(
+            f"{path}: cannot be read as an image ({size} bytes): {error}. Unpack the download again."
+        ) from error
+    raise InputError(
+        f"{path}: pixels are of mode {found}, expected {' or '.join(modes)}. Was the file converted by another program?"
+    )
+
+
+def check_size(path: Path, pixels: np.ndarray, of: Path) -> None:
+    """Compares the size of the pixels of `path` with that of the image `of`.
+
+    Raises:
+        ValueError: they differ, or `of` is no image.
+        FileNotFoundError: there is no such image.
+    """
+    height, width = stored_size(of)
+    if pixels.shape[:2] != (height, width):
+        raise InputError(
+            f"{path}: {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), but its image {of} has "
+            f"{height} x {width}. They do not belong together; unpack the download again."
+        )
+
+
+def stored_size(path: Path) -> tuple[int, int]:
+    """(height, width) of an image as it is stored, whatever its EXIF block says.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{path}: no such image. Unpack the download again.") from error
+    except _READING as error:
+        raise InputError(f"{path}: cannot be read as an image: {error}. Unpack the download again.") from error
+
+
+def remap(values: np.ndarray, table: np.ndarray, path: Path, *, invalid: int) -> np.ndarray:
+    """table[values]; a value that the table calls `invalid` or does not reach is an error that names the file."""
+    reached = values < len(table)
+    if not reached.all():
+        raise InputError(_unexpected(path, int(values[~reached][0])))
+    mapped = table[values]
+    wrong = mapped == invalid
+    if wrong.any():
+        raise InputError(_unexpected(path, int(values[wrong][0])))
+    return mapped
+
+
+def _unexpected(path: Path, value: int) -> str:
+    return f"{path}: value {value} stands for no class. This is not the file that is expected here, or is damaged."
+
+
+def id_colours(id_map: np.ndarray) -> np.ndarray:
+    """(H, W) int segment ids -> (H, W, 3) uint8 as a panoptic PNG: R + 256 G + 65536 B."""
+    return np.stack([id_map & 255, id_map >> 8 & 255, id_map >> 16 & 255], -1).astype(np.uint8)
+
+
+def box_and_area(mask: np.ndarray) -> tuple[list[int], int]:
+    """([x, y, width, height], number of pixels) of a (H, W) bool mask with at least one pixel."""
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    x, y = int(columns[0]), int(rows[0])
+    return [x, y, int(columns[-1]) - x + 1, int(rows[-1]) - y + 1], int(np.count_nonzero(mask))
+
+
+# ---- files ----
+
+
+@contextlib.contextmanager
+def atomically(path: Path) -> Iterator[Path]:
+    """A file to write, in the same folder, which becomes `path` when the block ends without an error."""
+    partial_file = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial_file
+        os.replace(partial_file, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"cannot write {path}: {reason}. Is the disk full, or the folder not writable?") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial_file.unlink(missing_ok=True)
+
+
+def write_image(path: Path, pixels: np.ndarray, **options: Any) -> None:
+    """Writes an image, whole or not at all; the format is that of the ending: png, jpg or tif."""
+    with atomically(path) as file:
+        Image.fromarray(pixels).save(file, format=_FORMATS[path.suffix], **options)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file, whole or not at all."""
+    with atomically(path) as file, open(file, "w", encoding="utf-8") as stream:
+        json.dump(content, stream, separators=(",", ":"))
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, whole or not at all.
+
+    Raises:
+        FileNotFoundError: there is no such source.
+    """
+    if not source.is_file():
+        raise MissingFileError(f"{source}: no such file. Unpack the download again.")
+    with atomically(target) as file:
+        shutil.copyfile(source, file)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no JSON, or is cut off.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()  # millions of small objects without a cycle: the collector would walk them again and again
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(
+            f"{path}: no valid JSON ({path.stat().st_size} bytes): {error}. It may have been cut off."
+        ) from error
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def has_content(path: Path) -> bool:
+    """Whether it is a file that is not empty; after a power failure whole files may be."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def remove_leftovers(folders: Iterable[Path]) -> None:
+    """Removes what ended processes of this machine left half-written."""
+    for folder in folders:
+        for file in folder.glob(f".*.{_HOST}-*.partial"):
+            pid = file.name.removesuffix(".partial").rpartition("-")[2]
+            if pid.isdigit() and not _is_running(int(pid)):
+                file.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return pid != os.getpid()

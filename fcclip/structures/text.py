@@ -1,0 +1,28 @@
+"""A vocabulary as vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fcclip.errors import InputError
+
+
+@dataclass(frozen=True)
+class TextEmbeddings:
+    """A vocabulary of K classes, each with one or more synonyms, as vectors.
+
+    Args:
+        vectors: (W, D) float, unit length, one row per synonym, classes in order.
+        class_of_vector: (W,) int64, the class each row belongs to, 0..K-1, ascending.
+        num_classes: K.
+    """
+
+    vectors: Tensor
+    class_of_vector: Tensor
+    num_classes: int
+
+    def __post_init__(self) -> None:
+        if len(self.vectors) != len(self.class_of_vector):
+            raise InputError(f"{len(self.vectors)} vectors for {len(self.class_of_vector)} words")

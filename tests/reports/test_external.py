@@ -1,0 +1,236 @@
+"""Predictions of other programs: read in three formats, evaluated as a model is, and refused where they are wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcclip.data import get_dataset, read_label_map
+from fcclip.reports import LabelSource, PanopticSource, ResultsSource, SavedSource, evaluate_predictions
+from tests.data.published_trees import write_tree
+from tests.evaluation import tiny_world
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny_world")
+    tiny_world.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model_results(folder, tmp_path_factory):
+    """(what the runner found, the folder of what it wrote)."""
+    output = tmp_path_factory.mktemp("output")
+    options = {"modes": None, "training_vocabulary": None, "output_dir": output, "save_predictions": True}
+    return tiny_world.run(folder, **options)["ensemble"], output / "tiny_val"
+
+
+@pytest.fixture
+def files(model_results, tmp_path):
+    """A copy of those files, to be spoilt."""
+    shutil.copytree(model_results[1], tmp_path / "files")
+    return tmp_path / "files"
+
+
+def panoptic(files, folder):
+    return PanopticSource(files / "predictions.json", dataset=tiny_world.dataset(folder))
+
+
+def instances(files, folder):
+    dataset = tiny_world.dataset(folder)
+    return ResultsSource(files / "coco_instances_results.json", dataset=dataset, records=dataset.records())
+
+
+def labels(files, folder, **options):
+    dataset = tiny_world.dataset(folder)
+    return LabelSource(files / "predictions" / "semantic", dataset=dataset, records=dataset.records(), **options)
+
+
+def evaluate(folder, *sources, **options):
+    return evaluate_predictions(tiny_world.dataset(folder), sources, **options)
+
+
+def edit(path, change):
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content) or content))
+
+
+def test_every_format_gives_the_numbers_of_the_model(folder, files, model_results):
+    results, _ = model_results
+    found = evaluate(folder, panoptic(files, folder), instances(files, folder), labels(files, folder))
+    assert repr({task: found[task] for task in results}) == repr(results)
+    assert repr(evaluate(folder, SavedSource(files, dataset=tiny_world.dataset(folder)))) == repr(results)
+
+
+def test_one_format_alone_gives_its_tasks(folder, files):
+    assert evaluate(folder, panoptic(files, folder)).keys() == {"panoptic_seg"}
+    assert evaluate(folder, instances(files, folder)).keys() == {"bbox", "segm"}
+    assert evaluate(folder, labels(files, folder)).keys() == {"sem_seg"}
+
+
+def test_boxes_without_masks_give_the_ap_of_boxes_alone(folder, files, model_results):
+    edit(files / "coco_instances_results.json", lambda rows: [row.pop("segmentation") for row in rows] and None)
+    found = evaluate(folder, instances(files, folder))
+    assert repr(found) == repr({"bbox": model_results[0]["bbox"]})
+
+
+def test_masks_without_boxes_get_theirs(folder, files, model_results):
+    edit(files / "coco_instances_results.json", lambda rows: [row.pop("bbox") for row in rows] and None)
+    assert repr(evaluate(folder, instances(files, folder))["segm"]) == repr(model_results[0]["segm"])
+
+
+def test_label_maps_may_count_from_one_and_leave_gaps(folder, files, model_results):
+    for path in (files / "predictions" / "semantic").glob("*.png"):
+        Image.fromarray((read_label_map(path) + 1).astype(np.uint8)).save(path)
+    assert repr(evaluate(folder, labels(files, folder, offset=1))["sem_seg"]) == repr(model_results[0]["sem_seg"])
+    path = files / "predictions" / "semantic" / "0.png"
+    Image.fromarray(np.zeros((40, 60), np.uint8)).save(path)
+    with pytest.raises(
+        ValueError, match=r"semantic/0\.png: the values 0 are no class of 'tiny_val' \(4 classes, 1\.\.4"
+    ):
+        evaluate(folder, labels(files, folder, offset=1))
+    found = evaluate(folder, labels(files, folder, offset=1, ignore=0))["sem_seg"]
+    assert found["pACC"] < model_results[0]["sem_seg"]["pACC"]
+
+
+def test_label_maps_may_have_the_ids_of_the_data_set(folder, files, model_results):
+    ids = np.array([one.id for one in tiny_world.VOCABULARY.classes], np.uint8)
+    for path in (files / "predictions" / "semantic").glob("*.png"):
+        Image.fromarray(ids[read_label_map(path)]).save(path.with_name(f"{path.stem}_pred.png"))
+        path.unlink()
+    found = evaluate(folder, labels(files, folder, own_ids=True, suffix="_pred"))
+    assert repr(found["sem_seg"]) == repr(model_results[0]["sem_seg"])
+
+
+def test_pixels_without_a_prediction_are_missed_and_nothing_else_is_blamed(folder, tmp_path):
+    dataset = tiny_world.dataset(folder)
+    for record in dataset.records():
+        truth = read_label_map(record["sem_seg_file_name"])
+        truth[:20] = 9
+        Image.fromarray(truth.astype(np.uint8)).save(tmp_path / f"{Path(record['file_name']).stem}.png")
+    source = LabelSource(tmp_path, dataset=dataset, records=dataset.records(), ignore=9)
+    with pytest.raises(ValueError, match="values 255 are no class"):  # the void of the ground truth
+        evaluate(folder, source)
+    for path in tmp_path.glob("*.png"):
+        Image.fromarray(np.where(read_label_map(path) == 255, 9, read_label_map(path)).astype(np.uint8)).save(path)
+    found = evaluate(folder, source)["sem_seg"]
+    confusion = {name: [0, 0] for name in tiny_world.VOCABULARY.class_names}
+    for record in dataset.records():
+        truth = read_label_map(record["sem_seg_file_name"])
+        for index, name in enumerate(confusion):
+            confusion[name][0] += int((truth[20:] == index).sum())
+            confusion[name][1] += int((truth == index).sum())
+    assert {name: found[f"IoU-{name}"] for name in confusion} == pytest.approx(
+        {name: 100 * hits / every for name, (hits, every) in confusion.items()}
+    )
+
+
+@pytest.mark.parametrize("kind", ["panoptic", "instances", "labels"])
+def test_missing_predictions_are_named_and_may_count_as_empty(folder, files, model_results, kind):
+    def without(rows):
+        return [row for row in rows if row["image_id"] not in (4, 10)]
+
+    if kind == "panoptic":
+        change = lambda content: content | {"annotations": without(content["annotations"])}  # noqa: E731
+        edit(files / "predictions.json", change)
+        source, task, metric = panoptic(files, folder), "panoptic_seg", "PQ"
+    elif kind == "instances":
+        edit(files / "coco_instances_results.json", without)
+        source, task, metric = instances(files, folder), "segm", "AP"
+    else:
+        for number in (1, 3):
+            (files / "predictions" / "semantic" / f"{number}.png").unlink()
+        source, task, metric = labels(files, folder), "sem_seg", "mIoU"
+    with pytest.raises(ValueError, match=r"2 of 7 images of 'tiny_val' have no .* prediction: image_id 4, 10\. --miss"):
+        evaluate(folder, source)
+    found = evaluate(folder, source, missing="empty")[task][metric]
+    assert 0 < found < model_results[0][task][metric]
+
+
+def test_a_run_length_code_that_is_too_short_is_refused(folder, files):
+    def spoil(rows):
+        rows[0]["segmentation"] = {"size": [40, 60], "counts": [100, 50]}
+
+    edit(files / "coco_instances_results.json", spoil)
+    with pytest.raises(ValueError, match=r"row 0 \(image 1\): a run-length code has runs of 150 pixels in all"):
+        evaluate(folder, instances(files, folder))
+
+
+def test_two_predictions_for_a_image_are_refused(folder, files):
+    semantic = files / "predictions" / "semantic"
+    edit(files / "predictions.json", lambda content: content["annotations"].append(content["annotations"][2]))
+    with pytest.raises(ValueError, match=r"predictions\.json: image 7 has two predictions"):
+        panoptic(files, folder)
+    shutil.copy(semantic / "2.png", semantic / "2.tif")
+    with pytest.raises(ValueError, match=r"two label maps for image 7: .*2\.png and .*2\.tif"):
+        labels(files, folder)
+
+
+def test_predictions_for_unknown_images_are_refused(folder, files):
+    edit(files / "predictions.json", lambda content: content["annotations"][0].update(image_id="1"))
+    with pytest.raises(ValueError, match=r"1 predictions are for images .* does not have: image_id '1'\. .*string '7'"):
+        evaluate(folder, panoptic(files, folder))
+    edit(files / "coco_instances_results.json", lambda rows: rows[0].update(image_id=99))
+    with pytest.raises(ValueError, match=r"images that 'tiny_val' does not have: image_id 99\.$"):
+        evaluate(folder, instances(files, folder))
+    shutil.copy(files / "predictions" / "semantic" / "0.png", files / "predictions" / "semantic" / "zero.png")
+    with pytest.raises(ValueError, match=r"1 files belong to no image of 'tiny_val': 'zero\.png'; expected names like"):
+        labels(files, folder)
+
+
+def test_categories_that_the_data_set_does_not_have_are_refused(folder, files):
+    change = lambda content: content["annotations"][1]["segments_info"][0].update(category_id=3)  # noqa: E731
+    edit(files / "predictions.json", change)
+    with pytest.raises(ValueError, match=r"image 4: category 3 is not one of 'tiny_val' \(4 ids, 2\.\.9\)"):
+        panoptic(files, folder)
+    edit(files / "coco_instances_results.json", lambda rows: rows[3].update(category_id=9))  # stuff
+    with pytest.raises(ValueError, match=r"row 3 \(image \d+\): category 9 is not one of 'tiny_val' \(2 ids, 4\.\.5\)"):
+        instances(files, folder)
+
+
+@pytest.mark.parametrize("name", ["predictions.json", "coco_instances_results.json"])
+def test_half_a_json_is_refused(folder, files, name):
+    path = files / name
+    path.write_text(path.read_text()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=f"{name}' is broken JSON at line 1, column .*; was it cut off"):
+        panoptic(files, folder) if name == "predictions.json" else instances(files, folder)
+
+
+def test_wrong_sizes_name_the_image(folder, files):
+    for path in (files / "predictions" / "1.png", files / "predictions" / "semantic" / "1.png"):
+        ground_truth = Image.open(path)
+        ground_truth.crop((0, 0, 60, 39)).save(path)
+    with pytest.raises(ValueError, match=r"image 4.*the prediction is 39 x 60 \(height x width\)"):
+        evaluate(folder, panoptic(files, folder))
+    with pytest.raises(ValueError, match=r"semantic/1\.png: the prediction has shape \(39, 60\)"):
+        evaluate(folder, labels(files, folder))
+    edit(files / "coco_instances_results.json", lambda rows: rows[0]["segmentation"].update(size=[39, 60]))
+    with pytest.raises(ValueError, match=r"row 0 \(image 1\): its mask is \[39, 60\] .*, the image is \[40, 60\]"):
+        evaluate(folder, instances(files, folder))
+
+
+def test_files_in_another_format_are_refused(folder, files):
+    (files / "coco_instances_results.json").write_text('{"annotations": []}')
+    with pytest.raises(ValueError, match="is no list of instances; expected the COCO results format"):
+        instances(files, folder)
+    (files / "coco_instances_results.json").write_text('[{"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 4}]')
+    with pytest.raises(ValueError, match="row 0 has no 'score'"):
+        instances(files, folder)
+    (files / "predictions.json").write_text("[]")
+    with pytest.raises(ValueError, match="has no 'annotations'; expected the COCO panoptic format"):
+        panoptic(files, folder)
+
+
+def test_predictions_that_the_data_set_is_not_evaluated_for_are_refused(folder, files, tmp_path):
+    write_tree("openvocab_pascal20_sem_seg_val", tmp_path)
+    pascal = get_dataset("openvocab_pascal20_sem_seg_val", tmp_path)
+    with pytest.raises(ValueError, match=r"pascal20_sem_seg_val' \(sem_seg\) is evaluated for semantic; .* panoptic"):
+        evaluate_predictions(pascal, [panoptic(files, folder)])
+    with pytest.raises(ValueError, match="are of data set 'tiny_val', not of 'openvocab_pascal20_sem_seg_val'"):
+        SavedSource(files, dataset=pascal)
+    with pytest.raises(ValueError, match="two sources give 'panoptic_seg'"):
+        evaluate(folder, panoptic(files, folder), panoptic(files, folder))
