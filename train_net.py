@@ -321,7 +321,7 @@ def load_start(cfg: CfgNode, model: FCCLIP, last: Path | None) -> FineTuning | N
         return begin_finetuning(cfg, model, resumed=None if last is None else Checkpointer(cfg.OUTPUT_DIR).load(last))
     if cfg.MODEL.WEIGHTS and last is None:
         load_weights(model, cfg.MODEL.WEIGHTS, initialise=True)
-        model.former_vocabulary = None  # an ordinary training knows the words of DATASETS.TRAIN alone
+        model.seen_vocabulary = model.train_vocabulary  # an ordinary training knows the words of DATASETS.TRAIN alone
         logger.info("starting from the weights in %s", cfg.MODEL.WEIGHTS)
     return None
 
@@ -345,7 +345,7 @@ def begin_comparison(
     if not cfg.DATASETS.TEST:
         logger.info("DATASETS.TEST is empty: nothing is compared before and after the fine-tuning")
         return None
-    comparison = Comparison(cfg, former=tuning.former, own=vocabulary, rank=get_rank(), world_size=get_world_size())
+    comparison = Comparison(cfg, former=tuning.former, own=vocabulary)
     if resumes:
         comparison.resume()
         return comparison
@@ -448,8 +448,6 @@ def best_scalars(model: nn.Module, cfg: CfgNode, training: Vocabulary, name: str
             modes={mode: test_modes(cfg)[mode]},
             training_vocabulary=training,
             vocabulary=dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES),
-            rank=get_rank(),
-            world_size=get_world_size(),
         )
     else:
         found = results.get(dataset.name, {})
@@ -471,7 +469,7 @@ def draw_predictions(cfg: CfgNode, model: nn.Module, *, images: int = 4) -> dict
         return {}
     drawings = {}
     for record in dataset.records()[:images]:
-        (output,) = model([mapper(record)], vocabulary=vocabulary, semantic=None)
+        (output,) = model([mapper(record)], vocabulary=vocabulary, heads=("panoptic",))
         id_map, segments = output["panoptic_seg"]
         segments = [Segment(**segment) for segment in segments]
         drawing = draw_panoptic(read_image(record["file_name"]), id_map.cpu().numpy(), segments, vocabulary.class_names)
@@ -586,8 +584,6 @@ def evaluate_all(model: nn.Module, cfg: CfgNode, training: Vocabulary, *, augmen
             training_vocabulary=training,
             vocabulary=vocabulary,
             output_dir=folder,
-            rank=get_rank(),
-            world_size=get_world_size(),
         )
         if not is_main_process():
             continue

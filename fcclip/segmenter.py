@@ -43,7 +43,7 @@ class NamedSegment(Segment):
     """A segment that knows what it is called.
 
     Args:
-        name: canonical name of its class, the first word of the entry.
+        name: canonical name of its class, the first synonym of the entry.
     """
 
     name: str
@@ -129,9 +129,9 @@ class Segmentation:
 
 
 class Segmenter:
-    """Segments images with any words.
+    """Segments images with any class names.
 
-    Holds a model, no words: they come with every call, so one segmenter may serve threads with different words.
+    Holds a model and no vocabulary: it comes with every call, so one segmenter may serve threads with different ones.
 
     Args:
         cfg: the whole config.
@@ -148,9 +148,6 @@ class Segmenter:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
-        cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = True  # whatever the config evaluates, a segmenter wants segments only
-        cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False
-        cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
         cfg.freeze()
         weights = weights or cfg.MODEL.WEIGHTS
         if not weights:
@@ -178,7 +175,7 @@ class Segmenter:
     def __call__(
         self,
         image: ImageInput | Sequence[ImageInput],
-        words: str | Sequence[str] | Vocabulary | None = None,
+        vocabulary: str | Sequence[str] | Vocabulary | None = None,
         *,
         min_score: float = 0.0,
     ) -> Segmentation | list[Segmentation]:
@@ -186,9 +183,9 @@ class Segmenter:
 
         Args:
             image: a path, an RGB array (h, w, 3) uint8, a PIL image, or a list of these.
-            words: the only classes that can be found. `;` separates classes, `,` the words of a class; `:stuff` or
-                `:thing` at the end of a class says whether its instances are one segment or many (unmarked: many). A
-                list has one string a class. None: the vocabulary of the config's first test set.
+            vocabulary: the only classes that can be found. `;` separates classes, `,` the synonyms of a class;
+                `:stuff` or `:thing` at the end of a class says whether its instances are one segment or many
+                (unmarked: many). A list has one string a class. None: the vocabulary of the config's first test set.
             min_score: things with a lower score are left out (their pixels become 0); stuff always stays.
 
         Returns:
@@ -196,20 +193,20 @@ class Segmenter:
 
         Raises:
             FileNotFoundError: there is no such image.
-            ValueError: an image that cannot be read or is no RGB array, no words, or `min_score` outside 0..1.
+            ValueError: an image that cannot be read or is no RGB array, no vocabulary, or `min_score` outside 0..1.
         """
         if not 0 <= min_score <= 1:
             raise InputError(f"min_score must be in 0..1, got {min_score}")
-        vocabulary = self._vocabulary(words)
+        vocabulary = self._vocabulary(vocabulary)
         if isinstance(image, (list, tuple)):
-            return [self._segment(one, vocabulary, min_score) for one in image]
+            return [self._segment(single, vocabulary, min_score) for single in image]
         return self._segment(image, vocabulary, min_score)
 
-    def _vocabulary(self, words: str | Sequence[str] | Vocabulary | None) -> Vocabulary:
-        if words is not None:
-            return words if isinstance(words, Vocabulary) else Vocabulary.from_names(words)
+    def _vocabulary(self, vocabulary: str | Sequence[str] | Vocabulary | None) -> Vocabulary:
+        if vocabulary is not None:
+            return vocabulary if isinstance(vocabulary, Vocabulary) else Vocabulary.from_names(vocabulary)
         if self.model.test_vocabulary is None:
-            raise InputError("no words given, and the config names no test set (DATASETS.TEST) to take classes from")
+            raise InputError("no vocabulary given, and the config names no test set (DATASETS.TEST) with classes")
         return self.model.test_vocabulary
 
     @torch.no_grad()
@@ -221,13 +218,15 @@ class Segmenter:
             resized = resized[..., ::-1]
         channels = torch.from_numpy(resized.transpose(2, 0, 1).copy())
         sample = {"image": channels, "height": height, "width": width}
-        (output,) = self.model([sample], vocabulary=vocabulary, semantic=None)
-        ids, found = output["panoptic_seg"]
+        (output,) = self.model([sample], vocabulary=vocabulary, heads=("panoptic",))
+        ids, records = output["panoptic_seg"]
         panoptic_map = ids.cpu().numpy().astype(np.int32)
-        segments = [NamedSegment(**one, name=vocabulary.class_names[one["category_id"]]) for one in found]
-        dropped = [one.id for one in segments if one.isthing and one.score < min_score]
+        segments = [NamedSegment(**record, name=vocabulary.class_names[record["category_id"]]) for record in records]
+        dropped = [segment.id for segment in segments if segment.isthing and segment.score < min_score]
         panoptic_map[np.isin(panoptic_map, dropped)] = 0
-        kept = sorted((one for one in segments if one.id not in dropped), key=lambda one: -one.score)
+        kept = sorted(
+            (segment for segment in segments if segment.id not in dropped), key=lambda segment: -segment.score
+        )
         file_name = str(image) if isinstance(image, (str, Path)) else ""
         return Segmentation(image, panoptic_map, tuple(kept), vocabulary.class_names, file_name)
 

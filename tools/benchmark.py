@@ -64,7 +64,8 @@ from fcclip.evaluation import (
 )
 from fcclip.files import write_atomically
 from fcclip.modeling import build_model
-from fcclip.modeling.inference import semantic_inference, semantic_labels
+from fcclip.modeling.output_masks import OutputMasks
+from fcclip.modeling.outputs import semantic_inference, semantic_labels
 from fcclip.structures import Instances, Targets, boxes_of_masks
 from fcclip.vocabulary import Vocabulary
 
@@ -436,7 +437,7 @@ def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str,
         return evaluator.confusion
 
     def semantic_with_head(ground_truth: MadeUpImage) -> np.ndarray:
-        labels = semantic_labels(head.class_logits, head.mask_logits)
+        labels = semantic_labels(head.class_logits, OutputMasks.whole(head.mask_logits))
         return semantic(MadeUpImage(ground_truth.record, {"sem_seg": labels}))
 
     def published_semantic(ground_truth: MadeUpImage, scores: torch.Tensor = head.scores) -> np.ndarray:
@@ -445,7 +446,9 @@ def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str,
         return counts.confusion[:-1, :-1].T
 
     def published_with_head(ground_truth: MadeUpImage) -> np.ndarray:
-        return published_semantic(ground_truth, semantic_inference(head.class_logits, head.mask_logits))
+        return published_semantic(
+            ground_truth, semantic_inference(head.class_logits, OutputMasks.whole(head.mask_logits))
+        )
 
     def instances(ground_truth: MadeUpImage) -> list[dict]:
         return encode_masks(ground_truth.output["instances"].pred_masks)
@@ -559,7 +562,7 @@ def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list
     class_logits = 3 * torch.randn(options.queries, options.classes + 1, generator=generator)
     coarse = 4 * torch.randn(1, options.queries, height // 16 + 1, width // 16 + 1, generator=generator)
     mask_logits = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")[0]
-    head = MadeUpHead(class_logits, mask_logits, semantic_inference(class_logits, mask_logits))
+    head = MadeUpHead(class_logits, mask_logits, semantic_inference(class_logits, OutputMasks.whole(mask_logits)))
     images = []
     for index in range(options.images):
         rng = np.random.default_rng(index)

@@ -442,7 +442,7 @@ def _name_all_faults(report: Report, cfg: CfgNode) -> None:
             backbone = parts.build_clip_backbone(cfg)
         builders: list[Callable[[], Any]] = [
             lambda: parts.build_criterion(cfg),
-            lambda: parts.build_inference_settings(cfg),
+            lambda: (parts.enabled_heads(cfg), parts.build_output_settings(cfg)),
             lambda: parts.check_decoder_input(cfg),
         ]
         if backbone is not None:

@@ -50,7 +50,6 @@ from fcclip.evaluation import current_commit, evaluate, format_table
 from fcclip.files import write_atomically
 from fcclip.modeling import FCCLIP, build_model, test_modes
 from fcclip.modeling.backbones.fingerprint import clip_fingerprint
-from fcclip.modeling.build import build_inference_settings
 from fcclip.reports import (
     FAIL,
     MIOU_RULE,
@@ -234,7 +233,6 @@ def evaluate_sets(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
     for plan in plans:
         name = plan.dataset.name
         vocabularies[name] = dataset_vocabulary(plan.dataset, folder)
-        model.settings = build_inference_settings(plan.cfg)
         found[name] = evaluate(
             model,
             plan.cfg,
@@ -243,12 +241,10 @@ def evaluate_sets(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
             training_vocabulary=model.seen_vocabulary,
             vocabulary=vocabularies[name],
             output_dir=args.output,
-            rank=get_rank(),
-            world_size=get_world_size(),
             max_images=args.first,
             save_predictions=True,
             resume=args.resume,
-            oracle=args.oracle,
+            oracle=ORACLES.get(args.oracle),
         )
         if not is_main_process():
             continue

@@ -79,6 +79,7 @@ def _model() -> CfgNode:
     fc_clip.EMBED_DIM = 768  # width of the joint image-text space; must be the CLIP's
     fc_clip.GEOMETRIC_ENSEMBLE_ALPHA = 0.4  # weight of the out-of-vocabulary classifier for seen classes, 0..1
     fc_clip.GEOMETRIC_ENSEMBLE_BETA = 0.8  # the same for unseen classes
+    fc_clip.OUT_OF_VOCABULARY_CLASSIFIER = ""  # mask_pool, masked_attention_pool; "": as published for the CLIP
     fc_clip.ENSEMBLE_ON_VALID_MASK = False  # no ensemble for queries whose mask is empty at stride 32
     fc_clip.VOCABULARIES = ""  # folder of published vocabulary files; "": $DETECTRON2_DATASETS/vocabularies, else ours
     fc_clip.TEXT_CACHE_DIR = ""  # text features on disk; "": the user's cache folder

@@ -1,26 +1,23 @@
 """Numbers that say how good a model is.
 
+runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation
+evaluators.py build_evaluators: which evaluators a data set gets; EVALUATORS: by kind of data set
+ground_truth.py  GroundTruth and Evaluator: what the runner hands over and expects
 panoptic.py   panoptic_quality of files, PanopticEvaluator of id maps
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
 instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
 cityscapes.py CityscapesInstanceEvaluator, CityscapesSemanticEvaluator: the protocol of cityscapesScripts
 predictions.py  PredictionWriter, SavedPredictions: what a model predicted, on the disk; evaluations that resume
-oracle.py     true masks with predicted classes, and the other way round
-external.py   evaluate_predictions: without a model, also predictions of other programs
-runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation;
-              EVALUATORS: what a kind of data set is evaluated for
-thread_pool.py Background: evaluation in threads while the network runs
-comparison.py before and after a fine-tuning: the same classes as a table and as finetune.json
-zero_shot.py  the table of the model zoo: published settings and figures, Report
-page.py       write_page: the best, median and worst images as HTML
+thread_pool.py  Background: evaluation in threads while the network runs
+meter.py      progress, and where the time goes
 results.py    tables, lines to paste and results.json
-ground_truth.py   GroundTruth and Evaluator: what the runner hands over and expects
 histograms.py joint histograms of two maps
 averages.py   unweighted means over classes, over seen and unseen ones
 """
 
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
+from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth, encode_masks, instances_of_rows
 from fcclip.evaluation.lvis import LvisEvaluator
@@ -41,7 +38,7 @@ from fcclip.evaluation.results import (
     unmet_expectations,
     write_results,
 )
-from fcclip.evaluation.runner import EVALUATORS, build_evaluators, evaluate, evaluate_augmented
+from fcclip.evaluation.runner import Oracle, evaluate, evaluate_augmented
 from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import Background
 
@@ -56,6 +53,7 @@ __all__ = [
     "InstanceEvaluator",
     "InstanceTruth",
     "LvisEvaluator",
+    "Oracle",
     "PanopticEvaluator",
     "PredictionWriter",
     "SavedPredictions",

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fcclip.comm import is_main_process
 from fcclip.data import Dataset, dataset_vocabulary, distinct_datasets
 from fcclip.engine import random_state, set_random_state
 from fcclip.errors import InputError
@@ -50,15 +51,12 @@ class Comparison:
         cfg: reads DATASETS.TEST, TEST.MODE, FINETUNE.METHOD, MODEL.WEIGHTS, OUTPUT_DIR and what `evaluate` reads.
         former: classes that the start was trained on.
         own: classes that the fine-tuning is trained on.
-        rank, world_size: as for `evaluate`.
     """
 
-    def __init__(self, cfg: Any, *, former: Vocabulary, own: Vocabulary, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, cfg: Any, *, former: Vocabulary, own: Vocabulary) -> None:
         self.cfg = cfg
         self.former = former
         self.own = own
-        self.rank = rank
-        self.world_size = world_size
         self.before: dict[str, Figures] = {}
         folder = cfg.MODEL.FC_CLIP.VOCABULARIES
         self._sets = [(one, dataset_vocabulary(one, folder)) for one in distinct_datasets(cfg.DATASETS.TEST)]
@@ -67,8 +65,8 @@ class Comparison:
         """Evaluates the start, to which the former classes alone are seen; writes `finetune.json` on rank 0. Random
         numbers are as they were afterwards."""
         logger.info("evaluating before the first iteration, to compare with the end")
-        random, own = random_state(), model.train_vocabulary
-        model.train_vocabulary = self.former
+        random, seen = random_state(), model.seen_vocabulary
+        model.seen_vocabulary = self.former
         try:
             mode = self.cfg.TEST.MODE
             for dataset, vocabulary in self._sets:
@@ -79,20 +77,18 @@ class Comparison:
                     modes={mode: test_modes(self.cfg)[mode]},
                     training_vocabulary=self.former,
                     vocabulary=vocabulary,
-                    rank=self.rank,
-                    world_size=self.world_size,
                 )
-                if self.rank == 0:
+                if is_main_process():
                     self.before[dataset.name] = self._figures(found[mode], dataset, vocabulary)
         finally:
-            model.train_vocabulary = own
+            model.seen_vocabulary = seen
             set_random_state(random)
-        if self.rank == 0:
+        if is_main_process():
             write_comparison(self.cfg.OUTPUT_DIR, about=self._about(), before=self.before)
 
     def resume(self) -> None:
         """Takes the figures of the start from `finetune.json`, when the fine-tuning goes on."""
-        found = read_before(self.cfg.OUTPUT_DIR) if self.rank == 0 else {}
+        found = read_before(self.cfg.OUTPUT_DIR) if is_main_process() else {}
         if found is None:
             logger.warning("%s has no %s: results will not be compared", self.cfg.OUTPUT_DIR, FILE)
         self.before = found or {}
@@ -103,7 +99,7 @@ class Comparison:
         Args:
             results: data set -> mode -> task -> metric -> percent, after the last iteration.
         """
-        if self.rank != 0:
+        if not is_main_process():
             return
         mode = self.cfg.TEST.MODE
         after = {one.name: self._figures(results[one.name][mode], one, words) for one, words in self._sets}

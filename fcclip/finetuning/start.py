@@ -118,7 +118,7 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
         for stored, (dataset, words) in zip((resumed or {}).get(_REPLAYED, ()), replayed):
             check_same_classes(stored, words, source=f"{cfg.OUTPUT_DIR}, images of '{dataset.name}'")
         notes[_REPLAYED] = [vocabulary_note(words) for _, words in replayed]
-    model.former_vocabulary = former
+    model.seen_vocabulary = former.joined(model.train_vocabulary)
     new = int((~model.train_vocabulary.seen_by(former)).sum())
     logger.info(
         "fine-tuning (%s) from %s: %d former classes ('%s'); %d of the %d classes of '%s' are new",
@@ -126,7 +126,7 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
         *(new, len(model.train_vocabulary), model.train_vocabulary.name),
     )
     if method == "distill" and cfg.FINETUNE.DISTILL_WEIGHT > 0:
-        model.teacher = build_teacher(cfg, model, former)
+        model.extra_losses.append(build_teacher(cfg, model, former))
     return FineTuning(former, notes)
 
 

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fcclip.finetuning.distillation import DistillationLoss
 from fcclip.modeling.classifier import cut_classes, with_void
-from fcclip.modeling.mask_decoder import QueryPredictions
-from fcclip.structures import TextEmbeddings
+from fcclip.modeling.inputs import point_seeds
+from fcclip.modeling.mask_decoder import MaskProposals
+from fcclip.structures import Features, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 
 
 class Teacher:
-    """A copy of the trained parts of a model as they are now; the frozen CLIP is shared with the model.
+    """Extra losses (`fcclip.modeling.architecture.ExtraLosses`): how far a model is from what it was at the start.
 
-    It is no module, so it never shows among the parameters, the weights or the wrapped parts of the model it teaches.
+    Holds a copy of the trained parts as they are now; the frozen CLIP is shared with the model. It is not a module, so
+    it never shows among the parameters, the weights or the wrapped parts of the model it teaches.
 
     Args:
         head: pixel decoder and decoder; copied.
         void_embedding: (1, D); copied.
-        vocabulary: the words in which it answers, those that it was trained on.
+        vocabulary: the classes in which it answers, those that it was trained on.
         loss: the distance of a student's answers from its own.
     """
 
@@ -32,35 +35,30 @@ class Teacher:
     ) -> None:
         self.head = copy.deepcopy(head).requires_grad_(False).eval()
         self.void_embedding = void_embedding.detach().clone()
-        self.vocabulary = vocabulary
+        self.vocabularies = (vocabulary,)
         self.loss = loss
 
-    def losses(
+    def __call__(
         self,
-        features: Mapping[str, Tensor],
-        words: TextEmbeddings,
-        found: QueryPredictions,
-        *,
-        point_seeds: Sequence[int] | None,
-        num_images: int,
+        features: Features,
+        proposals: MaskProposals,
+        text: TextEmbeddings,
+        classes: Mapping[Vocabulary, slice],
+        batch: Sequence[Mapping[str, Any]],
     ) -> dict[str, Tensor]:
-        """The weighted distance of a student's answers.
-
-        Args:
-            features: the backbone's levels, which both looked at.
-            words: what the student was asked for, without void; the classes of `vocabulary` are the last.
-            found: the student's answers, void last.
-            point_seeds, num_images: as for `DistillationLoss`.
-        """
+        """The weighted distance of a student's answers."""
+        all_sets = len(proposals.class_logits) > 1
         with torch.no_grad():
-            own = self.head(features, with_void(words, self.void_embedding), all_sets=len(found.class_logits) > 1)
-        former = slice(words.num_classes - len(self.vocabulary), words.num_classes)
+            own = self.head(features.levels, with_void(text, self.void_embedding), all_sets=all_sets)
+        former = classes[self.vocabularies[0]]
         answers = [
             (
-                [cut_classes(one, former.start, former.stop) for one in answer.class_logits],
+                [cut_classes(logits, former.start, former.stop) for logits in answer.class_logits],
                 answer.mask_embeddings,
                 answer.mask_features,
             )
-            for answer in (found, own)
+            for answer in (proposals, own)
         ]
-        return self.loss(*answers, point_seeds=point_seeds, num_images=num_images)
+        counts = getattr(batch, "segment_counts", None)
+        num_images = len(batch if counts is None else counts)
+        return self.loss(*answers, point_seeds=point_seeds(batch), num_images=num_images)

@@ -1,35 +1,41 @@
 """The networks.
 
+architecture.py   Architecture: what every model can be asked; ScoredMasks, Ensemble, the hook of extra losses
 build.py          build_model: from a config to a model; the dicts in which names become parts
 fcclip.py         FCCLIP: the parts put together; losses in training, predictions else
-teacher.py        Teacher: the frozen start of a fine-tuning
-clip.py           the frozen CLIP: features, region embeddings, weights
-fingerprint.py    what a CLIP is and computes, stored beside weights and compared when they are loaded
-weight_files.py   files of weights, read without running what is in them
-plain_pickle.py   the reader of pickles behind it
-text.py           words become vectors, cached
+backbones/        one module a frozen encoder
+inputs.py         what models are called with: checked, and made into one tensor
+text.py           class names become vectors, cached
 pixel_decoder.py  deformable encoder and top-down step
 mask_decoder.py   masked transformer decoder with the in-vocabulary classifier
-classifier.py     mask pooling, similarity to words, the geometric ensemble
+head.py           FCCLIPHead: both decoders
+classifier.py     mask pooling, similarity to class names, the geometric ensemble
+out_of_vocabulary.py  OUT_OF_VOCABULARY_CLASSIFIERS: region embeddings by the frozen CLIP
+outputs.py        semantic, panoptic and instance inference
+output_masks.py   masks at the output size, a few queries or a few rows at a time
 augmentation.py   test-time augmentation: AugmentedModel, the mean semantic maps of an image's variants
-inference.py      semantic, panoptic and instance post-processing
-semantic_blocks.py  semantic maps in blocks of rows, whatever the number of classes
 position.py       sine position embedding
 """
 
+from fcclip.modeling.architecture import Architecture, Ensemble, ScoredMasks
 from fcclip.modeling.augmentation import AugmentedModel, build_augmented, build_variants
 from fcclip.modeling.backbones.clip import CLIPBackbone, build_clip
-from fcclip.modeling.build import build_model, test_modes
-from fcclip.modeling.fcclip import FCCLIP, InferenceSettings
+from fcclip.modeling.build import build_model, enabled_heads, test_modes
+from fcclip.modeling.fcclip import FCCLIP
+from fcclip.modeling.outputs import HEADS
 
 __all__ = [
     "FCCLIP",
+    "HEADS",
+    "Architecture",
     "AugmentedModel",
     "CLIPBackbone",
-    "InferenceSettings",
+    "Ensemble",
+    "ScoredMasks",
     "build_augmented",
     "build_clip",
     "build_model",
     "build_variants",
+    "enabled_heads",
     "test_modes",
 ]

@@ -17,8 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.data import resize_image, shortest_edge_size
 from fcclip.errors import InputError
-from fcclip.modeling.fcclip import FCCLIP, Modes
+from fcclip.modeling.architecture import Architecture, Ensemble, ScoredMasks
+from fcclip.modeling.inputs import Samples, check_images, padded_size
+from fcclip.modeling.outputs import OutputSettings
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights import unwrap
 
 _CLASSES = 32  # classes mirrored at once; a memory knob
 _NO_SEMANTIC = (
@@ -70,12 +73,19 @@ class ImageVariants:
                 yield resized.flip(-1), True
 
 
+@dataclass(frozen=True)
+class ScoredVariants:
+    """What `AugmentedModel.score` says of one image: its variants, and whether each is mirrored; the first is not."""
+
+    variants: tuple[tuple[ScoredMasks, bool], ...]
+
+
 class AugmentedModel:
     """A model that looks at each image in several variants and gives the mean of their semantic scores.
 
-    Called like the model, with `sem_seg` as the only output; panoptic and instance outputs have no mean, so they are
-    not computed. Each variant is one pass of the network, whatever the number of modes; maps are summed up as they
-    come, so that for each mode one is held and no more.
+    Has `score` and `outputs` like the model, with `sem_seg` as the only output: panoptic and instance outputs have no
+    mean. Each variant is one pass of the network, however often it is weighed; of the maps, which are summed up as they
+    come, two are held and no more.
 
     Args:
         model: is used, not copied; DistributedDataParallel is taken off.
@@ -87,13 +97,15 @@ class AugmentedModel:
         ValueError: a model whose semantic maps are turned off.
     """
 
+    heads = ("semantic",)
+
     def __init__(
-        self, model: FCCLIP | DistributedDataParallel, *, variants: ImageVariants, batch_size: int = 1
+        self, model: Architecture | DistributedDataParallel, *, variants: ImageVariants, batch_size: int = 1
     ) -> None:
-        self.model: FCCLIP = model.module if isinstance(model, DistributedDataParallel) else model
+        self.model: Architecture = unwrap(model)
         if batch_size < 1:
             raise InputError(f"TEST.BATCH_SIZE must be at least 1, got {batch_size}")
-        if not self.model.settings.semantic_on:
+        if "semantic" not in self.model.heads:
             raise InputError(_NO_SEMANTIC)
         self.variants = variants
         self.batch_size = batch_size
@@ -112,64 +124,68 @@ class AugmentedModel:
         """Puts the model into evaluation mode."""
         return self.train(False)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        inputs: Sequence[Mapping],
-        *,
-        vocabulary: Vocabulary | None = None,
-        semantic: str | None = "scores",
-        modes: Modes | None = None,
-    ) -> list[dict[str, Tensor]] | dict[str, list[dict[str, Tensor]]]:
-        """Predictions.
+    def score(self, inputs: Samples, vocabulary: Vocabulary | None = None) -> list[ScoredVariants]:
+        """All variants of each image, scored.
 
         Args:
             inputs: as for the model. `image` may be uint8, resized with Pillow as test images are, or floating point,
                 resized by the same filter without rounding. Without `height` and `width` outputs have its size.
-            vocabulary, modes: as for the model.
-            semantic: "scores" for the mean scores (K, h, w) float32, "labels" for their argmax (h, w) int64.
-
-        Returns:
-            a mapping an image with `sem_seg`; with `modes` a list of such mappings by mode name.
+            vocabulary: as for the model.
 
         Raises:
-            ValueError: a model in training mode, `semantic=None`, and what the model refuses.
+            ValueError: a model in training mode, and what the model refuses.
         """
         if self.training:
             raise InputError("test-time augmentation is for predictions, but the model is training; call eval() first")
-        if semantic not in ("scores", "labels"):
-            raise InputError(
-                f"semantic must be 'scores' or 'labels', got {semantic!r}: semantic maps are all that test-time "
-                "augmentation gives"
-            )
-        self.model.check_images(inputs)
-        results: dict[str, list[dict[str, Tensor]]] = {name: [] for name in modes or ("",)}
-        for sample in inputs:
-            for name, semantic_map in self._semantic_maps(sample, vocabulary, semantic, modes).items():
-                results[name].append({"sem_seg": semantic_map})
-        return results if modes else results[""]
+        check_images(inputs, num_channels=3)
+        return [self._score(sample, vocabulary) for sample in inputs]
 
-    def _semantic_maps(
-        self, sample: Mapping, vocabulary: Vocabulary | None, semantic: str, modes: Modes | None
-    ) -> dict[str, Tensor]:
-        """Mode name -> scores (K, h, w) or labels (h, w) of one image."""
+    def _score(self, sample: Mapping, vocabulary: Vocabulary | None) -> ScoredVariants:
         height, width = sample["image"].shape[-2:]
         sized = {"height": height, "width": width, **sample}
-        totals: dict[str, Tensor] = {}
+        scored: list[tuple[ScoredMasks, bool]] = []
         for batch in self._batches(sample["image"]):
-            variants = [{**sized, "image": image} for image, _ in batch]
-            for index, name, scores in self.model.semantic_scores(variants, vocabulary=vocabulary, modes=modes):
-                if name in totals:
-                    _add(totals[name], scores, mirrored=batch[index][1])
-                else:  # the first variant is never mirrored
-                    totals[name] = scores.float()
-                del scores  # before the next map is computed
-        means = {name: total.div_(len(self.variants)) for name, total in totals.items()}
-        return {name: mean.argmax(0) for name, mean in means.items()} if semantic == "labels" else means
+            records = self.model.score([{**sized, "image": image} for image, _ in batch], vocabulary)
+            scored += [(record, mirrored) for record, (_, mirrored) in zip(records, batch)]
+        return ScoredVariants(tuple(scored))
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        scored: ScoredVariants,
+        *,
+        heads: Sequence[str] | None = None,
+        ensemble: Ensemble | tuple[float, float] | None = None,
+        semantic: str = "scores",
+        settings: OutputSettings | None = None,
+    ) -> dict[str, Tensor]:
+        """`sem_seg` of one image: the mean scores (K, h, w) float32, or with `semantic` "labels" their argmax (h, w).
+
+        Raises:
+            ValueError: other heads than "semantic".
+        """
+        if heads is not None and tuple(heads) != self.heads:
+            raise InputError(f"test-time augmentation gives semantic maps alone, not {', '.join(heads)}")
+        if semantic not in ("scores", "labels"):
+            raise InputError(f"semantic must be 'scores' or 'labels', got {semantic!r}")
+        total = None
+        for record, mirrored in scored.variants:
+            scores = self.model.outputs(record, heads=self.heads, ensemble=ensemble, settings=settings)["sem_seg"]
+            if total is None:
+                total = scores.float()
+            else:
+                _add(total, scores, mirrored=mirrored)
+            del scores  # before the next map is computed
+        mean = total.div_(len(scored.variants))
+        return {"sem_seg": mean.argmax(0) if semantic == "labels" else mean}
 
     def _batches(self, image: Tensor) -> Iterator[list[tuple[Tensor, bool]]]:
         """The variants of an image in their order, together where they may be."""
-        for _, group in groupby(self.variants.of(image), key=lambda one: self.model.padded_size([one[0].shape[-2:]])):
+
+        def size_of(variant: tuple[Tensor, bool]) -> tuple[int, int]:
+            return padded_size([variant[0].shape[-2:]], self.model.size_divisibility)
+
+        for _, group in groupby(self.variants.of(image), key=size_of):
             while batch := list(islice(group, self.batch_size)):
                 yield batch
 
@@ -188,7 +204,7 @@ def build_variants(cfg: CfgNode) -> ImageVariants:
     )
 
 
-def build_augmented(cfg: CfgNode, model: FCCLIP | DistributedDataParallel) -> AugmentedModel:
+def build_augmented(cfg: CfgNode, model: Architecture | DistributedDataParallel) -> AugmentedModel:
     """The model with test-time augmentation as TEST.AUG describes it, whatever TEST.AUG.ENABLED says.
 
     Raises:

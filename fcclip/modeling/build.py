@@ -14,9 +14,13 @@ from fcclip.config import cache_folder, lookup, resolve_device
 from fcclip.data.vocabularies import dataset_vocabulary
 from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
+from fcclip.modeling.architecture import Architecture, Ensemble
 from fcclip.modeling.backbones.clip import CLIPBackbone, build_clip
-from fcclip.modeling.fcclip import FCCLIP, FCCLIPHead, InferenceSettings
+from fcclip.modeling.fcclip import FCCLIP
+from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
+from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS, RegionClassifier
+from fcclip.modeling.outputs import OutputSettings
 from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
 from fcclip.modeling.text import TextEncoder
 from fcclip.ops import select_engine
@@ -27,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 def build_model(
     cfg: CfgNode, *, train_vocabulary: Vocabulary | None = None, test_vocabulary: Vocabulary | None = None
-) -> FCCLIP:
+) -> Architecture:
     """The model that a config describes, on its device, in evaluation mode, with freshly initialised heads.
 
     Args:
@@ -68,17 +72,33 @@ def compile_parts(model: FCCLIP, names: str) -> None:
         logger.info("%s: compiled by torch at its first use, which takes a minute or two", name)
 
 
-def test_modes(cfg: CfgNode) -> dict[str, tuple[float, float]]:
-    """(alpha, beta) of the three values of TEST.MODE; `ensemble` has the config's."""
+def test_modes(cfg: CfgNode) -> dict[str, Ensemble]:
+    """The ensembles of the three values of TEST.MODE; `ensemble` has the config's weights."""
     fc_clip = cfg.MODEL.FC_CLIP
     return {
-        "ensemble": (fc_clip.GEOMETRIC_ENSEMBLE_ALPHA, fc_clip.GEOMETRIC_ENSEMBLE_BETA),
-        "in_vocabulary": (0.0, 0.0),
-        "out_of_vocabulary": (1.0, 1.0),
+        "ensemble": Ensemble(fc_clip.GEOMETRIC_ENSEMBLE_ALPHA, fc_clip.GEOMETRIC_ENSEMBLE_BETA),
+        "in_vocabulary": Ensemble(0.0, 0.0),
+        "out_of_vocabulary": Ensemble(1.0, 1.0),
     }
 
 
-test_modes.__test__ = False  # no test, whatever its name looks like
+test_modes.__test__ = False  # pytest takes it for a test otherwise
+
+
+def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
+    """The outputs that MODEL.MASK_FORMER.TEST asks for, of `HEADS`.
+
+    Raises:
+        ValueError: none.
+    """
+    test = cfg.MODEL.MASK_FORMER.TEST
+    switches = {"semantic": test.SEMANTIC_ON, "panoptic": test.PANOPTIC_ON, "instances": test.INSTANCE_ON}
+    heads = tuple(head for head, is_on in switches.items() if is_on)
+    if not heads:
+        raise InputError(
+            "MODEL.MASK_FORMER.TEST turns SEMANTIC_ON, INSTANCE_ON and PANOPTIC_ON off: nothing would be computed"
+        )
+    return heads
 
 
 class Levels(Protocol):
@@ -122,33 +142,37 @@ def fcclip_arguments(cfg: CfgNode, backbone: CLIPBackbone) -> dict[str, Any]:
     """What `FCCLIP` takes besides its backbone, its head and its vocabularies."""
     cache = cfg.MODEL.FC_CLIP.TEXT_CACHE_DIR
     return {
+        "classifier": build_classifier(cfg, backbone),
         "criterion": build_criterion(cfg),
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
         "size_divisibility": cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY,
-        "settings": build_inference_settings(cfg),
+        "heads": enabled_heads(cfg),
+        "ensemble": lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg)),
+        "ensemble_on_valid_mask": cfg.MODEL.FC_CLIP.ENSEMBLE_ON_VALID_MASK,
+        "output_settings": build_output_settings(cfg),
         "text_encoder": TextEncoder(
             backbone.clip_model, cache_dir=Path(cache).expanduser() if cache else cache_folder()
         ),
     }
 
 
-def build_inference_settings(cfg: CfgNode) -> InferenceSettings:
-    """What TEST.MODE, MODEL.MASK_FORMER.TEST and the ensemble's keys ask for."""
+def build_classifier(cfg: CfgNode, backbone: CLIPBackbone) -> RegionClassifier:
+    """The out-of-vocabulary classifier that the config names, by default the one published for the CLIP's family."""
+    key = "MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER"
+    name = cfg.MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER or backbone.region_classifier
+    return lookup(key, name, OUT_OF_VOCABULARY_CLASSIFIERS)(backbone)
+
+
+def build_output_settings(cfg: CfgNode) -> OutputSettings:
+    """How outputs are made; panoptic maps and instances need masks at the output size, and semantic maps use them."""
     test = cfg.MODEL.MASK_FORMER.TEST
-    alpha, beta = lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg))
-    return InferenceSettings(
-        alpha=alpha,
-        beta=beta,
-        ensemble_on_valid_mask=cfg.MODEL.FC_CLIP.ENSEMBLE_ON_VALID_MASK,
-        semantic_on=test.SEMANTIC_ON,
-        instance_on=test.INSTANCE_ON,
-        panoptic_on=test.PANOPTIC_ON,
+    return OutputSettings(
         object_mask_threshold=test.OBJECT_MASK_THRESHOLD,
         overlap_threshold=test.OVERLAP_THRESHOLD,
         topk=cfg.TEST.DETECTIONS_PER_IMAGE,
-        postprocess_masks_first=test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE,
         zero_boxes=cfg.MODEL.FC_CLIP.ZERO_BOXES,
+        masks_first=test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON,
         query_chunk=cfg.TEST.QUERY_CHUNK,
         class_chunk=cfg.TEST.CLASS_CHUNK,
     )

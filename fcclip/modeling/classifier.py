@@ -1,6 +1,6 @@
 """The two classifiers of FC-CLIP and what joins them (FC-CLIP, section 3.2 and equations 4 to 8).
 
-Legend: B images, Q queries, D embedding, K classes, W words.
+Legend: B images, Q queries, D embedding, K classes, W synonyms.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ def resize_masks(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask_logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def text_logits(embeddings: Tensor, words: TextEmbeddings, logit_scale: Tensor) -> Tensor:
+def text_logits(embeddings: Tensor, text: TextEmbeddings, logit_scale: Tensor) -> Tensor:
     """Scaled cosine similarity to every class, a class scoring as its best word; always fp32.
 
     Args:
         embeddings: (B, Q, D) float, of any length.
-        words: the classes, void included where it is wanted.
+        text: the classes, void included where it is wanted.
         logit_scale: scalar, logarithm of the scale; the scale is at most 100.
 
     Returns:
-        (B, Q, words.num_classes) float32.
+        (B, Q, text.num_classes) float32.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
         scaled = logit_scale.float().exp().clamp(max=100) * F.normalize(embeddings.float(), dim=-1)
-        scores = scaled @ words.vectors.float().T  # (B, Q, W)
-        logits = scores.new_full((*scores.shape[:-1], words.num_classes), -torch.inf)
-        return logits.scatter_reduce(-1, words.class_of_vector.expand_as(scores), scores, "amax")
+        scores = scaled @ text.vectors.float().T  # (B, Q, W)
+        logits = scores.new_full((*scores.shape[:-1], text.num_classes), -torch.inf)
+        return logits.scatter_reduce(-1, text.class_of_vector.expand_as(scores), scores, "amax")
 
 
 def cut_classes(class_logits: Tensor, start: int, stop: int) -> Tensor:
@@ -97,19 +97,19 @@ def own_classes(
     return [one.masked_fill(foreign, -torch.inf) for one in class_logits], moved
 
 
-def with_void(words: TextEmbeddings, void: Tensor) -> TextEmbeddings:
+def with_void(text: TextEmbeddings, void: Tensor) -> TextEmbeddings:
     """The vocabulary with one more class, void, as the last.
 
     Args:
-        words: K classes.
+        text: K classes.
         void: (1, D) float, of any length; gradients flow into it.
     """
     void = F.normalize(void.float(), dim=-1)
-    last = words.class_of_vector.new_full((1,), words.num_classes)
+    last = text.class_of_vector.new_full((1,), text.num_classes)
     return TextEmbeddings(
-        vectors=torch.cat([words.vectors.to(void.device), void]),
-        class_of_vector=torch.cat([words.class_of_vector.to(void.device), last.to(void.device)]),
-        num_classes=words.num_classes + 1,
+        vectors=torch.cat([text.vectors.to(void.device), void]),
+        class_of_vector=torch.cat([text.class_of_vector.to(void.device), last.to(void.device)]),
+        num_classes=text.num_classes + 1,
     )
 
 

@@ -21,8 +21,9 @@ from fcclip.structures import TextEmbeddings
 
 
 @dataclass(frozen=True)
-class QueryPredictions:
-    """What the decoder says; one entry a supervised prediction set, the final one last.
+class MaskProposals:
+    """What the decoder says: masks and the in-vocabulary opinion on them; one entry a supervised prediction set, the
+    final one last.
 
     Args:
         class_logits: tensors (B, Q, K + 1), void last.
@@ -208,14 +209,14 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(
-        self, pyramid: Sequence[Tensor], mask_features: Tensor, words: TextEmbeddings, *, all_sets: bool
-    ) -> QueryPredictions:
+        self, pyramid: Sequence[Tensor], mask_features: Tensor, text: TextEmbeddings, *, all_sets: bool
+    ) -> MaskProposals:
         """Predictions of every layer or of the last.
 
         Args:
             pyramid: three maps (B, in_channels, ·, ·) at strides 32, 16, 8.
             mask_features: (B, mask_dim, H/4, W/4).
-            words: K classes and void, which is the last.
+            text: K classes and void, which is the last.
             all_sets: also score the start queries and every layer but the last (deep supervision); else only the last.
 
         Returns:
@@ -237,7 +238,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             normed = self.decoder_norm(x)
             embedding = self.mask_embed(normed)
             if all_sets or step == num_layers:
-                class_logits.append(self.classify(normed, embedding, mask_features, words))
+                class_logits.append(self.classify(normed, embedding, mask_features, text))
                 mask_embeddings.append(embedding)
             if step == num_layers:
                 break
@@ -248,14 +249,14 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             )
             x = self.transformer_self_attention_layers[step](x, query_position)
             x = self.transformer_ffn_layers[step](x)
-        return QueryPredictions(class_logits, mask_embeddings, mask_features)
+        return MaskProposals(class_logits, mask_embeddings, mask_features)
 
-    def classify(self, normed: Tensor, embedding: Tensor, mask_features: Tensor, words: TextEmbeddings) -> Tensor:
+    def classify(self, normed: Tensor, embedding: Tensor, mask_features: Tensor, text: TextEmbeddings) -> Tensor:
         """The in-vocabulary classifier: normed queries (B, Q, d), mask embeddings -> logits (B, Q, K + 1)."""
         with torch.no_grad():
             mask_logits = mask_product(embedding, mask_features)
         pooled = self._mask_pooling_proj(mask_pool(mask_features, mask_logits))
-        return text_logits(self.class_embed(pooled + normed), words, self.logit_scale)
+        return text_logits(self.class_embed(pooled + normed), text, self.logit_scale)
 
 
 @torch.no_grad()

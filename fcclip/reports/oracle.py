@@ -12,6 +12,7 @@ in a semantic map the pixels of one class. What remains wrong is segmentation.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fcclip.data import Dataset
 from fcclip.data.segmentations import compressed, has_area
 from fcclip.errors import InputError
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
 from fcclip.evaluation.histograms import as_array, compact, joint_histogram
-from fcclip.modeling.backbones.clip import DENSE
-from fcclip.modeling.classifier import with_void
-from fcclip.modeling.fcclip import FCCLIP
+from fcclip.evaluation.semantic import SemanticEvaluator
+from fcclip.modeling import FCCLIP, Ensemble, ScoredMasks
+from fcclip.modeling.outputs import OutputSettings
 from fcclip.structures import Instances, boxes_of_masks
 from fcclip.vocabulary import Vocabulary
 
-ORACLES = ("masks", "classes")
 MIN_IOU = 0.5
 
 
@@ -227,78 +228,107 @@ def _unique_product(masks: Tensor, flat: Tensor) -> Tensor:
     return (masks[one_of].flatten(1).float() @ flat.T)[rows]
 
 
+class TrueClasses:
+    """The oracle `classes`: predictions of the model, with true classes."""
+
+    name, predicts = "classes", False
+
+    def model(self, model: Any, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> Any:
+        """The model itself."""
+        return model
+
+    def evaluators(self, evaluators: Sequence[Evaluator], dataset: Dataset, vocabulary: Vocabulary) -> list[Evaluator]:
+        """Evaluators that see true classes."""
+        ignore_label = dataset.metadata.get("ignore_label", 255)
+        options = {"thing_classes": vocabulary.thing_classes, "ignore_label": ignore_label}
+        return [TrueClassEvaluator(evaluator, **options) for evaluator in evaluators]
+
+
 # ---- true masks ----
 
 
 class TrueMasks:
-    """A model that classifies true masks instead of its own; called like the model.
+    """The oracle `masks`: the model's classes of true masks."""
+
+    name, predicts = "masks", True
+
+    def model(
+        self, model: FCCLIP, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset
+    ) -> TrueMaskModel:
+        """What classifies true masks."""
+        ignore_label = dataset.metadata.get("ignore_label", 255)
+        return TrueMaskModel(model, ground_truth_of=ground_truth_of, ignore_label=ignore_label)
+
+    def evaluators(self, evaluators: Sequence[Evaluator], dataset: Dataset, vocabulary: Vocabulary) -> list[Evaluator]:
+        """The same, which now allow pixels without a class."""
+        for evaluator in evaluators:
+            if isinstance(evaluator, SemanticEvaluator):
+                evaluator.gaps = True
+        return list(evaluators)
+
+
+ORACLES = {oracle.name: oracle for oracle in (TrueMasks(), TrueClasses())}
+
+
+@dataclass(frozen=True)
+class ScoredSegments:
+    """The true segments of an image, scored.
+
+    Args:
+        ground_truth: of the image.
+        id_map: (h, w) int.
+        ids: of the n segments to classify.
+        scored: their masks with both opinions; None where there is no segment.
+        vocabulary: the classes.
+    """
+
+    ground_truth: GroundTruth
+    id_map: np.ndarray
+    ids: Sequence[int]
+    scored: ScoredMasks | None
+    vocabulary: Vocabulary
+
+
+class TrueMaskModel:
+    """A model that classifies true masks instead of its own; has `score` and `outputs` like the model.
 
     Args:
         model: is used, not copied.
-        ground_truth_of: image id -> image.
+        ground_truth_of: image id -> ground truth.
         ignore_label: value of pixels without a class in label maps.
     """
 
     def __init__(
         self, model: FCCLIP, *, ground_truth_of: Callable[[int | str], GroundTruth], ignore_label: int
     ) -> None:
-        self.model, self.ground_truth_of, self.ignore_label = model, ground_truth_of, ignore_label
-
-    @property
-    def training(self) -> bool:
-        """Whether the model is in training mode."""
-        return self.model.training
-
-    def train(self, mode: bool = True) -> TrueMasks:
-        """Puts the model into training mode, or out of it."""
-        self.model.train(mode)
-        return self
-
-    def eval(self) -> TrueMasks:
-        """Puts the model into evaluation mode."""
-        return self.train(False)
+        self.source, self.ground_truth_of, self.ignore_label = model, ground_truth_of, ignore_label
 
     @torch.no_grad()
-    def __call__(
-        self,
-        inputs: Sequence[Mapping],
-        *,
-        vocabulary: Vocabulary,
-        semantic: str = "labels",
-        modes: Mapping[str, tuple[float, float]] | None = None,
-    ) -> list[dict] | dict[str, list[dict]]:
-        """As `FCCLIP.predict`; pixels without a true segment have class K in semantic maps."""
-        model = self.model
-        wanted = modes or {"": (model.settings.alpha, model.settings.beta)}
-        images, sizes = model.preprocess(inputs)
-        words = model.text_encoder.encode(vocabulary)
-        features = model.backbone(images)
-        found = model.sem_seg_head(features, with_void(words, model.void_embedding.weight), all_sets=False)
-        logits, own_masks, dense = found.class_logits[-1], found.mask_logits(), features[DENSE]
-        results: dict[str, list[dict]] = {name: [] for name in wanted}
-        for row, (sample, size) in enumerate(zip(inputs, sizes)):
-            ground_truth = self.ground_truth_of(sample["image_id"])
-            id_map, ids = self._segments(ground_truth)
-            padded = tuple(images.shape[-2:])
-            scored = {}
-            if ids:
-                at_masks = coverage(id_map, ids, size, padded, tuple(own_masks.shape[-2:])).to(model.device)
-                at_dense = coverage(id_map, ids, size, padded, tuple(dense.shape[-2:])).to(model.device)
-                queries = best_queries(own_masks[row] > 0, inside(at_masks))
-                one = slice(row, row + 1)
-                inside_logits = torch.where(inside(at_dense), 20.0, -20.0)[None]
-                scored = model.classify(logits[one, queries], inside_logits, dense[one], words, vocabulary, wanted)
-            for name in wanted:
-                shares = scored[name][0].softmax(-1)[:, :-1].cpu() if ids else torch.zeros(0, len(vocabulary))
-                results[name].append(self._output(ground_truth, id_map, ids, shares, vocabulary))
-        return results if modes else results[""]
+    def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary | None = None) -> list[ScoredSegments]:
+        """As the model's, with true masks."""
+        return [
+            self._score(self.ground_truth_of(sample["image_id"]), own)
+            for sample, own in zip(inputs, self.source.score(inputs, vocabulary))
+        ]
+
+    def _score(self, ground_truth: GroundTruth, own: ScoredMasks) -> ScoredSegments:
+        id_map, ids = self._segments(ground_truth)
+        scored = None
+        if ids:
+            masks, device = own.masks, own.dense.device
+            sizes = masks.image_size, masks.padded_size
+            at_masks = coverage(id_map, ids, *sizes, tuple(masks.mask_logits.shape[-2:])).to(device)
+            at_dense = coverage(id_map, ids, *sizes, tuple(own.dense.shape[-2:])).to(device)
+            queries = best_queries(masks.mask_logits > 0, inside(at_masks))
+            scored = self.source.score_masks(own, queries, torch.where(inside(at_dense), 20.0, -20.0))
+        return ScoredSegments(ground_truth, id_map, ids, scored, own.vocabulary)
 
     def _segments(self, ground_truth: GroundTruth) -> tuple[np.ndarray, list[int]]:
         """(h, w) int ids and those of the segments to classify: of the panoptic annotation, crowds too, or of each
         class."""
         if "segments_info" in ground_truth.record:
-            there = set(compact(ground_truth.id_map)[0].tolist())
-            return ground_truth.id_map, [one["id"] for one in ground_truth.segments if one["id"] in there]
+            present = set(compact(ground_truth.id_map)[0].tolist())
+            return ground_truth.id_map, [segment["id"] for segment in ground_truth.segments if segment["id"] in present]
         if not ground_truth.record.get("sem_seg_file_name"):
             raise InputError(
                 f"image {ground_truth.image_id!r} has neither segments nor a label map; true masks need one of them"
@@ -306,39 +336,50 @@ class TrueMasks:
         labels = ground_truth.labels
         return labels, [value for value in compact(labels)[0].tolist() if value != self.ignore_label]
 
-    def _output(
-        self, ground_truth: GroundTruth, id_map: np.ndarray, ids: Sequence[int], shares: Tensor, vocabulary: Vocabulary
+    @torch.no_grad()
+    def outputs(
+        self,
+        scored: ScoredSegments,
+        *,
+        heads: Sequence[str],
+        ensemble: Ensemble | tuple[float, float] | None = None,
+        semantic: str = "labels",
+        settings: OutputSettings | None = None,
     ) -> dict[str, Any]:
-        settings, things = self.model.settings, set(vocabulary.thing_classes)
-        scores, classes = shares.max(1) if ids else (torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-        values, position = compact(id_map)
-        number = {one: index for index, one in enumerate(ids, start=1)}
+        """As the model's; pixels without a true segment have class K in semantic maps."""
+        ids, num_classes, things = scored.ids, len(scored.vocabulary), set(scored.vocabulary.thing_classes)
+        scores, classes = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        if ids:
+            class_logits = scored.scored.class_logits(self.source.ensemble if ensemble is None else ensemble)
+            scores, classes = class_logits.softmax(-1)[:, :-1].cpu().max(1)
+        values, position = compact(scored.id_map)
+        number = {segment_id: index for index, segment_id in enumerate(ids, start=1)}
         numbers = np.array([number.get(value, 0) for value in values.tolist()], np.int32)[position]
-        output: dict[str, Any] = {}
-        if settings.semantic_on:
-            output["sem_seg"] = np.append(len(vocabulary), classes.numpy()).astype(np.int64)[numbers]
-        areas = np.bincount(numbers.ravel(), minlength=len(ids) + 1)[1:].tolist()
-        if settings.panoptic_on:
-            output["panoptic_seg"] = (
+        outputs: dict[str, Any] = {}
+        if "semantic" in heads:
+            outputs["sem_seg"] = np.append(num_classes, classes.numpy()).astype(np.int64)[numbers]
+        if "panoptic" in heads:
+            areas = np.bincount(numbers.ravel(), minlength=len(ids) + 1)[1:].tolist()
+            rows = enumerate(zip(classes.tolist(), scores.tolist(), areas), start=1)
+            outputs["panoptic_seg"] = (
                 numbers,
                 [
                     {"id": index, "isthing": category in things, "category_id": category, "score": score, "area": area}
-                    for index, (category, score, area) in enumerate(
-                        zip(classes.tolist(), scores.tolist(), areas), start=1
-                    )
+                    for index, (category, score, area) in rows
                 ],
             )
-        if settings.instance_on:
-            crowds = {one["id"] for one in ground_truth.record.get("segments_info", ()) if one.get("iscrowd", 0)}
+        if "instances" in heads:
+            segments = scored.ground_truth.record.get("segments_info", ())
+            crowds = {segment["id"] for segment in segments if segment.get("iscrowd", 0)}
             chosen = [
-                index for index, (one, category) in enumerate(zip(ids, classes.tolist()))
-                if category in things and one not in crowds
-            ]  # fmt: skip
-            masks = torch.from_numpy(
-                np.stack([numbers == index + 1 for index in chosen]) if chosen else np.zeros((0, *numbers.shape), bool)
-            )
-            output["instances"] = Instances(scores[chosen], classes[chosen], masks, boxes_of_masks(masks))
-        return output
+                index
+                for index, (segment_id, category) in enumerate(zip(ids, classes.tolist()))
+                if category in things and segment_id not in crowds
+            ]
+            masks = [numbers == index + 1 for index in chosen]
+            masks = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *numbers.shape), bool))
+            outputs["instances"] = Instances(scores[chosen], classes[chosen], masks, boxes_of_masks(masks))
+        return outputs
 
 
 def coverage(

@@ -3,12 +3,14 @@
 targets.py    Targets: what a training image contains
 boxes.py     boxes_of_masks: tight boxes
 predictions.py  Instances and Segment: what a model found
-words.py      TextEmbeddings: a vocabulary as vectors
+text.py      TextEmbeddings: a vocabulary as vectors
+features.py  Features: what a backbone gives
 """
 
 from fcclip.structures.boxes import boxes_of_masks
+from fcclip.structures.features import Features
 from fcclip.structures.predictions import Instances, Segment
 from fcclip.structures.targets import Targets
 from fcclip.structures.text import TextEmbeddings
 
-__all__ = ["Instances", "Segment", "Targets", "TextEmbeddings", "boxes_of_masks"]
+__all__ = ["Features", "Instances", "Segment", "Targets", "TextEmbeddings", "boxes_of_masks"]

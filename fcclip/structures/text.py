@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 
 from fcclip.errors import InputError
@@ -25,4 +28,16 @@ class TextEmbeddings:
 
     def __post_init__(self) -> None:
         if len(self.vectors) != len(self.class_of_vector):
-            raise InputError(f"{len(self.vectors)} vectors for {len(self.class_of_vector)} words")
+            raise InputError(f"{len(self.vectors)} vectors for {len(self.class_of_vector)} synonyms")
+
+    @staticmethod
+    def joined(parts: Sequence[TextEmbeddings]) -> TextEmbeddings:
+        """Several vocabularies as one, their classes one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        starts = accumulate((part.num_classes for part in parts), initial=0)
+        return TextEmbeddings(
+            vectors=torch.cat([part.vectors for part in parts]),
+            class_of_vector=torch.cat([part.class_of_vector + start for part, start in zip(parts, starts)]),
+            num_classes=sum(part.num_classes for part in parts),
+        )

@@ -66,8 +66,8 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
     else:
         load_state(model, file.tensors, source=str(path), fingerprint=file.rest.get("clip"))
     bare = unwrap(model)
-    if hasattr(bare, "former_vocabulary"):
-        bare.former_vocabulary = trained_vocabulary(file.rest) if FORMER in file.rest else None
+    if hasattr(bare, "seen_vocabulary"):
+        bare.seen_vocabulary = seen_vocabulary(file.rest, bare.train_vocabulary)
     return file.rest
 
 
@@ -96,6 +96,12 @@ def trained_vocabulary(notes: Mapping[str, Any]) -> Vocabulary | None:
     if not found or None in found:
         return None
     return functools.reduce(Vocabulary.joined, found)
+
+
+def seen_vocabulary(notes: Mapping[str, Any], training: Vocabulary | None) -> Vocabulary | None:
+    """The classes that count as seen: those of the training labels, and for a fine-tuned file those before."""
+    former = trained_vocabulary(notes) if FORMER in notes else None
+    return training if former is None else former if training is None else former.joined(training)
 
 
 def _noted_vocabulary(note: Any) -> Vocabulary | None:

@@ -146,10 +146,10 @@ def test_the_batch_size_changes_nothing(folder, batch_size):
 class SizeSensitiveModel(tiny_world.GreyModel):
     """Sees the padding of a batch, as a network does."""
 
-    def forward(self, inputs, **options):
+    def score(self, inputs, vocabulary=None):
         padded = [max(-(-one["image"].shape[side] // 32) for one in inputs) for side in (1, 2)]
         shift = 10 * (3 * padded[0] + padded[1])
-        return super().forward([{**one, "image": one["image"].int() + shift} for one in inputs], **options)
+        return super().score([{**sample, "image": sample["image"].int() + shift} for sample in inputs], vocabulary)
 
 
 @pytest.mark.parametrize("batch_size", [2, 100])
@@ -229,7 +229,7 @@ def test_each_data_set_is_evaluated_with_its_own_words_whatever_came_before(
     for order in (("tiny_val", "tiny_twenty"), ("tiny_twenty", "tiny_val")):
         together = evaluate_both(model, tiny_cfg, two_sets, order, function)
         assert all(repr(together[name]) == repr(alone[name]) for name in order)
-        model.set_vocabulary(Vocabulary.from_names("a; b; c; d; e; f; g"))
+        model.test_vocabulary = Vocabulary.from_names("a; b; c; d; e; f; g")
     num_words = sum(map(len, Vocabulary.builtin("pascal_voc_20").synonyms))
     assert sorted(len(words) for words in encoded) == [4, num_words]  # once each
 
@@ -274,11 +274,11 @@ def test_augmented_evaluation_scores_the_mean_maps_under_a_name_of_its_own(
     augmented = build_augmented(tiny_cfg, model.eval())
     evaluator = SemanticEvaluator(class_names=tiny_world.VOCABULARY.class_names)
     records = {record["image_id"]: record for record in dataset.records()}
-    modes = {"in": (0.0, 0.0)}
     for [sample] in build_test_loader(tiny_cfg, dataset):
         assert sample["image"].shape[-2:] != (tiny_world.HEIGHT, tiny_world.WIDTH)  # variants of the resized image
-        outputs = augmented([sample], vocabulary=tiny_world.VOCABULARY, semantic="labels", modes=modes)
-        evaluator.process(GroundTruth(records[sample["image_id"]]), outputs["in"][0])
+        [scored] = augmented.score([sample], tiny_world.VOCABULARY)
+        output = augmented.outputs(scored, ensemble=(0.0, 0.0), semantic="labels")
+        evaluator.process(GroundTruth(records[sample["image_id"]]), output)
     expected = evaluator.results()["sem_seg"]
     metrics = found["in_vocabulary"]["sem_seg_TTA"]
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)

@@ -124,14 +124,17 @@ class GreyModel(nn.Module):
         super().__init__()
         self.calls = 0
 
-    def forward(self, inputs, *, vocabulary=None, semantic="scores", modes=None):
-        assert not self.training and not torch.is_grad_enabled() and semantic == "labels"
+    def score(self, inputs, vocabulary=None):
+        assert not self.training and not torch.is_grad_enabled()
         self.calls += 1
-        if modes is None:
-            return [self.find(one["image"], vocabulary, 0.1) for one in inputs]
-        return {
-            name: [self.find(one["image"], vocabulary, alpha) for one in inputs] for name, (alpha, _) in modes.items()
-        }
+        return [(sample["image"], vocabulary) for sample in inputs]
+
+    def outputs(self, scored, *, heads, ensemble, semantic, settings):
+        assert semantic == "labels"
+        alpha = 0.1 if ensemble is None else ensemble[0]
+        keys = {"semantic": "sem_seg", "panoptic": "panoptic_seg", "instances": "instances"}
+        found = self.find(*scored, alpha)
+        return {keys[head]: found[keys[head]] for head in heads}
 
     def find(self, image, vocabulary, alpha):
         labels = ((image[0].long() + int(30 * alpha)) // 64).clamp(max=len(vocabulary) - 1)
@@ -166,9 +169,9 @@ def main(folder: str, broken: str, rank: str, world_size: str, output: str) -> N
     """Evaluates both data sets; writes what came of it to `OUTPUT.RANK`: results of the first, error of the second."""
     processes = {"rank": int(rank), "world_size": int(world_size)}
     torch.distributed.init_process_group("gloo", init_method=f"file://{output}.rendezvous", **processes)
-    results = run(Path(folder), output_dir=f"{output}.files", save_predictions=True, **processes)
+    results = run(Path(folder), output_dir=f"{output}.files", save_predictions=True)
     try:
-        error = repr(run(Path(broken), **processes))
+        error = repr(run(Path(broken)))
     except Exception as failure:
         error = f"{type(failure).__name__}: {failure}"
     Path(f"{output}.{rank}").write_text(json.dumps([repr(results), error]))

@@ -1,6 +1,5 @@
 """Test-time augmentation of the tiny model."""
 
-import dataclasses
 import weakref
 
 import numpy as np
@@ -9,8 +8,7 @@ import torch
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
-from fcclip.modeling import fcclip as assembly
-from fcclip.modeling import test_modes
+from fcclip.modeling import outputs, test_modes
 from fcclip.modeling.augmentation import (
     AugmentedModel,
     ImageVariants,
@@ -36,9 +34,15 @@ def mirrored(sample):
     return {**sample, "image": sample["image"].flip(-1)}
 
 
+def maps_of(model, samples, vocabulary=None, **options):
+    return [
+        model.outputs(scored, heads=("semantic",), **options)["sem_seg"] for scored in model.score(samples, vocabulary)
+    ]
+
+
 def scores_of(model, sample, **options):
-    [output] = model([sample], **options)
-    return output["sem_seg"]
+    [scores] = maps_of(model, [sample], **options)
+    return scores
 
 
 @pytest.mark.parametrize("panoptic", [True, False], ids=["masks resized", "scores resized"])
@@ -68,12 +72,11 @@ def test_one_variant_that_is_the_image_gives_what_the_model_gives(tiny_cfg, tiny
     model, images = tiny_model(), [sample_image(60, 90), sample_image(90, 60, seed=1, height=30, width=20)]
     same = AugmentedModel(model, variants=ImageVariants(min_sizes=(60,), max_size=90, flip=False))
     for semantic in ("scores", "labels"):
-        for found, sample in zip(same(images, semantic=semantic), images):
-            assert torch.equal(found["sem_seg"], scores_of(model, sample, semantic=semantic))
-    found, plain = (one(images[:1], modes=test_modes(tiny_cfg)) for one in (same, model))
-    assert list(found) == list(plain)
-    for mode in plain:
-        assert torch.equal(found[mode][0]["sem_seg"], plain[mode][0]["sem_seg"])
+        for scores, sample in zip(maps_of(same, images, semantic=semantic), images):
+            assert torch.equal(scores, scores_of(model, sample, semantic=semantic))
+    for ensemble in test_modes(tiny_cfg).values():
+        expected = scores_of(model, images[0], ensemble=ensemble)
+        assert torch.equal(scores_of(same, images[0], ensemble=ensemble), expected)
 
 
 def test_the_mirrored_image_gives_the_mirrored_result(tiny_model):
@@ -93,43 +96,44 @@ def test_variants_of_equal_padded_size_may_share_a_pass(tiny_model, batch_size, 
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_each_variant_is_one_pass_for_all_modes_and_only_semantic_maps_are_made(tiny_cfg, tiny_model, monkeypatch):
+def test_each_variant_is_one_pass_however_often_it_is_weighed_and_only_semantic_maps_are_made(
+    tiny_cfg, tiny_model, monkeypatch
+):
     model, passes = tiny_model(), []
-    assert model.settings.panoptic_on and model.settings.instance_on
-    expected = AugmentedModel(model, variants=VARIANTS)([sample_image()])
-    for name in ("PanopticMerge", "InstanceSelection"):
-        monkeypatch.setattr(assembly, name, None)  # calling it would fail
+    assert model.heads == ("semantic", "panoptic", "instances")
+    augmented = AugmentedModel(model, variants=VARIANTS)
+    expected = scores_of(augmented, sample_image())
+    for name in ("panoptic_inference", "instance_inference"):
+        monkeypatch.setattr(outputs, name, None)  # calling it would fail
     model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
-    together = AugmentedModel(model, variants=VARIANTS)([sample_image()], modes=test_modes(tiny_cfg))
+    [scored] = augmented.score([sample_image()])
+    together = {name: augmented.outputs(scored, ensemble=pair) for name, pair in test_modes(tiny_cfg).items()}
     assert len(passes) == len(VARIANTS)
-    assert together["ensemble"][0].keys() == {"sem_seg"}
-    assert torch.equal(together["ensemble"][0]["sem_seg"], expected[0]["sem_seg"])
-    alone = AugmentedModel(model, variants=VARIANTS)([sample_image()], modes={"one": (1.0, 1.0)})
-    assert torch.equal(together["out_of_vocabulary"][0]["sem_seg"], alone["one"][0]["sem_seg"])
-    assert not torch.equal(together["out_of_vocabulary"][0]["sem_seg"], expected[0]["sem_seg"])
+    assert together["ensemble"].keys() == {"sem_seg"} and torch.equal(together["ensemble"]["sem_seg"], expected)
+    alone = scores_of(augmented, sample_image(), ensemble=(1.0, 1.0))
+    assert torch.equal(together["out_of_vocabulary"]["sem_seg"], alone)
+    assert not torch.equal(alone, expected)
 
 
-def test_one_map_a_mode_is_held_while_the_next_is_computed(tiny_cfg, tiny_model, monkeypatch):
-    model, made, alive = tiny_model(), [], []
-    compute = model._semantic_scores
+def test_two_maps_are_held_and_no_more(tiny_model, monkeypatch):
+    made, alive, compute = [], [], outputs.semantic_inference
 
-    def watched(found, modes):
-        alive.append(sum(one() is not None for one in made))
-        scores = compute(found, modes)
-        made.extend(weakref.ref(one) for one in scores.values())
+    def watched(*arguments, **options):
+        alive.append(sum(reference() is not None for reference in made))
+        scores = compute(*arguments, **options)
+        made.append(weakref.ref(scores))
         return scores
 
-    monkeypatch.setattr(model, "_semantic_scores", watched)
-    augmented = AugmentedModel(model, variants=VARIANTS, batch_size=4)
-    augmented([sample_image(), sample_image(seed=1)], semantic="labels", modes=test_modes(tiny_cfg))
-    assert len(alive) == 2 * 3 * len(VARIANTS)
-    assert alive == 2 * [0, 1, 2, *[3] * (3 * len(VARIANTS) - 3)]
+    monkeypatch.setattr(outputs, "semantic_inference", watched)
+    augmented = AugmentedModel(tiny_model(), variants=VARIANTS, batch_size=4)
+    maps_of(augmented, [sample_image(), sample_image(seed=1)], semantic="labels")
+    assert alive == 2 * [0, *[1] * (len(VARIANTS) - 1)]
 
 
 def test_outputs_have_the_size_of_the_record_or_else_of_the_image(tiny_model):
     augmented = AugmentedModel(tiny_model(), variants=VARIANTS)
     images = [sample_image(60, 90), sample_image(61, 47, height=30), sample_image(40, 40, height=33, width=55)]
-    shapes = [output["sem_seg"].shape for output in augmented(images)]
+    shapes = [scores.shape for scores in maps_of(augmented, images)]
     assert shapes == [(3, 60, 90), (3, 30, 47), (3, 33, 55)]
 
 
@@ -139,12 +143,12 @@ def test_labels_are_the_argmax_of_the_scores(tiny_model):
     assert labels.dtype == torch.int64 and torch.equal(labels, scores_of(augmented, sample_image()).argmax(0))
 
 
-def test_words_come_with_the_call_with_the_image_or_from_the_model(tiny_model):
+def test_the_vocabulary_comes_with_the_call_with_the_image_or_from_the_model(tiny_model):
     augmented = AugmentedModel(tiny_model(), variants=VARIANTS)
     five, two = Vocabulary.from_names("a; b; c; d:stuff; e:stuff"), Vocabulary.from_names("f; g")
-    outputs = augmented([sample_image(), sample_image(vocabulary=two)], vocabulary=five)
-    assert [len(output["sem_seg"]) for output in outputs] == [5, 2]
-    assert torch.equal(outputs[1]["sem_seg"], scores_of(augmented, sample_image(), vocabulary=two))
+    first, second = maps_of(augmented, [sample_image(), sample_image(vocabulary=two)], five)
+    assert len(first) == 5 and len(second) == 2
+    assert torch.equal(second, scores_of(augmented, sample_image(), vocabulary=two))
     assert len(scores_of(augmented, sample_image())) == 3
 
 
@@ -163,7 +167,7 @@ def test_floating_point_images_are_augmented_too(tiny_model):
     exact = scores_of(augmented, {"image": sample["image"].float()})
     torch.testing.assert_close(exact, scores_of(augmented, sample), atol=0.05, rtol=0.05)
     with pytest.raises(ValueError, match=r"uint8 or floating-point numbers, 0\.\.255, got torch\.int32"):
-        augmented([{"image": sample["image"].int()}])
+        augmented.score([{"image": sample["image"].int()}])
 
 
 def test_a_image_of_one_column_is_resized():
@@ -175,7 +179,7 @@ def test_the_modes_of_training_and_evaluation_are_those_of_the_model(tiny_model)
     assert not augmented.training
     assert augmented.train().training and augmented.model.training
     with pytest.raises(ValueError, match=r"the model is training; call eval\(\) first"):
-        augmented([sample_image()])
+        augmented.score([sample_image()])
     assert not augmented.eval().model.training
 
 
@@ -190,15 +194,18 @@ def test_distributed_wrapping_is_taken_off(tiny_model, tmp_path):
 
 def test_what_a_call_cannot_give_is_refused(tiny_model):
     augmented = AugmentedModel(tiny_model(), variants=VARIANTS)
-    with pytest.raises(ValueError, match="semantic must be 'scores' or 'labels', got None"):
-        augmented([sample_image()], semantic=None)
-    with pytest.raises(ValueError, match="at least one image, got an empty list"):
-        augmented([])
-    with pytest.raises(ValueError, match=r"image 1 must bring its pixels under 'image', .* got nothing"):
-        augmented([sample_image(), {"file_name": "a.jpg", "height": 3, "width": 4}])
+    [scored] = augmented.score([sample_image()])
+    with pytest.raises(ValueError, match="'scores' or 'labels', got None"):
+        augmented.outputs(scored, semantic=None)
+    with pytest.raises(ValueError, match="panoptic"):
+        augmented.outputs(scored, heads=("panoptic",))
+    with pytest.raises(ValueError, match="empty list"):
+        augmented.score([])
+    with pytest.raises(ValueError, match=r"image 1 .*'image'.* nothing"):
+        augmented.score([sample_image(), {"file_name": "a.jpg", "height": 3, "width": 4}])
     augmented.model.test_vocabulary = None
-    with pytest.raises(ValueError, match="no words to segment with"):
-        augmented([sample_image()])
+    with pytest.raises(ValueError, match="vocabulary="):
+        augmented.score([sample_image()])
 
 
 @pytest.mark.parametrize(
@@ -225,11 +232,9 @@ def test_a_model_that_cannot_be_augmented_is_refused(tiny_model):
     model = tiny_model()
     with pytest.raises(ValueError, match=r"TEST\.BATCH_SIZE must be at least 1, got 0"):
         AugmentedModel(model, variants=VARIANTS, batch_size=0)
-    model.settings = dataclasses.replace(model.settings, semantic_on=False)
+    model.heads = ("panoptic", "instances")
     with pytest.raises(ValueError, match=r"TEST\.AUG\.ENABLED .*SEMANTIC_ON is False"):
         AugmentedModel(model, variants=VARIANTS)
-    with pytest.raises(ValueError, match=r"SEMANTIC_ON True"):
-        next(model.semantic_scores([sample_image()]))
 
 
 def test_the_config_is_what_is_built(tiny_cfg, tiny_model):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fcclip.modeling import build_model, test_modes
+from fcclip.modeling.classifier import resize_masks
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
 
@@ -49,37 +50,63 @@ def test_outputs_have_the_contracted_form(tiny_model):
     assert not any(tensor.requires_grad for tensor in (output["sem_seg"], instances.scores))
 
 
-def test_any_words_can_be_used_at_any_call(tiny_model):
+def weighed(model, scored, modes):
+    """Mode -> outputs of each image."""
+    return {name: [model.outputs(image, ensemble=ensemble) for image in scored] for name, ensemble in modes.items()}
+
+
+def test_any_vocabulary_can_be_used_at_any_call(tiny_model):
     model = tiny_model()
     [output] = model([sample_image()], vocabulary=Vocabulary.from_names("a; b; c; d:stuff; e:stuff"))
     assert len(output["sem_seg"]) == 5
     assert len(model([sample_image()])[0]["sem_seg"]) == 3
-    model.set_vocabulary(Vocabulary.from_names("one thing"))
+    model.test_vocabulary = Vocabulary.from_names("one thing")
     assert len(model([sample_image()])[0]["sem_seg"]) == 1
 
 
-def test_semantic_maps_come_as_scores_labels_or_not_at_all(tiny_model):
+def test_the_heads_that_run_are_a_value(tiny_model):
+    model, keys = tiny_model(), {"semantic": "sem_seg", "panoptic": "panoptic_seg", "instances": "instances"}
+    assert set(model.heads) == set(keys)
+    everything = model([sample_image()])[0]
+    assert everything.keys() == set(keys.values())
+    for head, key in keys.items():
+        [output] = model([sample_image()], heads=(head,))
+        assert output.keys() == {key}
+    assert model([sample_image()], heads=("panoptic",))[0]["panoptic_seg"][1] == everything["panoptic_seg"][1]
+    with pytest.raises(ValueError, match="boxes"):
+        model([sample_image()], heads=("boxes",))
+
+
+def test_semantic_maps_come_as_scores_or_labels(tiny_model):
     model = tiny_model()
     scores = model([sample_image()])[0]["sem_seg"]
     labels = model([sample_image()], semantic="labels")[0]["sem_seg"]
     assert labels.dtype == torch.int64 and torch.equal(labels, scores.argmax(0))
-    assert "sem_seg" not in model([sample_image()], semantic=None)[0]
-    with pytest.raises(ValueError, match="semantic must be"):
+    with pytest.raises(ValueError, match="argmax"):
         model([sample_image()], semantic="argmax")
 
 
-def test_all_modes_come_from_one_pass_and_equal_their_own_passes(tiny_cfg, tiny_model):
+def test_what_is_scored_once_can_be_weighed_often(tiny_cfg, tiny_model):
     model = tiny_model()
-    passes = []
-    model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
-    together = model([sample_image()], modes=test_modes(tiny_cfg))
-    assert len(passes) == 1
-    for mode in ("ensemble", "in_vocabulary", "out_of_vocabulary"):
+    scored, modes = model.score([sample_image()]), test_modes(tiny_cfg)
+    together = weighed(model, scored, modes)
+    for mode in modes:
         tiny_cfg.TEST.MODE = mode
         alone = tiny_model(cfg=tiny_cfg)
         alone.load_state_dict(model.state_dict())
         assert torch.equal(alone([sample_image()])[0]["sem_seg"], together[mode][0]["sem_seg"])
     assert not torch.equal(together["in_vocabulary"][0]["sem_seg"], together["out_of_vocabulary"][0]["sem_seg"])
+
+
+def test_other_masks_of_a_scored_image_are_classified_as_its_own_are(tiny_model):
+    model = tiny_model()
+    [scored] = model.score([sample_image()])
+    small = resize_masks(scored.masks.mask_logits[None], scored.dense.shape[-2:])[0]
+    queries = torch.tensor([5, 2])
+    again = model.score_masks(scored, queries, small[queries])
+    assert torch.equal(again.in_logits, scored.in_logits[queries])
+    torch.testing.assert_close(again.out_logits, scored.out_logits[queries])
+    assert model.outputs(again)["panoptic_seg"][0].shape == (64, 96)
 
 
 def test_images_of_one_size_give_the_same_alone_and_together(tiny_model):
@@ -121,37 +148,36 @@ def test_images_of_equal_padded_size_give_the_same_alone_and_together(tiny_model
         torch.testing.assert_close(model([sample])[0]["sem_seg"], output["sem_seg"], atol=1e-4, rtol=1e-4)
 
 
-def test_images_of_one_batch_may_each_bring_their_own_words(tiny_cfg, tiny_model):
+def test_images_of_one_batch_may_each_bring_their_own_vocabulary(tiny_cfg, tiny_model):
     model, passes = tiny_model(), []
     lists = ["a; b; cat:stuff", None, "person, d; e", "a; b; cat:stuff"]
-    vocabularies = [words and Vocabulary.from_names(words) for words in lists]
+    vocabularies = [names and Vocabulary.from_names(names) for names in lists]
     images = [sample_image(seed=index) for index in range(len(lists))]
     modes = test_modes(tiny_cfg)
-    alone = [model([one], vocabulary=words, modes=modes) for one, words in zip(images, vocabularies)]
+    alone = [weighed(model, model.score([image], own), modes) for image, own in zip(images, vocabularies)]
     model.sem_seg_head.register_forward_hook(lambda *_: passes.append(1))
-    together = model([{**one, "vocabulary": words} for one, words in zip(images, vocabularies)], modes=modes)
+    scored = model.score([{**image, "vocabulary": own} for image, own in zip(images, vocabularies)])
+    together = weighed(model, scored, modes)
     assert len(passes) == 1
     assert [len(output["sem_seg"]) for output in together["ensemble"]] == [3, 3, 2, 3]
     for mode in modes:
         for index, output in enumerate(together[mode]):
             expected = alone[index][mode][0]
             torch.testing.assert_close(output["sem_seg"], expected["sem_seg"], atol=1e-4, rtol=1e-4)
-            found, wanted = (sorted(one["instances"].pred_classes.tolist()) for one in (output, expected))
-            assert found == wanted
+            classes, same = (sorted(result["instances"].pred_classes.tolist()) for result in (output, expected))
+            assert classes == same
     assert any(len(output["instances"]) for output in together["ensemble"])
 
 
-def test_predictions_keep_no_graph(tiny_cfg, tiny_model):
+def test_predictions_keep_no_graph(tiny_model):
     model = tiny_model()
     assert torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
-    outputs = [one for [one] in model([sample_image()], modes=test_modes(tiny_cfg)).values()]
-    tensors = [one["sem_seg"] for one in outputs] + [one["panoptic_seg"][0] for one in outputs]
-    tensors += [one["instances"].scores for one in outputs] + [
-        scores for *_, scores in model.semantic_scores([sample_image()])
-    ]
+    [scored] = model.score([sample_image()])
+    output = model.outputs(scored)
+    tensors = [scored.in_logits, scored.out_logits, scored.masks.mask_logits, scored.class_logits((0.5, 0.5))]
+    tensors += [output["sem_seg"], output["panoptic_seg"][0], output["instances"].scores]
     assert not any(tensor.requires_grad for tensor in tensors)
-    for _ in model.semantic_scores([sample_image(), sample_image()]):
-        assert torch.is_grad_enabled()  # between two maps the caller's mode holds
+    assert torch.is_grad_enabled()
 
 
 def test_more_pairs_than_there_are_can_be_asked_for(tiny_cfg, tiny_model):
@@ -265,7 +291,7 @@ def test_what_is_missing_is_said(tiny_model):
     with pytest.raises(ValueError, match=r"image 0 must bring its pixels under 'image', .* got ndarray"):
         model([{"image": sample_image()["image"].numpy()}])
     model.test_vocabulary = None
-    with pytest.raises(ValueError, match="no words to segment with"):
+    with pytest.raises(ValueError, match="vocabulary="):
         model([sample_image()])
     model.train()
     with pytest.raises(ValueError, match=r"images \[1\] of this batch have none"):

@@ -13,7 +13,8 @@ import torch
 from fcclip.config import load_config
 from fcclip.modeling import build_model
 from fcclip.modeling.classifier import with_void
-from fcclip.modeling.inference import instance_inference, panoptic_inference, semantic_inference
+from fcclip.modeling.output_masks import OutputMasks
+from fcclip.modeling.outputs import instance_inference, panoptic_inference, semantic_inference
 from fcclip.modeling.pixel_decoder import MSDeformAttn
 from fcclip.vocabulary import Vocabulary
 from tests.msda_engines import built, engine  # noqa: F401
@@ -90,14 +91,14 @@ def test_backbone_pixel_decoder_and_text_agree_within_1e_4(recording):
     with torch.no_grad():
         images, _ = model.preprocess([{"image": image}])
         features = model.backbone(images)
-        mask_features, pyramid = model.sem_seg_head.pixel_decoder(features)
-        words = model.text_encoder.encode(model.test_vocabulary)
-    for name, value in features.items():
+        mask_features, pyramid = model.sem_seg_head.pixel_decoder(features.levels)
+        text = model.text_encoder.encode(model.test_vocabulary)
+    for name, value in {**features.levels, "clip_vis_dense": features.dense}.items():
         assert deviations.of(f"backbone.{name}", value).max() < 1e-4, name
     assert deviations.of("pixel_decoder.mask_features", mask_features).max() < 1e-4
     for index, level in enumerate(pyramid):
         assert deviations.of(f"pixel_decoder.multi_scale.{index}", level).max() < 1e-4
-    assert deviations.of("text_classifier", words.vectors).max() < 1e-4
+    assert deviations.of("text_classifier", text.vectors).max() < 1e-4
 
 
 def test_every_decoder_layer_agrees_for_98_percent_of_the_queries(recording):
@@ -108,8 +109,8 @@ def test_every_decoder_layer_agrees_for_98_percent_of_the_queries(recording):
     with torch.no_grad():
         images, _ = model.preprocess([{"image": image}])
         features = model.backbone(images)
-        words = with_void(model.text_encoder.encode(model.test_vocabulary), model.void_embedding.weight)
-        found = model.sem_seg_head(features, words, all_sets=True)
+        text = with_void(model.text_encoder.encode(model.test_vocabulary), model.void_embedding.weight)
+        found = model.sem_seg_head(features.levels, text, all_sets=True)
     names = [f"decoder.aux.{index}.pred_logits" for index in range(len(found.class_logits) - 1)]
     near_zero = False
     for index, (name, logits) in enumerate(zip([*names, "decoder.pred_logits"], found.class_logits)):
@@ -152,7 +153,7 @@ def test_every_engine_of_deformable_attention_agrees_with_the_recording(recordin
         with torch.no_grad():
             features = model.backbone(model.preprocess([{"image": image}])[0])
             decoder.to(engine.device)
-            mask_features, pyramid = decoder({name: one.to(engine.device) for name, one in features.items()})
+            mask_features, pyramid = decoder({name: level.to(engine.device) for name, level in features.levels.items()})
         assert deviations.of("pixel_decoder.mask_features", mask_features.cpu()).max() < 1e-4
         for index, level in enumerate(pyramid):
             assert deviations.of(f"pixel_decoder.multi_scale.{index}", level.cpu()).max() < 1e-4
@@ -187,17 +188,18 @@ def test_post_processing_agrees_with_the_recording(seed):
     setup = json.loads((DATA / f"postprocess_{seed}.json").read_text())
     sizes = (setup["num_queries"], setup["num_classes"], setup["height"], setup["width"])
     class_logits, mask_logits = seeded_mask_predictions(*sizes, setup["seed"])
+    masks = OutputMasks.whole(mask_logits)
     things = setup["thing_classes"]
 
-    scores = semantic_inference(class_logits, mask_logits).flatten()[:: setup["sem_seg_step"]].numpy()
+    scores = semantic_inference(class_logits, masks).flatten()[:: setup["sem_seg_step"]].numpy()
     panoptic, segments = panoptic_inference(
         class_logits,
-        mask_logits,
+        masks,
         thing_classes=things,
         object_mask_threshold=setup["object_mask_threshold"],
         overlap_threshold=setup["overlap_threshold"],
     )
-    instances = instance_inference(class_logits, mask_logits, thing_classes=things, topk=setup["topk"])
+    instances = instance_inference(class_logits, masks, thing_classes=things, topk=setup["topk"])
     print(f"\npostprocess_{seed}: sem_seg worst {np.abs(scores - arrays['sem_seg']).max():.1e}")
     np.testing.assert_allclose(scores, arrays["sem_seg"], atol=1e-6)
     np.testing.assert_array_equal(panoptic.numpy(), arrays["panoptic_seg"])

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from fcclip import ops
-from fcclip.modeling import inference, text
-from fcclip.modeling.backbones.clip import DENSE, build_clip
+from fcclip.modeling import text
+from fcclip.modeling.backbones.clip import build_clip
 from fcclip.modeling.classifier import text_logits
+from fcclip.modeling.output_masks import OutputMasks
+from fcclip.modeling.outputs import semantic_labels
 from fcclip.modeling.text import TextEncoder
 from fcclip.ops import ms_deform_attn
 from fcclip.structures import TextEmbeddings
@@ -65,24 +67,6 @@ def test_only_the_newest_vocabularies_are_held_in_memory():
     assert len(encoder._memory) == text._KEEP
 
 
-def test_an_empty_mask_of_a_resnet_sees_every_cell():
-    torch.manual_seed(0)
-    backbone = build_clip(TINY["resnet"])
-    dense = backbone(torch.randn(1, 3, 128, 128))[DENSE]
-    empty, full = backbone.region_embeddings(dense, torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(-1, -1, 4, 4))[0]
-    torch.testing.assert_close(empty, full)
-
-
-@pytest.mark.parametrize("family", TINY)
-def test_masks_of_another_size_are_resized_to_the_features(family):
-    torch.manual_seed(0)
-    backbone = build_clip(TINY[family])
-    dense = backbone(torch.randn(1, 3, 128, 96))[DENSE]
-    masks = torch.randn(1, 3, 16, 12)
-    small = F.interpolate(masks, size=dense.shape[-2:], mode="bilinear", align_corners=False)
-    torch.testing.assert_close(backbone.region_embeddings(dense, masks), backbone.region_embeddings(dense, small))
-
-
 @pytest.mark.parametrize(("training", "deep", "sets"), [(False, True, 1), (True, True, 3), (True, False, 1)])
 def test_only_prediction_sets_that_are_used_are_scored(tiny_cfg, tiny_model, training, deep, sets):
     tiny_cfg.MODEL.MASK_FORMER.DEEP_SUPERVISION = deep
@@ -96,8 +80,7 @@ def test_no_part_of_a_prediction_keeps_a_graph(tiny_model):
     model, kept = tiny_model(), []
     model.sem_seg_head.register_forward_hook(lambda _, __, found: kept.append(found.class_logits[-1].requires_grad))
     model([sample_image()])
-    list(model.semantic_scores([sample_image()]))
-    assert kept == [False, False]
+    assert kept == [False]
 
 
 def test_instances_do_not_depend_on_the_panoptic_output(tiny_cfg, tiny_model):
@@ -112,10 +95,10 @@ def test_instances_do_not_depend_on_the_panoptic_output(tiny_cfg, tiny_model):
 
 
 def test_labels_hold_no_more_scores_than_their_budget(monkeypatch):
-    monkeypatch.setattr("fcclip.modeling.semantic_blocks._BLOCK_CPU", 9 * 13 * 3)
+    monkeypatch.setattr("fcclip.modeling.output_masks._BLOCK_CPU", 9 * 13 * 3)
     largest, matmul = [], torch.Tensor.__matmul__
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: largest.append((x := matmul(a, b)).numel()) or x)
-    inference.semantic_labels(torch.randn(9, 9), torch.randn(9, 12, 13))
+    semantic_labels(torch.randn(9, 9), OutputMasks.whole(torch.randn(9, 12, 13)))
     assert len(largest) == 4 and max(largest) <= 9 * 13 * 3
 
 
@@ -148,6 +131,6 @@ def test_words_are_read_from_any_folder_and_in_any_locale(tmp_path):
 def test_every_convolutional_name_builds_with_channels_of_its_own(name):
     with torch.device("meta"):
         backbone = build_clip(name).eval()
-        maps = backbone(torch.randn(1, 3, 64, 64))
+        maps = backbone(torch.randn(1, 3, 64, 64)).levels
     assert {level: maps[level].shape[1] for level in backbone.channels} == backbone.channels
     assert backbone.quick_gelu == name.endswith("quickgelu")

@@ -1,5 +1,6 @@
 """True masks with predicted classes, and predicted masks with true classes."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from fcclip.data import get_dataset
 from fcclip.evaluation import GroundTruth
 from fcclip.reports.oracle import (
-    TrueMasks,
+    ORACLES,
+    TrueMaskModel,
     best_queries,
     coverage,
     inside,
@@ -91,7 +93,7 @@ def evaluate(folder, model, **options):
 def test_with_true_classes_only_the_masks_count(folder):
     wrong, right = evaluate(folder, Mistaken()), evaluate(folder, tiny_world.GreyModel(), modes={"": (0.0, 0.0)})
     assert wrong["sem_seg"]["mIoU"] < 5 and wrong["panoptic_seg"]["PQ"] < 5
-    found = evaluate(folder, Mistaken(), oracle="classes")
+    found = evaluate(folder, Mistaken(), oracle=ORACLES["classes"])
     for task, metric in (("sem_seg", "mIoU"), ("panoptic_seg", "PQ"), ("segm", "AP")):
         assert found[task][metric] == pytest.approx(right[task][metric], abs=1e-9), task
 
@@ -100,8 +102,8 @@ def test_true_classes_come_out_of_saved_predictions_too(folder, tmp_path):
     options = {"output_dir": tmp_path, "save_predictions": True}
     evaluate(folder, Mistaken(), **options)
     model = Mistaken()
-    found = evaluate(folder, model, resume=True, oracle="classes", **options)
-    assert model.calls == 0 and repr(found) == repr(evaluate(folder, Mistaken(), oracle="classes"))
+    found = evaluate(folder, model, resume=True, oracle=ORACLES["classes"], **options)
+    assert model.calls == 0 and repr(found) == repr(evaluate(folder, Mistaken(), oracle=ORACLES["classes"]))
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def small_cfg(tiny_cfg):
 def test_with_true_masks_every_segment_is_whole_and_only_classes_can_be_wrong(folder, tiny_model, small_cfg):
     from fcclip.evaluation import evaluate
 
-    options = {"vocabulary": tiny_world.VOCABULARY, "progress": False, "oracle": "masks"}
+    options = {"vocabulary": tiny_world.VOCABULARY, "progress": False, "oracle": ORACLES["masks"]}
     model, dataset = tiny_model(cfg=small_cfg), tiny_world.dataset(folder)
     results = evaluate(model, small_cfg, dataset, modes=tiny_world.MODES, **options)
     assert results.keys() == tiny_world.MODES.keys()
@@ -126,26 +128,27 @@ def test_with_true_masks_every_segment_is_whole_and_only_classes_can_be_wrong(fo
 
 def test_a_network_that_knows_every_class_is_perfect_with_true_masks(folder, tiny_model, small_cfg, monkeypatch):
     dataset, model = tiny_world.dataset(folder), tiny_model(cfg=small_cfg)
-    asked = []
+    segments = []
 
-    def classify(in_logits, mask_logits, dense, words, vocabulary, modes):
-        ids = [one["category_id"] for one in asked[-1].segments]
-        logits = torch.nn.functional.one_hot(torch.tensor([ids]), len(vocabulary) + 1).float() * 9
-        assert in_logits.shape == logits.shape and mask_logits.shape[1] == len(ids)
-        return dict.fromkeys(modes, logits)
+    def score_masks(scored, queries, mask_logits):
+        classes = torch.tensor([segment["category_id"] for segment in segments[-1]])
+        assert len(queries) == len(mask_logits) == len(classes)
+        logits = torch.nn.functional.one_hot(classes, len(scored.vocabulary) + 1).float() * 9
+        masks = dataclasses.replace(scored.masks, mask_logits=mask_logits)
+        return dataclasses.replace(scored, in_logits=logits, out_logits=logits[:, :-1], masks=masks)
 
-    original = TrueMasks._segments
+    original = TrueMaskModel._segments
 
-    def segments(self, ground_truth):
-        asked.append(ground_truth)
+    def watched(self, ground_truth):
+        segments.append(ground_truth.segments)
         return original(self, ground_truth)
 
-    monkeypatch.setattr(model, "classify", classify)
-    monkeypatch.setattr(TrueMasks, "_segments", segments)
+    monkeypatch.setattr(model, "score_masks", score_masks)
+    monkeypatch.setattr(TrueMaskModel, "_segments", watched)
     from fcclip.evaluation import evaluate
 
     (found,) = evaluate(
-        model, small_cfg, dataset, vocabulary=tiny_world.VOCABULARY, progress=False, oracle="masks"
+        model, small_cfg, dataset, vocabulary=tiny_world.VOCABULARY, progress=False, oracle=ORACLES["masks"]
     ).values()
     for task, metric in (("panoptic_seg", "PQ"), ("segm", "AP"), ("bbox", "AP"), ("sem_seg", "mIoU")):
         assert found[task][metric] == pytest.approx(100), task
@@ -156,25 +159,21 @@ def test_saved_predictions_of_true_masks_are_not_mixed_with_the_models_own(folde
 
     model, dataset = tiny_model(cfg=small_cfg), tiny_world.dataset(folder)
     options = {"vocabulary": tiny_world.VOCABULARY, "progress": False, "output_dir": tmp_path, "save_predictions": True}
-    whole = evaluate(model, small_cfg, dataset, oracle="masks", **options)
-    assert repr(evaluate(model, small_cfg, dataset, oracle="masks", resume=True, **options)) == repr(whole)
+    whole = evaluate(model, small_cfg, dataset, oracle=ORACLES["masks"], **options)
+    assert repr(evaluate(model, small_cfg, dataset, oracle=ORACLES["masks"], resume=True, **options)) == repr(whole)
     with pytest.raises(ValueError, match="oracle was 'masks', now None"):
         evaluate(model, small_cfg, dataset, resume=True, **options)
-    with pytest.raises(ValueError, match="oracle must be one of masks, classes or None, got 'boxes'"):
-        evaluate(model, small_cfg, dataset, oracle="boxes", **options)
 
 
 @pytest.mark.parametrize("name", ["openvocab_pascal20_sem_seg_val", "openvocab_ade20k_panoptic_val"])
 def test_true_masks_of_label_maps_and_of_crowds(name, tmp_path, tiny_model, small_cfg):
     from fcclip.evaluation import evaluate
-    from fcclip.modeling.build import build_inference_settings
     from fcclip.reports.zero_shot import set_config
 
     write_tree(name, tmp_path)
     dataset, model = get_dataset(name, tmp_path), tiny_model(cfg=small_cfg)
     cfg = set_config(small_cfg, dataset, given=["INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"])
-    model.settings = build_inference_settings(cfg)
-    (found,) = evaluate(model, cfg, dataset, progress=False, oracle="masks").values()
+    (found,) = evaluate(model, cfg, dataset, progress=False, oracle=ORACLES["masks"]).values()
     assert 0 <= found["sem_seg"]["mIoU"] <= 100
 
 
@@ -185,7 +184,9 @@ def test_a_data_set_without_maps_has_no_true_masks(tmp_path, tiny_model, small_c
     write_tree("openvocab_coco_2017_val", tmp_path)
     dataset = get_dataset("openvocab_coco_2017_val", tmp_path)
     with pytest.raises(ValueError, match="has neither segments nor a label map; true masks need one of them"):
-        evaluate(tiny_model(cfg=small_cfg), set_config(small_cfg, dataset), dataset, progress=False, oracle="masks")
+        evaluate(
+            tiny_model(cfg=small_cfg), set_config(small_cfg, dataset), dataset, progress=False, oracle=ORACLES["masks"]
+        )
     record = dataset.records()[0]
     classes, masks = true_masks(GroundTruth(record), {0, 16, 79})
     assert sorted(classes.tolist()) == [0, 16, 79] and masks.shape == (3, record["height"], record["width"])

@@ -27,6 +27,7 @@ from fcclip.integrations.detectron2.lenient import LenientModel
 from fcclip.integrations.detectron2.records import output_to_detectron2, targets_from_instances
 from fcclip.modeling import build, mask_decoder, pixel_decoder
 from fcclip.modeling import fcclip as whole
+from fcclip.modeling import head as whole_head
 from fcclip.modeling.backbones import clip
 from fcclip.structures import TextEmbeddings
 from fcclip.vocabulary import Vocabulary
@@ -50,7 +51,7 @@ TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 class FCCLIP(whole.FCCLIP):
     """FC-CLIP with detectron2's inputs and outputs.
 
-    `predict` and `losses` speak fcclip's records; a call of the model speaks detectron2's.
+    `score`, `outputs` and `losses` speak fcclip's records; a call of the model speaks detectron2's.
 
     Args:
         input_format: channel order of the images, "RGB" or "BGR" (INPUT.FORMAT).
@@ -104,7 +105,8 @@ class FCCLIP(whole.FCCLIP):
         """
         if self.training:
             return self.losses([_with_targets(index, sample) for index, sample in enumerate(batched_inputs)])
-        return [output_to_detectron2(output) for output in self.predict(batched_inputs, vocabulary=vocabulary)]
+        outputs = super().forward(batched_inputs, vocabulary=vocabulary)
+        return [output_to_detectron2(output) for output in outputs]
 
     def set_metadata(self, metadata: Metadata) -> None:
         """Looks for the classes of a data set of detectron2's catalog from now on.
@@ -112,8 +114,8 @@ class FCCLIP(whole.FCCLIP):
         Raises:
             ValueError: see `metadata_vocabulary`.
         """
-        need_things = self.settings.panoptic_on or self.settings.instance_on
-        self.set_vocabulary(metadata_vocabulary(metadata, folder=self.vocabularies, need_things=need_things))
+        need_things = bool({"panoptic", "instances"} & set(self.heads))
+        self.test_vocabulary = metadata_vocabulary(metadata, folder=self.vocabularies, need_things=need_things)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -177,7 +179,7 @@ def CLIP(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     return backbone
 
 
-class FCCLIPHead(whole.FCCLIPHead):
+class FCCLIPHead(whole_head.FCCLIPHead):
     """Pixel decoder and masked decoder, each by its registered name.
 
     Args:
@@ -208,11 +210,11 @@ class FCCLIPHead(whole.FCCLIPHead):
         return {"pixel_decoder": pixel_decoder, "predictor": predictor}
 
     def forward(
-        self, features: Mapping[str, Tensor], words: TextEmbeddings, *, all_sets: bool
-    ) -> mask_decoder.QueryPredictions:
+        self, levels: Mapping[str, Tensor], text: TextEmbeddings, *, all_sets: bool
+    ) -> mask_decoder.MaskProposals:
         """As fcclip's head, through `forward_features`."""
-        mask_features, _, pyramid = self.pixel_decoder.forward_features(features)
-        return self.predictor(pyramid, mask_features, words, all_sets=all_sets)
+        mask_features, _, pyramid = self.pixel_decoder.forward_features(levels)
+        return self.predictor(pyramid, mask_features, text, all_sets=all_sets)
 
 
 class MSDeformAttnPixelDecoder(pixel_decoder.MSDeformAttnPixelDecoder):

@@ -113,7 +113,8 @@ class Trainer(DefaultTrainer):
         """As detectron2's; a training knows the words of DATASETS.TRAIN alone, also where its weights were fine-tuned
         from others."""
         super().resume_or_load(resume)
-        unwrap(self.model).former_vocabulary = None
+        model = unwrap(self.model)
+        model.seen_vocabulary = model.train_vocabulary
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:

@@ -1,7 +1,6 @@
 """The frozen CLIP that is both backbone and classifier (FC-CLIP, section 3.2).
 
-A family is a subclass of `CLIPBackbone`: how features are tapped, and how a region becomes an embedding in CLIP's
-image-text space.
+A family is a subclass of `CLIPBackbone`: how features are tapped.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ from typing import ClassVar
 
 import open_clip
 import torch
-import torch.nn.functional as F
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import QuickGELU
 from torch import Tensor, nn
@@ -25,14 +23,13 @@ from torch.overrides import TorchFunctionMode
 
 from fcclip.config import resolve_file
 from fcclip.errors import InputError, NotReachableError
-from fcclip.modeling.classifier import mask_pool
+from fcclip.structures import Features
 from fcclip.weights.checkpoint import FROZEN_PREFIX
 from fcclip.weights.files import read_weight_file
 
 logger = logging.getLogger(__name__)
 
 LEVELS = ("stem", "res2", "res3", "res4", "res5")
-DENSE = "clip_vis_dense"
 # Tags of supported architectures whose weights were trained with QuickGELU; newer versions of open_clip say so.
 _QUICK_GELU_TAGS = ("openai", "yfcc15m", "cc12m")
 _NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # constants that some files hold
@@ -44,13 +41,13 @@ class CLIPBackbone(nn.Module, abc.ABC):
     Attributes:
         channels: channels of each level; strides: pixels between its cells.
         embed_dim: D, the width of the joint space.
-        pooling: name of the out-of-vocabulary classifier's pooling.
+        region_classifier: name of the out-of-vocabulary classifier that was published for this family.
         architecture, pretrained: what the config called them; pretrained "" means random weights.
         quick_gelu: whether the text tower has QuickGELU; activation_source: who said so, "default" for nobody.
         needs_activation: whether weights of this family exist with either activation.
     """
 
-    pooling: ClassVar[str]
+    region_classifier: ClassVar[str]
     needs_activation: ClassVar[bool]
     strides: ClassVar[dict[str, int]]
 
@@ -76,18 +73,16 @@ class CLIPBackbone(nn.Module, abc.ABC):
         return self.clip_model.logit_scale
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images (B, 3, H, W) -> maps by level name, and `clip_vis_dense`, the features that region
-        embeddings pool.
-        """
+    def forward(self, images: Tensor) -> Features:
+        """Normalised images (B, 3, H, W) -> the levels, and the dense features that region classifiers pool."""
         visual = self.clip_model.visual
         if self.training and torch.is_autocast_enabled(images.device.type):
             visual = self._cast_to(torch.get_autocast_dtype(images.device.type))
         return self.tap(visual, images)
 
     @abc.abstractmethod
-    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
-        """The maps of one family from its image tower."""
+    def tap(self, visual: nn.Module, images: Tensor) -> Features:
+        """The features of one family from its image tower."""
 
     @torch.compiler.disable  # copies modules and compares addresses, which breaks a graph into pieces
     def _cast_to(self, dtype: torch.dtype) -> nn.Module:
@@ -108,15 +103,11 @@ class CLIPBackbone(nn.Module, abc.ABC):
             self._cast = (version, cast)
         return self._cast[1]
 
-    @abc.abstractmethod
-    def region_embeddings(self, dense: Tensor, mask_logits: Tensor) -> Tensor:
-        """Dense features (B, C, h, w) and mask logits (B, Q, h, w) -> (B, Q, D), of any length."""
-
 
 class ConvNeXtCLIP(CLIPBackbone):
-    """CLIP with a timm ConvNeXt of any size; regions are averages of the last stage (`mask_pool`)."""
+    """CLIP with a timm ConvNeXt of any size."""
 
-    pooling = "mask_pool"
+    region_classifier = "mask_pool"
     needs_activation = False
     strides: ClassVar[dict[str, int]] = {"stem": 4, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
@@ -125,7 +116,7 @@ class ConvNeXtCLIP(CLIPBackbone):
         widths = [trunk.stem[0].out_channels, *(info["num_chs"] for info in trunk.feature_info)]
         super().__init__(clip_model, channels=dict(zip(LEVELS, widths, strict=True)))
 
-    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    def tap(self, visual: nn.Module, images: Tensor) -> Features:
         """Stem and the four stages."""
         trunk = visual.trunk
         x = trunk.stem(images)
@@ -133,22 +124,13 @@ class ConvNeXtCLIP(CLIPBackbone):
         for name, stage in zip(LEVELS[1:], trunk.stages):
             x = stage(x)
             maps[name] = x.contiguous()
-        maps[DENSE] = trunk.norm_pre(x).contiguous()
-        return maps
-
-    @torch.no_grad()
-    def region_embeddings(self, dense: Tensor, mask_logits: Tensor) -> Tensor:
-        """Averages first, then CLIP's own head: norm and projection."""
-        pooled = mask_pool(dense, mask_logits)  # (B, Q, C)
-        visual = self.clip_model.visual
-        embedded = visual.head(visual.trunk.head(pooled.flatten(0, 1)[..., None, None]))
-        return embedded.unflatten(0, pooled.shape[:2])
+        return Features(maps, dense=trunk.norm_pre(x).contiguous())
 
 
 class ResNetCLIP(CLIPBackbone):
-    """CLIP with OpenAI's modified ResNet; regions go through its attention pool, masked (`masked_attention_pool`)."""
+    """CLIP with OpenAI's modified ResNet."""
 
-    pooling = "masked_attention_pool"
+    region_classifier = "masked_attention_pool"
     needs_activation = True  # OpenAI's towers, and those trained like them, have QuickGELU; others have not
     strides: ClassVar[dict[str, int]] = {"stem": 2, "res2": 4, "res3": 8, "res4": 16, "res5": 32}
 
@@ -158,7 +140,7 @@ class ResNetCLIP(CLIPBackbone):
         widths = [visual.conv3.out_channels, *(layer[-1].conv3.out_channels for layer in layers)]
         super().__init__(clip_model, channels=dict(zip(LEVELS, widths, strict=True)))
 
-    def tap(self, visual: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    def tap(self, visual: nn.Module, images: Tensor) -> Features:
         """The stem before its average pool, and the four layers."""
         x = visual.act1(visual.bn1(visual.conv1(images)))
         x = visual.act2(visual.bn2(visual.conv2(x)))
@@ -168,36 +150,7 @@ class ResNetCLIP(CLIPBackbone):
         for name, layer in zip(LEVELS[1:], (visual.layer1, visual.layer2, visual.layer3, visual.layer4)):
             x = layer(x)
             maps[name] = x
-        maps[DENSE] = x
-        return maps
-
-    @torch.no_grad()
-    def region_embeddings(self, dense: Tensor, mask_logits: Tensor) -> Tensor:
-        """The attention pool once per mask, its mean query seeing only the cells inside; an empty mask sees every
-        cell.
-        """
-        pool = self.clip_model.visual.attnpool
-        heads, (height, width) = pool.num_heads, dense.shape[-2:]
-        cells = dense.flatten(2).transpose(1, 2)  # (B, hw, C)
-        grid = round((len(pool.positional_embedding) - 1) ** 0.5)
-        spatial = pool.positional_embedding[1:].T.unflatten(-1, (grid, grid))[None]  # (1, C, s, s)
-        spatial = F.interpolate(spatial, size=(height, width), mode="bilinear", align_corners=False)
-        keys = cells + spatial.flatten(2).transpose(1, 2).to(cells.dtype)
-        query = cells.mean(dim=1, keepdim=True) + pool.positional_embedding[0].to(cells.dtype)  # (B, 1, C)
-        if mask_logits.shape[-2:] != dense.shape[-2:]:
-            mask_logits = F.interpolate(mask_logits, size=(height, width), mode="bilinear", align_corners=False)
-        visible = (mask_logits > 0).flatten(2)  # (B, Q, hw)
-        visible = visible | ~visible.any(dim=-1, keepdim=True)
-
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-        num_queries = mask_logits.shape[1]
-        q = split(pool.q_proj(query)).expand(-1, -1, num_queries, -1)
-        attended = F.scaled_dot_product_attention(
-            q, split(pool.k_proj(keys)), split(pool.v_proj(keys)), attn_mask=visible[:, None]
-        )
-        return pool.c_proj(attended.transpose(1, 2).flatten(2))
+        return Features(maps, dense=x)
 
 
 def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> CLIPBackbone:

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.errors import InputError
-from fcclip.modeling.backbones.clip import DENSE, FROZEN_PREFIX, CLIPBackbone, set_quick_gelu
+from fcclip.modeling.backbones.clip import FROZEN_PREFIX, CLIPBackbone, set_quick_gelu
+from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS
 from fcclip.modeling.text import encode_tokens
 
 __all__ = ["adopt_activation", "check_fingerprint", "clip_fingerprint", "clip_weights_hash"]
@@ -174,8 +175,9 @@ def _features(backbone: CLIPBackbone) -> dict[str, list[float]]:
     with torch.autocast(device.type, enabled=False), _full_precision():
         tokens = open_clip.tokenize(list(TEXTS), context_length=int(clip_model.positional_embedding.shape[0]))
         texts = encode_tokens(clip_model, tokens.to(device))
-        dense = backbone(_image().to(device))[DENSE]
-        image = backbone.region_embeddings(dense, torch.ones_like(dense[:, :1]))[:, 0]
+        dense = backbone(_image().to(device)).dense
+        classifier = OUT_OF_VOCABULARY_CLASSIFIERS[backbone.region_classifier](backbone)
+        image = classifier(dense, torch.ones_like(dense[:, :1]))[:, 0]
     return {"text": [value for row in texts for value in _sample(row)], "image": _sample(image[0])}
 
 

@@ -14,7 +14,6 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
 from fcclip.modeling.backbones.clip import (
-    DENSE,
     ConvNeXtCLIP,
     ResNetCLIP,
     as_backbone,
@@ -25,7 +24,7 @@ from fcclip.modeling.backbones.clip import (
 from fcclip.modeling.backbones.fingerprint import clip_fingerprint, clip_weights_hash
 from fcclip.weights.files import UnsafeFileError
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 TINY = {"convnext": str(DATA / "tiny_convnext.json"), "resnet": str(DATA / "tiny_resnet.json")}
 
 
@@ -36,21 +35,21 @@ def backbone(request):
 
 
 def test_levels_have_the_stated_channels_and_strides(backbone):
-    maps = backbone(torch.randn(2, 3, 64, 96))
-    assert set(maps) == {"stem", "res2", "res3", "res4", "res5", DENSE}
+    features = backbone(torch.randn(2, 3, 64, 96))
+    assert set(features.levels) == {"stem", "res2", "res3", "res4", "res5"}
     for name, channels in backbone.channels.items():
         stride = backbone.strides[name]
-        assert maps[name].shape == (2, channels, 64 // stride, 96 // stride), name
-    assert torch.equal(maps[DENSE], maps["res5"])
+        assert features.levels[name].shape == (2, channels, 64 // stride, 96 // stride), name
+    assert torch.equal(features.dense, features.levels["res5"])
 
 
 def test_everything_is_frozen_and_stays_in_evaluation_mode(backbone):
     before = {key: value.clone() for key, value in backbone.state_dict().items()}
     backbone.train()
-    maps = backbone(torch.randn(2, 3, 64, 64))
+    features = backbone(torch.randn(2, 3, 64, 64))
     assert backbone.training and not any(module.training for module in backbone.clip_model.modules())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
-    assert not maps["res5"].requires_grad
+    assert not features.levels["res5"].requires_grad
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
@@ -63,8 +62,9 @@ def test_the_low_precision_copy_gives_the_numbers_of_autocast_and_is_made_once(b
         copy_of_weights = backbone._cast[1]
         backbone(images)
     assert backbone._cast[1] is copy_of_weights
-    for name, value in expected.items():
-        assert torch.equal(found[name], value) and found[name].dtype == value.dtype, name
+    assert torch.equal(found.dense, expected.dense)
+    for name, value in expected.levels.items():
+        assert torch.equal(found.levels[name], value) and found.levels[name].dtype == value.dtype, name
     assert list(backbone.state_dict()) == keys
     kinds = {
         type(module).__name__: module.weight.dtype for module in copy_of_weights.modules() if hasattr(module, "weight")
@@ -82,69 +82,12 @@ def test_the_low_precision_copy_follows_new_weights_and_full_precision_never_use
         with torch.no_grad():
             for weight in backbone.parameters():
                 weight.mul_(1.5)
-        changed = backbone(images)["res5"]
-        assert torch.equal(changed, backbone.eval()(images)["res5"])
+        changed = backbone(images).levels["res5"]
+        assert torch.equal(changed, backbone.eval()(images).levels["res5"])
     with torch.no_grad():
         for weight in backbone.parameters():
             weight.div_(1.5)
-    torch.testing.assert_close(backbone.train()(images)["res5"], full["res5"])
-
-
-@pytest.mark.parametrize("family", TINY)
-def test_a_mask_of_everything_gives_a_whole_image_embedding(family):
-    """For ConvNeXt that is CLIP's own image embedding; CLIP's ResNet also lets the query see its mean token, which a
-    mask does not hold.
-    """
-    torch.manual_seed(0)
-    backbone = build_clip(TINY[family])
-    images = torch.randn(2, 3, 64, 64)
-    dense = backbone(images)[DENSE]
-    embedding = backbone.region_embeddings(dense, torch.ones(2, 1, *dense.shape[-2:]))
-    assert embedding.shape == (2, 1, backbone.embed_dim)
-    if family == "convnext":
-        torch.testing.assert_close(embedding[:, 0], backbone.clip_model.encode_image(images))
-
-
-def test_regions_do_not_see_outside_their_mask_and_an_empty_mask_is_finite(backbone):
-    torch.manual_seed(0)
-    dense = backbone(torch.randn(1, 3, 128, 128))[DENSE]
-    masks = torch.full((1, 2, 4, 4), -1.0)
-    masks[0, 0, :, :2] = 1
-    found = backbone.region_embeddings(dense, masks)
-    assert found.isfinite().all()
-    if isinstance(backbone, ConvNeXtCLIP):  # a ResNet's query is the mean of all cells
-        changed = dense.clone()
-        changed[..., 2:] += 1
-        torch.testing.assert_close(backbone.region_embeddings(changed, masks)[0, 0], found[0, 0])
-
-
-def test_masked_attention_pool_equals_a_loop_over_queries():
-    torch.manual_seed(0)
-    backbone = build_clip(TINY["resnet"])
-    pool = backbone.clip_model.visual.attnpool
-    dense = backbone(torch.randn(1, 3, 128, 96))[DENSE]
-    height, width = dense.shape[-2:]
-    masks = torch.randn(1, 3, height, width)
-    found = backbone.region_embeddings(dense, masks)
-    grid = round((len(pool.positional_embedding) - 1) ** 0.5)
-    spatial = pool.positional_embedding[1:].T.view(1, -1, grid, grid)
-    spatial = (
-        torch.nn.functional.interpolate(spatial, size=(height, width), mode="bilinear", align_corners=False)[0]
-        .flatten(1)
-        .T
-    )
-    cells = dense[0].flatten(1).T
-    query = pool.q_proj(cells.mean(0) + pool.positional_embedding[0])
-    keys, values = pool.k_proj(cells + spatial), pool.v_proj(cells + spatial)
-    size = query.shape[0] // pool.num_heads
-    for q in range(3):
-        inside = masks[0, q].flatten() > 0
-        heads = []
-        for h in range(pool.num_heads):
-            part = slice(h * size, (h + 1) * size)
-            weights = (keys[inside, part] @ query[part] / size**0.5).softmax(0)
-            heads.append(weights @ values[inside, part])
-        torch.testing.assert_close(found[0, q], pool.c_proj(torch.cat(heads)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(backbone.train()(images).dense, full.dense)
 
 
 def test_quick_gelu_follows_the_key():
@@ -306,7 +249,7 @@ def test_a_tower_that_is_not_convolutional_is_refused():
 
 def test_families_are_told_by_the_tower(backbone):
     assert isinstance(as_backbone(backbone.clip_model), (ConvNeXtCLIP, ResNetCLIP))
-    assert as_backbone(backbone.clip_model).pooling in ("mask_pool", "masked_attention_pool")
+    assert as_backbone(backbone.clip_model).region_classifier in ("mask_pool", "masked_attention_pool")
 
 
 OTHER_VERSIONS = [Path(folder) for folder in os.environ.get("FCCLIP_OPEN_CLIPS", "").split(os.pathsep) if folder]

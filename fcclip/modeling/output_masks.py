@@ -1,4 +1,4 @@
-"""Semantic maps in blocks of rows, so that memory does not grow with the size of the image.
+"""Masks at the output size: a few queries or a few rows at a time, so that memory does not grow with the image.
 
 A hundred classes more cost a hundred maps of the whole image otherwise, and ADE20K-847 several gigabytes. Blocks give
 the numbers of the whole to rounding: bilinear resizing and the sum over queries are linear, so they may change places.
@@ -7,43 +7,80 @@ the numbers of the whole to rounding: bilinear resizing and the sum over queries
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["best_classes", "resize_rows", "semantic_blocks"]
-
-# Floats in the largest tensor of a block: what a CPU's cache holds well, and what keeps a GPU busy. Nobody asks how
-# much memory is free, so that results do not depend on what else is running.
+# Floats of mask logits at the output size that are held at once: on a CPU, and on a GPU, which few would not keep busy.
+_MASKS_CPU, _MASKS = 2**24, 2**26
+# Floats in the largest tensor of a block of rows: what a CPU's cache holds well, and what keeps a GPU busy. Nobody asks
+# how much memory is free, so that results do not depend on what else is running.
 _BLOCK_CPU, _BLOCK = 2**22, 2**26
 
 
+@dataclass(frozen=True)
+class OutputMasks:
+    """The masks of an image at the output size, made a few at a time.
+
+    Args:
+        mask_logits: (Q, ·, ·) float at network stride, over the padded image.
+        padded_size, image_size, output_size: (height, width) of the network input with and without padding, and of the
+            outputs.
+        query_chunk: masks made at once; 0: as many as fit into 64 MiB on a CPU, into 256 MiB elsewhere. Results are
+            the same to the bit.
+    """
+
+    mask_logits: Tensor
+    padded_size: tuple[int, int]
+    image_size: tuple[int, int]
+    output_size: tuple[int, int]
+    query_chunk: int = 0
+
+    @classmethod
+    def whole(cls, mask_logits: Tensor, *, query_chunk: int = 0) -> OutputMasks:
+        """Masks (Q, h, w) that have the output size already."""
+        size = tuple(mask_logits.shape[-2:])
+        return cls(mask_logits, size, size, size, query_chunk)
+
+    def of(self, queries: Tensor) -> Iterator[Tensor]:
+        """Mask logits (m, h, w) of the queries (n,) int64, m at a time, in their order."""
+        height, width = self.output_size
+        budget = _MASKS_CPU if self.mask_logits.device.type == "cpu" else _MASKS
+        for chunk in queries.split(self.query_chunk or max(1, budget // (height * width))):
+            if len(chunk):
+                maps = resize(self.mask_logits[chunk], self.padded_size)
+                yield resize(maps[:, : self.image_size[0], : self.image_size[1]], self.output_size)
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(n, ·, ·) -> (n, *size), bilinear; the input itself when it has that size."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
+
+
 def semantic_blocks(
-    mask_logits: Tensor,
-    num_classes: int,
-    *,
-    padded_size: tuple[int, int],
-    image_size: tuple[int, int],
-    output_size: tuple[int, int],
-    masks_first: bool,
-    class_chunk: int = 0,
+    masks: OutputMasks, num_classes: int, *, masks_first: bool, class_chunk: int = 0
 ) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
     """Semantic scores at the output size, some rows at a time.
 
     Args:
-        mask_logits: (Q, ·, ·) float at network stride, over the padded image.
+        masks: of Q queries.
         num_classes: K.
-        padded_size, image_size, output_size: (height, width) of the network input with and without padding, and of the
-            result.
         masks_first: resize the mask logits to the output size and then take their probabilities, as for panoptic maps;
             else the scores at the size of the input are resized.
         class_chunk: how many classes are asked for at once; 0: all.
 
     Yields:
         rows of the output, and a function from class probabilities (Q, k) to the scores (k, number of rows, width)
-        there; it may be called for several modes, and for some classes after the others.
+        there; it may be called for some classes after the others.
     """
+    mask_logits, padded_size, image_size, output_size = (
+        *(masks.mask_logits, masks.padded_size),
+        *(masks.image_size, masks.output_size),
+    )
     queries, at_once = len(mask_logits), min(num_classes, class_chunk or num_classes)
     budget = _BLOCK_CPU if mask_logits.device.type == "cpu" else _BLOCK
     step = max(1, budget // (max(at_once, queries) * max(padded_size[1], output_size[1])))
@@ -54,15 +91,15 @@ def semantic_blocks(
         def at_output(maps: Tensor, rows: range = rows, needed: range = needed) -> Tensor:
             return resize_rows(maps, rows, output_size, first=needed.start, of=image_size[0])
 
-        masks = resize_rows(mask_logits, needed, padded_size)[..., : image_size[1]]
-        shares = at_output(masks).sigmoid() if masks_first else masks.sigmoid()
+        at_input = resize_rows(mask_logits, needed, padded_size)[..., : image_size[1]]
+        shares = at_output(at_input).sigmoid() if masks_first else at_input.sigmoid()
         resizes_scores = not masks_first and num_classes < queries
         if not masks_first and not resizes_scores:  # queries are fewer maps to resize
             shares = at_output(shares)
 
         def scores(probabilities: Tensor, shares: Tensor = shares, resize=at_output if resizes_scores else None):
-            found = (probabilities.T @ shares.flatten(1)).unflatten(1, shares.shape[1:])
-            return found if resize is None else resize(found)
+            result = (probabilities.T @ shares.flatten(1)).unflatten(1, shares.shape[1:])
+            return result if resize is None else resize(result)
 
         yield slice(rows.start, rows.stop), scores
 

@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from fcclip.modeling.inference import (
-    InstanceSelection,
-    PanopticMerge,
-    instance_inference,
-    panoptic_inference,
-    postprocess_masks,
-    semantic_inference,
-    semantic_labels,
-)
+from fcclip.modeling.output_masks import OutputMasks
+from fcclip.modeling.outputs import instance_inference, panoptic_inference, semantic_inference, semantic_labels
 
 BIG = 12.0  # a logit whose sigmoid and softmax are 1 to fp32
 
@@ -23,31 +16,32 @@ def one_hot_logits(*labels, num_classes=3):
 
 
 def masks(*rows):
-    return torch.tensor(rows, dtype=torch.float32)[:, None] * BIG  # (Q, 1, w)
+    """Rows of a map one pixel high."""
+    return OutputMasks.whole(torch.tensor(rows, dtype=torch.float32)[:, None] * BIG)  # (Q, 1, w)
 
 
-def panoptic(class_logits, mask_logits, things=(0,), threshold=0.0, overlap=0.8):
+def panoptic(class_logits, output_masks, things=(0,), threshold=0.0, overlap=0.8):
     id_map, segments = panoptic_inference(
-        class_logits, mask_logits, thing_classes=things, object_mask_threshold=threshold, overlap_threshold=overlap
+        class_logits, output_masks, thing_classes=things, object_mask_threshold=threshold, overlap_threshold=overlap
     )
     return id_map.tolist(), [(one["id"], one["category_id"], one["isthing"], one["area"]) for one in segments]
 
 
 def test_semantic_scores_sum_class_times_mask_probability():
     class_logits, mask_logits = torch.randn(3, 5), torch.randn(3, 2, 4)
-    scores = semantic_inference(class_logits, mask_logits)
+    scores = semantic_inference(class_logits, OutputMasks.whole(mask_logits))
     expected = sum(class_logits.softmax(-1)[q, :4, None, None] * mask_logits[q].sigmoid() for q in range(3))
     torch.testing.assert_close(scores, expected)
 
 
 def test_labels_are_the_argmax_of_the_scores_whatever_the_chunks(monkeypatch):
-    class_logits, mask_logits = torch.randn(9, 8), torch.randn(9, 11, 13)
-    expected = semantic_inference(class_logits, mask_logits).argmax(0)
-    assert torch.equal(semantic_labels(class_logits, mask_logits), expected)
-    assert torch.equal(semantic_labels(class_logits, mask_logits, class_chunk=2), expected)
-    monkeypatch.setattr("fcclip.modeling.semantic_blocks._BLOCK_CPU", 200)
-    assert torch.equal(semantic_labels(class_logits, mask_logits), expected)
-    assert torch.equal(semantic_labels(class_logits, mask_logits, class_chunk=3), expected)
+    class_logits, output_masks = torch.randn(9, 8), OutputMasks.whole(torch.randn(9, 11, 13))
+    expected = semantic_inference(class_logits, output_masks).argmax(0)
+    assert torch.equal(semantic_labels(class_logits, output_masks), expected)
+    assert torch.equal(semantic_labels(class_logits, output_masks, class_chunk=2), expected)
+    monkeypatch.setattr("fcclip.modeling.output_masks._BLOCK_CPU", 200)
+    assert torch.equal(semantic_labels(class_logits, output_masks), expected)
+    assert torch.equal(semantic_labels(class_logits, output_masks, class_chunk=3), expected)
 
 
 def test_things_get_a_segment_each_and_stuff_of_a_class_shares_one():
@@ -69,13 +63,13 @@ def test_a_mask_that_lost_too_much_of_itself_is_dropped():
 
 def test_exactly_half_probability_is_inside_and_a_share_equal_to_the_threshold_stays():
     class_logits = one_hot_logits(0)
-    id_map, _ = panoptic(class_logits, torch.tensor([[[0.0, -0.1]]]), overlap=1.0)
+    id_map, _ = panoptic(class_logits, OutputMasks.whole(torch.tensor([[[0.0, -0.1]]])), overlap=1.0)
     assert id_map == [[1, 0]]
 
 
 def test_void_low_and_undefined_scores_leave_nothing():
     empty = ([[0, 0]], [])
-    mask = torch.tensor([[[BIG, BIG]]])
+    mask = masks([1, 1])
     assert panoptic(one_hot_logits(3), mask) == empty
     assert panoptic(torch.zeros(1, 4), mask, threshold=0.25) == empty
     assert panoptic(torch.full((1, 4), torch.nan), mask) == empty
@@ -83,8 +77,8 @@ def test_void_low_and_undefined_scores_leave_nothing():
 
 def test_instances_are_the_things_among_the_best_pairs():
     class_logits = one_hot_logits(0, 1, 3)
-    mask_logits = masks([1, 1, -1], [-1, -1, 1], [1, 1, 1])
-    found = instance_inference(class_logits, mask_logits, thing_classes=[0], topk=2)
+    output_masks = masks([1, 1, -1], [-1, -1, 1], [1, 1, 1])
+    found = instance_inference(class_logits, output_masks, thing_classes=[0], topk=2)
     assert found.pred_classes.tolist() == [0]
     assert found.pred_masks.dtype == torch.bool and found.pred_masks.tolist() == [[[True, True, False]]]
     assert found.pred_boxes.tolist() == [[0, 0, 2, 1]]
@@ -108,42 +102,35 @@ def test_the_published_zero_boxes_come_on_request():
     assert found.pred_boxes.tolist() == [[0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("parts", [1, 3, 100])
-def test_masks_that_come_in_parts_give_the_same_to_the_bit(parts):
+@pytest.mark.parametrize("query_chunk", [1, 3])
+def test_masks_that_are_made_a_few_at_a_time_give_the_same_to_the_bit(query_chunk):
     torch.manual_seed(0)
     class_logits, mask_logits = torch.randn(20, 6), torch.randn(20, 9, 11) * 3
     mask_logits[7] = mask_logits[4]  # of equal ones the first wins
     class_logits[7] = class_logits[4]
-    panoptic_options = {"thing_classes": [0, 2], "object_mask_threshold": 0.1, "overlap_threshold": 0.02}
-    id_map, segments = panoptic_inference(class_logits, mask_logits, **panoptic_options)
-    merge = PanopticMerge(class_logits, **panoptic_options)
-    for queries in merge.queries.split(parts):
-        merge.add(mask_logits[queries])
-    found_map, found_segments = merge.result((9, 11))
-    assert len(segments) >= 3 and torch.equal(found_map, id_map) and found_segments == segments
+    together, chunked = OutputMasks.whole(mask_logits), OutputMasks.whole(mask_logits, query_chunk=query_chunk)
+    options = {"thing_classes": [0, 2], "object_mask_threshold": 0.1, "overlap_threshold": 0.02}
+    id_map, segments = panoptic_inference(class_logits, together, **options)
+    chunked_map, chunked_segments = panoptic_inference(class_logits, chunked, **options)
+    assert len(segments) >= 3 and torch.equal(chunked_map, id_map) and chunked_segments == segments
 
-    instances = instance_inference(class_logits, mask_logits, thing_classes=[0, 2], topk=30)
-    selection = InstanceSelection(class_logits, thing_classes=[0, 2], topk=30)
-    for queries in selection.queries.split(parts):
-        selection.add(mask_logits[queries])
-    found = selection.result((9, 11))
+    instances = instance_inference(class_logits, together, thing_classes=[0, 2], topk=30)
+    same = instance_inference(class_logits, chunked, thing_classes=[0, 2], topk=30)
     assert len(instances.scores) > 5
     for name in ("scores", "pred_classes", "pred_masks", "pred_boxes"):
-        assert torch.equal(getattr(found, name), getattr(instances, name))
-
-
-def test_a_mask_that_was_forgotten_is_noticed():
-    merge = PanopticMerge(one_hot_logits(0, 1), thing_classes=[], object_mask_threshold=0, overlap_threshold=0)
-    merge.add(masks([1, 1]))
-    with pytest.raises(ValueError, match="1 of 2 masks were added"):
-        merge.result((1, 2))
-    selection = InstanceSelection(one_hot_logits(0), thing_classes=[0], topk=1)
-    with pytest.raises(ValueError, match="0 of 1 masks were added"):
-        selection.result((1, 2))
+        assert torch.equal(getattr(same, name), getattr(instances, name))
 
 
 def test_masks_are_enlarged_cropped_and_resized():
-    maps = torch.arange(16.0).view(1, 4, 4)
-    out = postprocess_masks(maps, (16, 16), (8, 12), (4, 6))
-    assert out.shape == (1, 4, 6)
-    assert float(out.max()) < 12  # rows of the padding are gone
+    masks = OutputMasks(torch.arange(16.0).view(1, 4, 4), (16, 16), (8, 12), (4, 6))
+    [maps] = masks.of(torch.tensor([0]))
+    assert maps.shape == (1, 4, 6)
+    assert float(maps.max()) < 12  # rows of the padding are gone
+
+
+def test_as_many_masks_are_made_at_once_as_fit_into_the_budget(monkeypatch):
+    monkeypatch.setattr("fcclip.modeling.output_masks._MASKS_CPU", 100)
+    masks = OutputMasks(torch.zeros(9, 2, 2), (8, 8), (8, 8), (5, 6))
+    assert [len(chunk) for chunk in masks.of(torch.arange(7))] == [3, 3, 1]
+    assert [len(chunk) for chunk in OutputMasks.whole(torch.zeros(9, 99, 99)).of(torch.arange(2))] == [1, 1]
+    assert list(masks.of(torch.arange(0))) == []

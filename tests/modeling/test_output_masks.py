@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcclip.modeling.inference import crop_and_resize, enlarge
-from fcclip.modeling.semantic_blocks import best_classes, resize_rows, semantic_blocks
+from fcclip.modeling.output_masks import OutputMasks, best_classes, resize, resize_rows, semantic_blocks
 
 # mask logits; network input with padding; without; output
 SIZES = {
@@ -23,10 +22,11 @@ SIZES = {
 
 def whole(probabilities, mask_logits, padded, image, output, masks_first):
     """The published steps, one whole tensor after the other."""
-    masks = enlarge(mask_logits, padded)
-    if masks_first:
-        return torch.einsum("qk,qhw->khw", probabilities, crop_and_resize(masks, image, output).sigmoid())
-    return crop_and_resize(torch.einsum("qk,qhw->khw", probabilities, masks.sigmoid()), image, output)
+    masks = resize(mask_logits, padded)
+    if not masks_first:
+        masks = torch.einsum("qk,qhw->khw", probabilities, masks.sigmoid())
+    resized = resize(masks[:, : image[0], : image[1]], output)
+    return torch.einsum("qk,qhw->khw", probabilities, resized.sigmoid()) if masks_first else resized
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
@@ -35,19 +35,19 @@ def whole(probabilities, mask_logits, padded, image, output, masks_first):
 @pytest.mark.parametrize("block", [1, 20_000, 2**22])
 def test_blocks_are_the_rows_of_the_whole(sizes, masks_first, num_classes, block, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("fcclip.modeling.semantic_blocks._BLOCK_CPU", block)
+    monkeypatch.setattr("fcclip.modeling.output_masks._BLOCK_CPU", block)
     shape, padded, image, output = sizes
     mask_logits, probabilities = torch.randn(20, *shape) * 4, torch.rand(20, num_classes)
     expected = whole(probabilities, mask_logits, padded, image, output, masks_first)
-    names = {"padded_size": padded, "image_size": image, "output_size": output, "masks_first": masks_first}
-    blocks = list(semantic_blocks(mask_logits, num_classes, **names))
+    masks = OutputMasks(mask_logits, padded, image, output)
+    blocks = list(semantic_blocks(masks, num_classes, masks_first=masks_first))
     assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
     assert (blocks[0][0].start, blocks[-1][0].stop) == (0, output[0])
     assert block > 1 or len(blocks) == output[0]
     # 20 sums of products of numbers below 1, resized in another order: rounding of numbers below 20
     found = torch.cat([scores(probabilities) for _, scores in blocks], dim=1)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    parts = semantic_blocks(mask_logits, num_classes, class_chunk=3, **names)
+    parts = semantic_blocks(masks, num_classes, masks_first=masks_first, class_chunk=3)
     labels = torch.cat([best_classes(scores, probabilities, class_chunk=3) for _, scores in parts])
     best = expected.gather(0, labels[None])[0]
     torch.testing.assert_close(best, expected.amax(0), atol=2e-5, rtol=0)
@@ -64,7 +64,7 @@ def test_rows_of_a_whole_stride_are_those_of_the_whole_map():
     """To the rounding of a sum of four: how torch resizes depends on the size and the number of threads."""
     torch.manual_seed(0)
     maps = torch.randn(3, 20, 30)
-    expected = enlarge(maps, (80, 120))
+    expected = resize(maps, (80, 120))
     for rows in (range(0, 80), range(0, 7), range(33, 50), range(79, 80)):
         found = resize_rows(maps, rows, (80, 120))
         torch.testing.assert_close(found, expected[:, rows.start : rows.stop], atol=2e-6, rtol=0)
@@ -77,7 +77,7 @@ def test_rows_can_be_made_of_a_part_of_the_map():
     found = resize_rows(maps[:, 4:15], range(10, 20), (33, 44), first=4, of=20)
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
     # weights of torch and ours may differ by the rounding of a row number below 32
-    torch.testing.assert_close(expected, enlarge(maps, (33, 44))[:, 10:20], atol=1e-5, rtol=0)
+    torch.testing.assert_close(expected, resize(maps, (33, 44))[:, 10:20], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("all_outputs", "limit"), [(False, 150), (True, 450)])

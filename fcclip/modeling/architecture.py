@@ -1,0 +1,124 @@
+"""What engine, evaluation and tools know of a model, whatever its architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fcclip.modeling.classifier import geometric_ensemble
+from fcclip.modeling.mask_decoder import MaskProposals
+from fcclip.modeling.output_masks import OutputMasks
+from fcclip.modeling.outputs import OutputSettings
+from fcclip.structures import Features, TextEmbeddings
+from fcclip.vocabulary import Vocabulary
+
+
+class Ensemble(NamedTuple):
+    """Weights of the frozen CLIP in the geometric ensemble, 0..1: `alpha` for seen classes, `beta` for unseen ones."""
+
+    alpha: float
+    beta: float
+
+
+@dataclass(frozen=True)
+class ScoredMasks:
+    """What one pass of the network says of one image: Q masks, and two opinions on their classes.
+
+    Args:
+        in_logits: (Q, K + 1) of the in-vocabulary classifier, void last.
+        out_logits: (Q, K) of the out-of-vocabulary classifier.
+        seen: (K,) bool, classes that training knew.
+        valid: (Q,) bool, queries to which the ensemble applies; None: all.
+        masks: of the queries, at any size.
+        dense: (C, h, w), the backbone's dense features.
+        vocabulary: the K classes.
+    """
+
+    in_logits: Tensor
+    out_logits: Tensor
+    seen: Tensor
+    valid: Tensor | None
+    masks: OutputMasks
+    dense: Tensor
+    vocabulary: Vocabulary
+
+    @torch.no_grad()
+    def class_logits(self, ensemble: Ensemble | tuple[float, float]) -> Tensor:
+        """(Q, K + 1) log-probabilities: both opinions joined; see `geometric_ensemble`."""
+        alpha, beta = ensemble
+        return geometric_ensemble(self.in_logits, self.out_logits, self.seen, alpha=alpha, beta=beta, valid=self.valid)
+
+
+class ExtraLosses(Protocol):
+    """The one hook of training: more losses on what a batch was seen as. Fine-tuning and trained classifiers use it.
+
+    Attributes:
+        vocabularies: whose classes must be among the scored ones, besides the batch's own.
+    """
+
+    vocabularies: Sequence[Vocabulary]
+
+    def __call__(
+        self,
+        features: Features,
+        proposals: MaskProposals,
+        text: TextEmbeddings,
+        classes: Mapping[Vocabulary, slice],
+        batch: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Tensor]:
+        """Weighted losses by name; those of the parts of a batch add up.
+
+        Args:
+            features: of the backbone.
+            proposals: class logits have a column a class of `text`, and void last.
+            text: all scored classes, without void.
+            classes: where those of each vocabulary stand in `text`.
+            batch: the samples; `structures.TrainingBatch` where they are a part of a larger one.
+        """
+
+
+class Architecture(Protocol):
+    """An entry of `META_ARCHITECTURES`, an `nn.Module`.
+
+    Frozen parts are modules with `is_frozen`; checkpoints hold everything else (see `fcclip.weights`).
+
+    Attributes:
+        device: where the model is, and where its inputs go.
+        heads: outputs that the config asks for, of `HEADS`.
+        ensemble: weights of the ensemble that the config asks for.
+        train_vocabulary: classes of the training labels.
+        seen_vocabulary: classes that count as seen; may be set.
+        test_vocabulary: classes to use when a call brings none; may be set.
+        extra_losses: the hook of training; may be changed.
+        size_divisibility: network inputs are padded to multiples of it; below 1 only to the largest of the batch.
+    """
+
+    device: torch.device
+    heads: tuple[str, ...]
+    ensemble: Ensemble
+    train_vocabulary: Vocabulary | None
+    seen_vocabulary: Vocabulary | None
+    test_vocabulary: Vocabulary | None
+    extra_losses: list[ExtraLosses]
+    size_divisibility: int
+
+    def losses(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The weighted losses of a batch, or of a part of one (`structures.TrainingBatch`): parts add up."""
+
+    def score(self, inputs: Sequence[Mapping[str, Any]], vocabulary: Vocabulary | None = None) -> list[ScoredMasks]:
+        """One pass of the network; one record an image, which can be weighed and drawn as often as wanted."""
+
+    def outputs(
+        self,
+        scored: ScoredMasks,
+        *,
+        heads: Sequence[str] | None = None,
+        ensemble: Ensemble | tuple[float, float] | None = None,
+        semantic: str = "scores",
+        settings: OutputSettings | None = None,
+    ) -> dict[str, Any]:
+        """`sem_seg`, `panoptic_seg` and `instances` of one image, as far as `heads` ask for them."""
