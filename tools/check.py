@@ -62,10 +62,9 @@ from fcclip.engine import build_multiplier, build_optimizer, check_training, sca
 from fcclip.engine.optimizer import build_clip as build_gradient_clip
 from fcclip.engine.trainer import amp_dtype
 from fcclip.errors import InputError
-from fcclip.evaluation import build_evaluators
+from fcclip.evaluation import EVALUATORS, build_evaluators
 from fcclip.evaluation.cityscapes import read_instance_ids
 from fcclip.evaluation.ground_truth import GroundTruth
-from fcclip.evaluation.runner import EVALUATORS
 from fcclip.files import write_atomically
 from fcclip.finetuning import check_finetuning
 from fcclip.finetuning.replay import with_replay_mapper

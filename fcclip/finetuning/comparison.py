@@ -23,8 +23,9 @@ from fcclip.data import Dataset, dataset_vocabulary, distinct_datasets
 from fcclip.engine import random_state, set_random_state
 from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined
+from fcclip.evaluation.evaluators import distinct_names
 from fcclip.evaluation.results import format_value
-from fcclip.evaluation.runner import distinct_names, evaluate
+from fcclip.evaluation.runner import evaluate
 from fcclip.files import write_atomically
 from fcclip.modeling import FCCLIP, test_modes
 from fcclip.vocabulary import Vocabulary

@@ -20,9 +20,10 @@ from fcclip.config import get_cfg
 from fcclip.data import Dataset, read_id_map, read_label_map
 from fcclip.data.segmentations import check_code
 from fcclip.errors import InputError, MissingFileError
+from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
 from fcclip.evaluation.predictions import SavedPredictions
-from fcclip.evaluation.runner import EVALUATORS, build_evaluators, write_per_image
+from fcclip.evaluation.runner import write_per_image
 from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import Background
 from fcclip.structures import Instances

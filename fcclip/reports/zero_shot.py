@@ -20,9 +20,9 @@ from fvcore.common.config import CfgNode
 from fcclip.config import load_config
 from fcclip.data import Dataset, get_dataset
 from fcclip.errors import InputError
+from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
 from fcclip.evaluation.predictions import deciding_settings
 from fcclip.evaluation.results import format_value
-from fcclip.evaluation.runner import EVALUATORS, build_evaluators
 from fcclip.vocabulary import Vocabulary
 
 WIDTH = 100  # columns of text

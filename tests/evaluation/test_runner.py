@@ -17,8 +17,7 @@ from fcclip.data import Dataset, build_test_loader, read_id_map
 from fcclip.data.datasets.metadata import class_metadata
 from fcclip.evaluation import EVALUATORS, GroundTruth, SemanticEvaluator, build_evaluators, panoptic_quality, runner
 from fcclip.evaluation.runner import evaluate_augmented
-from fcclip.modeling import fcclip as assembly
-from fcclip.modeling import text
+from fcclip.modeling import architecture, text
 from fcclip.modeling.augmentation import build_augmented
 from fcclip.structures import Instances
 from fcclip.vocabulary import Vocabulary
@@ -243,9 +242,11 @@ def test_each_data_set_is_evaluated_with_its_own_words_whatever_came_before(
 def test_seen_classes_are_those_of_each_set_when_the_network_joins_its_classifiers(
     two_sets, tiny_cfg, tiny_model, monkeypatch
 ):
-    masks, joined = [], assembly.geometric_ensemble
+    masks, joined = [], architecture.geometric_ensemble
     monkeypatch.setattr(
-        assembly, "geometric_ensemble", lambda a, b, seen, **c: masks.append(seen.tolist()) or joined(a, b, seen, **c)
+        architecture,
+        "geometric_ensemble",
+        lambda a, b, seen, **c: masks.append(seen.tolist()) or joined(a, b, seen, **c),
     )
     evaluate_both(tiny_model(train_words=TRAINING_WORDS), tiny_cfg, two_sets, ["tiny_val", "tiny_twenty"])
     per_set = len(masks) // 2

@@ -31,7 +31,7 @@ def student(cfg, method: str) -> nn.Module:
     """The same weights in every process; a student has already left its teacher."""
     model = small_model(cfg)
     if method == "distill":
-        model.teacher = build_teacher(cfg, model, FORMER)
+        model.extra_losses = [build_teacher(cfg, model, FORMER)]
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for parameter in model.sem_seg_head.parameters():

@@ -169,7 +169,7 @@ def fine_tune(model, batch, *, steps=25):
 
 @torch.no_grad()
 def distance(model, batch) -> float:
-    model.teacher = None
+    model.extra_losses = []
     return float(sum(model(batch).values()))
 
 
@@ -188,7 +188,7 @@ def test_less_is_forgotten_with_each_method_than_without(tiny_cfg, tiny_model):
         if method == "replay":
             batch = [*new, *({**sample, "vocabulary": former_words} for sample in former)]
         elif method == "distill":
-            model.teacher = build_teacher(tiny_cfg, model, former_words)
+            model.extra_losses = [build_teacher(tiny_cfg, model, former_words)]
         fine_tune(model, batch)
         learnt[method] = distance(model, new)
         model.train_vocabulary = former_words
@@ -345,9 +345,10 @@ def test_a_fine_tuned_file_knows_all_the_words_that_count_as_seen(command, first
     model = Segmenter(tiny_cfg, weights=tuned).model  # whatever DATASETS.TRAIN of its config is
     asked = Vocabulary.from_names("moon; scarlet ring; water; cheese")
     assert asked.seen_by(model.seen_vocabulary).tolist() == [True, True, True, False]
-    assert Segmenter(tiny_cfg, weights=first).model.former_vocabulary is None
+    own = Segmenter(tiny_cfg, weights=first).model
+    assert own.seen_vocabulary is own.train_vocabulary
     load_weights(model, first)
-    assert model.former_vocabulary is None
+    assert model.seen_vocabulary is model.train_vocabulary
 
     capsys.readouterr()
     assert command("--eval-only", "MODEL.WEIGHTS", tuned, out="again") == 0
@@ -462,12 +463,12 @@ def test_the_start_is_evaluated_with_what_it_had_seen(command, first, tmp_path, 
         random = torch.get_rng_state()
         measure(self, model)
         assert torch.equal(torch.get_rng_state(), random)
-        seen.append(model.train_vocabulary.name)
+        assert model.seen_vocabulary.seen_by(model.train_vocabulary).any()
 
     monkeypatch.setattr(comparison, "evaluate", evaluate_by_chance)
     monkeypatch.setattr(train_net.Comparison, "measure", measure_and_look)
     assert command(*OWN, "MODEL.WEIGHTS", first, "FINETUNE.METHOD", "plain") == 0
-    assert seen == ["shapes_seen", "shapes"]
+    assert seen[0] == "shapes_seen"
     assert command("--eval-only", "MODEL.WEIGHTS", first, out="eval") == 0
     expected = json.loads((tmp_path / "eval" / "inference" / "shapes_val" / "results.json").read_text())["results"]
     before = json.loads((tmp_path / "out" / "finetune.json").read_text())["before"]["shapes_val"]
@@ -480,7 +481,7 @@ def test_the_start_is_evaluated_with_what_it_had_seen(command, first, tmp_path, 
 
 def test_mixed_precision_runs_in_both_methods(tiny_cfg, tiny_model):
     model = tiny_model().train()
-    model.teacher = build_teacher(tiny_cfg, model, Vocabulary.from_names("star; cat", name="former"))
+    model.extra_losses = [build_teacher(tiny_cfg, model, Vocabulary.from_names("star; cat", name="former"))]
     batch = [training_sample(0), {**training_sample(1, labels=(1,)), "vocabulary": Vocabulary.from_names("sea; sky")}]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model(batch)
@@ -498,8 +499,8 @@ def test_the_hash_of_a_start_tells_weights_apart(tiny_model):
 def test_begin_gives_the_model_its_teacher_and_its_former_words(tuned_cfg, tiny_model):
     model = tiny_model(train_words="cat; moon")
     tuning = begin_finetuning(tuned_cfg, model)
-    assert tuning.former.name == "pets" and model.former_vocabulary is tuning.former
-    assert model.teacher.vocabulary is tuning.former
+    assert tuning.former.name == "pets" and tuning.former.seen_by(model.seen_vocabulary).all()
+    assert model.extra_losses[0].vocabularies == (tuning.former,)
     assert set(tuning.notes) == {"former_vocabulary", "finetuned_from"}
     with pytest.raises(ValueError, match="the checkpoint that is resumed from is of no fine-tuning"):
         begin_finetuning(tuned_cfg, model, resumed={"vocabulary": {}})

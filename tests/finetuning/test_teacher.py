@@ -62,7 +62,7 @@ def test_a_batch_of_two_vocabularies_has_the_losses_of_its_images_with_their_own
     written_out = {}
     for index, sample in enumerate(batch):  # the words of the image alone, and the losses of this part of the batch
         words = model.text_encoder.encode(sample.get("vocabulary", model.train_vocabulary))
-        own = {name: level[index : index + 1] for name, level in features.items()}
+        own = {name: level[index : index + 1] for name, level in features.levels.items()}
         said = model.sem_seg_head(own, with_void(words, model.void_embedding.weight), all_sets=True)
         part = model.criterion(
             said.class_logits,
@@ -101,7 +101,7 @@ def test_the_training_vocabulary_given_with_a_image_changes_nothing(tiny_model):
 def test_a_student_that_is_its_teacher_has_no_distance(tiny_model):
     model = tiny_model().train()
     plain = model(samples())
-    model.teacher = make_teacher(model)
+    model.extra_losses = [make_teacher(model)]
     found = model(samples())
     for name in ("loss_distill_ce", "loss_distill_mask", "loss_distill_dice"):
         assert found.pop(name).item() == pytest.approx(0, abs=1e-6)
@@ -112,14 +112,14 @@ def test_a_student_that_is_its_teacher_has_no_distance(tiny_model):
 def test_a_teacher_keeps_the_start_and_shares_the_clip(tiny_model, all_confident):
     model = tiny_model().train()
     names = list(model.state_dict())
-    model.teacher = make_teacher(model)
+    model.extra_losses = [teacher := make_teacher(model)]
     disturb(model)
     found = model(samples())
     assert all(found[f"loss_distill_{term}"] > 1e-4 for term in ("ce", "mask", "dice"))
     sum(found.values()).backward()
-    assert all(parameter.grad is None for parameter in model.teacher.head.parameters())
+    assert all(parameter.grad is None for parameter in teacher.head.parameters())
     assert list(model.state_dict()) == names
-    assert sum(parameter.numel() for parameter in model.teacher.head.parameters()) == sum(
+    assert sum(parameter.numel() for parameter in teacher.head.parameters()) == sum(
         parameter.numel() for parameter in model.sem_seg_head.parameters()
     )
 
@@ -127,14 +127,14 @@ def test_a_teacher_keeps_the_start_and_shares_the_clip(tiny_model, all_confident
 def test_a_teacher_stays_in_evaluation_mode(tiny_cfg, tiny_model):
     tiny_cfg.MODEL.MASK_FORMER.DROPOUT = 0.5
     model = tiny_model(cfg=tiny_cfg).train()
-    model.teacher = make_teacher(model)
+    model.extra_losses = [teacher := make_teacher(model)]
     model.train()
-    assert not any(module.training for module in model.teacher.head.modules())
+    assert not any(module.training for module in teacher.head.modules())
 
 
 def test_the_distance_in_the_former_words_equals_the_written_out_one(tiny_model, all_confident):
     model = tiny_model().train()
-    model.teacher = make_teacher(model)
+    model.extra_losses = [teacher := make_teacher(model)]
     disturb(model)
     batch = samples()
     found = model(batch)
@@ -142,10 +142,10 @@ def test_the_distance_in_the_former_words_equals_the_written_out_one(tiny_model,
     words = model.text_encoder.encode(FORMER)
     with torch.no_grad():
         features = model.backbone(images)
-        student = model.sem_seg_head(features, with_void(words, model.void_embedding.weight), all_sets=True)
-        teacher = model.teacher.head(features, with_void(words, model.teacher.void_embedding), all_sets=True)
-    alone = model.teacher.loss(
-        *((one.class_logits, one.mask_embeddings, one.mask_features) for one in (student, teacher)),
+        student = model.sem_seg_head(features.levels, with_void(words, model.void_embedding.weight), all_sets=True)
+        answers = teacher.head(features.levels, with_void(words, teacher.void_embedding), all_sets=True)
+    alone = teacher.loss(
+        *((one.class_logits, one.mask_embeddings, one.mask_features) for one in (student, answers)),
         num_images=len(batch),
         point_seeds=[sample["point_seed"] for sample in batch],
     )
@@ -162,12 +162,14 @@ def test_former_classes_count_as_seen(tiny_model):
     sample = {"image": torch.randint(0, 256, (3, 64, 64), generator=torch.Generator().manual_seed(0))}
 
     def scores(alpha, beta):
-        return model([sample], vocabulary=words, modes={"": (alpha, beta)})[""][0]["sem_seg"]
+        [scored] = model.score([sample], words)
+        return model.outputs(scored, ensemble=(alpha, beta))["sem_seg"]
 
+    assert model.seen_vocabulary is model.train_vocabulary
     assert words.seen_by(model.seen_vocabulary).tolist() == [False, False, True]
     before = scores(0.1, 0.9)
-    model.former_vocabulary = FORMER
+    model.seen_vocabulary = FORMER.joined(model.train_vocabulary)
     assert words.seen_by(model.seen_vocabulary).tolist() == [True, False, True]
     assert not torch.equal(scores(0.1, 0.9), before)
-    model.train_vocabulary = None
-    assert model.seen_vocabulary is FORMER
+    model.seen_vocabulary = None
+    assert model.score([sample], words)[0].seen.tolist() == [False, False, False]

@@ -595,7 +595,7 @@ def test_semantic_sets_are_looked_at_too(root):
 
 def test_a_kind_of_data_without_evaluator_is_named(root, monkeypatch):
     monkeypatch.setattr(tool, "EVALUATORS", {})
-    monkeypatch.setattr("fcclip.evaluation.runner.EVALUATORS", {"sem_seg": ("semantic",)})
+    monkeypatch.setattr("fcclip.evaluation.evaluators.EVALUATORS", {"sem_seg": ("semantic",)})
     errors = [one.text for one in of_level(checked(), tool.ERROR)]
     assert len(errors) == 1 and "unknown evaluator type 'coco_panoptic_seg'" in errors[0]
 
