@@ -35,8 +35,8 @@ demo: $(STAMP)
 	$(RUN) demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \
 		--input demo/images --output output/demo
 	$(RUN) demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \
-		--input demo/images/shapes_1.jpg --words "red circle; blue star, azure star; sand:stuff" \
-		--output output/demo/words
+		--input demo/images/shapes_1.jpg --vocabulary "red circle; blue star, azure star; sand:stuff" \
+		--output output/demo/vocabulary
 
 # The stamp is written last, so an interrupted installation is taken up again instead of being used half-made.
 $(STAMP): pyproject.toml setup.py

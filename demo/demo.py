@@ -1,7 +1,7 @@
-"""Segments images with the words you give.
+"""Segments images with the class names you give.
 
     python demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \\
-        --input photo.jpg folder/ 'more/*.png' --words "red circle; blue star, azure star; sand:stuff" --output out/
+        --input photo.jpg folder/ 'more/*.png' --vocabulary "red circle; blue star, azure star; sand:stuff" --output out/
 
 For every image `out/` receives the drawing under the image's own name and a JSON file with its segments.
 """
@@ -34,8 +34,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--config-file", default=DEFAULT_CONFIG, metavar="FILE", help="YAML file (default: %(default)s)")
     add("--input", nargs="+", required=True, metavar="P", help="images, folders of images, quoted globs")
     add(
-        "--words",
-        help="the only classes to look for: ';' between classes, ',' between the words of a class, ':stuff' or "
+        "--vocabulary",
+        "--vocab",
+        help="the only classes to look for: ';' between classes, ',' between the synonyms of a class, ':stuff' or "
         "':thing' after a class (unmarked: thing); without it the classes of the config's first test set",
     )
     add("--output", required=True, metavar="PATH", help="folder, made if needed; or, for one image, a file name")
@@ -107,7 +108,7 @@ def check_writable(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 if an image could not be read (the others are done)."""
     args = parse_arguments(arguments)
-    vocabulary = None if args.words is None else Vocabulary.from_names(args.words)
+    vocabulary = None if args.vocabulary is None else Vocabulary.from_names(args.vocabulary)
     images = find_images(args.input)
     drawings = plan_outputs(images, Path(args.output).expanduser())
     check_writable(drawings[0].parent)
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             unreadable += 1
             continue
-        result = segmenter(image, words=vocabulary, min_score=args.confidence_threshold)
+        result = segmenter(image, vocabulary, min_score=args.confidence_threshold)
         result = dataclasses.replace(result, file_name=str(path))
         result.save(drawing.with_suffix(".json"))
         result.save(drawing)

@@ -20,8 +20,9 @@ from fcclip.config import get_cfg, load_config
 from fcclip.engine import scale_to_world_size
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), REPOSITORY / "datasets" / "README.md"]
+DOCUMENTS = [path for folder in ("", "docs", "datasets") for path in sorted((REPOSITORY / folder).glob("*.md"))]
 GETTING_STARTED = REPOSITORY / "GETTING_STARTED.md"
+DETECTRON2 = REPOSITORY / "docs" / "detectron2.md"
 COCO = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml"
 CONFIG_KEY = re.compile(r"\b(?:MODEL|SOLVER|INPUT|TEST|DATASETS|DATALOADER|WANDB)(?:\.[A-Z0-9_]+)+")
 SCRIPT = re.compile(r"(?:python|sbatch[^\n]*?) ((?:[\w/]+/)?\w+\.(?:py|sh))((?:[^\n]*\\\n)*[^\n]*)")
@@ -75,7 +76,7 @@ def test_commands_name_scripts_and_flags_that_exist(document):
         assert (REPOSITORY / script).is_file(), script
         sources = [REPOSITORY / ("train_net.py" if script.endswith(".sh") else script)]
         if script.startswith("datasets/"):  # which share their command line
-            sources += sorted((REPOSITORY / "fcclip" / "data").glob("*.py"))
+            sources += sorted((REPOSITORY / "fcclip" / "preparation").glob("*.py"))
         source = "\n".join(text_of(path) for path in sources)
         for flag in (word for word in words if word.startswith("--")):
             assert f'"{flag}"' in source, f"{script} {flag}"
@@ -104,7 +105,7 @@ def test_extras_that_are_named_exist(document):
 
 
 def test_environment_variables_that_are_named_are_read(document):
-    places = [*(REPOSITORY / "fcclip").rglob("*.py"), REPOSITORY / "tests" / "modeling" / "test_clip.py"]
+    places = [*(REPOSITORY / "fcclip").rglob("*.py"), REPOSITORY / "tests" / "modeling" / "backbones" / "test_clip.py"]
     source = "\n".join(text_of(path) for path in places)
     for name in set(re.findall(r"\bFCCLIP_[A-Z_]+", text_of(document))):
         assert name in source, name
@@ -172,12 +173,12 @@ def test_the_cost_of_the_large_model_is_the_one_that_is_told():
 
 def test_the_detectron2_example_finds_what_the_document_says(monkeypatch):
     pytest.importorskip("detectron2", reason="detectron2 is not installed")
-    section = text_of(GETTING_STARTED).split("## Inside detectron2")[1]
+    section = text_of(DETECTRON2)
     program, told = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1] for kind in ("python", "text"))
     monkeypatch.chdir(REPOSITORY)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(program, str(GETTING_STARTED), "exec"), {})
+        exec(compile(program, str(DETECTRON2), "exec"), {})
     found, told = ([line.rsplit(maxsplit=2) for line in text.splitlines()] for text in (printed.getvalue(), told))
     assert [line[0] for line in found] == [line[0] for line in told]
     for (_, score, area), (_, told_score, told_area) in zip(found, told):

@@ -64,8 +64,8 @@ def image():
     return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 
 
-def test_segments_carry_the_names_of_the_users_words_and_no_other(segmenter, image):
-    result = segmenter(image, words="red circle, crimson circle; blue star; sand:stuff")
+def test_segments_carry_the_class_names_of_the_user_and_no_other(segmenter, image):
+    result = segmenter(image, vocabulary="red circle, crimson circle; blue star; sand:stuff")
     assert result.class_names == ("red circle", "blue star", "sand")
     assert [(one.name, one.isthing) for one in result.segments] == [("sand", False), ("red circle", True)]
     assert result.panoptic_map.shape == (HEIGHT, WIDTH)
@@ -73,19 +73,19 @@ def test_segments_carry_the_names_of_the_users_words_and_no_other(segmenter, ima
     assert result.mask(result.segments[0]).sum() == HEIGHT * WIDTH // 2
 
 
-def test_words_may_be_a_list_or_a_vocabulary(segmenter, image):
-    expected = segmenter(image, words="cat; grass:stuff").segments
-    assert segmenter(image, words=["cat", "grass:stuff"]).segments == expected
-    assert segmenter(image, words=Vocabulary.from_names("cat; grass:stuff")).segments == expected
+def test_a_vocabulary_may_be_a_list_of_class_names(segmenter, image):
+    expected = segmenter(image, vocabulary="cat; grass:stuff").segments
+    assert segmenter(image, vocabulary=["cat", "grass:stuff"]).segments == expected
+    assert segmenter(image, vocabulary=Vocabulary.from_names("cat; grass:stuff")).segments == expected
 
 
-def test_without_words_the_config_names_the_classes(segmenter, image):
+def test_without_a_vocabulary_the_config_names_the_classes(segmenter, image):
     assert segmenter(image).class_names == ("shape", "ground")
 
 
-def test_without_words_and_without_a_test_set_there_is_nothing_to_look_for(segmenter, image):
+def test_without_a_vocabulary_and_without_a_test_set_there_is_nothing_to_look_for(segmenter, image):
     segmenter.model.test_vocabulary = None
-    with pytest.raises(ValueError, match="no words given, and the config names no test set"):
+    with pytest.raises(ValueError, match=r"DATASETS\.TEST"):
         segmenter(image)
 
 
@@ -104,7 +104,7 @@ def test_the_network_gets_the_channels_in_the_order_of_the_config(monkeypatch, c
     cfg = get_cfg()
     cfg.INPUT.FORMAT = channel_order
     segmenter = Segmenter(cfg, weights="random", device="cpu")
-    segmenter(np.full((HEIGHT, WIDTH, 3), (200, 90, 10), np.uint8), words="cat")
+    segmenter(np.full((HEIGHT, WIDTH, 3), (200, 90, 10), np.uint8), vocabulary="cat")
     ((sample,), _, _) = segmenter.model.seen[-1]
     assert (sample["image"][0] == first).all()
 
@@ -112,7 +112,7 @@ def test_the_network_gets_the_channels_in_the_order_of_the_config(monkeypatch, c
 def test_paths_arrays_and_pil_images_give_the_same_result(segmenter, image, tmp_path):
     path = tmp_path / "a.png"
     Image.fromarray(image).save(path)
-    results = segmenter([str(path), path, image, Image.fromarray(image)], words="cat")
+    results = segmenter([str(path), path, image, Image.fromarray(image)], vocabulary="cat")
     for result in results:
         np.testing.assert_array_equal(result.image, image)
         assert result.segments == results[0].segments
@@ -124,19 +124,19 @@ def test_images_stored_sideways_are_turned_upright(segmenter, image, tmp_path):
     exif[0x0112] = 6  # to be shown turned by 90 degrees
     Image.fromarray(image).save(tmp_path / "a.png", exif=exif)
     stored = Image.open(tmp_path / "a.png")
-    for result in segmenter([tmp_path / "a.png", stored], words="cat"):
+    for result in segmenter([tmp_path / "a.png", stored], vocabulary="cat"):
         assert result.panoptic_map.shape == (WIDTH, HEIGHT)
 
 
 def test_things_below_min_score_are_left_out_and_stuff_stays(segmenter, image):
-    result = segmenter(image, words="cat; grass:stuff", min_score=0.7)
+    result = segmenter(image, vocabulary="cat; grass:stuff", min_score=0.7)
     assert [one.name for one in result.segments] == ["grass"]
     assert (result.panoptic_map[: HEIGHT // 2] == 0).all()
     assert (result.panoptic_map[HEIGHT // 2 :] == 2).all()
 
 
 def test_the_json_holds_names_scores_and_masks(segmenter, image):
-    result = segmenter(image, words="песок:stuff; cat")
+    result = segmenter(image, vocabulary="песок:stuff; cat")
     content = json.loads(result.to_json())
     assert content["class_names"] == ["песок", "cat"]
     assert (content["height"], content["width"]) == (HEIGHT, WIDTH)
@@ -148,7 +148,7 @@ def test_the_json_holds_names_scores_and_masks(segmenter, image):
 
 
 def test_saving_writes_the_drawing_or_the_json_by_the_extension_and_makes_folders(segmenter, image, tmp_path):
-    result = segmenter(image, words="cat")
+    result = segmenter(image, vocabulary="cat")
     result.save(tmp_path / "new" / "a.png")
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "new" / "a.png")), result.draw())
     result.save(tmp_path / "new" / "a.json")
@@ -158,7 +158,7 @@ def test_saving_writes_the_drawing_or_the_json_by_the_extension_and_makes_folder
 
 def test_an_unknown_extension_is_refused_and_nothing_is_written(segmenter, image, tmp_path):
     with pytest.raises(ValueError, match=r"'\.xyz' is no image format; use \.png"):
-        segmenter(image, words="cat").save(tmp_path / "a.xyz")
+        segmenter(image, vocabulary="cat").save(tmp_path / "a.xyz")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -168,33 +168,33 @@ def test_a_result_without_segments_can_be_drawn_and_written(image):
     assert result.draw().dtype == np.uint8
 
 
-@pytest.mark.parametrize("words", ["", "  ; ;", [], ["cat", ""], ":stuff"])
-def test_empty_words_are_refused(segmenter, image, words):
+@pytest.mark.parametrize("vocabulary", ["", "  ; ;", [], ["cat", ""], ":stuff"])
+def test_an_empty_vocabulary_is_refused(segmenter, image, vocabulary):
     with pytest.raises(ValueError, match="word"):
-        segmenter(image, words=words)
+        segmenter(image, vocabulary=vocabulary)
 
 
 def test_a_missing_image_is_named(segmenter, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"image '.*none\.jpg' does not exist"):
-        segmenter(tmp_path / "none.jpg", words="cat")
+        segmenter(tmp_path / "none.jpg", vocabulary="cat")
 
 
 def test_an_unreadable_image_is_named(segmenter, tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     with pytest.raises(ValueError, match=r"text\.jpg"):
-        segmenter(tmp_path / "text.jpg", words="cat")
+        segmenter(tmp_path / "text.jpg", vocabulary="cat")
 
 
 @pytest.mark.parametrize("wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), torch.zeros(3, 4, 4), None])
 def test_something_that_is_no_image_is_refused(segmenter, wrong):
     with pytest.raises(ValueError, match=r"RGB array \(h, w, 3\) uint8, got"):
-        segmenter(wrong, words="cat")
+        segmenter(wrong, vocabulary="cat")
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.1, float("nan")])
 def test_a_score_outside_its_range_is_refused(segmenter, image, score):
     with pytest.raises(ValueError, match="min_score must be in"):
-        segmenter(image, words="cat", min_score=score)
+        segmenter(image, vocabulary="cat", min_score=score)
 
 
 def test_a_config_without_weights_is_refused(monkeypatch):
@@ -234,13 +234,13 @@ def test_a_named_segment_is_a_segment_with_a_name():
 def test_a_folder_that_cannot_be_made_is_named(segmenter, image, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
-        segmenter(image, words="cat").save(tmp_path / "file" / "a.png")
+        segmenter(image, vocabulary="cat").save(tmp_path / "file" / "a.png")
 
 
 def test_a_real_model_gives_a_map_of_the_images_size_that_holds_only_its_segments(tiny_cfg, image):
     torch.manual_seed(0)
     tiny_cfg.MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD = 0.0
-    result = Segmenter(tiny_cfg, weights="random")(image, words="red circle; blue star, azure star; sand:stuff")
+    result = Segmenter(tiny_cfg, weights="random")(image, vocabulary="red circle; blue star, azure star; sand:stuff")
     assert result.panoptic_map.shape == (HEIGHT, WIDTH)
     assert set(np.unique(result.panoptic_map)) - {0} == {one.id for one in result.segments}
     assert {one.name for one in result.segments} <= {"red circle", "blue star", "sand"}
@@ -261,6 +261,6 @@ def test_weights_of_another_config_are_refused(tiny_cfg, tmp_path):
 def test_published_configs_build_with_random_clip_weights_and_segment_a_image_on_the_cpu(suffix, image):
     name = f"coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_{suffix}.yaml"
     cfg = load_config(name, ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "INPUT.MIN_SIZE_TEST", "64"])
-    result = Segmenter(cfg, weights="random", device="cpu")(image, words="red circle; sand:stuff")
+    result = Segmenter(cfg, weights="random", device="cpu")(image, vocabulary="red circle; sand:stuff")
     assert result.panoptic_map.shape == (HEIGHT, WIDTH)
     assert set(np.unique(result.panoptic_map)) <= {0, *(one.id for one in result.segments)}

@@ -18,13 +18,13 @@ NOBODY = 65534
 
 
 class OneSegment:
-    """Stands in for a segmenter: the whole image is the first of the user's words."""
+    """Stands in for a segmenter: the whole image is the first of the user's class names."""
 
     def __init__(self, cfg, *, weights=None):
         self.weights = weights
 
-    def __call__(self, image, words=None, *, min_score=0.0):
-        names = words.class_names if words else ("default",)
+    def __call__(self, image, vocabulary=None, *, min_score=0.0):
+        names = vocabulary.class_names if vocabulary else ("default",)
         height, width = image.shape[:2]
         segment = NamedSegment(id=1, category_id=0, isthing=True, score=0.9, area=height * width, name=names[0])
         return Segmentation(image, np.ones((height, width), np.int32), (segment,), names)
@@ -72,7 +72,7 @@ def names(folder):
 
 def test_every_image_gives_a_drawing_of_its_name_a_json_and_a_line(demo, images, tmp_path, capsys):
     out = tmp_path / "out"
-    assert run(demo, "--input", images, "--words", "red circle; sand:stuff", "--output", out) == 0
+    assert run(demo, "--input", images, "--vocabulary", "red circle; sand:stuff", "--output", out) == 0
     assert names(out) == ["a.jpg", "a.json", "b.json", "b.png", "c.json", "c.webp"]
     content = json.loads((out / "a.json").read_text(encoding="utf-8"))
     assert content["file_name"] == str(images / "a.jpg")
@@ -90,28 +90,28 @@ def test_files_folders_and_globs_may_be_mixed_and_a_image_is_done_once(demo, ima
 
 def test_one_image_may_be_written_to_a_file(demo, images, tmp_path):
     target = tmp_path / "new" / "drawn.png"
-    assert run(demo, "--input", images / "a.jpg", "--words", "cat", "--output", target) == 0
+    assert run(demo, "--input", images / "a.jpg", "--vocabulary", "cat", "--output", target) == 0
     assert names(target.parent) == ["drawn.json", "drawn.png"]
 
 
-def test_without_words_the_config_names_the_classes(demo, images, tmp_path):
+def test_without_a_vocabulary_the_config_names_the_classes(demo, images, tmp_path):
     run(demo, "--input", images / "a.jpg", "--output", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "a.json").read_text(encoding="utf-8"))["class_names"] == ["default"]
 
 
 def test_an_unreadable_image_is_reported_and_the_others_are_done(demo, images, tmp_path, capsys):
     (images / "b.png").write_bytes(b"")
-    assert run(demo, "--input", images, "--words", "cat", "--output", tmp_path / "out") == 1
+    assert run(demo, "--input", images, "--vocabulary", "cat", "--output", tmp_path / "out") == 1
     assert names(tmp_path / "out") == ["a.jpg", "a.json", "c.json", "c.webp"]
     errors = capsys.readouterr().err
     assert "b.png" in errors
     assert "1 of 3 images could not be read" in errors
 
 
-@pytest.mark.parametrize("words", ["", " ; ", "cat; ,;"])
-def test_empty_words_are_refused_before_anything_is_written(demo, images, tmp_path, words):
+@pytest.mark.parametrize("names", ["", " ; ", "cat; ,;"])
+def test_an_empty_vocabulary_is_refused_before_anything_is_written(demo, images, tmp_path, names):
     with pytest.raises(ValueError, match="word"):
-        run(demo, "--input", images, "--words", words, "--output", tmp_path / "out")
+        run(demo, "--input", images, "--vocabulary", names, "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -161,15 +161,15 @@ def test_a_missing_config_is_an_error_in_one_line(images, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_the_demo_hands_words_on_as_the_user_wrote_them(demo, images, tmp_path, monkeypatch):
+def test_the_demo_hands_class_names_on_as_the_user_wrote_them(demo, images, tmp_path, monkeypatch):
     seen = []
 
     class Recording(OneSegment):
-        def __call__(self, image, words=None, *, min_score=0.0):
-            seen.append((words, min_score))
-            return super().__call__(image, words)
+        def __call__(self, image, vocabulary=None, *, min_score=0.0):
+            seen.append((vocabulary, min_score))
+            return super().__call__(image, vocabulary)
 
     monkeypatch.setattr(demo, "Segmenter", Recording)
-    words = "blue star, azure star; sand:stuff"
-    run(demo, "--input", images / "a.jpg", "--words", words, "--output", tmp_path / "out")
-    assert seen == [(Vocabulary.from_names(words), 0.5)]
+    names = "blue star, azure star; sand:stuff"
+    run(demo, "--input", images / "a.jpg", "--vocabulary", names, "--output", tmp_path / "out")
+    assert seen == [(Vocabulary.from_names(names), 0.5)]
