@@ -26,11 +26,11 @@ class HalvesModel(nn.Module):
         self.test_vocabulary = Vocabulary.from_names("shape; ground:stuff")
         self.seen = []
 
-    def forward(self, inputs, *, vocabulary=None, semantic="scores"):
+    def forward(self, inputs, *, vocabulary=None, heads=None):
         assert not torch.is_grad_enabled()
         vocabulary = vocabulary or self.test_vocabulary
-        self.seen.append((inputs, vocabulary, semantic))
-        return [{"sem_seg": None, "panoptic_seg": self.halves(one, vocabulary)} for one in inputs]
+        self.seen.append((inputs, vocabulary, heads))
+        return [{"panoptic_seg": self.halves(sample, vocabulary)} for sample in inputs]
 
     def halves(self, sample, vocabulary):
         height, width = sample["height"], sample["width"]
@@ -89,13 +89,13 @@ def test_without_a_vocabulary_and_without_a_test_set_there_is_nothing_to_look_fo
         segmenter(image)
 
 
-def test_the_network_gets_the_image_resized_by_the_test_rule_and_no_semantic_map_is_asked_for(segmenter, image):
+def test_the_network_gets_the_image_resized_by_the_test_rule_and_only_the_panoptic_head_runs(segmenter, image):
     segmenter(image)
-    ((sample,), _, semantic) = segmenter.model.seen[-1]
+    ((sample,), _, heads) = segmenter.model.seen[-1]
     assert sample["image"].shape == (3, 80, 120)
     assert sample["image"].dtype == torch.uint8
     assert (sample["height"], sample["width"]) == (HEIGHT, WIDTH)
-    assert semantic is None
+    assert heads == ("panoptic",)
 
 
 @pytest.mark.parametrize(("channel_order", "first"), [("RGB", 200), ("BGR", 10)])
@@ -214,15 +214,13 @@ def test_an_unknown_pretrained_name_is_refused_with_the_nearest_one():
         Segmenter.from_pretrained("shape")
 
 
-def test_the_given_config_is_not_changed_and_only_the_panoptic_head_is_on(monkeypatch):
+def test_the_given_config_is_not_changed(monkeypatch):
     seen = []
     monkeypatch.setattr(fcclip.segmenter, "build_model", lambda cfg: seen.append(cfg) or HalvesModel())
     cfg = get_cfg()
     before = cfg.dump()
     Segmenter(cfg, weights="random", device="cpu")
     assert cfg.dump() == before
-    test = seen[0].MODEL.MASK_FORMER.TEST
-    assert (test.PANOPTIC_ON, test.SEMANTIC_ON, test.INSTANCE_ON) == (True, False, False)
     assert seen[0].MODEL.DEVICE == "cpu"
 
 

@@ -15,7 +15,16 @@ from PIL import Image
 import fcclip
 from fcclip.data import Dataset, build_test_loader, read_id_map
 from fcclip.data.datasets.metadata import class_metadata
-from fcclip.evaluation import EVALUATORS, GroundTruth, SemanticEvaluator, build_evaluators, panoptic_quality, runner
+from fcclip.evaluation import (
+    EVALUATORS,
+    GroundTruth,
+    SemanticEvaluator,
+    build_evaluators,
+    evaluators,
+    meter,
+    panoptic_quality,
+    runner,
+)
 from fcclip.evaluation.runner import evaluate_augmented
 from fcclip.modeling import architecture, text
 from fcclip.modeling.augmentation import build_augmented
@@ -67,8 +76,8 @@ def test_two_processes_give_exactly_the_numbers_of_one(folder, two_processes):
 
 def test_a_process_that_fails_stops_the_others(two_processes):
     (_, first), (_, second) = (json.loads(Path(f"{two_processes}.{rank}").read_text()) for rank in range(2))
-    assert first.startswith("RuntimeError: evaluation stopped because process 1 failed: ValueError")
-    assert second.startswith("ValueError") and "semantic/6.png: ground-truth class 77" in second
+    assert first.startswith("RuntimeError: evaluation stopped because process 1 failed: InputError")
+    assert second.startswith("InputError") and "semantic/6.png: ground-truth class 77" in second
 
 
 def test_every_mode_gets_every_task_from_one_pass(folder):
@@ -333,7 +342,7 @@ def test_progress_tells_the_speed_and_where_the_time_goes(folder, caplog):
 
 
 def test_lines_tell_the_progress_where_there_is_no_terminal(folder, caplog, monkeypatch):
-    monkeypatch.setattr(runner, "_LINE_SECONDS", 0)
+    monkeypatch.setattr(meter, "_LINE_SECONDS", 0)
     with caplog.at_level(logging.INFO, logger="fcclip"):
         tiny_world.run(folder, progress=True)
     assert "evaluate tiny_val: 3/7 images, " in caplog.text
@@ -397,6 +406,6 @@ def test_semantic_data_sets_are_evaluated_for_classes_alone():
 
 
 def test_classes_of_one_name_have_metrics_of_their_own():
-    names = runner.distinct_names(Vocabulary.builtin("ade20k_847").class_names)
+    names = evaluators.distinct_names(Vocabulary.builtin("ade20k_847").class_names)
     assert len(set(names)) == 847
     assert [name for name in names if name.startswith("bag [")] and "wall" in names
