@@ -1,7 +1,7 @@
 """Segments images with the class names you give.
 
     python demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \\
-        --input photo.jpg folder/ 'more/*.png' --vocabulary "red circle; blue star, azure star; sand:stuff" --output out/
+        --input photo.jpg folder/ --vocabulary "red circle; blue star, azure star; sand:stuff" --output out/
 
 For every image `out/` receives the drawing under the image's own name and a JSON file with its segments.
 """
