@@ -8,18 +8,21 @@ import re
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import TEMPORARY, write_atomically
+from fcclip.weights import model_weights
 from fcclip.weights.files import read_plain_data
 
 logger = logging.getLogger(__name__)
 
+_TRAINING_STATE = ("model", "optimizer", "scheduler", "scaler", "iteration", "random")  # without which none goes on
 _PERIODIC = re.compile(r"model_(\d{7})\.pth")
 
 
@@ -53,6 +56,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 "written with. Is the disk all right? Copy the file again, or use an earlier checkpoint."
             )
     return content
+
+
+def load_training_state(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint that a training can go on from, as `load_checkpoint` does.
+
+    Raises:
+        ValueError: also when it holds weights only.
+    """
+    state = load_checkpoint(path)
+    missing = [name for name in _TRAINING_STATE if name not in state]
+    if missing:
+        raise InputError(
+            f"'{path}' holds no state of a training (missing: {', '.join(missing)}); a training can start from its "
+            "weights with MODEL.WEIGHTS, without --resume"
+        )
+    return state
 
 
 class Checkpointer:
@@ -195,10 +214,10 @@ class Checkpointer:
             return None
         path = self.folder / pointer.read_text(encoding="utf-8").strip()
         if not path.is_file():
-            there = ", ".join(sorted(one.name for one in self.folder.glob("*.pth"))) or "none"
+            existing = ", ".join(sorted(file.name for file in self.folder.glob("*.pth"))) or "none"
             raise MissingFileError(
-                f"{pointer} names '{path.name}', which does not exist (checkpoints in the folder: {there}). Write the "
-                "name of one of them into that file, or delete it to start again."
+                f"{pointer} names '{path.name}', which does not exist (checkpoints in the folder: {existing}). Write "
+                "the name of one of them into that file, or delete it to start again."
             )
         return path
 
@@ -212,7 +231,7 @@ class Checkpointer:
             return load_checkpoint(path)
         except ValueError as error:
             others = set(self.folder.glob("*.pth")) - {Path(path), self.folder / "best.pth"}
-            newest_first = sorted(others, key=lambda one: one.stat().st_mtime, reverse=True)
+            newest_first = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
             good = next(filter(_is_readable, newest_first), None)
             if good is None:
                 raise InputError(f"{error} The folder has no other checkpoint that can be read.") from error
@@ -245,6 +264,31 @@ class Checkpointer:
         ours = sorted((number, path) for number, path in numbered if last is None or number <= int(last[1]))
         for _, path in ours[: -self.keep]:
             _remove(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What a training keeps of itself, and when.
+
+    Args:
+        checkpointer: where checkpoints go; None writes none.
+        period: iterations between checkpoints; 0: only at the end.
+        notes: entries that every checkpoint holds besides the training state (config, vocabulary).
+        full: store frozen weights too.
+    """
+
+    checkpointer: Checkpointer | None = None
+    period: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    full: bool = False
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether there is a checkpoint after `iteration` steps."""
+        return self.period > 0 and iteration % self.period == 0
+
+    def weights(self, model: nn.Module) -> dict[str, Any]:
+        """The notes, and the weights under `model`."""
+        return {**self.notes, "model": model_weights(model, full=self.full)}
 
 
 def _is_readable(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: log.txt, metrics.json, TensorBoard, wandb, a progress bar or plain lines.
+"""What a training writes while it runs: metrics.json, TensorBoard, wandb and lines of the log.
 
 A run that was interrupted at some iteration and goes on from an earlier checkpoint continues the same files: records of
 iterations that it takes a second time are dropped first.
@@ -15,17 +15,12 @@ import os
 import re
 import secrets
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn
-from rich.table import Column
-from rich.text import Text
 
 from fcclip.errors import InputError, NotInstalledError
 from fcclip.files import write_atomically
@@ -273,9 +268,9 @@ class LineWriter:
         parts = [f"iter: {iteration + 1}/{self.max_iter}"]
         if "eta_seconds" in scalars:
             parts.insert(0, f"eta: {duration(scalars['eta_seconds'])}")
-        parts += [f"{name}: {scalars[name]:.4g}" for name in _losses(scalars)]
+        parts += [f"{name}: {scalars[name]:.4g}" for name in shown_losses(scalars)]
         if "time" in scalars:
-            shares = ", ".join(_shares(scalars))
+            shares = ", ".join(time_shares(scalars))
             parts.append(f"time: {scalars['time']:.4g} s" + (f" ({shares})" if shares else ""))
         parts += [f"{name}: {scalars[name]:.4g}" for name in ("lr", "grad_norm") if name in scalars]
         if "max_memory_mb" in scalars:
@@ -287,73 +282,6 @@ class LineWriter:
 
     def close(self) -> None:
         """Nothing is buffered."""
-
-
-class ProgressBar:
-    """A live bar on a terminal: losses, time of an iteration, memory, time left; to be updated every iteration."""
-
-    def __init__(self, *, max_iter: int, start: int, stream: TextIO) -> None:
-        self.max_iter = max_iter
-        console = Console(file=stream)
-        columns = (
-            _text("training"),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
-            _text("{task.completed}/{task.total}", style="progress.download"),
-            _text("{task.fields[left]}", style="progress.remaining"),
-            _Roomy(" {task.fields[losses]}", console, min_columns=78),
-            _Roomy(" {task.fields[pace]}", console, min_columns=118),
-        )
-        self._progress = Progress(*columns, console=console, refresh_per_second=4, expand=True)
-        self._task = self._progress.add_task(
-            "training", total=max_iter, completed=start, losses="", pace="", left="eta -:--:--"
-        )
-        self._progress.start()
-
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        fields = {}
-        if losses := _losses(scalars):
-            short = {name: name.removeprefix("loss_").removeprefix("total_") for name in losses}
-            fields["losses"] = "  ".join(f"{label} {scalars[name]:#.3g}" for name, label in short.items())
-        if "time" in scalars:
-            # Rich's own estimate counts evaluations, and forgets iterations that are longer than its window.
-            fields["left"] = f"eta {duration(scalars['time'] * (self.max_iter - iteration - 1))}"
-            pace = [f"{scalars['time']:#.3g} s", *_shares(scalars, names=("data_time",))]
-            if "max_memory_mb" in scalars:
-                pace.append(f"{scalars['max_memory_mb'] / 1024:.1f} GiB")
-            fields["pace"] = ", ".join(pace)
-        if iteration + 1 >= self.max_iter:
-            fields["left"] = f"took {duration(self._progress.tasks[0].elapsed or 0)}"
-        self._progress.update(self._task, completed=iteration + 1, **fields)
-
-    def pause(self) -> None:
-        """Gives the terminal to somebody else (an evaluation with its own bar)."""
-        self._stop(keep=False)
-
-    def resume(self) -> None:
-        """Takes the terminal back."""
-        self._progress.start()
-
-    def close(self) -> None:
-        self._stop(keep=True)
-
-    def _stop(self, *, keep: bool) -> None:
-        self._progress.live.transient = not keep
-        self._progress.stop()
-
-
-class _Roomy(TextColumn):
-    """Text that gives way on a narrow terminal."""
-
-    def __init__(self, text: str, console: Console, *, min_columns: int) -> None:
-        super().__init__(text, table_column=Column(no_wrap=True))
-        self.console, self.min_columns = console, min_columns
-
-    def render(self, task: Task) -> Text:
-        return super().render(task) if self.console.width >= self.min_columns else Text("")
-
-
-def _text(content: str, style: str = "none") -> TextColumn:
-    return TextColumn(content, style=style, table_column=Column(no_wrap=True))
 
 
 def build_writers(
@@ -394,51 +322,6 @@ def check_wandb(project: str) -> None:
         )
 
 
-def build_progress_bar(*, max_iter: int, start: int = 0) -> ProgressBar | None:
-    """A progress bar where standard output is a terminal, else None: the log lines then say the same."""
-    return ProgressBar(max_iter=max_iter, start=start, stream=sys.stdout) if _has_room_for_a_bar() else None
-
-
-def setup_logging(output_dir: Path, *, rank: int = 0) -> None:
-    """Sends this package's log to `log.txt` (`log.txt.rank1`, … on other ranks) and, on rank 0, to standard output.
-
-    Args:
-        output_dir: where the file is; it is appended to.
-        rank: this process's number.
-    """
-    package = logging.getLogger("fcclip")
-    close_logging()
-    package.setLevel(logging.INFO)
-    package.propagate = False
-    name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
-    file = logging.FileHandler(output_dir / name, encoding="utf-8")
-    file.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    package.addHandler(file)
-    if rank == 0:
-        console = _StdoutHandler()
-        if _has_room_for_a_bar():  # which shows what this module's lines say
-            console.addFilter(lambda record: record.name != __name__ or record.levelno > logging.INFO)
-        console.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-        package.addHandler(console)
-
-
-def close_logging() -> None:
-    """Closes what `setup_logging` opened."""
-    package = logging.getLogger("fcclip")
-    for handler in list(package.handlers):
-        package.removeHandler(handler)
-        handler.close()
-    package.propagate = True
-
-
-def log_exception() -> None:
-    """Writes the traceback of the exception that is being handled to log.txt, and not to the terminal."""
-    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "stopped by an error", (), sys.exc_info())
-    for handler in logging.getLogger("fcclip").handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(record)
-
-
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds.
 
@@ -451,28 +334,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-class _StdoutHandler(logging.StreamHandler):
-    """Writes to whatever sys.stdout is at that moment, so that lines appear above a live progress bar."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stdout
-        super().emit(record)
-
-
-def _losses(scalars: Mapping[str, float]) -> Sequence[str]:
+def shown_losses(scalars: Mapping[str, float]) -> Sequence[str]:
     """The total and the losses of the final prediction set; those of earlier layers only go to the files."""
     return [name for name in ("total_loss", "loss_ce", "loss_mask", "loss_dice") if name in scalars]
 
 
-def _has_room_for_a_bar() -> bool:
-    """Whether standard output is a terminal that can move its cursor."""
-    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-
-
-def _shares(scalars: Mapping[str, float], names: Sequence[str] = tuple(_PARTS)) -> list[str]:
+def time_shares(scalars: Mapping[str, float], names: Sequence[str] = tuple(_PARTS)) -> list[str]:
     """Where the time of an iteration goes: "data 3 %", …"""
     if not scalars.get("time"):
         return []

@@ -183,14 +183,14 @@ class RunLock:
             owner = _read(descriptor)
         return owner
 
-    def _refusal(self, descriptor: int) -> ValueError:
+    def _refusal(self, descriptor: int) -> InputError:
         owner = self._owner(descriptor)
         who = (
             f"process {owner.get('pid')} on {owner.get('host')}, {owner.get('what')} there since {owner.get('started')}"
             if owner
             else "another process that has just started"
         )
-        return ValueError(
+        return InputError(
             f"OUTPUT_DIR '{self.path.parent}' is in use by {who}. Two trainings in one folder would overwrite each "
             "other's checkpoints: give this one another OUTPUT_DIR, or stop the other first"
             + (f" (kill {owner.get('pid')} on {owner.get('host')})." if owner else ".")

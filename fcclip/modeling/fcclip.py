@@ -190,7 +190,6 @@ class FCCLIP(nn.Module):
         vocabulary: Vocabulary | None = None,
         semantic: str | None = "scores",
         modes: Modes | None = None,
-        segment_counts: Sequence[int] | None = None,
     ) -> dict[str, Tensor] | list[dict] | dict[str, list[dict]]:
         """Losses while training, else predictions.
 
@@ -198,12 +197,11 @@ class FCCLIP(nn.Module):
             inputs: a mapping an image: `image` (3, H, W) uint8 or float, 0..255, channels as the pixel statistics;
                 optionally `height` and `width`, the size of the outputs (default: the image's), and `vocabulary`,
                 classes for this image alone, which in training its labels mean; in training `targets`
-                (`structures.Targets`) and optionally `point_seed`, an int that fixes where its losses look.
+                (`structures.Targets`) and optionally `point_seed`, an int that fixes where its losses look. A
+                `structures.TrainingBatch` may be a part of a batch: the losses of the parts then add up.
             vocabulary: classes for the images that bring none; default: `set_vocabulary`'s.
             semantic: "scores" for (K, h, w) float, "labels" for (h, w) int64, None for no semantic map.
             modes: name -> (alpha, beta), to score one pass of the network in several ways.
-            segment_counts: in training, when these images are a part of a batch: the number of segments of each
-                image of the whole batch. The losses of the parts then add up to those of the whole.
 
         Returns:
             In training: weighted losses by name. Else a mapping an image with `sem_seg`, `panoptic_seg` = (int32
@@ -214,7 +212,7 @@ class FCCLIP(nn.Module):
             ValueError: no vocabulary, no targets in training, images of another form.
         """
         if self.training:
-            return self.losses(inputs, segment_counts=segment_counts)
+            return self.losses(inputs)
         return self.predict(inputs, vocabulary=vocabulary, semantic=semantic, modes=modes)
 
     def preprocess(self, inputs: Sequence[Mapping]) -> tuple[Tensor, list[tuple[int, int]]]:
@@ -252,8 +250,9 @@ class FCCLIP(nn.Module):
         height, width = (-(-max(sides) // step) * step for sides in zip(*sizes))
         return height, width
 
-    def losses(self, inputs: Sequence[Mapping], *, segment_counts: Sequence[int] | None = None) -> dict[str, Tensor]:
+    def losses(self, inputs: Sequence[Mapping]) -> dict[str, Tensor]:
         """The weighted losses of a batch; see `SetCriterion`."""
+        segment_counts = getattr(inputs, "segment_counts", None)
         if self.train_vocabulary is None:
             raise InputError("the model has no training vocabulary; build it with build_model(cfg, train_vocabulary=…)")
         self.check_images(inputs)
@@ -359,13 +358,13 @@ class FCCLIP(nn.Module):
         in_logits, mask_logits, dense = found.class_logits[-1], found.mask_logits(), features[DENSE]
         results: list[ScoredMasks | None] = [None] * len(inputs)
         start = 0
-        for (one, images), own_words in zip(groups.items(), words):
+        for (one, indices), own_words in zip(groups.items(), words):
             # words do not see each other before the softmax, so a vocabulary's logits can be cut out of all
             end = start + own_words.num_classes
             own_logits = cut_classes(in_logits, start, end)
-            rows = slice(None) if len(groups) == 1 else images
+            rows = slice(None) if len(groups) == 1 else indices
             scored = self.classify(own_logits[rows], mask_logits[rows], dense[rows], own_words, one, modes)
-            for row, index in enumerate(images):
+            for row, index in enumerate(indices):
                 size = sizes[index]
                 results[index] = ScoredMasks(
                     class_logits={name: class_logits[row] for name, class_logits in scored.items()},

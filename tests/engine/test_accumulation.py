@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import fcclip.engine.trainer as trainer_module
 from fcclip.engine import launch
+from fcclip.structures import TrainingBatch
+from tests.engine.record_golden_losses import split_into_batches
 
 # Sums over images are taken in another order, in float32: losses move by 3e-7 of their size, gradients by 4e-7 of
 # theirs, weights by 3e-7.
@@ -62,12 +63,7 @@ def test_parts_without_a_segment_step_like_a_batch_without_one(training):
 
 
 def test_parts_with_normalisers_of_their_own_would_step_otherwise(training, whole, monkeypatch):
-    real = trainer_module.Trainer
-
-    def averaging(**values):
-        return real(**(values | {"whole_batch": None}))
-
-    monkeypatch.setattr(trainer_module, "Trainer", averaging)
+    monkeypatch.setattr(TrainingBatch, "split", split_into_batches)
     found = training.three_steps(**{"SOLVER.ACCUMULATE": 4})
     assert abs(found["losses"]["total_loss"][0] / whole["losses"]["total_loss"][0] - 1) > 0.01
 

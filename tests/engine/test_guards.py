@@ -8,7 +8,7 @@ import torch
 
 import fcclip.engine.trainer as trainer_module
 from fcclip.engine import NonFiniteError, OnNonFinite, load_checkpoint
-from fcclip.engine.guards import MAX_ROLLBACKS, explain_out_of_memory
+from fcclip.engine.guards import MAX_ROLLBACKS, explaining_full_memory
 from fcclip.engine.metrics import JsonWriter
 from tests.engine.toys import assert_trained_alike, make_batch, train_plainly
 
@@ -249,7 +249,7 @@ def test_the_best_evaluation_survives_a_rollback(toy, toy_trainer, tmp_path):
         best_metric="PQ",
     )
     trainer.train()
-    assert trainer.best == {"value": 30.0, "iteration": 1}
+    assert trainer.evaluation.best == {"value": 30.0, "iteration": 1}
     assert load_checkpoint(tmp_path / "best.pth")["iteration"] == 1
 
 
@@ -346,5 +346,8 @@ def test_resident_memory_is_counted_by_hand(toy):
     model[0].requires_grad_(False)
     model[1].weight.grad = torch.zeros_like(model[1].weight)
     device = torch.device("cpu")
-    text = explain_out_of_memory(torch.OutOfMemoryError("x"), iteration=0, model=model, shapes=[], device=device)
-    assert "parameters 6 MiB, of which frozen 4 MiB, gradients 2 MiB" in text
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="parameters 6 MiB, of which frozen 4 MiB, gradients 2 MiB"),
+        explaining_full_memory([], model, device=device, iteration=0),
+    ):
+        raise torch.OutOfMemoryError("x")

@@ -12,20 +12,18 @@ import types
 import numpy as np
 import pytest
 
+from fcclip.engine.logs import close_logging, setup_logging
 from fcclip.engine.metrics import (
     History,
     JsonWriter,
     LineWriter,
-    ProgressBar,
     TensorBoardWriter,
     WandbWriter,
-    build_progress_bar,
     build_writers,
     check_wandb,
-    close_logging,
     duration,
-    setup_logging,
 )
+from fcclip.engine.progress_bar import ProgressBar, build_progress_bar
 
 
 class Terminal(io.StringIO):

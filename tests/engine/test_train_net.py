@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fcclip.config import load_config
 from fcclip.data import loaders
 from fcclip.data.mappers import PanopticJitterMapper
-from fcclip.engine import REQUEUE_EXIT_CODE, RunLock, load_checkpoint
+from fcclip.engine import REQUEUE_EXIT_CODE, RunLock, best_choice, load_checkpoint
 from fcclip.losses import SetCriterion
 from tests.conftest import tiny_config
 
@@ -125,7 +126,7 @@ def test_a_read_only_output_folder_is_refused(train_net, capsys, config, monkeyp
     def read_only(**_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(train_net.tempfile, "TemporaryFile", read_only)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     assert "cannot be written (Permission denied)" in refusal(train_net, capsys, config)
 
 
@@ -140,18 +141,6 @@ def test_our_own_mistakes_keep_their_traceback(train_net, config, monkeypatch):
     monkeypatch.setattr(train_net, "check", lambda *_: {}["missing"])
     with pytest.raises(KeyError):
         run(train_net, config)
-
-
-def test_the_error_of_a_loader_process_is_told_without_its_traceback(train_net):
-    wrapped = (
-        "Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        '  File "loader.py", line 1, in load\nValueError: a.jpg cannot be read: cut off\nsecond line'
-    )
-    assert train_net.short_message(wrapped) == "a.jpg cannot be read: cut off\nsecond line"
-    assert train_net.short_message(f"process 1 of 2 failed: {wrapped}").startswith(
-        "process 1 of 2 failed: a.jpg cannot"
-    )
-    assert train_net.short_message("plain: text") == "plain: text"
 
 
 def test_six_images_are_trained_on_resumed_and_evaluated(train_net, config, capsys, tmp_path):
@@ -489,16 +478,16 @@ def test_reported_data_sets_choose_nothing_by_default_and_the_log_says_so(
 
 def test_the_val_split_of_the_training_set_chooses_when_it_is_not_reported(train_net, config, monkeypatch, caplog):
     cfg = load_config(config, ["SOLVER.BEST.DATASET", "", "TEST.EVAL_PERIOD", "2", "DATASETS.TEST", "('shapes_tune',)"])
-    assert train_net.best_dataset(cfg) == "shapes_val"
+    assert best_choice(cfg).name == "shapes_val/panoptic_seg/PQ"
     monkeypatch.setenv("DETECTRON2_DATASETS", "/nowhere")
     with caplog.at_level("INFO"):
-        assert train_net.best_dataset(cfg) == ""
+        assert best_choice(cfg) is None
     assert "no best.pth is kept: 'shapes_val', the val split of the training set, is not there" in caplog.text
 
 
 def test_a_reported_data_set_that_is_asked_to_choose_is_warned_of(train_net, config, caplog):
     cfg = load_config(config, ["SOLVER.BEST.DATASET", "shapes_val", "TEST.EVAL_PERIOD", "2"])
-    assert train_net.best_dataset(cfg) == "shapes_val"
+    assert best_choice(cfg).is_reported
     assert "best.pth is chosen by 'shapes_val', which is in DATASETS.TEST: its results there look better" in caplog.text
 
 

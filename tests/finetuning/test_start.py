@@ -420,9 +420,9 @@ def test_a_stop_before_the_first_iteration_never_lets_an_earlier_training_be_res
     assert command(*words) == 0
     earlier = (tmp_path / "out" / "last_checkpoint").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        measured = train_net.Comparison.measure
+        measured = comparison.Comparison.measure
         patch.setattr(
-            train_net.Comparison, "measure", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), measured(*given))
+            comparison.Comparison, "measure", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), measured(*given))
         )
         assert command(*words) == REQUEUE_EXIT_CODE
     assert not (tmp_path / "out" / "last_checkpoint").exists()
@@ -451,7 +451,7 @@ def test_a_dry_run_of_a_fine_tuning_writes_nothing(command, first, tmp_path):
 
 
 def test_the_start_is_evaluated_with_what_it_had_seen(command, first, tmp_path, monkeypatch, train_net):
-    evaluate, measure, seen = comparison.evaluate, train_net.Comparison.measure, []
+    evaluate, measure, seen = comparison.evaluate, comparison.Comparison.measure, []
 
     def evaluate_by_chance(model, *arguments, **options):
         torch.rand(3)
@@ -465,7 +465,7 @@ def test_the_start_is_evaluated_with_what_it_had_seen(command, first, tmp_path, 
         seen.append(model.train_vocabulary.name)
 
     monkeypatch.setattr(comparison, "evaluate", evaluate_by_chance)
-    monkeypatch.setattr(train_net.Comparison, "measure", measure_and_look)
+    monkeypatch.setattr(comparison.Comparison, "measure", measure_and_look)
     assert command(*OWN, "MODEL.WEIGHTS", first, "FINETUNE.METHOD", "plain") == 0
     assert seen == ["shapes_seen", "shapes"]
     assert command("--eval-only", "MODEL.WEIGHTS", first, out="eval") == 0
