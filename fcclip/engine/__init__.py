@@ -4,8 +4,7 @@ trainer.py      Trainer: the loop
 build.py        build_trainer: the trainer of a config; check_training
 optimizer.py    AdamW and SGD with the published parameter groups, gradient clipping, StepSettings
 schedule.py     the learning rate as a function of the iteration; scaling to the number of processes
-step_losses.py  StepLosses: the losses of one step over parts and processes
-clock.py        StepClock: where the time of an iteration goes
+step.py         StepLosses, StepClock: losses of one step over parts and processes, and where its time went
 guards.py       numbers that are not finite, memory that is full
 checkpoint.py   checkpoints: atomic, overlapped writing; Saving: what is kept, and when
 evaluating.py   PeriodicEvaluation: evaluations in the course of a training
@@ -26,16 +25,14 @@ environment.py  versions, device and memory; random seeds and states
 Evaluation is handed in by the script on top (`train_net.py`), never imported.
 """
 
-from fcclip.engine.best import BestChoice, best_choice, check_best
+from fcclip.engine.best import best_choice, check_best
 from fcclip.engine.build import amp_dtype, build_trainer, check_training
 from fcclip.engine.checkpoint import Checkpointer, Saving, load_checkpoint, save_checkpoint
 from fcclip.engine.distributed import ProcessFailedError, launch, lost_processes_named, watch
-from fcclip.engine.dry_run import DryRun, dry_run
+from fcclip.engine.dry_run import dry_run
 from fcclip.engine.environment import (
     apply_numeric_settings,
-    draw_seed,
     environment_report,
-    git_state,
     log_parameters,
     peak_memory_mb,
     random_state,
@@ -45,20 +42,18 @@ from fcclip.engine.environment import (
 from fcclip.engine.evaluating import PeriodicEvaluation
 from fcclip.engine.guards import NonFiniteError, OnNonFinite
 from fcclip.engine.logs import close_logging, log_exception, setup_logging
-from fcclip.engine.metrics import build_writers, duration
+from fcclip.engine.metrics import duration
 from fcclip.engine.optimizer import StepSettings, build_gradient_clipping, build_optimizer, parameter_groups
 from fcclip.engine.recording import Recorder
 from fcclip.engine.run import as_begun, begin_run, prepare_output_folder, run_in_folder
-from fcclip.engine.run_folder import RunLock, check_resume, check_same_classes
+from fcclip.engine.run_folder import RunLock
 from fcclip.engine.schedule import build_lr_scheduler, build_multiplier, scale_to_world_size
 from fcclip.engine.signals import REQUEUE_EXIT_CODE, StopRequest, StopRequested, shield_worker
 from fcclip.engine.trainer import Trainer
 
 __all__ = [
     "REQUEUE_EXIT_CODE",
-    "BestChoice",
     "Checkpointer",
-    "DryRun",
     "NonFiniteError",
     "OnNonFinite",
     "PeriodicEvaluation",
@@ -80,17 +75,12 @@ __all__ = [
     "build_multiplier",
     "build_optimizer",
     "build_trainer",
-    "build_writers",
     "check_best",
-    "check_resume",
-    "check_same_classes",
     "check_training",
     "close_logging",
-    "draw_seed",
     "dry_run",
     "duration",
     "environment_report",
-    "git_state",
     "launch",
     "load_checkpoint",
     "log_exception",

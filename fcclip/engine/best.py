@@ -25,17 +25,11 @@ _TASKS = ("panoptic_seg", "segm", "bbox", "sem_seg")
 
 @dataclass(frozen=True)
 class BestChoice:
-    """What chooses.
-
-    Args:
-        dataset: the data set.
-        metric: `task/metric`.
-        is_reported: the data set is one of DATASETS.TEST too.
-    """
+    """What chooses."""
 
     dataset: Dataset
-    metric: str
-    is_reported: bool
+    metric: str  # task/metric
+    is_reported: bool  # whether the data set is one of DATASETS.TEST too
 
     @property
     def name(self) -> str:
@@ -55,12 +49,8 @@ class BestChoice:
         metrics = reported.get(self.dataset.name, {}) if self.is_reported else evaluate(self.dataset)
         if not metrics:  # not the main process
             return {}
-        scalars = {
-            f"{task}/{metric}": value
-            for task, values in metrics.items()
-            for metric, value in values.items()
-            if "-" not in metric
-        }
+        pairs = ((f"{task}/{key}", value) for task, values in metrics.items() for key, value in values.items())
+        scalars = {name: value for name, value in pairs if "-" not in name}
         if self.metric not in scalars:
             known = ", ".join(sorted(scalars))
             raise InputError(f"SOLVER.BEST.METRIC is '{self.metric}'; '{self.dataset.name}' is evaluated for {known}")
@@ -87,9 +77,8 @@ def check_best(cfg: CfgNode) -> None:
 
 def best_choice(cfg: CfgNode) -> BestChoice | None:
     """What SOLVER.BEST.* says; None: no `best.pth` is kept. The log says what chooses, or why nothing does."""
-    name = cfg.SOLVER.BEST.DATASET or _val_split(cfg)
-    why = _why_not(cfg, name)
-    if why:
+    name = cfg.SOLVER.BEST.DATASET or cfg.DATASETS.TRAIN[0].replace("train", "val")
+    if why := _why_not(cfg, name):
         logger.info("no best.pth is kept: %s", why)
         return None
     is_reported = _is_reported(cfg, name)
@@ -101,13 +90,6 @@ def best_choice(cfg: CfgNode) -> BestChoice | None:
     return BestChoice(get_dataset(name), cfg.SOLVER.BEST.METRIC, is_reported)
 
 
-def _val_split(cfg: CfgNode) -> str:
-    """The data set that belongs to a registered training set by name; "" for none."""
-    training = cfg.DATASETS.TRAIN[0]
-    name = training.replace("train", "val")
-    return name if not is_own_data(training) and name != training and name in DATASETS else ""
-
-
 def _why_not(cfg: CfgNode, name: str) -> str:
     """Why a data set chooses nothing; "" when it does."""
     if not cfg.TEST.EVAL_PERIOD:
@@ -116,7 +98,7 @@ def _why_not(cfg: CfgNode, name: str) -> str:
         return ""
     if is_own_data(cfg.DATASETS.TRAIN[0]):
         return "the training set is a YAML file, which has no val split; SOLVER.BEST.DATASET can name a data set"
-    if not name:
+    if name not in DATASETS or name == cfg.DATASETS.TRAIN[0]:
         return "the training set has no val split"
     if name in [dataset.name for dataset in distinct_datasets(cfg.DATASETS.TEST)]:
         return f"'{name}' is reported (DATASETS.TEST), so it chooses nothing unless SOLVER.BEST.DATASET names it"

@@ -62,12 +62,7 @@ def build_trainer(
     random_clip = not cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS
     if random_clip:
         logger.info("the CLIP has random weights, which no other file holds: checkpoints store it too")
-    own_notes = {
-        "config": cfg.dump(),
-        "vocabulary": vocabulary_note(vocabulary),
-        "clip": clip_fingerprint(model),
-        "seed": cfg.SEED,
-    }
+    about = {"config": cfg.dump(), "vocabulary": vocabulary_note(vocabulary), "clip": clip_fingerprint(model)}
     return Trainer(
         model=_distribute(model, device),
         optimizer=optimizer,
@@ -84,7 +79,7 @@ def build_trainer(
         saving=Saving(
             checkpointer=None if output_dir is None else Checkpointer(output_dir, keep=solver.CHECKPOINT_KEEP),
             period=solver.CHECKPOINT_PERIOD,
-            notes={**own_notes, **(notes or {})},
+            notes={**about, "seed": cfg.SEED, **(notes or {})},
             full=solver.CHECKPOINT_FULL or random_clip,
         ),
         evaluation=evaluation,
@@ -106,11 +101,7 @@ def build_recorder(cfg: CfgNode, output_dir: Path) -> Recorder:
 
 
 def check_training(cfg: CfgNode, vocabulary: Vocabulary, *, world_size: int) -> None:
-    """Refuses a config that cannot train; these checks do not belong to a model, which may be built for other classes.
-
-    Args:
-        vocabulary: the training classes.
-        world_size: processes that share a batch.
+    """Refuses a config that cannot train with these classes, in `world_size` processes that share a batch.
 
     Raises:
         ValueError: the number of classes is not NUM_CLASSES, a batch that cannot be shared, an unknown NON_FINITE.

@@ -21,27 +21,16 @@ from fcclip.engine.trainer import Trainer
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What came of it.
+    """What came of it."""
 
-    Args:
-        samples: a text for each sample of this process's batch.
-        data_time: seconds from the start of the loader to the first batch.
-        time: seconds of a step.
-        total_loss: mean over the processes.
-        grad_norm: 2-norm of all gradients.
-        memory_mb: the most memory used, with the state of the optimiser: of the GPU, or of the whole process on a CPU.
-        iterations: that are left of the training.
-        device: kind of the device.
-    """
-
-    samples: list[str]
-    data_time: float
-    time: float
-    total_loss: float
-    grad_norm: float
-    memory_mb: float
-    iterations: int
-    device: str
+    samples: list[str]  # a text for each sample of this process's batch
+    data_time: float  # seconds from the start of the loader to the first batch
+    time: float  # seconds of a step
+    total_loss: float  # mean over the processes
+    grad_norm: float  # 2-norm of all gradients
+    memory_mb: float  # most memory used, with the state of the optimiser: of the GPU, or of the process on a CPU
+    iterations: int  # that are left of the training
+    device: str  # "cuda", "cpu", …
 
     def report(self, batch_size: int) -> str:
         """The lines for the log. `batch_size`: images of all processes."""
@@ -63,7 +52,7 @@ def dry_run(trainer: Trainer, *, steps: int = 2) -> DryRun:
 
     Args:
         trainer: at its start, or resumed.
-        steps: how often; the last one is timed, the others warm up.
+        steps: the last one is timed, the others warm up.
 
     Raises:
         NonFiniteError, torch.OutOfMemoryError: as `Trainer.train`.

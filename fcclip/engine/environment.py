@@ -49,9 +49,8 @@ def environment_report(device: torch.device) -> dict[str, str]:
     report["device"] = str(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        report["GPU"] = (
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {torch.cuda.device_count()} in this machine"
-        )
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        report["GPU"] = f"{properties.name}, {memory}, {torch.cuda.device_count()} in this machine"
         report["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     report["CPU"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads a process"
     return report
@@ -78,17 +77,15 @@ def git_state(folder: Path) -> str:
     """The commit of the checkout that `folder` lies in, marked when files differ from it; "none" outside a checkout."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         root = Path(git("rev-parse", "--show-toplevel"))
         if not (root / "fcclip" / "engine").is_dir():  # installed below somebody else's checkout
             return "none"
-        return git("rev-parse", "HEAD") + (
-            " with local changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" with local changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "none"
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fcclip.comm import all_gather_object, get_rank
-from fcclip.engine.step_losses import StepLosses
+from fcclip.engine.step import StepLosses
 from fcclip.errors import InputError, UserError
 from fcclip.weights import unwrap
 
@@ -72,11 +72,10 @@ class OnNonFinite:
         """Logs that a step is left out, the `in_a_row`-th, or raises the error if the policy does not allow that."""
         if self.kind != "skip":
             raise error
+        told = f"{error} SOLVER.NON_FINITE is skip:{self.limit}"
         if in_a_row > self.limit:
-            raise NonFiniteError(
-                f"{error} SOLVER.NON_FINITE is skip:{self.limit}, and this is number {in_a_row} in a row."
-            ) from error
-        logger.warning("%s SOLVER.NON_FINITE is skip:%d: left out (%d in a row)", error, self.limit, in_a_row)
+            raise NonFiniteError(f"{told}, and this is number {in_a_row} in a row.") from error
+        logger.warning("%s: left out (%d in a row)", told, in_a_row)
 
 
 def check_losses(losses: StepLosses, batch: Batch, *, iteration: int) -> None:
@@ -87,29 +86,24 @@ def check_losses(losses: StepLosses, batch: Batch, *, iteration: int) -> None:
     """
     if all(map(math.isfinite, losses.mean().values())):
         return
-    bad = {name: value for name, value in losses.local().items() if not math.isfinite(value) and name != "total_loss"}
+    terms = losses.local().items()
+    bad = [f"{name} = {value}" for name, value in terms if not math.isfinite(value) and name != "total_loss"]
     reports = all_gather_object((get_rank(), bad, _file_names(batch)))
-    where = "; ".join(
-        f"process {rank}: {', '.join(f'{name} = {value}' for name, value in terms.items())} (images: "
-        f"{', '.join(files)})"
-        for rank, terms, files in reports
-        if terms
-    )
+    broken = [
+        f"process {rank}: {', '.join(terms)} (images: {', '.join(files)})" for rank, terms, files in reports if terms
+    ]
     raise NonFiniteError(
-        f"the loss is not finite at iteration {iteration}: {where}. The step was not taken. Usual causes: a learning "
-        "rate that is too high (SOLVER.BASE_LR), overflow in float16 (SOLVER.AMP.DTYPE bfloat16), damaged labels of "
-        "these images."
+        f"the loss is not finite at iteration {iteration}: {'; '.join(broken)}. The step was not taken. Usual causes: "
+        "a learning rate that is too high (SOLVER.BASE_LR), overflow in float16 (SOLVER.AMP.DTYPE bfloat16), damaged "
+        "labels of these images."
     )
 
 
 def non_finite_gradient(norm: float, model: nn.Module, batch: Batch, *, iteration: int) -> NonFiniteError:
     """The error that names parameter and images; to be asked for on every process, which all have the same gradient."""
     files = [name for names in all_gather_object(_file_names(batch)) for name in names]
-    bad = [
-        name
-        for name, parameter in unwrap(model).named_parameters()
-        if parameter.grad is not None and not parameter.grad.isfinite().all()
-    ]
+    gradients = ((name, parameter.grad) for name, parameter in unwrap(model).named_parameters())
+    bad = [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
     return NonFiniteError(
         f"the gradient is not finite at iteration {iteration} although the losses are: norm {norm}, first in "
         f"{bad[0] if bad else 'the norm itself'} (images: {', '.join(files)}). The step was not taken. Usual causes: a "
@@ -167,13 +161,10 @@ def _resident(model: nn.Module, device: torch.device) -> dict[str, int]:
         sizes["gradients"] += size * (parameter.grad is not None)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        sizes |= {
-            "allocated by torch": torch.cuda.memory_allocated(device),
-            "at most so far": torch.cuda.max_memory_allocated(device),
-            "reserved by torch": torch.cuda.memory_reserved(device),
-            "free on the device": free,
-            "size of the device": total,
-        }
+        sizes["allocated by torch"] = torch.cuda.memory_allocated(device)
+        sizes["at most so far"] = torch.cuda.max_memory_allocated(device)
+        sizes["reserved by torch"] = torch.cuda.memory_reserved(device)
+        sizes |= {"free on the device": free, "size of the device": total}
     return sizes
 
 

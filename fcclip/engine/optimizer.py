@@ -19,23 +19,12 @@ from fcclip.config import lookup
 from fcclip.engine.guards import OnNonFinite
 from fcclip.errors import InputError
 
-# Layers whose affine parameters take WEIGHT_DECAY_NORM.
-NORM_LAYERS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-)
+# Layers whose affine parameters take WEIGHT_DECAY_NORM; batch and instance norms have a base class of their own.
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 # Parts of parameter names that are never decayed, whatever layer owns them.
 _UNDECAYED = ("relative_position_bias_table", "absolute_pos_embed")
 # Devices on which torch updates a whole group in one kernel.
-_FUSED_DEVICES = ("cpu", "cuda", "mps")
+_FUSED_DEVICES = {"cpu", "cuda", "mps"}
 
 GradientClipping = Callable[[Sequence[nn.Parameter]], "Tensor | None"]
 
@@ -97,7 +86,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: unknown SOLVER.OPTIMIZER, or nothing to train.
     """
     solver = cfg.SOLVER
-    build = lookup("SOLVER.OPTIMIZER", solver.OPTIMIZER, {"ADAMW": _adamw, "SGD": _sgd})
+    momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+    known = {"ADAMW": (torch.optim.AdamW, {}), "SGD": (torch.optim.SGD, momentum)}
+    optimizer, options = lookup("SOLVER.OPTIMIZER", solver.OPTIMIZER, known)
     groups = parameter_groups(
         model,
         lr=solver.BASE_LR,
@@ -107,17 +98,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         backbone_multiplier=solver.BACKBONE_MULTIPLIER,
     )
     devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
-    return build(groups, solver, fused=devices <= set(_FUSED_DEVICES))
-
-
-def _adamw(groups: list[dict], solver: CfgNode, *, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=fused or None)
-
-
-def _sgd(groups: list[dict], solver: CfgNode, *, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, fused=fused or None
-    )
+    return optimizer(groups, lr=solver.BASE_LR, fused=devices <= _FUSED_DEVICES or None, **options)
 
 
 def build_gradient_clipping(cfg: CfgNode) -> GradientClipping:

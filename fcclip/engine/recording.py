@@ -51,7 +51,7 @@ class Recorder:
 
     @property
     def shows_images(self) -> bool:
-        """Whether there is a writer for images."""
+        """Whether there are writers for images."""
         return bool(self._writers)
 
     def write(

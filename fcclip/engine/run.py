@@ -56,11 +56,14 @@ def run_in_folder(folder: str | Path, *, locks: str = "") -> Iterator[None]:
     with RunLock(folder, locks) if locks and is_main_process() else contextlib.nullcontext():
         setup_logging(Path(folder), rank=get_rank())
         try:
-            with lost_processes_named(), _lost_loaders_named():
+            with lost_processes_named():
                 yield
-        except Exception:
+        except Exception as error:
             log_exception()
             _end_loading_processes()
+            # torch says so wherever the main thread is, and has no class for it
+            if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+                raise LoaderError(f"a loading process died ({str(error).splitlines()[0]})") from error
             raise
         finally:
             close_logging()
@@ -118,17 +121,6 @@ def as_begun(cfg: CfgNode, last: Path | None, vocabulary: Vocabulary) -> CfgNode
         check_resume(state["config"], cfg, source=str(last), iteration=state["iteration"] + 1)
     check_same_classes(state.get("vocabulary"), vocabulary, source=str(last))
     return cfg
-
-
-@contextlib.contextmanager
-def _lost_loaders_named() -> Iterator[None]:
-    """torch tells of a loading process that died wherever the main thread is, and has no class for that error."""
-    try:
-        yield
-    except RuntimeError as error:
-        if str(error).startswith("DataLoader worker (pid"):
-            raise LoaderError(f"a loading process died ({str(error).splitlines()[0]})") from error
-        raise
 
 
 def _end_loading_processes() -> None:

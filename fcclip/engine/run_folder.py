@@ -277,31 +277,26 @@ def check_resume(stored: str, here: CfgNode, *, source: str | Path, iteration: i
         return
     refused, harmless = compare_configs(stored, here, iteration=iteration)
     if refused:
-        scaled = any(line.startswith("SOLVER.REFERENCE_WORLD_SIZE:") for line in refused)
-        raise InputError(
-            f"the training in '{source}' was begun with another config (there -> here):\n"
-            + "".join(f"  {line}\n" for line in refused)
-            + (
+        lines = [f"the training in '{source}' was begun with another config (there -> here):"]
+        lines += [f"  {line}" for line in refused]
+        if any(line.startswith("SOLVER.REFERENCE_WORLD_SIZE:") for line in refused):
+            lines.append(
                 "SOLVER.REFERENCE_WORLD_SIZE scales batch, learning rate and lengths to the number of processes, so a "
-                "run goes on with as many as it was begun with.\n"
-                if scaled
-                else ""
+                "run goes on with as many as it was begun with."
             )
-            + "Restore these keys to resume; or start a new run from its weights: another OUTPUT_DIR, MODEL.WEIGHTS "
-            f"{source}, without --resume."
-        )
+        lines.append(f"Restore these keys to resume; {_new_run(source)}")
+        raise InputError("\n".join(lines))
     if harmless:
-        logger.info(
-            "resuming with changes that the training does not depend on (there -> here): %s", "; ".join(harmless)
-        )
+        changes = "; ".join(harmless)
+        logger.info("resuming with changes that the training does not depend on (there -> here): %s", changes)
 
 
 def check_same_classes(stored: Mapping[str, Any] | None, here: Vocabulary, *, source: str | Path) -> None:
-    """Refuses to resume a training whose classes or words have changed, though the config still names the same data.
+    """Refuses to resume a training whose class names or synonyms have changed, though the config names the same data.
 
     Args:
-        stored: what the checkpoint says of the training classes, `{"classes": [[word, …], …]}`; without it nothing is
-            compared.
+        stored: what the checkpoint says of the training classes, `{"classes": [[synonym, …], …]}`; without it nothing
+            is compared.
         here: the training classes of this run.
         source: the checkpoint, for the message.
 
@@ -310,21 +305,24 @@ def check_same_classes(stored: Mapping[str, Any] | None, here: Vocabulary, *, so
     """
     if not isinstance(stored, Mapping) or "classes" not in stored:
         return
-    there = [tuple(words) for words in stored["classes"]]
-    if there == list(here.synonyms):
-        return
-    pairs = enumerate(itertools.zip_longest(there, here.synonyms, fillvalue=("nothing",)))
-    index, (old, new) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
-    raise InputError(
-        f"the training in '{source}' was begun with other classes ({len(there)}, here {len(here)}): class {index} was "
-        f"'{', '.join(old)}' and is '{', '.join(new)}'. Restore the list of classes (MODEL.FC_CLIP.VOCABULARIES for "
-        "published words) to resume; or start a new run from its weights: another OUTPUT_DIR, MODEL.WEIGHTS "
-        f"{source}, without --resume."
-    )
+    classes = [tuple(synonyms) for synonyms in stored["classes"]]
+    pairs = enumerate(itertools.zip_longest(classes, here.synonyms, fillvalue=("nothing",)))
+    for index, (old, new) in pairs:
+        if old != new:
+            raise InputError(
+                f"the training in '{source}' was begun with other classes ({len(classes)}, here {len(here)}): class "
+                f"{index} was '{', '.join(old)}' and is '{', '.join(new)}'. Restore the list of classes "
+                f"(MODEL.FC_CLIP.VOCABULARIES for published vocabularies) to resume; {_new_run(source)}"
+            )
+
+
+def _new_run(source: str | Path) -> str:
+    return f"or start a new run from its weights: another OUTPUT_DIR, MODEL.WEIGHTS {source}, without --resume."
 
 
 def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None) -> tuple[list[str], list[str]]:
-    """The keys in which two configs differ: those that change what is trained, and those that do not.
+    """The keys in which two configs differ: those that change what is trained, and those that do not, each a sorted
+    list of "KEY: stored -> here".
 
     A key that only one of the trees has (of an earlier or later version) counts where it is not at its default, or
     unknown here and switched on.
@@ -334,11 +332,8 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
         here: the other one.
         iteration: iterations trained so far; None: unknown.
 
-    Returns:
-        (refused, harmless), each a sorted list of "KEY: stored -> here".
-
     Raises:
-        ValueError: `stored` is no YAML of a config.
+        ValueError: `stored` is not the YAML of a config.
     """
     try:
         tree = yaml.safe_load(stored)
@@ -346,7 +341,7 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
         raise InputError(f"the stored config cannot be read as YAML: {error}") from error
     if not isinstance(tree, Mapping):
         raise InputError(f"the stored config is a {type(tree).__name__}, expected keys and values")
-    there, now, defaults = (dict(_leaves(one)) for one in (tree, here, get_cfg()))
+    there, now, defaults = (dict(_leaves(config)) for config in (tree, here, get_cfg()))
     refused, harmless = [], []
     for key in sorted(there.keys() | now.keys()):
         old, new = there.get(key, _ABSENT), now.get(key, _ABSENT)
@@ -375,7 +370,7 @@ def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_harmless(key: str) -> bool:

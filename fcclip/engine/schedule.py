@@ -106,45 +106,25 @@ def build_multiplier(cfg: CfgNode) -> Multiplier:
     Raises:
         ValueError: unknown schedule or warm-up method, MAX_ITER below 1, steps that do not ascend.
     """
-    solver = cfg.SOLVER
-    if solver.MAX_ITER < 1:
-        raise InputError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
-    known = {"WarmupMultiStepLR": _multi_step, "WarmupCosineLR": _cosine, "WarmupPolyLR": _poly}
-    return lookup("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, known)(solver)
+    solver, length = cfg.SOLVER, cfg.SOLVER.MAX_ITER
+    if length < 1:
+        raise InputError(f"SOLVER.MAX_ITER must be at least 1, got {length}")
+    warm_up = {"iters": solver.WARMUP_ITERS, "factor": solver.WARMUP_FACTOR, "method": solver.WARMUP_METHOD}
+    name = solver.LR_SCHEDULER_NAME
+    lookup("SOLVER.LR_SCHEDULER_NAME", name, dict.fromkeys(("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR")))
+    if name == "WarmupPolyLR":
+        schedule = poly(max_iter=length, power=solver.POLY_LR_POWER)
+        return scaled_by_warm_up(schedule, **warm_up, constant_ending=solver.POLY_LR_CONSTANT_ENDING)
+    if name == "WarmupCosineLR":
+        schedule = cosine(max_iter=length, end=solver.BASE_LR_END / solver.BASE_LR)
+    else:
+        schedule = multi_step(max_iter=length, steps=solver.STEPS, gamma=solver.GAMMA)
+    return warm_up_to(schedule, max_iter=length, **warm_up, rescale_interval=solver.RESCALE_INTERVAL)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LambdaLR:
     """The schedule of the config on `optimizer`; call `step()` once per iteration."""
     return LambdaLR(optimizer, build_multiplier(cfg))
-
-
-def _multi_step(solver: CfgNode) -> Multiplier:
-    return _warm_up(multi_step(max_iter=solver.MAX_ITER, steps=solver.STEPS, gamma=solver.GAMMA), solver)
-
-
-def _cosine(solver: CfgNode) -> Multiplier:
-    return _warm_up(cosine(max_iter=solver.MAX_ITER, end=solver.BASE_LR_END / solver.BASE_LR), solver)
-
-
-def _poly(solver: CfgNode) -> Multiplier:
-    return scaled_by_warm_up(
-        poly(max_iter=solver.MAX_ITER, power=solver.POLY_LR_POWER),
-        iters=solver.WARMUP_ITERS,
-        factor=solver.WARMUP_FACTOR,
-        method=solver.WARMUP_METHOD,
-        constant_ending=solver.POLY_LR_CONSTANT_ENDING,
-    )
-
-
-def _warm_up(schedule: Multiplier, solver: CfgNode) -> Multiplier:
-    return warm_up_to(
-        schedule,
-        max_iter=solver.MAX_ITER,
-        iters=solver.WARMUP_ITERS,
-        factor=solver.WARMUP_FACTOR,
-        method=solver.WARMUP_METHOD,
-        rescale_interval=solver.RESCALE_INTERVAL,
-    )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -179,9 +159,6 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     cfg.freeze()
     logger.info(
         "scaled to %d processes: batch %d, learning rate %g, %d iterations",
-        world_size,
-        solver.IMS_PER_BATCH,
-        solver.BASE_LR,
-        solver.MAX_ITER,
+        *(world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
     )
     return cfg

@@ -22,24 +22,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fcclip.comm import all_gather_object, broadcast_object, is_main_process
+from fcclip.engine import guards
 from fcclip.engine.checkpoint import Saving, load_training_state
-from fcclip.engine.clock import StepClock
 from fcclip.engine.environment import peak_memory_mb, random_state, set_random_states
 from fcclip.engine.evaluating import PeriodicEvaluation
-from fcclip.engine.guards import (
-    MAX_ROLLBACKS,
-    MAX_SCALER_SKIPS,
-    NonFiniteError,
-    check_losses,
-    check_weights,
-    explaining_full_memory,
-    non_finite_gradient,
-)
+from fcclip.engine.guards import NonFiniteError
 from fcclip.engine.metrics import LOG_PERIOD, History, duration
 from fcclip.engine.optimizer import StepSettings, check_same_groups, trainable_parameters
 from fcclip.engine.recording import Recorder
 from fcclip.engine.signals import StopRequest, StopRequested
-from fcclip.engine.step_losses import StepLosses
+from fcclip.engine.step import StepClock, StepLosses
 from fcclip.structures import TrainingBatch
 from fcclip.weights import load_state
 
@@ -119,7 +111,7 @@ class Trainer:
 
         Raises:
             NonFiniteError: on every process, when a loss or a gradient is not finite and the policy says so.
-            torch.OutOfMemoryError: with what was resident, and the keys that make a step smaller.
+            torch.OutOfMemoryError: with the keys that make a step smaller.
         """
         logger.info("training from iteration %d to %d", self.iteration, self.max_iter)
         if self.checkpointer is not None and is_main_process():
@@ -165,7 +157,7 @@ class Trainer:
             logger.warning("iteration %d is left out, as decided before the rollback", self.iteration)
             self._advance()
             return
-        with explaining_full_memory(batch, self.model, device=self.device, iteration=self.iteration):
+        with guards.explaining_full_memory(batch, self.model, device=self.device, iteration=self.iteration):
             losses = self.compute_gradients(batch)
             self.scaler.unscale_(self.optimizer)
             self._grad_norm = self.clip_gradients()
@@ -206,7 +198,7 @@ class Trainer:
                     losses.send(stop=self.stop is not None and self.stop.requested)
                 self.scaler.scale(sum(weighted.values())).backward()
                 self._clock.mark("backward_time")
-        check_losses(losses, batch, iteration=self.iteration)
+        guards.check_losses(losses, batch, iteration=self.iteration)
         return losses
 
     def clip_gradients(self) -> float:
@@ -218,10 +210,10 @@ class Trainer:
         return float(norm)
 
     def _after_step(self) -> None:
-        last = self.iteration == self.max_iter
-        self.recorder.advance(self.iteration - 1, self.history.medians() | self._memory())
+        last, scalars = self.iteration == self.max_iter, self._scalars()
+        self.recorder.advance(self.iteration - 1, scalars)
         if self.iteration % LOG_PERIOD == 0 or last:
-            self.recorder.write(self.iteration - 1, self._scalars())
+            self.recorder.write(self.iteration - 1, scalars)
         if self.checkpointer is not None:
             self.checkpointer.check()
             stops = self._asked_to_stop and not last
@@ -237,10 +229,9 @@ class Trainer:
         scalars = self.history.medians() | {"lr": self._lr, "grad_norm": self._grad_norm}
         if "time" in scalars:  # unless no step was taken yet
             scalars["eta_seconds"] = scalars["time"] * (self.max_iter - self.iteration)
-        return scalars | self._memory()
-
-    def _memory(self) -> dict[str, float]:
-        return {"max_memory_mb": peak_memory_mb(self.device)} if self.device.type == "cuda" else {}
+        if self.device.type == "cuda":
+            scalars["max_memory_mb"] = peak_memory_mb(self.device)
+        return scalars
 
     # ---- numbers that are not finite ----
 
@@ -251,10 +242,10 @@ class Trainer:
             return
         if self.scaler.is_enabled():
             self._scaler_skips_in_a_row += 1
-            if self._scaler_skips_in_a_row <= MAX_SCALER_SKIPS:
+            if self._scaler_skips_in_a_row <= guards.MAX_SCALER_SKIPS:
                 return
             self.scaler.update()  # else it would refuse the next step, should the policy go on
-        raise non_finite_gradient(self._grad_norm, self.model, batch, iteration=self.iteration)
+        raise guards.non_finite_gradient(self._grad_norm, self.model, batch, iteration=self.iteration)
 
     def _leave_out(self, error: NonFiniteError) -> None:
         """Goes on behind a step that was not taken, as far as the policy allows."""
@@ -270,8 +261,8 @@ class Trainer:
         if self.checkpointer is not None:
             self.checkpointer.settle()
             path = broadcast_object(self.checkpointer.newest) or self._resumed_from
-        if path is None or self._rollbacks[path] >= MAX_ROLLBACKS:
-            why = f"{path.name} was gone back to {MAX_ROLLBACKS} times" if path else "there is no checkpoint yet"
+        if path is None or self._rollbacks[path] >= guards.MAX_ROLLBACKS:
+            why = f"{path.name} was gone back to {guards.MAX_ROLLBACKS} times" if path else "there is no checkpoint yet"
             raise NonFiniteError(f"{error} SOLVER.NON_FINITE is rollback, but {why}.") from error
         self._rollbacks[path] += 1
         logger.warning("%s SOLVER.NON_FINITE is rollback: going back to %s", error, path.name)
@@ -296,7 +287,7 @@ class Trainer:
             scalars, images = self.evaluation.run(self.model, draws=self.recorder.shows_images, stop=self.stop)
         except StopRequested:
             if state is not None and self.iteration < self.max_iter:
-                self._hand_over(state)
+                self.save(state=state)
             raise _StoppedError from None
         if is_main_process():
             # Noted before it is recorded: one that is killed in between is not recorded twice.
@@ -304,7 +295,7 @@ class Trainer:
             self.recorder.write(self.iteration - 1, scalars, images)
 
     def _keep_best(self, scalars: Mapping[str, float]) -> None:
-        """Returns when `best.pth` is written, if these weights are the best so far, and the evaluation is noted."""
+        """Writes `best.pth`, if these weights are the best so far, and notes the evaluation."""
         if self.checkpointer is None:
             return
         best, iteration = None, self.iteration - 1
@@ -312,7 +303,6 @@ class Trainer:
             about = {"metric": self.evaluation.best_metric, **self.evaluation.best}
             best = {**self.saving.weights(self.model), "iteration": iteration, "best": about}
         self.checkpointer.save_evaluation({"iteration": iteration, "best": self.evaluation.best}, best=best)
-        self.checkpointer.settle()
 
     def _evaluation_is_missing(self) -> bool:
         """Whether a run that is resumed was ended between a checkpoint and the end of the evaluation after it."""
@@ -340,17 +330,18 @@ class Trainer:
             "best": dict(self.evaluation.best),
         }
 
-    def save(self, name: str | None = None) -> None:
-        """Hands a checkpoint to the checkpointer under `name`, or under the name of the last iteration; to be called on
-        every process.
+    def save(self, name: str | None = None, *, state: Mapping[str, Any] | None = None) -> None:
+        """Hands a checkpoint to the checkpointer; to be called on every process.
+
+        Args:
+            name: of the file; None: that of the last iteration.
+            state: an earlier `state_dict`; None: the present one.
 
         Raises:
             NonFiniteError: a weight is not finite; the checkpoints that exist stay as they are.
         """
-        self._hand_over(self.state_dict(), name)
-
-    def _hand_over(self, state: Mapping[str, Any], name: str | None = None) -> None:
-        check_weights(state["model"], device=self.device, iteration=self.iteration - 1)
+        state = self.state_dict() if state is None else state
+        guards.check_weights(state["model"], device=self.device, iteration=self.iteration - 1)
         if is_main_process():
             if name is None:
                 self.checkpointer.save_periodic(self.iteration - 1, state)

@@ -10,6 +10,8 @@ oracle.py     true masks with predicted classes, and the other way round
 external.py   evaluate_predictions: without a model, also predictions of other programs
 runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation;
               EVALUATORS: what a kind of data set is evaluated for
+all_sets.py   evaluate_all: DATASETS.TEST one after the other, with results.json
+drawings.py   draw_predictions: images for the writers of a training
 thread_pool.py Background: evaluation in threads while the network runs
 comparison.py before and after a fine-tuning: the same classes as a table and as finetune.json
 zero_shot.py  the table of the model zoo: published settings and figures, Report

@@ -4,7 +4,7 @@ batch.py      TrainingBatch: training samples, whole or a part
 targets.py    Targets: what a training image contains
 boxes.py     boxes_of_masks: tight boxes
 predictions.py  Instances and Segment: what a model found
-words.py      TextEmbeddings: a vocabulary as vectors
+text.py       TextEmbeddings: a vocabulary as vectors
 """
 
 from fcclip.structures.batch import TrainingBatch

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fcclip.engine.trainer as trainer_module
-from fcclip.engine import NonFiniteError, OnNonFinite, load_checkpoint
+from fcclip.engine import NonFiniteError, OnNonFinite, guards, load_checkpoint
 from fcclip.engine.guards import MAX_ROLLBACKS, explaining_full_memory
 from fcclip.engine.metrics import JsonWriter
 from tests.engine.toys import assert_trained_alike, make_batch, train_plainly
@@ -290,7 +290,7 @@ def test_the_scale_survives_a_resume(toy, toy_trainer, tmp_path):
 
 
 def test_overflows_without_end_are_raised(toy, toy_trainer, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_SCALER_SKIPS", 2)
+    monkeypatch.setattr(guards, "MAX_SCALER_SKIPS", 2)
     trainer = toy_trainer(toy(), checkpoint_period=0)
     trainer.scaler = torch.amp.GradScaler("cpu")
     overflowing(trainer.model, trainer, range(1, 6))
@@ -300,7 +300,7 @@ def test_overflows_without_end_are_raised(toy, toy_trainer, monkeypatch):
 
 
 def test_a_policy_goes_on_behind_overflows_without_end(toy, toy_trainer, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_SCALER_SKIPS", 2)
+    monkeypatch.setattr(guards, "MAX_SCALER_SKIPS", 2)
     model, plain = toy(), toy()
     trainer = toy_trainer(model, on_non_finite=OnNonFinite.parse("skip:1"))
     trainer.scaler = torch.amp.GradScaler("cpu")

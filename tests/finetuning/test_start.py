@@ -205,6 +205,7 @@ def test_less_is_forgotten_with_each_method_than_without(tiny_cfg, tiny_model):
 def processes():
     """finetuning_processes.py, which started processes find by that name."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tests" / "engine")
         patch.syspath_prepend(Path(__file__).parent)
         yield importlib.import_module("finetuning_processes")
 
