@@ -26,12 +26,10 @@ class PeriodicEvaluation:
     """Evaluates a model now and then and remembers the best result.
 
     Args:
-        evaluate: called on every process with the bare model in eval mode; returns scalars to record. None: there are
-            no evaluations.
+        evaluate: called on every process with the bare model in eval mode, returns scalars to record; None: never.
         period: iterations between evaluations; 0: only at the end.
         best_metric: name of the scalar whose highest value decides which weights are the best; "": none are.
-        draw: called after an evaluation where there is a writer for images, with the bare model; returns images
-            (H, W, 3) uint8 by name.
+        draw: called after it where there are writers, returns images (H, W, 3) uint8 by name.
 
     Attributes:
         best: `value` and 0-based `iteration` of the best evaluation so far; {} before the first.

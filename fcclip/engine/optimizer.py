@@ -127,19 +127,14 @@ def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]
 
 
 def check_same_groups(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *, source: str | Path) -> None:
-    """Refuses the state of an optimiser of other parameter groups.
-
-    Raises:
-        ValueError: names `source`, the file that holds the state.
-    """
+    """Refuses the state, in the file `source`, of an optimiser of other parameter groups."""
     own = [group["param_names"] for group in optimizer.state_dict()["param_groups"]]
-    stored = [group.get("param_names") for group in state["param_groups"]]
+    stored = [group.get("param_names") or [] for group in state["param_groups"]]
     if own != stored:
         raise InputError(
-            f"the optimiser state in '{source}' belongs to other parameter groups "
-            f"({[len(names or ()) for names in stored]} parameters a group, here {[len(names) for names in own]}): "
-            "SOLVER.OPTIMIZER, BASE_LR, the WEIGHT_DECAY keys and the frozen parts must be those of the run that is "
-            "resumed"
+            f"the optimiser state in '{source}' belongs to other parameter groups ({list(map(len, stored))} parameters "
+            f"a group, here {list(map(len, own))}): SOLVER.OPTIMIZER, BASE_LR, the WEIGHT_DECAY keys and the frozen "
+            "parts must be those of the run that is resumed"
         )
 
 

@@ -78,7 +78,7 @@ class Recorder:
             self._bar.resume()
 
     def close_bar(self) -> None:
-        """The bar stays where it is."""
+        """Leaves the bar where it is."""
         if self._bar is not None:
             self._bar.close()
 

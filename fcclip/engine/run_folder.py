@@ -341,23 +341,17 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
         raise InputError(f"the stored config cannot be read as YAML: {error}") from error
     if not isinstance(tree, Mapping):
         raise InputError(f"the stored config is a {type(tree).__name__}, expected keys and values")
-    there, now, defaults = (dict(_leaves(config)) for config in (tree, here, get_cfg()))
+    before, now, defaults = (dict(_leaves(config)) for config in (tree, here, get_cfg()))
     refused, harmless = [], []
-    for key in sorted(there.keys() | now.keys()):
-        old, new = there.get(key, _ABSENT), now.get(key, _ABSENT)
-        if old == new or (old is _ABSENT and key in defaults and new == defaults[key]) or (new is _ABSENT and not old):
+    for key in sorted(before.keys() | now.keys()):
+        new_at_its_default = key not in before and key in defaults and now[key] == defaults[key]
+        unknown_and_off = key not in now and not before[key]
+        if new_at_its_default or unknown_and_off or (key in before and key in now and before[key] == now[key]):
             continue
-        is_harmless = _is_harmless(key) or _is_ahead(key, there, now, iteration)
-        (harmless if is_harmless else refused).append(f"{key}: {old!r} -> {new!r}")
+        old, new = (repr(config[key]) if key in config else "no such key" for config in (before, now))
+        is_harmless = _is_harmless(key) or _is_ahead(key, before, now, iteration)
+        (harmless if is_harmless else refused).append(f"{key}: {old} -> {new}")
     return refused, harmless
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "no such key"
-
-
-_ABSENT = _Absent()
 
 
 def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -379,14 +373,14 @@ def _is_harmless(key: str) -> bool:
     )
 
 
-def _is_ahead(key: str, there: Mapping[str, Any], here: Mapping[str, Any], iteration: int | None) -> bool:
+def _is_ahead(key: str, before: Mapping[str, Any], here: Mapping[str, Any], iteration: int | None) -> bool:
     """Whether the change lies ahead of what has been trained, or behind a drawn seed."""
     if key == "SEED":  # negative: drawn afresh, or taken from the checkpoint
-        return there.get(key, -1) < 0 or here[key] < 0
+        return before.get(key, -1) < 0 or here[key] < 0
     if key == "SOLVER.MAX_ITER":  # the other schedules stretch over the whole training
-        schedules = {tree.get("SOLVER.LR_SCHEDULER_NAME") for tree in (there, here)}
+        schedules = {tree.get("SOLVER.LR_SCHEDULER_NAME") for tree in (before, here)}
         return schedules == {"WarmupMultiStepLR"} and not here["SOLVER.RESCALE_INTERVAL"]
     if key == "SOLVER.STEPS" and iteration is not None:
-        past = [[step for step in tree.get(key, ()) if step < iteration] for tree in (there, here)]
+        past = [[step for step in tree.get(key, ()) if step < iteration] for tree in (before, here)]
         return past[0] == past[1]
     return False

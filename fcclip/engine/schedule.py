@@ -52,19 +52,11 @@ def poly(*, max_iter: int, power: float) -> Multiplier:
 def warm_up_to(
     schedule: Multiplier, *, max_iter: int, iters: int, factor: float, method: str, rescale_interval: bool = False
 ) -> Multiplier:
-    """`schedule` with its first `iters` iterations replaced by a warm-up.
+    """`schedule` with the first `iters` of its `max_iter` iterations replaced by a warm-up.
 
     Linear warm-up rises from `factor * schedule(0)` to the value that `schedule` has when the warm-up ends; constant
-    warm-up stays at `factor * schedule(0)`.
-
-    Args:
-        schedule: multiplier per iteration.
-        max_iter: length of the training.
-        iters: length of the warm-up.
-        factor: share of the first rate.
-        method: "linear" or "constant".
-        rescale_interval: squeeze the whole schedule into the iterations after the warm-up instead of cutting its
-            beginning.
+    warm-up stays at `factor * schedule(0)`. With `rescale_interval` the whole schedule is squeezed into the iterations
+    after the warm-up instead of losing its beginning.
     """
     iters = min(iters, max_iter)
     shapes = {
@@ -87,8 +79,7 @@ def warm_up_to(
 def scaled_by_warm_up(
     schedule: Multiplier, *, iters: int, factor: float, method: str, constant_ending: float = 0.0
 ) -> Multiplier:
-    """DeepLab's poly rule: the schedule runs from iteration 0 and the warm-up scales it; it never falls below the
-    ending."""
+    """DeepLab's rule: the schedule runs from iteration 0 scaled by the warm-up, and never falls below the ending."""
     shapes = {"linear": lambda share: factor * (1 - share) + share, "constant": lambda share: factor}
     shape = lookup("SOLVER.WARMUP_METHOD", method, shapes)
 
@@ -139,15 +130,13 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, world_size):
         return cfg
-    if cfg.SOLVER.IMS_PER_BATCH % reference:
-        raise InputError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
-            f"{reference}"
-        )
-    scale = world_size / reference
-    cfg = cfg.clone()
+    cfg, scale = cfg.clone(), world_size / reference
     cfg.defrost()
     solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH % reference:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by SOLVER.REFERENCE_WORLD_SIZE {reference}"
+        )
     solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
     solver.BASE_LR *= scale
     solver.MAX_ITER = round(solver.MAX_ITER / scale)

@@ -79,6 +79,7 @@ def steps(training, tmp_path_factory):
     return lambda ce_norm, parts, rank: torch.load(Path(folder, f"{ce_norm}_{parts}_{rank}.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("ce_norm", ["rank", "global"])
 def test_parts_in_two_processes_step_like_whole_batches_in_two(steps, ce_norm, parts):
@@ -86,6 +87,7 @@ def test_parts_in_two_processes_step_like_whole_batches_in_two(steps, ce_norm, p
         assert_same_steps(steps(ce_norm, parts, rank), steps(ce_norm, 1, rank))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ce_norm", ["rank", "global"])
 def test_two_processes_with_parts_agree_bit_for_bit(steps, ce_norm):
     first, second = (steps(ce_norm, 4, rank) for rank in range(2))
@@ -95,6 +97,7 @@ def test_two_processes_with_parts_agree_bit_for_bit(steps, ce_norm):
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
 
 
+@pytest.mark.slow
 def test_with_the_global_rule_parts_in_two_processes_step_like_one_process(steps, whole):
     assert_same_steps(steps("global", 2, 0), whole)
     assert steps("rank", 2, 0)["losses"]["loss_ce"] != pytest.approx(whole["losses"]["loss_ce"], rel=1e-3)

@@ -129,12 +129,6 @@ def test_own_and_registered_sets_may_be_mixed(
     assert "own_semantic/sem_seg/mIoU" in last and "shapes_val/panoptic_seg/PQ" in last
 
 
-def test_the_error_about_the_number_of_classes_tells_the_number(train_net, capsys, config, tmp_path):
-    path = config("semantic", write_own(tmp_path / "a", "semantic"))
-    text = refusal(train_net, capsys, path, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 40)
-    assert "'own_semantic' has 4 classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 40. Set it to 4" in text
-
-
 def test_what_is_wrong_with_a_yaml_is_told_before_a_process_is_started(
     train_net,
     capsys,
@@ -176,13 +170,6 @@ def test_a_training_is_not_resumed_with_other_classes(train_net, capsys, config,
     capsys.readouterr()
     text = refusal(train_net, capsys, path, "--resume", "SOLVER.MAX_ITER", 4)
     assert "was begun with other classes (4, here 4): class 3 was 'person' and is 'people'. Restore the list" in text
-
-
-def test_a_dry_run_takes_a_batch_and_writes_nothing_but_the_log(train_net, config, tmp_path, capsys):
-    path = config("instances", write_own(tmp_path / "a", "instances"))
-    assert run(train_net, path, "--dry-run") == 0
-    assert "dry run, nothing is changed" in capsys.readouterr().out
-    assert {one.name for one in (tmp_path / "out").iterdir()} == {"log.txt"}
 
 
 def test_a_yaml_has_no_val_split_and_one_may_be_named(train_net, config, tmp_path, caplog):
