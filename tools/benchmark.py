@@ -48,9 +48,8 @@ from rich.table import Table
 
 from fcclip.config import get_cfg, load_config, resolve_device
 from fcclip.data import build_train_mapper
-from fcclip.engine import apply_numeric_settings, build_trainer, environment_report
+from fcclip.engine import amp_dtype, apply_numeric_settings, build_trainer, environment_report, peak_memory_mb
 from fcclip.engine.metrics import History
-from fcclip.engine.trainer import amp_dtype, peak_memory_mb
 from fcclip.errors import InputError
 from fcclip.evaluation import (
     Background,

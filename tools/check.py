@@ -58,9 +58,14 @@ from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
 from fcclip.data.datasets.files import WHERE_DATA_IS
 from fcclip.data.samplers import SAMPLERS
 from fcclip.data.vocabularies import PUBLISHED_FILES
-from fcclip.engine import build_multiplier, build_optimizer, check_training, scale_to_world_size
-from fcclip.engine.optimizer import build_clip as build_gradient_clip
-from fcclip.engine.trainer import amp_dtype
+from fcclip.engine import (
+    amp_dtype,
+    build_gradient_clipping,
+    build_multiplier,
+    build_optimizer,
+    check_training,
+    scale_to_world_size,
+)
 from fcclip.errors import InputError
 from fcclip.evaluation import EVALUATORS, build_evaluators
 from fcclip.evaluation.cityscapes import read_instance_ids
@@ -905,7 +910,7 @@ def check_settings(
         scaled = scale_to_world_size(cfg, max(num_gpus, 1))
     checks: list[Callable[[], Any]] = [
         lambda: build_multiplier(scaled),
-        lambda: build_gradient_clip(cfg),
+        lambda: build_gradient_clipping(cfg),
         lambda: build_train_mapper(cfg),
         lambda: lookup("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS),
     ]

@@ -12,6 +12,7 @@ mappers.py       from a record to a sample, for training and for testing
 samplers.py      which record comes when
 transport.py     how records and batches travel between processes
 vocabularies.py  dataset_vocabulary: the words of a data set
+training_set.py  training_set, training_vocabulary: what a config trains on
 loaders.py       build_train_loader, build_test_loader
 replay.py        build_replay_loader: former images among the new ones
 shapes_world.py  renderer of the shapes world

@@ -26,7 +26,7 @@ from fcclip.data.mappers import (
 )
 from fcclip.data.samplers import Draw, TrainingBatches, build_stream, inference_batches, inference_share
 from fcclip.data.transport import CompactRecords, PackedBatch
-from fcclip.errors import InputError
+from fcclip.errors import InputError, UserError
 
 __all__ = ["LoaderError", "TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
 
@@ -36,7 +36,7 @@ WorkerInit = Callable[[int], None]
 TIMEOUT_S = 600  # without a batch from the loading processes before they count as hung
 
 
-class LoaderError(RuntimeError):
+class LoaderError(UserError, RuntimeError):
     """A process that loads images died or hangs."""
 
 

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import threading
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcclip.errors import InputError, MissingFileError
-from fcclip.files import TEMPORARY, write_atomically
+from fcclip.files import TEMPORARY, read_json, write_atomically, write_json
+from fcclip.weights import model_weights
 from fcclip.weights.files import read_plain_data
 
 logger = logging.getLogger(__name__)
 
-_PERIODIC = re.compile(r"model_(\d{7})\.pth")
+_TRAINING_STATE = ("model", "optimizer", "scheduler", "scaler", "iteration", "random")  # without which none goes on
+_PERIODIC = re.compile(r"model_\d{7}\.pth")
 
 
 def save_checkpoint(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint: a mapping of tensors, numbers, strings and containers of them.
-
-    The file appears whole or not at all; one that was there before stays until then.
-
-    Raises:
-        OSError: the disk is full, the folder cannot be written.
-    """
+    """Writes a checkpoint (tensors, numbers, strings and containers of them) as `write_atomically` does."""
     write_atomically(Path(path), lambda file: torch.save(dict(content), file))
 
 
@@ -55,14 +51,30 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-class Checkpointer:
-    """The checkpoints of one run: `model_0004999.pth`, …, `model_final.pth`, `best.pth`, and `last_checkpoint`, which
-    names the newest complete one.
+def load_training_state(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint that a training can go on from, as `load_checkpoint` does.
 
-    Writing overlaps the training: what is handed over is copied into main memory at once, and a thread writes it, one
-    file after the other. A write that fails harms no file that was there before; it is told in the log, and the next
-    checkpoint is a new try. Two failures in a row are raised by `check`, and the last one by `wait`. As a context, a
-    checkpointer waits at the end, and raises nothing when there is an error on its way already.
+    Raises:
+        ValueError: also when it holds weights only.
+    """
+    state = load_checkpoint(path)
+    missing = [name for name in _TRAINING_STATE if name not in state]
+    if missing:
+        raise InputError(
+            f"'{path}' holds no state of a training (missing: {', '.join(missing)}); a training can start from its "
+            "weights with MODEL.WEIGHTS, without --resume"
+        )
+    return state
+
+
+class Checkpointer:
+    """The checkpoints of one run: `model_0004999.pth`, …, `model_final.pth`, `best.pth`, and the name of the newest
+    complete one in `last_checkpoint`.
+
+    Writing overlaps the training: what is handed over is copied into main memory at once, and a thread writes it. A
+    write that fails harms no earlier file and is logged, and the next checkpoint is a new try; two failures in a row
+    are raised by `check`, the last one by `wait`. As a context, a checkpointer waits at the end, and raises nothing
+    when there is an error on its way already.
 
     Args:
         folder: where they are; must exist.
@@ -87,7 +99,7 @@ class Checkpointer:
 
     # ---- writing ----
 
-    def save(self, name: str, content: Mapping[str, Any]) -> Path:
+    def save(self, name: str, content: Mapping[str, Any]) -> None:
         """Writes `<name>.pth`, then lets `last_checkpoint` name it, then removes periodic checkpoints beyond `keep`.
 
         Returns before the file is complete; see `settle`.
@@ -104,15 +116,17 @@ class Checkpointer:
             self.newest = path
             self._remove_old(path)
 
-        self._overlap("checkpoint", write)
-        return path
+        self.settle()
+        self.check()
+        self._thread = threading.Thread(target=self._try, args=("checkpoint", write), name="checkpoint writer")
+        self._thread.start()
 
-    def save_periodic(self, iteration: int, content: Mapping[str, Any]) -> Path:
+    def save_periodic(self, iteration: int, content: Mapping[str, Any]) -> None:
         """Writes the checkpoint after the 0-based `iteration`."""
-        return self.save(f"model_{iteration:07d}", content)
+        self.save(f"model_{iteration:07d}", content)
 
     def save_evaluation(self, note: Mapping[str, Any], *, best: Mapping[str, Any] | None = None) -> None:
-        """Writes what became of an evaluation; `last_checkpoint` stays.
+        """Writes what became of an evaluation; `last_checkpoint` stays. Returns when it is written, or has failed.
 
         Args:
             note: JSON values by name, for `noted_evaluation`; written last.
@@ -121,19 +135,18 @@ class Checkpointer:
         Raises:
             OSError: as `check`.
         """
-        snapshot = None if best is None else _snapshot(best)
         self.settle()
-        if snapshot is not None:  # else one that could not be written is tried again
-            self._best = snapshot
-        text = json.dumps(dict(note)).encode()
+        self.check()
+        if best is not None:  # else one that could not be written is tried again
+            self._best = _snapshot(best)
 
         def write() -> None:
             if self._best is not None:
                 save_checkpoint(self.folder / "best.pth", self._best)
                 self._best = None
-            write_atomically(self.folder / "last_evaluation", lambda file: file.write(text))
+            write_json(self.folder / "last_evaluation", note)
 
-        self._overlap("evaluation", write)
+        self._try("evaluation", write)
 
     def forget_evaluation(self) -> None:
         """Takes back what `save_evaluation` noted, when the run goes on from before that evaluation."""
@@ -167,12 +180,6 @@ class Checkpointer:
         for errors in failures.values():
             raise errors[-1]
 
-    def _overlap(self, kind: str, write: Callable[[], None]) -> None:
-        self.settle()
-        self.check()
-        self._thread = threading.Thread(target=self._try, args=(kind, write), name="checkpoint writer")
-        self._thread.start()
-
     def _try(self, kind: str, write: Callable[[], None]) -> None:
         try:
             write()
@@ -195,10 +202,10 @@ class Checkpointer:
             return None
         path = self.folder / pointer.read_text(encoding="utf-8").strip()
         if not path.is_file():
-            there = ", ".join(sorted(one.name for one in self.folder.glob("*.pth"))) or "none"
+            existing = ", ".join(sorted(file.name for file in self.folder.glob("*.pth"))) or "none"
             raise MissingFileError(
-                f"{pointer} names '{path.name}', which does not exist (checkpoints in the folder: {there}). Write the "
-                "name of one of them into that file, or delete it to start again."
+                f"{pointer} names '{path.name}', which does not exist (checkpoints in the folder: {existing}). Write "
+                "the name of one of them into that file, or delete it to start again."
             )
         return path
 
@@ -212,19 +219,20 @@ class Checkpointer:
             return load_checkpoint(path)
         except ValueError as error:
             others = set(self.folder.glob("*.pth")) - {Path(path), self.folder / "best.pth"}
-            newest_first = sorted(others, key=lambda one: one.stat().st_mtime, reverse=True)
-            good = next(filter(_is_readable, newest_first), None)
-            if good is None:
-                raise InputError(f"{error} The folder has no other checkpoint that can be read.") from error
-            raise InputError(
-                f"{error} The newest one in the folder that can be read is {good.name}: to go on from there, write "
-                f"that name into {self.folder / 'last_checkpoint'}."
-            ) from error
+            newest_first = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
+            readable = next(filter(_is_readable, newest_first), None)
+            advice = "The folder has no other checkpoint that can be read."
+            if readable is not None:
+                advice = (
+                    f"The newest one in the folder that can be read is {readable.name}: to go on from there, write "
+                    f"that name into {self.folder / 'last_checkpoint'}."
+                )
+            raise InputError(f"{error} {advice}") from error
 
     def noted_evaluation(self) -> dict[str, Any]:
         """The `note` that `save_evaluation` was given last; {} before that."""
         path = self.folder / "last_evaluation"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_json(path) if path.is_file() else {}
 
     def remove_unfinished(self) -> None:
         """Removes what a killed run had half written; only for a folder that no run is writing to."""
@@ -234,17 +242,36 @@ class Checkpointer:
     def _remove_old(self, newest: Path) -> None:
         if not self.keep:
             return
-        last = _PERIODIC.fullmatch(newest.name)
-        numbered = [
-            (int(match[1]), path)
-            for path in self.folder.glob("model_*.pth")
-            if (match := _PERIODIC.fullmatch(path.name))
-        ]
-        # Higher numbers than the newest one belong to an earlier, longer run in the same folder and are not ours to
-        # remove.
-        ours = sorted((number, path) for number, path in numbered if last is None or number <= int(last[1]))
-        for _, path in ours[: -self.keep]:
+        periodic = sorted(path for path in self.folder.glob("model_*.pth") if _PERIODIC.fullmatch(path.name))
+        if _PERIODIC.fullmatch(newest.name):  # later ones belong to an earlier, longer run and are not ours to remove
+            periodic = [path for path in periodic if path.name <= newest.name]
+        for path in periodic[: -self.keep]:
             _remove(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """What a training keeps of itself, and when.
+
+    Args:
+        checkpointer: where checkpoints go; None writes none.
+        period: iterations between checkpoints; 0: only at the end.
+        notes: entries that every checkpoint holds besides the training state (config, vocabulary).
+        full: store frozen weights too.
+    """
+
+    checkpointer: Checkpointer | None = None
+    period: int = 0
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    full: bool = False
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether there is a checkpoint after `iteration` steps."""
+        return self.period > 0 and iteration % self.period == 0
+
+    def weights(self, model: nn.Module) -> dict[str, Any]:
+        """The notes, and the weights under `model`."""
+        return {**self.notes, "model": model_weights(model, full=self.full)}
 
 
 def _is_readable(path: Path) -> bool:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
+from torch import nn
 
+from fcclip.comm import get_rank, get_world_size
 from fcclip.errors import InputError
 from fcclip.version import __version__
+
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
+logger = logging.getLogger(__name__)
 
 _LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "fvcore", "numpy", "scipy", "Pillow", "safetensors")
 
@@ -38,29 +49,43 @@ def environment_report(device: torch.device) -> dict[str, str]:
     report["device"] = str(device)
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        report["GPU"] = (
-            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {torch.cuda.device_count()} in this machine"
-        )
+        memory = f"{properties.total_memory / 2**30:.0f} GiB"
+        report["GPU"] = f"{properties.name}, {memory}, {torch.cuda.device_count()} in this machine"
         report["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     report["CPU"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads a process"
     return report
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory used so far, MiB: by tensors on a GPU, by this process on a CPU (0 where it is not known)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return 0.0
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def log_parameters(model: nn.Module) -> None:
+    """Says how many parameters there are, and how many of them learn."""
+    sizes = [(parameter.numel() / 1e6, parameter.requires_grad) for parameter in model.parameters()]
+    total, trainable = sum(size for size, _ in sizes), sum(size for size, learns in sizes if learns)
+    logger.info("parameters: %.2f M, trainable %.2f M, frozen %.2f M", total, trainable, total - trainable)
 
 
 def git_state(folder: Path) -> str:
     """The commit of the checkout that `folder` lies in, marked when files differ from it; "none" outside a checkout."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         root = Path(git("rev-parse", "--show-toplevel"))
         if not (root / "fcclip" / "engine").is_dir():  # installed below somebody else's checkout
             return "none"
-        return git("rev-parse", "HEAD") + (
-            " with local changes" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" with local changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return "none"
 
@@ -117,3 +142,14 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def set_random_states(states: Sequence[dict[str, Any]], *, source: str | Path) -> None:
+    """Gives each process its own state of those in a checkpoint, `source`; none when there were more or fewer."""
+    if len(states) == get_world_size():
+        set_random_state(states[get_rank()])
+        return
+    logger.warning(
+        "%s was written by %d processes, now there are %d: random numbers start afresh, the order of the data goes on",
+        *(source, len(states), get_world_size()),
+    )

@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fcclip.errors import InputError
+from fcclip.comm import all_gather_object, get_rank
+from fcclip.engine.step import StepLosses
+from fcclip.errors import InputError, UserError
+from fcclip.weights import unwrap
 
-__all__ = [
-    "MAX_ROLLBACKS",
-    "MAX_SCALER_SKIPS",
-    "BrokenWeightsError",
-    "NonFiniteError",
-    "OnNonFinite",
-    "explain_out_of_memory",
-]
+logger = logging.getLogger(__name__)
 
 MAX_ROLLBACKS = 3  # to one checkpoint: then the weights in it are the problem, not the images after it
 MAX_SCALER_SKIPS = 100  # steps in a row that the float16 loss scaler may leave out: it halves the scale at each
 
+Batch = Sequence[Mapping[str, Any]]
 
-class NonFiniteError(RuntimeError):
+
+class NonFiniteError(UserError, RuntimeError):
     """A loss, a gradient or a weight became infinite or not a number."""
 
 
 class BrokenWeightsError(NonFiniteError):
     """Weights are not finite, which no policy can cure."""
+
+
+class FullMemoryError(UserError, torch.OutOfMemoryError):
+    """The memory of a device is full."""
 
 
 @dataclass(frozen=True)
@@ -62,19 +68,91 @@ class OnNonFinite:
             return cls(text)
         raise InputError(f"SOLVER.NON_FINITE must be 'raise', 'skip:N' (N of 1 or more) or 'rollback', got '{text}'")
 
+    def skip(self, error: NonFiniteError, in_a_row: int) -> None:
+        """Logs that a step is left out, the `in_a_row`-th, or raises the error if the policy does not allow that."""
+        if self.kind != "skip":
+            raise error
+        told = f"{error} SOLVER.NON_FINITE is skip:{self.limit}"
+        if in_a_row > self.limit:
+            raise NonFiniteError(f"{told}, and this is number {in_a_row} in a row.") from error
+        logger.warning("%s: left out (%d in a row)", told, in_a_row)
 
-def explain_out_of_memory(
-    error: BaseException, *, iteration: int, model: nn.Module, shapes: Sequence[Sequence[int]], device: torch.device
-) -> str:
-    """What was resident when the memory of a device was full, and which keys make a step smaller.
 
-    Args:
-        error: torch's own; its first line is kept.
-        iteration: 0-based.
-        model: its parameters and gradients are counted.
-        shapes: of the images of the step.
-        device: that was full.
+def check_losses(losses: StepLosses, batch: Batch, *, iteration: int) -> None:
+    """Raises on every process when any process has a loss that is not finite.
+
+    Raises:
+        NonFiniteError: names process, losses and images.
     """
+    if all(map(math.isfinite, losses.mean().values())):
+        return
+    terms = losses.local().items()
+    bad = [f"{name} = {value}" for name, value in terms if not math.isfinite(value) and name != "total_loss"]
+    reports = all_gather_object((get_rank(), bad, _file_names(batch)))
+    broken = [
+        f"process {rank}: {', '.join(terms)} (images: {', '.join(files)})" for rank, terms, files in reports if terms
+    ]
+    raise NonFiniteError(
+        f"the loss is not finite at iteration {iteration}: {'; '.join(broken)}. The step was not taken. Usual causes: "
+        "a learning rate that is too high (SOLVER.BASE_LR), overflow in float16 (SOLVER.AMP.DTYPE bfloat16), damaged "
+        "labels of these images."
+    )
+
+
+def non_finite_gradient(norm: float, model: nn.Module, batch: Batch, *, iteration: int) -> NonFiniteError:
+    """The error that names parameter and images; to be asked for on every process, which all have the same gradient."""
+    files = [name for names in all_gather_object(_file_names(batch)) for name in names]
+    gradients = ((name, parameter.grad) for name, parameter in unwrap(model).named_parameters())
+    bad = [name for name, gradient in gradients if gradient is not None and not gradient.isfinite().all()]
+    return NonFiniteError(
+        f"the gradient is not finite at iteration {iteration} although the losses are: norm {norm}, first in "
+        f"{bad[0] if bad else 'the norm itself'} (images: {', '.join(files)}). The step was not taken. Usual causes: a "
+        "learning rate that is too high (SOLVER.BASE_LR), overflow (SOLVER.AMP.DTYPE bfloat16, or SOLVER.AMP.ENABLED "
+        "False)."
+    )
+
+
+def check_weights(weights: Mapping[str, Tensor], *, device: torch.device, iteration: int) -> None:
+    """Refuses to save weights that are not finite.
+
+    Raises:
+        BrokenWeightsError: names the first one.
+    """
+    names = [key for key, value in weights.items() if value.is_floating_point()]
+    finite = torch.stack([weights[key].isfinite().all().to(device) for key in names]).tolist()
+    bad = [key for key, good in zip(names, finite) if not good]
+    if bad:
+        raise BrokenWeightsError(
+            f"{len(bad)} weights are not finite after iteration {iteration} (first: {bad[0]}); no checkpoint is "
+            "written. Resume from the last one, with a lower SOLVER.BASE_LR or SOLVER.AMP.DTYPE bfloat16."
+        )
+
+
+@contextlib.contextmanager
+def explaining_full_memory(batch: Batch, model: nn.Module, *, device: torch.device, iteration: int) -> Iterator[None]:
+    """Tells of full memory what was resident, and which keys make a step smaller.
+
+    Raises:
+        FullMemoryError: instead of torch's own error, whose first line is kept.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        images = ["x".join(map(str, sample["image"].shape)) for sample in batch if "image" in sample]
+        first_line, *_ = str(error).splitlines() or [""]
+        resident = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in _resident(model, device).items())
+        raise FullMemoryError(
+            f"out of memory on {device} at iteration {iteration}: {first_line}\n"
+            f"  resident: {resident}\n"
+            f"  images of this step: {', '.join(images)}\n"
+            "  to make a step smaller, in this order: SOLVER.ACCUMULATE larger (same result), SOLVER.AMP.ENABLED True, "
+            "fewer images a process (SOLVER.IMS_PER_BATCH smaller, or more processes), INPUT.IMAGE_SIZE smaller, "
+            "MODEL.MASK_FORMER.TRAIN_NUM_POINTS or NUM_OBJECT_QUERIES smaller. Is another program on this device?"
+        ) from error
+
+
+def _resident(model: nn.Module, device: torch.device) -> dict[str, int]:
+    """What is in the memory of a device, in bytes by name."""
     sizes = dict.fromkeys(("parameters", "of which frozen", "gradients"), 0)
     for parameter in model.parameters():
         size = parameter.numel() * parameter.element_size()
@@ -83,21 +161,12 @@ def explain_out_of_memory(
         sizes["gradients"] += size * (parameter.grad is not None)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        sizes |= {
-            "allocated by torch": torch.cuda.memory_allocated(device),
-            "at most so far": torch.cuda.max_memory_allocated(device),
-            "reserved by torch": torch.cuda.memory_reserved(device),
-            "free on the device": free,
-            "size of the device": total,
-        }
-    resident = ", ".join(f"{name} {size / 2**20:.0f} MiB" for name, size in sizes.items())
-    images = ", ".join("x".join(map(str, shape)) for shape in shapes)
-    first_line, *_ = str(error).splitlines() or [""]
-    return (
-        f"out of memory on {device} at iteration {iteration}: {first_line}\n"
-        f"  resident: {resident}\n"
-        f"  images of this step: {images}\n"
-        "  to make a step smaller, in this order: SOLVER.ACCUMULATE larger (same result), SOLVER.AMP.ENABLED True, "
-        "fewer images a process (SOLVER.IMS_PER_BATCH smaller, or more processes), INPUT.IMAGE_SIZE smaller, "
-        "MODEL.MASK_FORMER.TRAIN_NUM_POINTS or NUM_OBJECT_QUERIES smaller. Is another program on this device?"
-    )
+        sizes["allocated by torch"] = torch.cuda.memory_allocated(device)
+        sizes["at most so far"] = torch.cuda.max_memory_allocated(device)
+        sizes["reserved by torch"] = torch.cuda.memory_reserved(device)
+        sizes |= {"free on the device": free, "size of the device": total}
+    return sizes
+
+
+def _file_names(batch: Batch) -> list[str]:
+    return [str(sample.get("file_name", "?")) for sample in batch]

@@ -1,4 +1,4 @@
-"""What a training tells while it runs: log.txt, metrics.json, TensorBoard, wandb, a progress bar or plain lines.
+"""What a training writes while it runs: metrics.json, TensorBoard, wandb and lines of the log.
 
 A run that was interrupted at some iteration and goes on from an earlier checkpoint continues the same files: records of
 iterations that it takes a second time are dropped first.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import logging
 import math
@@ -15,20 +16,15 @@ import os
 import re
 import secrets
 import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn
-from rich.table import Column
-from rich.text import Text
 
 from fcclip.errors import InputError, NotInstalledError
-from fcclip.files import write_atomically
+from fcclip.files import without_nan, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +39,8 @@ _GROUPS = (  # of TensorBoard, the first that matches; names with a group of the
 )
 
 
-class Writer(Protocol):
-    """Receives what a training has to tell about an iteration."""
+class Writer:
+    """Receives what a training has to tell about an iteration; what a subclass leaves out does nothing."""
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         """Takes the scalars that belong to the 0-based `iteration`."""
@@ -91,7 +87,7 @@ class History:
         self._values = defaultdict(list, {name: list(values)[-self.window :] for name, values in state.items()})
 
 
-class JsonWriter:
+class JsonWriter(Writer):
     """`metrics.json`: one JSON object per line with sorted keys, appended, so that a resumed run continues the file.
 
     What cannot be written now (a full disk) is kept and written with the next record; the training goes on.
@@ -113,29 +109,20 @@ class JsonWriter:
         self._waiting: list[bytes] = []
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        numbers = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        line = json.dumps({"iteration": iteration, **numbers}, sort_keys=True) + "\n"
-        failed_before = bool(self._waiting)
+        line = json.dumps(without_nan({"iteration": iteration, **scalars}), sort_keys=True) + "\n"
         self._waiting.append(line.encode())
         try:
             self._write_waiting()
         except OSError as error:
-            if not failed_before:
-                logger.error(
-                    "%s cannot be written (%s). Its records are kept in memory until it can be.", self.path, error
-                )
-
-    def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
-        """The file holds numbers only."""
+            if len(self._waiting) == 1:
+                logger.error("%s cannot be written (%s); its records wait in memory until it can be", self.path, error)
 
     def close(self) -> None:
-        if self._file.closed:
-            return
-        if self._waiting:
+        if self._waiting and not self._file.closed:
             with contextlib.suppress(OSError):
                 self._write_waiting()
-        if self._waiting:
-            logger.error("%s lacks its last %d records, which could not be written", self.path, len(self._waiting))
+            if self._waiting:
+                logger.error("%s lacks its last %d records, which could not be written", self.path, len(self._waiting))
         self._file.close()
 
     def _write_waiting(self) -> None:
@@ -149,7 +136,7 @@ class JsonWriter:
         self._waiting.clear()
 
 
-class TensorBoardWriter:
+class TensorBoardWriter(Writer):
     """Event files for TensorBoard: scalars in groups, under the names they have in metrics.json; images.
 
     Args:
@@ -168,16 +155,11 @@ class TensorBoardWriter:
         self._add({_in_group(name): (self._events.add_scalar, (value, iteration)) for name, value in scalars.items()})
 
     def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
-        _check_images(images)
-        self._add(
-            {
-                f"images/{name}": (self._events.add_image, (image, iteration, None, "HWC"))
-                for name, image in images.items()
-            }
-        )
+        add = self._events.add_image
+        self._add({f"images/{name}": (add, (image, iteration, None, "HWC")) for name, image in _checked(images)})
 
     def close(self) -> None:
-        with contextlib.nullcontext() if not self._failed else contextlib.suppress(OSError):
+        with contextlib.suppress(*([OSError] if self._failed else [])):
             self._events.close()
 
     def _add(self, entries: Mapping[str, tuple]) -> None:
@@ -192,20 +174,15 @@ class TensorBoardWriter:
             logger.error("TensorBoard's events cannot be written (%s) and end here; metrics.json goes on", error)
 
 
-class WandbWriter:
-    """A run of Weights & Biases; its id is kept in the folder, so that a resumed training continues the same run.
-
-    Everything is plotted over `iteration`. Iterations that are taken a second time after an interruption appear twice,
-    with the same values.
+class WandbWriter(Writer):
+    """A run of Weights & Biases over `iteration`; its id is kept in the folder, so that a resumed training continues
+    it. Iterations that are taken a second time after an interruption appear twice, with the same values.
 
     Args:
         folder: of the training.
         project, name, entity: where wandb files the run; "" leaves the choice to wandb.
         start: the iteration that the training goes on from; 0 begins a new run.
         config: the training's config, to be shown with the run.
-
-    Raises:
-        ImportError: the package wandb is not installed.
     """
 
     def __init__(
@@ -227,24 +204,17 @@ class WandbWriter:
         if not known:
             write_atomically(path, lambda file: file.write(identity.encode()))
         self._image, self._errors = wandb.Image, (OSError, wandb.Error)
-        self._run = wandb.init(
-            project=project,
-            name=name or None,
-            entity=entity or None,
-            id=identity,
-            resume="allow",
-            dir=str(folder),
-            config=dict(config or {}),
-        )
+        place = {"project": project, "name": name or None, "entity": entity or None, "dir": str(folder)}
+        self._run = wandb.init(id=identity, resume="allow", config=dict(config or {}), **place)
         self._run.define_metric("iteration")
         self._run.define_metric("*", step_metric="iteration")
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        self._log({"iteration": iteration} | {_in_group(name): value for name, value in scalars.items()})
+        self._log({"iteration": iteration, **{_in_group(name): value for name, value in scalars.items()}})
 
     def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
-        _check_images(images)
-        self._log({"iteration": iteration} | {f"images/{name}": self._image(image) for name, image in images.items()})
+        drawn = {f"images/{name}": self._image(image) for name, image in _checked(images)}
+        self._log({"iteration": iteration, **drawn})
 
     def close(self) -> None:
         if self._run is not None:
@@ -261,7 +231,7 @@ class WandbWriter:
             logger.error("wandb takes no more records (%s); metrics.json goes on", error)
 
 
-class LineWriter:
+class LineWriter(Writer):
     """One line for people in the log: time left, losses, where the time goes, learning rate, memory."""
 
     def __init__(self, *, max_iter: int) -> None:
@@ -270,12 +240,11 @@ class LineWriter:
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
         if "total_loss" not in scalars:  # evaluation results have their own table
             return
-        parts = [f"iter: {iteration + 1}/{self.max_iter}"]
-        if "eta_seconds" in scalars:
-            parts.insert(0, f"eta: {duration(scalars['eta_seconds'])}")
-        parts += [f"{name}: {scalars[name]:.4g}" for name in _losses(scalars)]
+        parts = [f"eta: {duration(scalars['eta_seconds'])}"] if "eta_seconds" in scalars else []
+        parts += [f"iter: {iteration + 1}/{self.max_iter}"]
+        parts += [f"{name}: {scalars[name]:.4g}" for name in shown_losses(scalars)]
         if "time" in scalars:
-            shares = ", ".join(_shares(scalars))
+            shares = ", ".join(time_shares(scalars))
             parts.append(f"time: {scalars['time']:.4g} s" + (f" ({shares})" if shares else ""))
         parts += [f"{name}: {scalars[name]:.4g}" for name in ("lr", "grad_norm") if name in scalars]
         if "max_memory_mb" in scalars:
@@ -284,76 +253,6 @@ class LineWriter:
 
     def images(self, iteration: int, images: Mapping[str, np.ndarray]) -> None:
         logger.info("iter: %d/%d  images: %s", iteration + 1, self.max_iter, ", ".join(images))
-
-    def close(self) -> None:
-        """Nothing is buffered."""
-
-
-class ProgressBar:
-    """A live bar on a terminal: losses, time of an iteration, memory, time left; to be updated every iteration."""
-
-    def __init__(self, *, max_iter: int, start: int, stream: TextIO) -> None:
-        self.max_iter = max_iter
-        console = Console(file=stream)
-        columns = (
-            _text("training"),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
-            _text("{task.completed}/{task.total}", style="progress.download"),
-            _text("{task.fields[left]}", style="progress.remaining"),
-            _Roomy(" {task.fields[losses]}", console, min_columns=78),
-            _Roomy(" {task.fields[pace]}", console, min_columns=118),
-        )
-        self._progress = Progress(*columns, console=console, refresh_per_second=4, expand=True)
-        self._task = self._progress.add_task(
-            "training", total=max_iter, completed=start, losses="", pace="", left="eta -:--:--"
-        )
-        self._progress.start()
-
-    def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        fields = {}
-        if losses := _losses(scalars):
-            short = {name: name.removeprefix("loss_").removeprefix("total_") for name in losses}
-            fields["losses"] = "  ".join(f"{label} {scalars[name]:#.3g}" for name, label in short.items())
-        if "time" in scalars:
-            # Rich's own estimate counts evaluations, and forgets iterations that are longer than its window.
-            fields["left"] = f"eta {duration(scalars['time'] * (self.max_iter - iteration - 1))}"
-            pace = [f"{scalars['time']:#.3g} s", *_shares(scalars, names=("data_time",))]
-            if "max_memory_mb" in scalars:
-                pace.append(f"{scalars['max_memory_mb'] / 1024:.1f} GiB")
-            fields["pace"] = ", ".join(pace)
-        if iteration + 1 >= self.max_iter:
-            fields["left"] = f"took {duration(self._progress.tasks[0].elapsed or 0)}"
-        self._progress.update(self._task, completed=iteration + 1, **fields)
-
-    def pause(self) -> None:
-        """Gives the terminal to somebody else (an evaluation with its own bar)."""
-        self._stop(keep=False)
-
-    def resume(self) -> None:
-        """Takes the terminal back."""
-        self._progress.start()
-
-    def close(self) -> None:
-        self._stop(keep=True)
-
-    def _stop(self, *, keep: bool) -> None:
-        self._progress.live.transient = not keep
-        self._progress.stop()
-
-
-class _Roomy(TextColumn):
-    """Text that gives way on a narrow terminal."""
-
-    def __init__(self, text: str, console: Console, *, min_columns: int) -> None:
-        super().__init__(text, table_column=Column(no_wrap=True))
-        self.console, self.min_columns = console, min_columns
-
-    def render(self, task: Task) -> Text:
-        return super().render(task) if self.console.width >= self.min_columns else Text("")
-
-
-def _text(content: str, style: str = "none") -> TextColumn:
-    return TextColumn(content, style=style, table_column=Column(no_wrap=True))
 
 
 def build_writers(
@@ -367,9 +266,6 @@ def build_writers(
         start: the iteration that the run goes on from; what an interrupted run had written about it and later ones is
             dropped. 0: a new run; None: keeps everything.
         wandb: arguments `project`, `name`, `entity`, `config` of WandbWriter; None: without.
-
-    Raises:
-        ImportError: the package wandb is asked for and not installed.
     """
     writers: list[Writer] = [
         LineWriter(max_iter=max_iter),
@@ -394,51 +290,6 @@ def check_wandb(project: str) -> None:
         )
 
 
-def build_progress_bar(*, max_iter: int, start: int = 0) -> ProgressBar | None:
-    """A progress bar where standard output is a terminal, else None: the log lines then say the same."""
-    return ProgressBar(max_iter=max_iter, start=start, stream=sys.stdout) if _has_room_for_a_bar() else None
-
-
-def setup_logging(output_dir: Path, *, rank: int = 0) -> None:
-    """Sends this package's log to `log.txt` (`log.txt.rank1`, … on other ranks) and, on rank 0, to standard output.
-
-    Args:
-        output_dir: where the file is; it is appended to.
-        rank: this process's number.
-    """
-    package = logging.getLogger("fcclip")
-    close_logging()
-    package.setLevel(logging.INFO)
-    package.propagate = False
-    name = "log.txt" if rank == 0 else f"log.txt.rank{rank}"
-    file = logging.FileHandler(output_dir / name, encoding="utf-8")
-    file.setFormatter(logging.Formatter("[%(asctime)s] %(name)s %(levelname)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    package.addHandler(file)
-    if rank == 0:
-        console = _StdoutHandler()
-        if _has_room_for_a_bar():  # which shows what this module's lines say
-            console.addFilter(lambda record: record.name != __name__ or record.levelno > logging.INFO)
-        console.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%H:%M:%S"))
-        package.addHandler(console)
-
-
-def close_logging() -> None:
-    """Closes what `setup_logging` opened."""
-    package = logging.getLogger("fcclip")
-    for handler in list(package.handlers):
-        package.removeHandler(handler)
-        handler.close()
-    package.propagate = True
-
-
-def log_exception() -> None:
-    """Writes the traceback of the exception that is being handled to log.txt, and not to the terminal."""
-    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, "stopped by an error", (), sys.exc_info())
-    for handler in logging.getLogger("fcclip").handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(record)
-
-
 def duration(seconds: float) -> str:
     """Hours, minutes and seconds.
 
@@ -451,28 +302,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-class _StdoutHandler(logging.StreamHandler):
-    """Writes to whatever sys.stdout is at that moment, so that lines appear above a live progress bar."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stdout
-        super().emit(record)
-
-
-def _losses(scalars: Mapping[str, float]) -> Sequence[str]:
+def shown_losses(scalars: Mapping[str, float]) -> Sequence[str]:
     """The total and the losses of the final prediction set; those of earlier layers only go to the files."""
     return [name for name in ("total_loss", "loss_ce", "loss_mask", "loss_dice") if name in scalars]
 
 
-def _has_room_for_a_bar() -> bool:
-    """Whether standard output is a terminal that can move its cursor."""
-    return sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-
-
-def _shares(scalars: Mapping[str, float], names: Sequence[str] = tuple(_PARTS)) -> list[str]:
+def time_shares(scalars: Mapping[str, float], names: Sequence[str] = tuple(_PARTS)) -> list[str]:
     """Where the time of an iteration goes: "data 3 %", …"""
     if not scalars.get("time"):
         return []
@@ -485,33 +320,29 @@ def _in_group(name: str) -> str:
     return f"{group}/{name}" if group else name
 
 
-def _check_images(images: Mapping[str, np.ndarray]) -> None:
+def _checked(images: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     for name, image in images.items():
         if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
             raise InputError(f"image '{name}' must be (height, width, 3) uint8, got {image.shape} {image.dtype}")
+        yield name, image
 
 
 def _move_aside(path: Path) -> None:
     """Keeps the records of an earlier run in a folder where a new one begins."""
     if not path.is_file() or not path.stat().st_size:
         return
-    number = 1
-    while (old := path.with_name(f"{path.stem}_{number}{path.suffix}")).exists():
-        number += 1
-    path.rename(old)
+    names = (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in itertools.count(1))
+    old = path.rename(next(name for name in names if not name.exists()))
     logger.info("the records of an earlier run in %s are now in %s", path, old.name)
 
 
 def _drop_records(path: Path, start: float) -> None:
     """Leaves the whole lines of iterations before `start`."""
-    if not path.is_file():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     kept = [line for line in lines if _is_before(line, start)]
-    if len(kept) == len(lines):
-        return
-    write_atomically(path, lambda file: file.writelines(kept))
-    logger.info("dropped %d records of %s that the run is about to write again", len(lines) - len(kept), path)
+    if len(kept) < len(lines):
+        write_atomically(path, lambda file: file.writelines(kept))
+        logger.info("dropped %d records of %s that the run is about to write again", len(lines) - len(kept), path)
 
 
 def _is_before(line: bytes, start: float) -> bool:

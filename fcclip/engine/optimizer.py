@@ -6,34 +6,27 @@ the updates are the same, and the fused kernels see a few long lists instead of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from fcclip.config import lookup
+from fcclip.engine.guards import OnNonFinite
 from fcclip.errors import InputError
 
-# Layers whose affine parameters take WEIGHT_DECAY_NORM.
-NORM_LAYERS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-)
+# Layers whose affine parameters take WEIGHT_DECAY_NORM; batch and instance norms have a base class of their own.
+NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 # Parts of parameter names that are never decayed, whatever layer owns them.
 _UNDECAYED = ("relative_position_bias_table", "absolute_pos_embed")
 # Devices on which torch updates a whole group in one kernel.
-_FUSED_DEVICES = ("cpu", "cuda", "mps")
+_FUSED_DEVICES = {"cpu", "cuda", "mps"}
 
-Clip = Callable[[Sequence[nn.Parameter]], "Tensor | None"]
+GradientClipping = Callable[[Sequence[nn.Parameter]], "Tensor | None"]
 
 
 def parameter_groups(
@@ -93,7 +86,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: unknown SOLVER.OPTIMIZER, or nothing to train.
     """
     solver = cfg.SOLVER
-    build = lookup("SOLVER.OPTIMIZER", solver.OPTIMIZER, {"ADAMW": _adamw, "SGD": _sgd})
+    momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
+    known = {"ADAMW": (torch.optim.AdamW, {}), "SGD": (torch.optim.SGD, momentum)}
+    optimizer, options = lookup("SOLVER.OPTIMIZER", solver.OPTIMIZER, known)
     groups = parameter_groups(
         model,
         lr=solver.BASE_LR,
@@ -103,20 +98,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         backbone_multiplier=solver.BACKBONE_MULTIPLIER,
     )
     devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
-    return build(groups, solver, fused=devices <= set(_FUSED_DEVICES))
+    return optimizer(groups, lr=solver.BASE_LR, fused=devices <= _FUSED_DEVICES or None, **options)
 
 
-def _adamw(groups: list[dict], solver: CfgNode, *, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=solver.BASE_LR, fused=fused or None)
-
-
-def _sgd(groups: list[dict], solver: CfgNode, *, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.SGD(
-        groups, lr=solver.BASE_LR, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, fused=fused or None
-    )
-
-
-def build_clip(cfg: CfgNode) -> Clip:
+def build_gradient_clipping(cfg: CfgNode) -> GradientClipping:
     """The gradient clipping of SOLVER.CLIP_GRADIENTS, to be called on unscaled gradients just before the step.
 
     Returns:
@@ -126,19 +111,52 @@ def build_clip(cfg: CfgNode) -> Clip:
     Raises:
         ValueError: unknown CLIP_TYPE, or a negative CLIP_VALUE.
     """
-    clip = cfg.SOLVER.CLIP_GRADIENTS
+    clipping = cfg.SOLVER.CLIP_GRADIENTS
     known = {"full_model": _clip_full_model, "norm": _clip_each_norm, "value": _clip_each_value}
-    chosen = lookup("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.CLIP_TYPE, known)
-    if clip.CLIP_VALUE < 0:
-        raise InputError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must not be negative, got {clip.CLIP_VALUE}")
-    if not clip.ENABLED or (clip.CLIP_TYPE == "full_model" and clip.CLIP_VALUE == 0):
+    chosen = lookup("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clipping.CLIP_TYPE, known)
+    if clipping.CLIP_VALUE < 0:
+        raise InputError(f"SOLVER.CLIP_GRADIENTS.CLIP_VALUE must not be negative, got {clipping.CLIP_VALUE}")
+    if not clipping.ENABLED or (clipping.CLIP_TYPE == "full_model" and clipping.CLIP_VALUE == 0):
         return _no_clip
-    return lambda parameters: chosen(parameters, value=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE)
+    return lambda parameters: chosen(parameters, value=clipping.CLIP_VALUE, norm_type=clipping.NORM_TYPE)
 
 
 def trainable_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Every parameter the optimiser updates, in group order."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_same_groups(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], *, source: str | Path) -> None:
+    """Refuses the state, in the file `source`, of an optimiser of other parameter groups."""
+    own = [group["param_names"] for group in optimizer.state_dict()["param_groups"]]
+    stored = [group.get("param_names") or [] for group in state["param_groups"]]
+    if own != stored:
+        raise InputError(
+            f"the optimiser state in '{source}' belongs to other parameter groups ({list(map(len, stored))} parameters "
+            f"a group, here {list(map(len, own))}): SOLVER.OPTIMIZER, BASE_LR, the WEIGHT_DECAY keys and the frozen "
+            "parts must be those of the run that is resumed"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """How a step is taken.
+
+    Args:
+        gradient_clipping: clips gradients before the step.
+        amp_dtype: autocast type of the forward pass; None for full precision. float16 adds a loss scaler.
+        accumulate: equal parts that a batch is cut into, one after the other through the model.
+        on_non_finite: what happens when a loss or a gradient is not finite.
+    """
+
+    gradient_clipping: GradientClipping
+    amp_dtype: torch.dtype | None = None
+    accumulate: int = 1
+    on_non_finite: OnNonFinite = field(default_factory=OnNonFinite)
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise InputError(f"SOLVER.ACCUMULATE must be at least 1, got {self.accumulate}")
 
 
 def _clip_full_model(parameters: Iterable[nn.Parameter], *, value: float, norm_type: float) -> Tensor:

@@ -183,14 +183,14 @@ class RunLock:
             owner = _read(descriptor)
         return owner
 
-    def _refusal(self, descriptor: int) -> ValueError:
+    def _refusal(self, descriptor: int) -> InputError:
         owner = self._owner(descriptor)
         who = (
             f"process {owner.get('pid')} on {owner.get('host')}, {owner.get('what')} there since {owner.get('started')}"
             if owner
             else "another process that has just started"
         )
-        return ValueError(
+        return InputError(
             f"OUTPUT_DIR '{self.path.parent}' is in use by {who}. Two trainings in one folder would overwrite each "
             "other's checkpoints: give this one another OUTPUT_DIR, or stop the other first"
             + (f" (kill {owner.get('pid')} on {owner.get('host')})." if owner else ".")
@@ -277,31 +277,26 @@ def check_resume(stored: str, here: CfgNode, *, source: str | Path, iteration: i
         return
     refused, harmless = compare_configs(stored, here, iteration=iteration)
     if refused:
-        scaled = any(line.startswith("SOLVER.REFERENCE_WORLD_SIZE:") for line in refused)
-        raise InputError(
-            f"the training in '{source}' was begun with another config (there -> here):\n"
-            + "".join(f"  {line}\n" for line in refused)
-            + (
+        lines = [f"the training in '{source}' was begun with another config (there -> here):"]
+        lines += [f"  {line}" for line in refused]
+        if any(line.startswith("SOLVER.REFERENCE_WORLD_SIZE:") for line in refused):
+            lines.append(
                 "SOLVER.REFERENCE_WORLD_SIZE scales batch, learning rate and lengths to the number of processes, so a "
-                "run goes on with as many as it was begun with.\n"
-                if scaled
-                else ""
+                "run goes on with as many as it was begun with."
             )
-            + "Restore these keys to resume; or start a new run from its weights: another OUTPUT_DIR, MODEL.WEIGHTS "
-            f"{source}, without --resume."
-        )
+        lines.append(f"Restore these keys to resume; {_new_run(source)}")
+        raise InputError("\n".join(lines))
     if harmless:
-        logger.info(
-            "resuming with changes that the training does not depend on (there -> here): %s", "; ".join(harmless)
-        )
+        changes = "; ".join(harmless)
+        logger.info("resuming with changes that the training does not depend on (there -> here): %s", changes)
 
 
 def check_same_classes(stored: Mapping[str, Any] | None, here: Vocabulary, *, source: str | Path) -> None:
-    """Refuses to resume a training whose classes or words have changed, though the config still names the same data.
+    """Refuses to resume a training whose class names or synonyms have changed, though the config names the same data.
 
     Args:
-        stored: what the checkpoint says of the training classes, `{"classes": [[word, …], …]}`; without it nothing is
-            compared.
+        stored: what the checkpoint says of the training classes, `{"classes": [[synonym, …], …]}`; without it nothing
+            is compared.
         here: the training classes of this run.
         source: the checkpoint, for the message.
 
@@ -310,21 +305,24 @@ def check_same_classes(stored: Mapping[str, Any] | None, here: Vocabulary, *, so
     """
     if not isinstance(stored, Mapping) or "classes" not in stored:
         return
-    there = [tuple(words) for words in stored["classes"]]
-    if there == list(here.synonyms):
-        return
-    pairs = enumerate(itertools.zip_longest(there, here.synonyms, fillvalue=("nothing",)))
-    index, (old, new) = next((index, pair) for index, pair in pairs if pair[0] != pair[1])
-    raise InputError(
-        f"the training in '{source}' was begun with other classes ({len(there)}, here {len(here)}): class {index} was "
-        f"'{', '.join(old)}' and is '{', '.join(new)}'. Restore the list of classes (MODEL.FC_CLIP.VOCABULARIES for "
-        "published words) to resume; or start a new run from its weights: another OUTPUT_DIR, MODEL.WEIGHTS "
-        f"{source}, without --resume."
-    )
+    classes = [tuple(synonyms) for synonyms in stored["classes"]]
+    pairs = enumerate(itertools.zip_longest(classes, here.synonyms, fillvalue=("nothing",)))
+    for index, (old, new) in pairs:
+        if old != new:
+            raise InputError(
+                f"the training in '{source}' was begun with other classes ({len(classes)}, here {len(here)}): class "
+                f"{index} was '{', '.join(old)}' and is '{', '.join(new)}'. Restore the list of classes "
+                f"(MODEL.FC_CLIP.VOCABULARIES for published vocabularies) to resume; {_new_run(source)}"
+            )
+
+
+def _new_run(source: str | Path) -> str:
+    return f"or start a new run from its weights: another OUTPUT_DIR, MODEL.WEIGHTS {source}, without --resume."
 
 
 def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None) -> tuple[list[str], list[str]]:
-    """The keys in which two configs differ: those that change what is trained, and those that do not.
+    """The keys in which two configs differ: those that change what is trained, and those that do not, each a sorted
+    list of "KEY: stored -> here".
 
     A key that only one of the trees has (of an earlier or later version) counts where it is not at its default, or
     unknown here and switched on.
@@ -334,11 +332,8 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
         here: the other one.
         iteration: iterations trained so far; None: unknown.
 
-    Returns:
-        (refused, harmless), each a sorted list of "KEY: stored -> here".
-
     Raises:
-        ValueError: `stored` is no YAML of a config.
+        ValueError: `stored` is not the YAML of a config.
     """
     try:
         tree = yaml.safe_load(stored)
@@ -346,23 +341,17 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
         raise InputError(f"the stored config cannot be read as YAML: {error}") from error
     if not isinstance(tree, Mapping):
         raise InputError(f"the stored config is a {type(tree).__name__}, expected keys and values")
-    there, now, defaults = (dict(_leaves(one)) for one in (tree, here, get_cfg()))
+    before, now, defaults = (dict(_leaves(config)) for config in (tree, here, get_cfg()))
     refused, harmless = [], []
-    for key in sorted(there.keys() | now.keys()):
-        old, new = there.get(key, _ABSENT), now.get(key, _ABSENT)
-        if old == new or (old is _ABSENT and key in defaults and new == defaults[key]) or (new is _ABSENT and not old):
+    for key in sorted(before.keys() | now.keys()):
+        new_at_its_default = key not in before and key in defaults and now[key] == defaults[key]
+        unknown_and_off = key not in now and not before[key]
+        if new_at_its_default or unknown_and_off or (key in before and key in now and before[key] == now[key]):
             continue
-        is_harmless = _is_harmless(key) or _is_ahead(key, there, now, iteration)
-        (harmless if is_harmless else refused).append(f"{key}: {old!r} -> {new!r}")
+        old, new = (repr(config[key]) if key in config else "no such key" for config in (before, now))
+        is_harmless = _is_harmless(key) or _is_ahead(key, before, now, iteration)
+        (harmless if is_harmless else refused).append(f"{key}: {old} -> {new}")
     return refused, harmless
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return "no such key"
-
-
-_ABSENT = _Absent()
 
 
 def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -375,7 +364,7 @@ def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _is_harmless(key: str) -> bool:
@@ -384,14 +373,14 @@ def _is_harmless(key: str) -> bool:
     )
 
 
-def _is_ahead(key: str, there: Mapping[str, Any], here: Mapping[str, Any], iteration: int | None) -> bool:
+def _is_ahead(key: str, before: Mapping[str, Any], here: Mapping[str, Any], iteration: int | None) -> bool:
     """Whether the change lies ahead of what has been trained, or behind a drawn seed."""
     if key == "SEED":  # negative: drawn afresh, or taken from the checkpoint
-        return there.get(key, -1) < 0 or here[key] < 0
+        return before.get(key, -1) < 0 or here[key] < 0
     if key == "SOLVER.MAX_ITER":  # the other schedules stretch over the whole training
-        schedules = {tree.get("SOLVER.LR_SCHEDULER_NAME") for tree in (there, here)}
+        schedules = {tree.get("SOLVER.LR_SCHEDULER_NAME") for tree in (before, here)}
         return schedules == {"WarmupMultiStepLR"} and not here["SOLVER.RESCALE_INTERVAL"]
     if key == "SOLVER.STEPS" and iteration is not None:
-        past = [[step for step in tree.get(key, ()) if step < iteration] for tree in (there, here)]
+        past = [[step for step in tree.get(key, ()) if step < iteration] for tree in (before, here)]
         return past[0] == past[1]
     return False

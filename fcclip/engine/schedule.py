@@ -52,19 +52,11 @@ def poly(*, max_iter: int, power: float) -> Multiplier:
 def warm_up_to(
     schedule: Multiplier, *, max_iter: int, iters: int, factor: float, method: str, rescale_interval: bool = False
 ) -> Multiplier:
-    """`schedule` with its first `iters` iterations replaced by a warm-up.
+    """`schedule` with the first `iters` of its `max_iter` iterations replaced by a warm-up.
 
     Linear warm-up rises from `factor * schedule(0)` to the value that `schedule` has when the warm-up ends; constant
-    warm-up stays at `factor * schedule(0)`.
-
-    Args:
-        schedule: multiplier per iteration.
-        max_iter: length of the training.
-        iters: length of the warm-up.
-        factor: share of the first rate.
-        method: "linear" or "constant".
-        rescale_interval: squeeze the whole schedule into the iterations after the warm-up instead of cutting its
-            beginning.
+    warm-up stays at `factor * schedule(0)`. With `rescale_interval` the whole schedule is squeezed into the iterations
+    after the warm-up instead of losing its beginning.
     """
     iters = min(iters, max_iter)
     shapes = {
@@ -87,8 +79,7 @@ def warm_up_to(
 def scaled_by_warm_up(
     schedule: Multiplier, *, iters: int, factor: float, method: str, constant_ending: float = 0.0
 ) -> Multiplier:
-    """DeepLab's poly rule: the schedule runs from iteration 0 and the warm-up scales it; it never falls below the
-    ending."""
+    """DeepLab's rule: the schedule runs from iteration 0 scaled by the warm-up, and never falls below the ending."""
     shapes = {"linear": lambda share: factor * (1 - share) + share, "constant": lambda share: factor}
     shape = lookup("SOLVER.WARMUP_METHOD", method, shapes)
 
@@ -106,45 +97,25 @@ def build_multiplier(cfg: CfgNode) -> Multiplier:
     Raises:
         ValueError: unknown schedule or warm-up method, MAX_ITER below 1, steps that do not ascend.
     """
-    solver = cfg.SOLVER
-    if solver.MAX_ITER < 1:
-        raise InputError(f"SOLVER.MAX_ITER must be at least 1, got {solver.MAX_ITER}")
-    known = {"WarmupMultiStepLR": _multi_step, "WarmupCosineLR": _cosine, "WarmupPolyLR": _poly}
-    return lookup("SOLVER.LR_SCHEDULER_NAME", solver.LR_SCHEDULER_NAME, known)(solver)
+    solver, length = cfg.SOLVER, cfg.SOLVER.MAX_ITER
+    if length < 1:
+        raise InputError(f"SOLVER.MAX_ITER must be at least 1, got {length}")
+    warm_up = {"iters": solver.WARMUP_ITERS, "factor": solver.WARMUP_FACTOR, "method": solver.WARMUP_METHOD}
+    name = solver.LR_SCHEDULER_NAME
+    lookup("SOLVER.LR_SCHEDULER_NAME", name, dict.fromkeys(("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR")))
+    if name == "WarmupPolyLR":
+        schedule = poly(max_iter=length, power=solver.POLY_LR_POWER)
+        return scaled_by_warm_up(schedule, **warm_up, constant_ending=solver.POLY_LR_CONSTANT_ENDING)
+    if name == "WarmupCosineLR":
+        schedule = cosine(max_iter=length, end=solver.BASE_LR_END / solver.BASE_LR)
+    else:
+        schedule = multi_step(max_iter=length, steps=solver.STEPS, gamma=solver.GAMMA)
+    return warm_up_to(schedule, max_iter=length, **warm_up, rescale_interval=solver.RESCALE_INTERVAL)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LambdaLR:
     """The schedule of the config on `optimizer`; call `step()` once per iteration."""
     return LambdaLR(optimizer, build_multiplier(cfg))
-
-
-def _multi_step(solver: CfgNode) -> Multiplier:
-    return _warm_up(multi_step(max_iter=solver.MAX_ITER, steps=solver.STEPS, gamma=solver.GAMMA), solver)
-
-
-def _cosine(solver: CfgNode) -> Multiplier:
-    return _warm_up(cosine(max_iter=solver.MAX_ITER, end=solver.BASE_LR_END / solver.BASE_LR), solver)
-
-
-def _poly(solver: CfgNode) -> Multiplier:
-    return scaled_by_warm_up(
-        poly(max_iter=solver.MAX_ITER, power=solver.POLY_LR_POWER),
-        iters=solver.WARMUP_ITERS,
-        factor=solver.WARMUP_FACTOR,
-        method=solver.WARMUP_METHOD,
-        constant_ending=solver.POLY_LR_CONSTANT_ENDING,
-    )
-
-
-def _warm_up(schedule: Multiplier, solver: CfgNode) -> Multiplier:
-    return warm_up_to(
-        schedule,
-        max_iter=solver.MAX_ITER,
-        iters=solver.WARMUP_ITERS,
-        factor=solver.WARMUP_FACTOR,
-        method=solver.WARMUP_METHOD,
-        rescale_interval=solver.RESCALE_INTERVAL,
-    )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
@@ -159,15 +130,13 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     reference = cfg.SOLVER.REFERENCE_WORLD_SIZE
     if reference in (0, world_size):
         return cfg
-    if cfg.SOLVER.IMS_PER_BATCH % reference:
-        raise InputError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} is not divisible by SOLVER.REFERENCE_WORLD_SIZE "
-            f"{reference}"
-        )
-    scale = world_size / reference
-    cfg = cfg.clone()
+    cfg, scale = cfg.clone(), world_size / reference
     cfg.defrost()
     solver = cfg.SOLVER
+    if solver.IMS_PER_BATCH % reference:
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} is not divisible by SOLVER.REFERENCE_WORLD_SIZE {reference}"
+        )
     solver.IMS_PER_BATCH = round(solver.IMS_PER_BATCH * scale)
     solver.BASE_LR *= scale
     solver.MAX_ITER = round(solver.MAX_ITER / scale)
@@ -179,9 +148,6 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     cfg.freeze()
     logger.info(
         "scaled to %d processes: batch %d, learning rate %g, %d iterations",
-        world_size,
-        solver.IMS_PER_BATCH,
-        solver.BASE_LR,
-        solver.MAX_ITER,
+        *(world_size, solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER),
     )
     return cfg

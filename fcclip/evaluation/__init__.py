@@ -10,6 +10,8 @@ lvis.py       LvisEvaluator: the same by the federated rule of LVIS
 cityscapes.py CityscapesInstanceEvaluator, CityscapesSemanticEvaluator: the protocol of cityscapesScripts
 predictions.py  PredictionWriter, SavedPredictions: what a model predicted, on the disk; evaluations that resume
 thread_pool.py  Background: evaluation in threads while the network runs
+all_sets.py   evaluate_all: DATASETS.TEST one after the other, with results.json
+drawings.py   draw_predictions: images for the writers of a training
 meter.py      progress, and where the time goes
 results.py    tables, lines to paste and results.json
 histograms.py joint histograms of two maps

@@ -4,20 +4,25 @@ start.py         begin_finetuning: what a fine-tuning starts from and must not f
 replay.py        build_replay_loader: former images among the new ones
 teacher.py       Teacher: the frozen start
 distillation.py  DistillationLoss: the distance of a student's answers from the teacher's
+extras.py        begin: all that a training script asks of a fine-tuning, as one value
 comparison.py    Comparison: before and after, as a table and as finetune.json
 """
 
 from fcclip.finetuning.comparison import Comparison, format_comparison, grouped_figures
 from fcclip.finetuning.distillation import DistillationLoss
+from fcclip.finetuning.extras import BuildLoader, Extras, begin
 from fcclip.finetuning.replay import build_replay_loader, replayed_images
 from fcclip.finetuning.start import FineTuning, begin_finetuning, check_finetuning, replay_sets
 from fcclip.finetuning.teacher import Teacher
 
 __all__ = [
+    "BuildLoader",
     "Comparison",
     "DistillationLoss",
+    "Extras",
     "FineTuning",
     "Teacher",
+    "begin",
     "begin_finetuning",
     "build_replay_loader",
     "check_finetuning",

@@ -21,7 +21,7 @@ from fcclip.engine import build_trainer
 from fcclip.engine.metrics import History
 from fcclip.modeling import build_model
 from fcclip.modeling.build import build_fcclip_head
-from fcclip.structures import Targets
+from fcclip.structures import Targets, TrainingBatch
 from tests.engine.training_processes import WORDS, small_cfg
 from tests.parity_weights import seeded_state_dict
 
@@ -112,6 +112,12 @@ def golden_batch(iteration: int, seed: int) -> list[dict]:
             }
         )
     return samples
+
+
+def split_into_batches(batch: TrainingBatch, parts: int) -> list[TrainingBatch]:
+    """What `TrainingBatch.split` must not do: the parts do not know of the whole."""
+    size = len(batch) // parts
+    return [TrainingBatch(batch.samples[start : start + size]) for start in range(0, len(batch), size)]
 
 
 def window_means(losses: list[float]) -> list[float]:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import fcclip.engine.trainer as trainer_module
 from fcclip.engine import launch
+from fcclip.structures import TrainingBatch
+from tests.engine.record_golden_losses import split_into_batches
 
 # Sums over images are taken in another order, in float32: losses move by 3e-7 of their size, gradients by 4e-7 of
 # theirs, weights by 3e-7.
@@ -62,12 +63,7 @@ def test_parts_without_a_segment_step_like_a_batch_without_one(training):
 
 
 def test_parts_with_normalisers_of_their_own_would_step_otherwise(training, whole, monkeypatch):
-    real = trainer_module.Trainer
-
-    def averaging(**values):
-        return real(**(values | {"whole_batch": None}))
-
-    monkeypatch.setattr(trainer_module, "Trainer", averaging)
+    monkeypatch.setattr(TrainingBatch, "split", split_into_batches)
     found = training.three_steps(**{"SOLVER.ACCUMULATE": 4})
     assert abs(found["losses"]["total_loss"][0] / whole["losses"]["total_loss"][0] - 1) > 0.01
 
@@ -83,6 +79,7 @@ def steps(training, tmp_path_factory):
     return lambda ce_norm, parts, rank: torch.load(Path(folder, f"{ce_norm}_{parts}_{rank}.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("ce_norm", ["rank", "global"])
 def test_parts_in_two_processes_step_like_whole_batches_in_two(steps, ce_norm, parts):
@@ -90,6 +87,7 @@ def test_parts_in_two_processes_step_like_whole_batches_in_two(steps, ce_norm, p
         assert_same_steps(steps(ce_norm, parts, rank), steps(ce_norm, 1, rank))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ce_norm", ["rank", "global"])
 def test_two_processes_with_parts_agree_bit_for_bit(steps, ce_norm):
     first, second = (steps(ce_norm, 4, rank) for rank in range(2))
@@ -99,6 +97,7 @@ def test_two_processes_with_parts_agree_bit_for_bit(steps, ce_norm):
     assert all(torch.equal(value, second["weights"][name]) for name, value in first["weights"].items())
 
 
+@pytest.mark.slow
 def test_with_the_global_rule_parts_in_two_processes_step_like_one_process(steps, whole):
     assert_same_steps(steps("global", 2, 0), whole)
     assert steps("rank", 2, 0)["losses"]["loss_ce"] != pytest.approx(whole["losses"]["loss_ce"], rel=1e-3)

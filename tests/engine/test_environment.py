@@ -10,7 +10,6 @@ from fcclip.engine import (
     apply_numeric_settings,
     close_logging,
     environment_report,
-    git_state,
     load_checkpoint,
     log_exception,
     random_state,
@@ -19,6 +18,7 @@ from fcclip.engine import (
     set_random_state,
     setup_logging,
 )
+from fcclip.engine.environment import git_state
 
 
 def draws():

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fcclip.engine.trainer as trainer_module
-from fcclip.engine import NonFiniteError, OnNonFinite, load_checkpoint
-from fcclip.engine.guards import MAX_ROLLBACKS, explain_out_of_memory
+from fcclip.engine import NonFiniteError, OnNonFinite, guards, load_checkpoint
+from fcclip.engine.guards import MAX_ROLLBACKS, explaining_full_memory
 from fcclip.engine.metrics import JsonWriter
 from tests.engine.toys import assert_trained_alike, make_batch, train_plainly
 
@@ -78,13 +78,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step_and_names_parameter
     assert "gradient is not finite at iteration 3 although the losses are: norm " in text
     assert "first in void_embedding.weight (images: 3_0.jpg, " in text
     assert_finite(model)
-
-
-def test_checkpoints_written_before_a_broken_loss_stay(toy, toy_trainer, tmp_path):
-    with pytest.raises(NonFiniteError):
-        toy_trainer(toy(), batches=poisoned(5)).train()
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
-    assert load_checkpoint(tmp_path / "model_0000003.pth")["iteration"] == 3
 
 
 # ---- skip ----
@@ -249,7 +242,7 @@ def test_the_best_evaluation_survives_a_rollback(toy, toy_trainer, tmp_path):
         best_metric="PQ",
     )
     trainer.train()
-    assert trainer.best == {"value": 30.0, "iteration": 1}
+    assert trainer.evaluation.best == {"value": 30.0, "iteration": 1}
     assert load_checkpoint(tmp_path / "best.pth")["iteration"] == 1
 
 
@@ -274,11 +267,6 @@ def test_an_overflow_in_float16_is_the_scalers_work_and_no_error(toy, toy_traine
     assert trainer.scaler.get_scale() == 256.0 and trainer.left_out == set()
 
 
-def test_float16_scales_the_loss_and_bfloat16_does_not(toy, toy_trainer):
-    for dtype, enabled in ((torch.float16, True), (torch.bfloat16, False), (None, False)):
-        assert toy_trainer(toy(), amp_dtype=dtype).scaler.is_enabled() == enabled
-
-
 def test_the_scale_survives_a_resume(toy, toy_trainer, tmp_path):
     trainer, again = toy_trainer(toy()), toy_trainer(toy())
     for one in (trainer, again):
@@ -290,7 +278,7 @@ def test_the_scale_survives_a_resume(toy, toy_trainer, tmp_path):
 
 
 def test_overflows_without_end_are_raised(toy, toy_trainer, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_SCALER_SKIPS", 2)
+    monkeypatch.setattr(guards, "MAX_SCALER_SKIPS", 2)
     trainer = toy_trainer(toy(), checkpoint_period=0)
     trainer.scaler = torch.amp.GradScaler("cpu")
     overflowing(trainer.model, trainer, range(1, 6))
@@ -300,7 +288,7 @@ def test_overflows_without_end_are_raised(toy, toy_trainer, monkeypatch):
 
 
 def test_a_policy_goes_on_behind_overflows_without_end(toy, toy_trainer, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_SCALER_SKIPS", 2)
+    monkeypatch.setattr(guards, "MAX_SCALER_SKIPS", 2)
     model, plain = toy(), toy()
     trainer = toy_trainer(model, on_non_finite=OnNonFinite.parse("skip:1"))
     trainer.scaler = torch.amp.GradScaler("cpu")
@@ -346,5 +334,8 @@ def test_resident_memory_is_counted_by_hand(toy):
     model[0].requires_grad_(False)
     model[1].weight.grad = torch.zeros_like(model[1].weight)
     device = torch.device("cpu")
-    text = explain_out_of_memory(torch.OutOfMemoryError("x"), iteration=0, model=model, shapes=[], device=device)
-    assert "parameters 6 MiB, of which frozen 4 MiB, gradients 2 MiB" in text
+    with (
+        pytest.raises(torch.OutOfMemoryError, match="parameters 6 MiB, of which frozen 4 MiB, gradients 2 MiB"),
+        explaining_full_memory([], model, device=device, iteration=0),
+    ):
+        raise torch.OutOfMemoryError("x")

@@ -7,7 +7,10 @@ import pytest
 
 from tests.conftest import tiny_config
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork"),
+]
 
 
 @pytest.fixture(scope="module")

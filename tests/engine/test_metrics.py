@@ -3,7 +3,6 @@ import importlib.machinery
 import io
 import json
 import logging
-import math
 import os
 import random
 import sys
@@ -12,20 +11,17 @@ import types
 import numpy as np
 import pytest
 
+from fcclip.engine.logs import close_logging, setup_logging
 from fcclip.engine.metrics import (
     History,
     JsonWriter,
     LineWriter,
-    ProgressBar,
     TensorBoardWriter,
     WandbWriter,
-    build_progress_bar,
     build_writers,
     check_wandb,
-    close_logging,
-    duration,
-    setup_logging,
 )
+from fcclip.engine.progress_bar import ProgressBar, build_progress_bar
 
 
 class Terminal(io.StringIO):
@@ -77,25 +73,7 @@ def test_a_history_goes_on_after_a_resume_as_if_nothing_had_happened():
     assert second.medians()["grad_norm"] == 1.0
 
 
-def test_the_state_of_a_history_does_not_change_with_it():
-    history = History()
-    history.add({"loss": 1.0})
-    state = history.state_dict()
-    history.add({"loss": 2.0})
-    assert state == {"loss": [1.0]}
-
-
 # ---- metrics.json ----
-
-
-def test_a_second_writer_continues_the_file(tmp_path):
-    path = tmp_path / "metrics.json"
-    for iteration in (19, 39):
-        writer = JsonWriter(path)
-        writer.write(iteration, {"total_loss": 1.0, "grad_norm": math.inf})
-        writer.close()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"grad_norm": None, "iteration": n, "total_loss": 1.0} for n in (19, 39)]
 
 
 def test_a_line_is_on_the_disk_before_the_next_one_is_written(tmp_path):
@@ -297,15 +275,8 @@ def test_wandb_gets_scalars_and_images_over_the_iteration(tmp_path, runs):
     writer.close()
     writer.close()
     (run,) = runs
-    options = {key: run.options[key] for key in ("project", "name", "entity", "dir", "config", "resume")}
-    assert options == {
-        "project": "p",
-        "name": "n",
-        "entity": None,
-        "dir": str(tmp_path),
-        "config": {"SEED": 1},
-        "resume": "allow",
-    }
+    expected = {"project": "p", "name": "n", "entity": None, "dir": str(tmp_path), "config": {"SEED": 1}}
+    assert expected.items() <= run.options.items() and run.options["resume"] == "allow"
     assert run.axes == [("iteration", None), ("*", "iteration")] and run.finished == 1
     assert run.logged == [
         {"iteration": 19, "loss/total_loss": 1.0},
@@ -376,15 +347,6 @@ def test_a_killed_and_resumed_run_has_the_records_of_an_uninterrupted_one(tmp_pa
     assert [line["iteration"] for line in records(parts)] == [19, 39, 49, 59, 79, 99]
     for name in ("loss/total_loss", "panoptic_seg/PQ"):
         assert curve(parts, name) == curve(whole, name)
-
-
-def test_without_a_start_everything_is_kept(tmp_path):
-    for iteration in (19, 19):
-        for writer in build_writers(tmp_path, max_iter=100):
-            writer.write(iteration, {"total_loss": 1.0})
-            writer.images(iteration, {"a": np.zeros((4, 4, 3), np.uint8)})
-            writer.close()
-    assert len(records(tmp_path)) == 2
 
 
 # ---- the line and the bar ----
@@ -472,7 +434,3 @@ def test_where_no_bar_is_drawn_the_terminal_gets_lines(terminal, tmp_path, monke
         close_logging()
     assert ("iter: 5/10" in stream.getvalue()) != has_bar and "the disk is full" in stream.getvalue()
     assert "iter: 5/10" in (tmp_path / "log.txt").read_text()
-
-
-def test_durations_are_hours_minutes_seconds():
-    assert duration(59.9) == "0:00:59" and duration(90061) == "25:01:01"

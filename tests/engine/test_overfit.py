@@ -62,6 +62,7 @@ def sample_of(record: dict) -> dict:
     return {"image": image, "targets": targets, "file_name": record["file_name"]}
 
 
+@pytest.mark.slow
 def test_four_images_are_learnt_by_heart(four_images):
     cfg = load_config("shapes/fcclip_shapes.yaml", [word for pair in SMALL.items() for word in pair])
     vocabulary = dataset_vocabulary(four_images)

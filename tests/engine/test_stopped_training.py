@@ -8,7 +8,10 @@ import pytest
 from fcclip.engine import REQUEUE_EXIT_CODE
 from tests.conftest import tiny_config
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system that can fork"),
+]
 
 # Point -> how the run ended, the checkpoint it left, and after which iteration the evaluation is done again.
 EXPECTED = {

@@ -12,7 +12,7 @@ import pytest
 
 from fcclip import Segmenter
 from fcclip.config import load_config
-from fcclip.engine import load_checkpoint
+from fcclip.engine import best_choice, load_checkpoint
 from fcclip.modeling import build_model
 from tests.data.own_world import CLASSES, edit_json, write_own
 from tests.engine.test_train_net import ROOT, refusal, run
@@ -129,12 +129,6 @@ def test_own_and_registered_sets_may_be_mixed(
     assert "own_semantic/sem_seg/mIoU" in last and "shapes_val/panoptic_seg/PQ" in last
 
 
-def test_the_error_about_the_number_of_classes_tells_the_number(train_net, capsys, config, tmp_path):
-    path = config("semantic", write_own(tmp_path / "a", "semantic"))
-    text = refusal(train_net, capsys, path, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", 40)
-    assert "'own_semantic' has 4 classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 40. Set it to 4" in text
-
-
 def test_what_is_wrong_with_a_yaml_is_told_before_a_process_is_started(
     train_net,
     capsys,
@@ -178,20 +172,13 @@ def test_a_training_is_not_resumed_with_other_classes(train_net, capsys, config,
     assert "was begun with other classes (4, here 4): class 3 was 'person' and is 'people'. Restore the list" in text
 
 
-def test_a_dry_run_takes_a_batch_and_writes_nothing_but_the_log(train_net, config, tmp_path, capsys):
-    path = config("instances", write_own(tmp_path / "a", "instances"))
-    assert run(train_net, path, "--dry-run") == 0
-    assert "dry run, nothing is changed" in capsys.readouterr().out
-    assert {one.name for one in (tmp_path / "out").iterdir()} == {"log.txt"}
-
-
 def test_a_yaml_has_no_val_split_and_one_may_be_named(train_net, config, tmp_path, caplog):
     train = write_own(tmp_path / "train", "semantic")
     path = config("semantic", train, ())
     val = shutil.copytree(tmp_path / "train", tmp_path / "val") / "own_semantic.yaml"  # what a guess would find
     cfg = load_config(path, ["TEST.EVAL_PERIOD", 2])
     with caplog.at_level(logging.INFO):
-        assert train_net.best_dataset(cfg) == ""
+        assert best_choice(cfg) is None
     assert "which has no val split; SOLVER.BEST.DATASET can name a data set" in caplog.text
     val = val.rename(val.with_name("chosen.yaml"))
     words = ("TEST.EVAL_PERIOD", 2, "SOLVER.BEST.DATASET", val, "SOLVER.BEST.METRIC", "sem_seg/mIoU")
@@ -206,11 +193,10 @@ def test_the_reported_set_may_choose_when_it_is_named(train_net, config, tmp_pat
     path = config("semantic", write_own(tmp_path / "a", "semantic"))
     words = ["TEST.EVAL_PERIOD", 2, "SOLVER.BEST.DATASET", "./a/own_semantic.yaml"]  # the same file, spelled otherwise
     cfg = load_config(path, [*words, "SOLVER.BEST.METRIC", "sem_seg/mIoU"])
-    assert train_net.best_dataset(cfg) == "./a/own_semantic.yaml"
-    assert "its results there look better than they are" in caplog.text
-    results = {"own_semantic": {"ensemble": {"sem_seg": {"mIoU": 7.0}}}}
-    found = train_net.best_scalars(None, cfg, None, "./a/own_semantic.yaml", results)
-    assert found == {"own_semantic/sem_seg/mIoU": 7.0}
+    best = best_choice(cfg)
+    assert best.is_reported and "its results there look better than they are" in caplog.text
+    scalars = best.scalars({"own_semantic": {"sem_seg": {"mIoU": 7.0, "IoU-sky": 3.0}}}, evaluate=None)
+    assert scalars == {"own_semantic/sem_seg/mIoU": 7.0}
 
 
 def test_a_model_and_a_segmenter_take_their_words_from_a_yaml(tiny_cfg, tmp_path):

@@ -13,9 +13,16 @@ import pytest
 import torch
 
 from fcclip.config import get_cfg
-from fcclip.engine import NonFiniteError, StopRequest, build_trainer, check_training, load_checkpoint
-from fcclip.engine.metrics import JsonWriter, LineWriter
-from fcclip.engine.trainer import amp_dtype
+from fcclip.engine import (
+    NonFiniteError,
+    StopRequest,
+    amp_dtype,
+    build_trainer,
+    check_training,
+    dry_run,
+    load_checkpoint,
+)
+from fcclip.engine.metrics import JsonWriter
 from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
@@ -43,61 +50,29 @@ def test_an_iteration_is_a_clipped_step_at_the_rate_of_the_schedule(toy, toy_tra
     assert_equal_weights(frozen, trainer.model.backbone.state_dict())
 
 
-def test_accumulated_micro_batches_step_like_the_whole_batch(toy, toy_trainer):
-    whole, parts = toy_trainer(toy()), toy_trainer(toy(), accumulate=2)
-    whole.train()
-    parts.train()
-    for one, other in zip(whole.model.parameters(), parts.model.parameters()):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # sums in another order
-
-
-def test_a_batch_goes_through_the_model_in_equal_parts(toy, toy_trainer):
-    sizes = []
-    trainer = toy_trainer(toy(), accumulate=2, max_iter=1)
-    trainer.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    trainer.train()
-    assert sizes == [2, 2]
-
-
 class SumModel(torch.nn.Module):
-    """A loss that is divided by the size of the whole batch, when it is told of it."""
+    """A loss that is divided by the size of the whole batch."""
 
     def __init__(self):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.ones(6))
 
-    def forward(self, batch, whole_size=None):
+    def forward(self, batch):
         errors = [(sample["x"] @ self.weight - sample["y"]) ** 2 for sample in batch]
-        return {"loss": sum(errors) / (whole_size or len(batch))}
+        return {"loss": sum(errors) / len(batch.segment_counts or batch)}
 
 
 @pytest.mark.parametrize(("size", "accumulate"), [(8, 4), (5, 2)])
-def test_parts_that_know_of_their_whole_batch_add_up_to_it(toy_trainer, toy_batch, size, accumulate):
-    """With unequal parts the mean over them would be another loss."""
-
+def test_losses_of_parts_add_up_to_those_of_the_whole_batch(toy_trainer, toy_batch, size, accumulate):
     def batches(start):
         return (toy_batch(position, size) for position in range(start, 9))
 
     whole = toy_trainer(SumModel(), batches=batches, checkpointer=None)
-    parts = toy_trainer(
-        SumModel(),
-        batches=batches,
-        checkpointer=None,
-        accumulate=accumulate,
-        whole_batch=lambda batch: {"whole_size": len(batch)},
-    )
+    parts = toy_trainer(SumModel(), batches=batches, checkpointer=None, accumulate=accumulate)
     for trainer in (whole, parts):
         trainer.train()
     assert parts.history.medians()["total_loss"] == pytest.approx(whole.history.medians()["total_loss"], rel=1e-6)
     torch.testing.assert_close(parts.model.weight, whole.model.weight, rtol=0, atol=1e-6)
-
-
-def test_the_loss_that_is_told_is_the_mean_of_parts_that_know_nothing_of_each_other(toy, toy_trainer):
-    whole, parts = toy_trainer(toy(), max_iter=1), toy_trainer(toy(), max_iter=1, accumulate=4)
-    for trainer in (whole, parts):
-        trainer.train()
-    for name in ("total_loss", "loss_ce", "loss_mask"):
-        assert parts.history.medians()[name] == pytest.approx(whole.history.medians()[name], rel=1e-6)
 
 
 def test_a_checkpoint_with_broken_weights_is_not_written(toy, toy_trainer, tmp_path):
@@ -154,14 +129,6 @@ def test_written_losses_are_medians_of_the_window(toy, toy_trainer, toy_batch, t
     assert line["loss_mask"] == pytest.approx((sorted(losses)[9] + sorted(losses)[10]) / 2)
 
 
-def test_the_log_line_shows_losses_rate_and_time_left(caplog):
-    with caplog.at_level(logging.INFO):
-        LineWriter(max_iter=100).write(
-            19, {"total_loss": 3.25, "loss_ce": 1.5, "loss_ce_0": 9.0, "lr": 1e-4, "eta_seconds": 3725.0}
-        )
-    assert caplog.messages == ["eta: 1:02:05  iter: 20/100  total_loss: 3.25  loss_ce: 1.5  lr: 0.0001"]
-
-
 # ---- checkpoints and resume ----
 
 
@@ -180,12 +147,6 @@ def test_checkpoints_have_the_published_names_and_leave_the_clip_out(toy, toy_tr
     assert {"model", "optimizer", "scheduler", "scaler", "random"} <= set(content)
     assert not any(key.startswith("backbone") for key in content["model"])
     assert "criterion.empty_weight" in content["model"]
-
-
-def test_full_checkpoints_hold_the_clip_too(toy, toy_trainer, tmp_path):
-    toy_trainer(toy(), max_iter=1, full_checkpoints=True).train()
-    content = load_checkpoint(tmp_path / "model_final.pth")
-    assert any(key.startswith("backbone.clip_model.") for key in content["model"])
 
 
 def noisy(start, batches):
@@ -266,14 +227,6 @@ def test_a_finished_run_that_is_resumed_only_evaluates(toy, toy_trainer, tmp_pat
     assert calls == [1]
 
 
-def test_weights_of_a_checkpoint_load_into_a_model(toy, toy_trainer, tmp_path):
-    trainer = toy_trainer(toy(), max_iter=2)
-    trainer.train()
-    model = toy(seed=0)
-    assert load_weights(model, tmp_path / "model_final.pth")["iteration"] == 1
-    assert_equal_weights(trainer.model.state_dict(), model.state_dict())
-
-
 # ---- the write overlaps the training ----
 
 
@@ -332,16 +285,6 @@ def full_disk(monkeypatch, *, fits=lambda iteration: False):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", save)
-
-
-def test_one_checkpoint_that_cannot_be_written_is_told_and_tried_again_at_the_next(
-    toy, toy_trainer, tmp_path, monkeypatch, caplog
-):
-    trainer = toy_trainer(toy())
-    full_disk(monkeypatch, fits=lambda iteration: iteration > 2)
-    assert trainer.train()
-    assert caplog.text.count("No space left on device") == 1
-    assert sorted(path.name for path in tmp_path.glob("*.pth")) == ["model_0000003.pth", "model_final.pth"]
 
 
 def test_a_training_that_cannot_save_twice_in_a_row_ends_at_once(toy, toy_trainer, tmp_path, monkeypatch):
@@ -421,7 +364,7 @@ def test_the_best_value_survives_a_resume(toy, toy_trainer, tmp_path):
     toy_trainer(toy(), max_iter=5, evaluate=scored(9.0, 5.0, 5.0)[0], eval_period=2, best_metric="a/PQ").train()
     again = toy_trainer(toy(), max_iter=8, evaluate=scored(7.0, 8.0)[0], eval_period=2, best_metric="a/PQ")
     again.resume(tmp_path / "model_final.pth")
-    assert again.best == {"value": 9.0, "iteration": 1}
+    assert again.evaluation.best == {"value": 9.0, "iteration": 1}
     again.train()
     assert load_checkpoint(tmp_path / "best.pth")["iteration"] == 1
     again = toy_trainer(toy(), max_iter=9, evaluate=scored(9.5)[0], best_metric="a/PQ")
@@ -502,7 +445,10 @@ def test_an_evaluation_that_is_noted_is_not_done_again(toy, toy_trainer, tmp_pat
         (3, 1.0),
         (5, 2.0),
     ]
-    assert again.best == {"value": 9.0, "iteration": 1}  # which the checkpoint before the evaluation did not know
+    assert again.evaluation.best == {
+        "value": 9.0,
+        "iteration": 1,
+    }  # which the checkpoint before the evaluation did not know
 
 
 def test_a_new_training_does_not_believe_the_notes_of_an_older_one_in_the_folder(toy, toy_trainer, tmp_path):
@@ -517,7 +463,7 @@ def test_a_new_training_does_not_believe_the_notes_of_an_older_one_in_the_folder
     again = toy_trainer(toy(), evaluate=scored(1.0, 2.0, 3.0)[0], **parts)
     again.resume(tmp_path / "model_0000001.pth")
     again.train()
-    assert again.best == {"value": 3.0, "iteration": 5}
+    assert again.evaluation.best == {"value": 3.0, "iteration": 5}
 
 
 def test_an_evaluation_that_draws_random_numbers_changes_no_step(toy, toy_trainer, tmp_path):
@@ -687,14 +633,14 @@ def test_a_dry_run_changes_nothing(toy, toy_trainer, tmp_path):
         toy_trainer(toy(), folder=folder, batches=lambda start: noisy(start, toy_batches)) for folder in folders
     ]
     torch.manual_seed(5)
-    found = trainers[0].dry_run()
+    tried = dry_run(trainers[0])
     assert not list(folders[0].iterdir()) and trainers[0].iteration == 0
-    assert found["batch"] == [f"0_{index}.jpg" for index in range(4)]
-    assert found["time"] > 0 and found["data_time"] > 0 and found["memory_mb"] > 1
+    assert tried.samples == [f"0_{index}.jpg" for index in range(4)]
+    assert tried.time > 0 and tried.data_time > 0 and tried.memory_mb > 1
     model = toy()
     torch.manual_seed(5)
     loss = sum(model(next(noisy(0, toy_batches))).values()).item()
-    assert found["total_loss"] == pytest.approx(loss)
+    assert tried.total_loss == pytest.approx(loss)
     for trainer in trainers:
         torch.manual_seed(5)
         trainer.train()
@@ -707,8 +653,8 @@ def test_a_dry_run_of_a_resumed_training_changes_nothing_either(toy, toy_trainer
     trainer = toy_trainer(toy(), **parts)
     trainer.resume(tmp_path / "model_0000003.pth")
     random, state = torch.get_rng_state(), copy.deepcopy(trainer.state_dict())
-    found = trainer.dry_run()
-    assert found["batch"][0] == "4_0.jpg"
+    tried = dry_run(trainer)
+    assert tried.samples[0] == "4_0.jpg"
     assert same(trainer.state_dict(), state) and torch.equal(torch.get_rng_state(), random)
 
 
@@ -726,8 +672,8 @@ def same(one, other):
 def test_a_dry_run_tells_shapes_and_segments(toy, toy_trainer, toy_batch):
     targets = Targets(labels=torch.tensor([1, 2]), masks=torch.zeros(2, 24, 32, dtype=torch.bool))
     samples = [sample | {"image": torch.zeros(3, 48, 64), "targets": targets} for sample in toy_batch(0)[:1]]
-    found = toy_trainer(toy(), batches=lambda start: iter([samples])).dry_run()
-    assert found["batch"] == ["0_0.jpg, image 3x48x64, 2 segments on a grid of 24x32"]
+    tried = dry_run(toy_trainer(toy(), batches=lambda start: iter([samples])))
+    assert tried.samples == ["0_0.jpg, image 3x48x64, 2 segments on a grid of 24x32"]
 
 
 def test_a_dry_run_tells_the_norm_of_unscaled_gradients(toy, toy_trainer):
@@ -735,14 +681,14 @@ def test_a_dry_run_tells_the_norm_of_unscaled_gradients(toy, toy_trainer):
     for enabled in (False, True):
         trainer = toy_trainer(toy())
         trainer.scaler = torch.amp.GradScaler("cpu", enabled=enabled)
-        norms.append(trainer.dry_run()["grad_norm"])
+        norms.append(dry_run(trainer).grad_norm)
     assert norms[1] == pytest.approx(norms[0], rel=1e-5)
 
 
 def test_a_dry_run_raises_what_the_training_would(toy, toy_trainer, toy_batch):
     broken = [sample | {"y": torch.tensor(math.nan)} for sample in toy_batch(0)]
     with pytest.raises(NonFiniteError, match="loss is not finite at iteration 0"):
-        toy_trainer(toy(), batches=lambda start: iter([broken])).dry_run()
+        dry_run(toy_trainer(toy(), batches=lambda start: iter([broken])))
 
     def full(*_):
         raise torch.OutOfMemoryError("full")
@@ -750,7 +696,7 @@ def test_a_dry_run_raises_what_the_training_would(toy, toy_trainer, toy_batch):
     trainer = toy_trainer(toy())
     trainer.model.register_forward_hook(full)
     with pytest.raises(torch.OutOfMemoryError, match="SOLVER.ACCUMULATE larger"):
-        trainer.dry_run()
+        dry_run(trainer)
 
 
 # ---- from a config ----

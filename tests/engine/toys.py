@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from fcclip.config import get_cfg
 from fcclip.engine import (
     Checkpointer,
+    OnNonFinite,
+    PeriodicEvaluation,
+    Recorder,
+    Saving,
+    StepSettings,
     Trainer,
-    build_clip,
+    build_gradient_clipping,
     build_lr_scheduler,
     build_optimizer,
     parameter_groups,
@@ -54,7 +59,7 @@ class ToyModel(nn.Module):
         self.register_buffer("pixel_mean", torch.zeros(3), persistent=False)
 
     def forward(self, batch: list[dict]) -> dict[str, Tensor]:
-        """Every trainable parameter takes part; a sample is {"x": (channels,), "y": scalar}."""
+        """Every trainable parameter takes part; a sample is {"x": (channels,), "y": scalar}. Parts add up."""
         x = torch.stack([sample["x"] for sample in batch])
         features = self.sem_seg_head.pixel_decoder.input_proj(x[..., None, None])[..., 0, 0]
         predictor = self.sem_seg_head.predictor
@@ -62,7 +67,9 @@ class ToyModel(nn.Module):
         extra = sum((layer.linear1(features) ** 2).mean() for layer in predictor.transformer_ffn_layers)
         extra = extra + self.sem_seg_head.pixel_decoder.level_embed.sum() + self.void_embedding.weight.sum()
         wanted = torch.stack([sample["y"] for sample in batch])
-        return {"loss_ce": 0.01 * extra, "loss_mask": ((out - wanted) ** 2).mean()}
+        counts = getattr(batch, "segment_counts", None)
+        share = len(batch) / len(counts) if counts else 1.0  # of the whole batch
+        return {"loss_ce": share * 0.01 * extra, "loss_mask": share * ((out - wanted) ** 2).mean()}
 
 
 def make_batch(position: int, size: int = 4) -> list[dict]:
@@ -84,7 +91,8 @@ def toy_batches(start: int) -> Iterator[list[dict]]:
 
 
 def make_trainer(model: nn.Module, *, folder: Path, max_iter: int = 6, **changes) -> Trainer:
-    """A trainer of a toy model, with a warm-up of 2 and a step at 4; keywords override the Trainer's."""
+    """A trainer of a toy model, with a warm-up of 2 and a step at 4; keywords are those of the Trainer, or fields of
+    its parts (`full`, `accumulate`, `eval_period`, …)."""
     cfg = get_cfg()
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.BASE_LR = max_iter, (4,), 2, 0.01
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED, cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = True, "full_model"
@@ -96,9 +104,20 @@ def make_trainer(model: nn.Module, *, folder: Path, max_iter: int = 6, **changes
         "batches": toy_batches,
         "max_iter": max_iter,
         "device": torch.device("cpu"),
-        "clip": build_clip(cfg),
-        "checkpointer": Checkpointer(folder),
-        "checkpoint_period": 2,
+    }
+
+    def chosen(**defaults) -> dict:
+        return {name: changes.pop(name, value) for name, value in defaults.items()}
+
+    period = {"period": changes.pop("eval_period", 0)}
+    settings = chosen(gradient_clipping=build_gradient_clipping(cfg), amp_dtype=None, accumulate=1)
+    policy = chosen(on_non_finite=OnNonFinite())
+    saving = chosen(checkpointer=Checkpointer(folder), notes={}, full=False)
+    parts |= {
+        "step": StepSettings(**settings, **policy),
+        "saving": Saving(**saving, period=changes.pop("checkpoint_period", 2)),
+        "evaluation": PeriodicEvaluation(**chosen(evaluate=None, best_metric="", draw=None), **period),
+        "recorder": Recorder(**chosen(writers=lambda start: ())),
     }
     return Trainer(**(parts | changes))
 

@@ -132,17 +132,17 @@ def three_steps(counts: Sequence[int] = CROWDED, **changes) -> dict:
 def noted_training(trainer: Trainer) -> dict:
     """Trains to the end; `losses` (a list by name), `gradients` of each iteration before they are clipped, and the
     `weights` afterwards."""
-    found, clip = {"gradients": []}, trainer.clip
+    noted, clip = {"gradients": []}, trainer.clip_gradients
 
-    def clip_and_note(parameters):
-        found["gradients"].append(gradients(trainer.model))
-        return clip(parameters)
+    def note_and_clip() -> float:
+        noted["gradients"].append(gradients(trainer.model))
+        return clip()
 
-    trainer.clip = clip_and_note
+    trainer.clip_gradients = note_and_clip
     trainer.train()
-    found["losses"] = {key: values for key, values in trainer.history.state_dict().items() if "loss" in key}
-    found["weights"] = {name: parameter.detach().clone() for name, parameter in trainable(trainer.model).items()}
-    return found
+    noted["losses"] = {key: values for key, values in trainer.history.state_dict().items() if "loss" in key}
+    noted["weights"] = {name: parameter.detach().clone() for name, parameter in trainable(trainer.model).items()}
+    return noted
 
 
 def accumulate(folder: str) -> None:

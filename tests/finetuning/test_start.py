@@ -205,6 +205,7 @@ def test_less_is_forgotten_with_each_method_than_without(tiny_cfg, tiny_model):
 def processes():
     """finetuning_processes.py, which started processes find by that name."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tests" / "engine")
         patch.syspath_prepend(Path(__file__).parent)
         yield importlib.import_module("finetuning_processes")
 
@@ -421,9 +422,9 @@ def test_a_stop_before_the_first_iteration_never_lets_an_earlier_training_be_res
     assert command(*words) == 0
     earlier = (tmp_path / "out" / "last_checkpoint").read_text()
     with pytest.MonkeyPatch.context() as patch:
-        measured = train_net.Comparison.measure
+        measured = comparison.Comparison.measure
         patch.setattr(
-            train_net.Comparison, "measure", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), measured(*given))
+            comparison.Comparison, "measure", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), measured(*given))
         )
         assert command(*words) == REQUEUE_EXIT_CODE
     assert not (tmp_path / "out" / "last_checkpoint").exists()
@@ -452,7 +453,7 @@ def test_a_dry_run_of_a_fine_tuning_writes_nothing(command, first, tmp_path):
 
 
 def test_the_start_is_evaluated_with_what_it_had_seen(command, first, tmp_path, monkeypatch, train_net):
-    evaluate, measure, seen = comparison.evaluate, train_net.Comparison.measure, []
+    evaluate, measure, seen = comparison.evaluate, comparison.Comparison.measure, []
 
     def evaluate_by_chance(model, *arguments, **options):
         torch.rand(3)
@@ -466,7 +467,7 @@ def test_the_start_is_evaluated_with_what_it_had_seen(command, first, tmp_path, 
         assert model.seen_vocabulary.seen_by(model.train_vocabulary).any()
 
     monkeypatch.setattr(comparison, "evaluate", evaluate_by_chance)
-    monkeypatch.setattr(train_net.Comparison, "measure", measure_and_look)
+    monkeypatch.setattr(comparison.Comparison, "measure", measure_and_look)
     assert command(*OWN, "MODEL.WEIGHTS", first, "FINETUNE.METHOD", "plain") == 0
     assert seen[0] == "shapes_seen"
     assert command("--eval-only", "MODEL.WEIGHTS", first, out="eval") == 0

@@ -29,9 +29,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fcclip.config import lookup
-from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer, check_training
+from fcclip.engine import amp_dtype, build_gradient_clipping, build_lr_scheduler, build_optimizer, check_training
 from fcclip.engine.optimizer import trainable_parameters
-from fcclip.engine.trainer import amp_dtype
 from fcclip.errors import InputError
 from fcclip.integrations.detectron2.catalog import DatasetMapper, catalog_vocabulary
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
@@ -130,7 +129,7 @@ class Trainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         """fcclip's optimiser; each step clips the gradients first, as SOLVER.CLIP_GRADIENTS says."""
         optimizer = build_optimizer(cfg, model)
-        clip = build_clip(cfg)
+        clip = build_gradient_clipping(cfg)
 
         def clip_gradients(stepping: torch.optim.Optimizer, *_: Any) -> None:
             clip(trainable_parameters(stepping))

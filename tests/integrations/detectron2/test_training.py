@@ -14,8 +14,8 @@ from detectron2.engine import AMPTrainer, SimpleTrainer, hooks
 from detectron2.solver import build_lr_scheduler as build_detectron2s_schedule
 from detectron2.utils.events import EventStorage
 
+from fcclip.engine import StepSettings, build_gradient_clipping, build_lr_scheduler, build_optimizer
 from fcclip.engine import Trainer as OwnTrainer
-from fcclip.engine import build_clip, build_lr_scheduler, build_optimizer
 from fcclip.engine.optimizer import trainable_parameters
 from fcclip.integrations.detectron2 import Trainer, targets_from_instances
 from fcclip.vocabulary import Vocabulary
@@ -61,7 +61,7 @@ def test_a_step_on_four_images_is_fcclips_own_bit_for_bit(cfg):
         batches=lambda start: iter(()),
         max_iter=2,
         device=twin.device,
-        clip=build_clip(cfg),
+        step=StepSettings(gradient_clipping=build_gradient_clipping(cfg)),
     )
     own.step(iter([[{**sample, "targets": targets_from_instances(sample["instances"])} for sample in batch]]))
     trainer._trainer._data_loader_iter_obj = iter([batch])
@@ -151,7 +151,7 @@ def test_a_step_of_the_optimiser_clips_true_gradients(cfg, scaled):
 
     reference = build_optimizer(cfg, twin)
     (twin(inputs).square().sum() + 50 * twin[0].weight.sum()).backward()
-    build_clip(cfg)(trainable_parameters(reference))
+    build_gradient_clipping(cfg)(trainable_parameters(reference))
     reference.step()
     for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)

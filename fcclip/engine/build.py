@@ -1,0 +1,155 @@
+"""The trainer of a config."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fcclip.comm import get_world_size
+from fcclip.config import lookup
+from fcclip.engine.checkpoint import Checkpointer, Saving
+from fcclip.engine.evaluating import PeriodicEvaluation
+from fcclip.engine.guards import OnNonFinite
+from fcclip.engine.metrics import Writer, build_writers, check_wandb
+from fcclip.engine.optimizer import StepSettings, build_gradient_clipping, build_optimizer
+from fcclip.engine.progress_bar import build_progress_bar
+from fcclip.engine.recording import Recorder
+from fcclip.engine.schedule import build_lr_scheduler
+from fcclip.engine.signals import StopRequest
+from fcclip.engine.trainer import Batches, Trainer
+from fcclip.errors import InputError
+from fcclip.modeling.backbones.fingerprint import clip_fingerprint
+from fcclip.vocabulary import Vocabulary
+from fcclip.weights import vocabulary_note
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(
+    cfg: CfgNode,
+    model: nn.Module,
+    *,
+    batches: Batches,
+    device: torch.device,
+    vocabulary: Vocabulary,
+    evaluation: PeriodicEvaluation | None = None,
+    stop: StopRequest | None = None,
+    notes: Mapping[str, Any] | None = None,
+    output_dir: str | Path | None = None,
+) -> Trainer:
+    """The trainer of a config for a model that is already on its device.
+
+    Args:
+        vocabulary: the training classes; their number must be MODEL.SEM_SEG_HEAD.NUM_CLASSES.
+        batches, evaluation, stop: as for `Trainer`.
+        notes: entries of every checkpoint besides config, vocabulary, CLIP and seed.
+        output_dir: checkpoints, metrics and the progress bar; None writes nothing.
+
+    Raises:
+        ValueError: a value of SOLVER.* or NUM_CLASSES that cannot work.
+    """
+    check_training(cfg, vocabulary, world_size=get_world_size())
+    solver = cfg.SOLVER
+    optimizer = build_optimizer(cfg, model)
+    random_clip = not cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS
+    if random_clip:
+        logger.info("the CLIP has random weights, which no other file holds: checkpoints store it too")
+    about = {"config": cfg.dump(), "vocabulary": vocabulary_note(vocabulary), "clip": clip_fingerprint(model)}
+    return Trainer(
+        model=_distribute(model, device),
+        optimizer=optimizer,
+        scheduler=build_lr_scheduler(cfg, optimizer),
+        batches=batches,
+        max_iter=solver.MAX_ITER,
+        device=device,
+        step=StepSettings(
+            gradient_clipping=build_gradient_clipping(cfg),
+            amp_dtype=amp_dtype(cfg, device),
+            accumulate=solver.ACCUMULATE,
+            on_non_finite=OnNonFinite.parse(solver.NON_FINITE),
+        ),
+        saving=Saving(
+            checkpointer=None if output_dir is None else Checkpointer(output_dir, keep=solver.CHECKPOINT_KEEP),
+            period=solver.CHECKPOINT_PERIOD,
+            notes={**about, "seed": cfg.SEED, **(notes or {})},
+            full=solver.CHECKPOINT_FULL or random_clip,
+        ),
+        evaluation=evaluation,
+        recorder=None if output_dir is None else build_recorder(cfg, Path(output_dir)),
+        stop=stop,
+    )
+
+
+def build_recorder(cfg: CfgNode, output_dir: Path) -> Recorder:
+    """The writers that a config asks for, and a bar where there is a terminal."""
+    max_iter, wandb = cfg.SOLVER.MAX_ITER, None
+    if cfg.WANDB.PROJECT:
+        wandb = {name.lower(): value for name, value in cfg.WANDB.items()} | {"config": cfg.dump()}
+
+    def writers(start: int) -> list[Writer]:
+        return build_writers(output_dir, max_iter=max_iter, start=start, wandb=wandb)
+
+    return Recorder(writers=writers, progress=lambda start: build_progress_bar(max_iter=max_iter, start=start))
+
+
+def check_training(cfg: CfgNode, vocabulary: Vocabulary, *, world_size: int) -> None:
+    """Refuses a config that cannot train with these classes, in `world_size` processes that share a batch.
+
+    Raises:
+        ValueError: the number of classes is not NUM_CLASSES, a batch that cannot be shared, an unknown NON_FINITE.
+    """
+    solver, num_classes = cfg.SOLVER, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    if len(vocabulary) != num_classes:
+        raise InputError(
+            f"the training vocabulary '{vocabulary.name}' has {len(vocabulary)} classes, but "
+            f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}. Set it to {len(vocabulary)}, or correct DATASETS.TRAIN "
+            "or the class list."
+        )
+    if solver.ACCUMULATE < 1:
+        raise InputError(f"SOLVER.ACCUMULATE must be at least 1, got {solver.ACCUMULATE}")
+    if solver.IMS_PER_BATCH < 1 or solver.IMS_PER_BATCH % (world_size * solver.ACCUMULATE):
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be split evenly over {world_size} process(es) with "
+            f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
+        )
+    OnNonFinite.parse(solver.NON_FINITE)
+    check_wandb(cfg.WANDB.PROJECT)
+
+
+def amp_dtype(cfg: CfgNode, device: torch.device) -> torch.dtype | None:
+    """The autocast type of training: SOLVER.AMP.DTYPE on CUDA when AMP is enabled, else None (full precision).
+
+    Raises:
+        ValueError: unknown type, or one that this GPU lacks.
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return None
+    dtype = lookup("SOLVER.AMP.DTYPE", cfg.SOLVER.AMP.DTYPE, {"float16": torch.float16, "bfloat16": torch.bfloat16})
+    if device.type != "cuda":
+        logger.info("SOLVER.AMP.ENABLED has no effect on %s: training in float32", device.type)
+        return None
+    if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise InputError("SOLVER.AMP.DTYPE is bfloat16, which this GPU does not support; use float16")
+    return dtype
+
+
+def _distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with gradients averaged over the processes; frozen parameters take no part."""
+    if get_world_size() == 1:
+        return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    return DistributedDataParallel(
+        model,
+        device_ids=[torch.cuda.current_device()] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        # torch renamed the switch; off either way: the buffers are constants
+        **{"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False},
+    )
