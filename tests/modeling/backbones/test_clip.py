@@ -25,7 +25,7 @@ from fcclip.modeling.backbones.clip import (
 from fcclip.modeling.backbones.fingerprint import clip_fingerprint, clip_weights_hash
 from fcclip.weights.files import UnsafeFileError
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 TINY = {"convnext": str(DATA / "tiny_convnext.json"), "resnet": str(DATA / "tiny_resnet.json")}
 
 

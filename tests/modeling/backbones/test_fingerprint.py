@@ -18,7 +18,7 @@ from fcclip.modeling.backbones.fingerprint import (
 )
 from tests.parity_weights import seeded_state_dict
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[2] / "data"
 TINY = {"convnext": str(DATA / "tiny_convnext.json"), "resnet": str(DATA / "tiny_resnet.json")}
 
 
