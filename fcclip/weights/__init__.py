@@ -1,7 +1,7 @@
 """Files of weights: read without running them, matched to a model, explained when they do not fit.
 
 files.py         read_weight_file: every kind of file that holds weights
-plain_pickle.py  the reader of pickles behind it
+pickles.py       the reader of pickles behind it
 checkpoint.py    load_weights, save_weights: what the weights of a file mean to a model
 """
 
