@@ -63,9 +63,8 @@ from fcclip.engine.optimizer import Clip, build_clip, build_optimizer, trainable
 from fcclip.engine.schedule import build_lr_scheduler
 from fcclip.engine.signals import StopRequest, StopRequested
 from fcclip.errors import InputError
-from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import load_state, model_weights, unwrap, vocabulary_note
+from fcclip.weights import frozen_notes, load_state, model_weights, unwrap, vocabulary_note
 
 logger = logging.getLogger(__name__)
 
@@ -578,7 +577,7 @@ class Trainer:
                 f"'{path}' holds no state of a training (missing: {', '.join(missing)}); a training can start from its "
                 "weights with MODEL.WEIGHTS, without --resume"
             )
-        load_state(self.model, state["model"], source=str(path), fingerprint=state.get("clip"))
+        load_state(self.model, state["model"], source=str(path), notes=state)
         self._check_groups(state["optimizer"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -817,7 +816,7 @@ def build_trainer(
     notes = {
         "config": cfg.dump(),
         "vocabulary": vocabulary_note(vocabulary),
-        "clip": clip_fingerprint(model),
+        **frozen_notes(model),
         "seed": cfg.SEED,
         **(notes or {}),
     }
