@@ -78,11 +78,10 @@ from fcclip.modeling import FCCLIP, build_model
 from fcclip.modeling import build as parts
 from fcclip.modeling.augmentation import build_variants
 from fcclip.modeling.backbones.clip import FROZEN_PREFIX, CLIPBackbone, set_quick_gelu, tag_has_quick_gelu
-from fcclip.modeling.backbones.fingerprint import adopt_activation, clip_weights_hash
 from fcclip.ops import build_advice, select_engine
 from fcclip.ops.engines import automatic_engine
 from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
-from fcclip.weights import initialise_from, is_mask2former, load_state, trained_vocabulary
+from fcclip.weights import initialise_from, is_mask2former, load_state, sampled_hash, trained_vocabulary
 from fcclip.weights.checkpoint import FORMER
 from fcclip.weights.files import WeightFile, read_weight_file
 
@@ -689,7 +688,8 @@ def check_clip(report: Report, cfg: CfgNode, model: FCCLIP | None, weights: Weig
     else:
         _check_clip_file(report, cfg, model, fingerprint, compare=not held)
     if any(not key.startswith("visual.") for key in held):
-        adopt_activation(fingerprint, model, source="MODEL.WEIGHTS")
+        said = {"quick_gelu": fingerprint.get("quick_gelu")} if isinstance(fingerprint, Mapping) else {}
+        model.backbone.check(said, {f"clip_model.{key}": value for key, value in held.items()}, source="MODEL.WEIGHTS")
     return None
 
 
@@ -848,24 +848,12 @@ def _with_shapes(key: str, tensors: Mapping[str, Tensor], wanted: Mapping[str, T
     return f"{key}: {', '.join(f'{place} {shape}' for place, shape in shapes)}"
 
 
-class _Values(nn.Module):
-    """A state dict in the place of a model."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.tensors = tensors
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """The tensors."""
-        return self.tensors
-
-
 def _compare_fingerprint(report: Report, model: FCCLIP, stored: Mapping | str, path: Path, pretrained: str) -> None:
     """The CLIP that the weights were trained on against the one they would be put on, by a sample of its values."""
     stored = {"weights": stored} if isinstance(stored, str) else stored
     tensors = read_weight_file(path, what="CLIP weights").tensors
     tensors = clip_tensors(tensors) or {key: one for key, one in tensors.items() if key not in _CLIP_CONSTANTS}
-    here = clip_weights_hash(_Values({FROZEN_PREFIX + key: value for key, value in tensors.items()}))
+    here = sampled_hash({FROZEN_PREFIX + key: value for key, value in tensors.items()})
     there, quick_gelu = str(stored.get("weights")), model.backbone.quick_gelu
     if here != there:
         known = f" ({stored['architecture']}, '{stored.get('pretrained')}')" if "architecture" in stored else ""

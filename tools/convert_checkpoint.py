@@ -29,8 +29,7 @@ from fcclip.engine import save_checkpoint
 from fcclip.errors import InputError, MissingFileError
 from fcclip.modeling import FCCLIP, build_model
 from fcclip.modeling.backbones.clip import FROZEN_PREFIX
-from fcclip.modeling.backbones.fingerprint import clip_fingerprint
-from fcclip.weights import load_state, write_safetensors
+from fcclip.weights import frozen_notes, load_state, write_safetensors
 from fcclip.weights.files import VERSIONS, WeightFile, read_weight_file
 
 LAYOUTS = {
@@ -125,7 +124,7 @@ def check_output(output: Path, *, force: bool) -> None:
 def build(args: argparse.Namespace, file: WeightFile) -> FCCLIP:
     """The model of the config with the weights of the file in it, which proves that they fit."""
     model = build_model(load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"]))
-    load_state(model, file.tensors, source=args.input, fingerprint=file.rest.get("clip"))
+    load_state(model, file.tensors, source=args.input, notes=file.rest)
     return model
 
 
@@ -206,7 +205,7 @@ def notes(file: WeightFile, tensors: Mapping[str, Tensor], model: FCCLIP | None)
     holds_clip = any(name.startswith(FROZEN_PREFIX) for name in tensors)
     stored = file.rest.get("clip")
     if model is not None and holds_clip and not isinstance(stored, Mapping):  # nothing, or the hash of earlier files
-        return {**file.rest, "clip": clip_fingerprint(model)}
+        return {**file.rest, **frozen_notes(model)}
     if not stored and file.kind == "torchscript" and any(name.startswith("visual.") for name in tensors):
         return {**file.rest, "clip": {"quick_gelu": True}}  # OpenAI's, which alone are published so
     return file.rest

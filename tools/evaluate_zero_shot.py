@@ -49,7 +49,6 @@ from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation import current_commit, evaluate, format_table
 from fcclip.files import write_atomically
 from fcclip.modeling import FCCLIP, build_model, test_modes
-from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.reports import (
     FAIL,
     MIOU_RULE,
@@ -67,7 +66,7 @@ from fcclip.reports import (
     write_page,
 )
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import load_weights
+from fcclip.weights import frozen_notes, load_weights
 from fcclip.weights.files import read_weight_file
 
 logger = logging.getLogger("fcclip.evaluate_zero_shot")
@@ -322,7 +321,7 @@ def vocabulary_note(vocabulary: Vocabulary) -> str:
 def notes_of(cfg: CfgNode, args: argparse.Namespace, model: FCCLIP, seconds: float) -> dict[str, str]:
     """With what it was evaluated."""
     environment = environment_report(resolve_device(cfg.MODEL.DEVICE))
-    clip = clip_fingerprint(model)
+    clip = frozen_notes(model)["clip"]
     machine = [environment[name] for name in ("device", "GPU") if name in environment]
     alpha, beta = test_modes(cfg)["ensemble"]
     return {

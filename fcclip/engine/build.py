@@ -26,9 +26,8 @@ from fcclip.engine.schedule import build_lr_scheduler
 from fcclip.engine.signals import StopRequest
 from fcclip.engine.trainer import Batches, Trainer
 from fcclip.errors import InputError
-from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import vocabulary_note
+from fcclip.weights import frozen_notes, vocabulary_note
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def build_trainer(
     random_clip = not cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS
     if random_clip:
         logger.info("the CLIP has random weights, which no other file holds: checkpoints store it too")
-    about = {"config": cfg.dump(), "vocabulary": vocabulary_note(vocabulary), "clip": clip_fingerprint(model)}
+    about = {"config": cfg.dump(), "vocabulary": vocabulary_note(vocabulary), **frozen_notes(model)}
     return Trainer(
         model=_distribute(model, device),
         optimizer=optimizer,

@@ -357,7 +357,7 @@ class Trainer:
                 weights only.
         """
         state = load_training_state(path)
-        load_state(self.model, state["model"], source=str(path), fingerprint=state.get("clip"))
+        load_state(self.model, state["model"], source=str(path), notes=state)
         check_same_groups(self.optimizer, state["optimizer"], source=path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

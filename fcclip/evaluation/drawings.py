@@ -21,7 +21,7 @@ def draw_predictions(model: nn.Module, cfg: CfgNode, *, images: int = 4) -> dict
     vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES)
     drawings = {}
     for record in dataset.records()[:images]:
-        (output,) = model([mapper(record)], vocabulary=vocabulary, semantic=None)
+        (output,) = model([mapper(record)], vocabulary=vocabulary, heads=("panoptic",))
         id_map, segments = output["panoptic_seg"]
         segments = [Segment(**segment) for segment in segments]
         drawing = draw_panoptic(read_image(record["file_name"]), id_map.cpu().numpy(), segments, vocabulary.class_names)

@@ -36,10 +36,9 @@ from fcclip.evaluation.histograms import as_array
 from fcclip.evaluation.instances import encode_masks
 from fcclip.files import write_atomically
 from fcclip.modeling.augmentation import AugmentedModel
-from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.structures import Instances
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import weights_hash
+from fcclip.weights import frozen_notes, weights_hash
 
 FORMAT = 1
 _HEADER = "header.json"
@@ -321,7 +320,7 @@ def prediction_header(
         "vocabulary_sha256": vocabulary.hash,
         "seen_vocabulary_sha256": None if seen is None else seen.hash,
         "weights_sha256": None if module is None else weights_hash(module),
-        "clip_weights": None if module is None else clip_fingerprint(module).get("weights"),
+        "clip_weights": None if module is None else frozen_notes(module).get("clip", {}).get("weights"),
         "augmentation": _augmentation(model),
         "config": deciding_settings(cfg),
     }

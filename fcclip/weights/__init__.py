@@ -1,8 +1,9 @@
 """Files of weights: read without running them, matched to a model, explained when they do not fit.
 
-files.py         read_weight_file: every kind of file that holds weights
-plain_pickle.py  the reader of pickles behind it
-checkpoint.py    load_weights, save_weights: what the weights of a file mean to a model
+files.py       read_weight_file: every kind of file that holds weights
+pickles.py     the reader of pickles behind it
+checkpoint.py  load_weights, save_weights: what the weights of a file mean to a model
+frozen.py      FrozenPart: an encoder that no training changes, which files name by its fingerprint
 """
 
 from fcclip.weights.checkpoint import (
@@ -12,16 +13,21 @@ from fcclip.weights.checkpoint import (
     load_weights,
     model_weights,
     save_weights,
+    seen_vocabulary,
     trained_vocabulary,
-    unwrap,
     vocabulary_note,
     weights_hash,
     write_safetensors,
 )
 from fcclip.weights.files import WeightFile, read_plain_data, read_weight_file
+from fcclip.weights.frozen import FrozenPart, frozen_notes, frozen_parts, frozen_prefixes, sampled_hash, unwrap
 
 __all__ = [
+    "FrozenPart",
     "WeightFile",
+    "frozen_notes",
+    "frozen_parts",
+    "frozen_prefixes",
     "initialise_from",
     "is_mask2former",
     "load_state",
@@ -29,7 +35,9 @@ __all__ = [
     "model_weights",
     "read_plain_data",
     "read_weight_file",
+    "sampled_hash",
     "save_weights",
+    "seen_vocabulary",
     "trained_vocabulary",
     "unwrap",
     "vocabulary_note",

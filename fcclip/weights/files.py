@@ -1,22 +1,22 @@
 """Files of weights, read without ever running what is in them.
 
-safetensors; `torch.save` files, by `torch.load(weights_only=True)`; and, by the machine of `plain_pickle.py`,
-TorchScript archives such as OpenAI's CLIP, pickles of arrays or tensors, and `torch.save` files with NumPy values. The
-code inside a TorchScript archive is looked at as text, for the names of its parameters and buffers.
+safetensors; `torch.save` files, by `torch.load(weights_only=True)` after a look at their pickles, since some hostile
+ones make torch crash or hand out whatever memory holds; and by the reader of `pickles.py` TorchScript archives such as
+OpenAI's CLIP, pickles of arrays or tensors, and `torch.save` files with NumPy values. The code inside a TorchScript
+archive is looked at as text, for the names of its parameters and buffers.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import mmap
 import re
 import sys
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -25,18 +25,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fcclip.errors import InputError, MissingFileError
-from fcclip.weights.plain_pickle import (
-    ARCHIVE_CALLS,
-    PICKLE_CALLS,
-    TORCHSCRIPT_CALLS,
+from fcclip.files import listed
+from fcclip.weights.pickles import (
+    TORCH_NAMES,
     VERSIONS,
+    PickleReader,
     Record,
     Storage,
     UnreadableFileError,
     UnsafeFileError,
+    check_legacy,
+    claimed,
     plain,
-    run_pickle,
-    wants,
+    refusal,
 )
 
 __all__ = ["VERSIONS", "UnsafeFileError", "WeightFile", "read_plain_data", "read_weight_file"]
@@ -44,8 +45,9 @@ __all__ = ["VERSIONS", "UnsafeFileError", "WeightFile", "read_plain_data", "read
 _WRAPPERS = ("model", "state_dict")
 _TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # near the start of torch.save files before torch 1.6
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"}
-_MAX_TEXT = 1 << 26  # bytes of the text of a class, and of a pickle inside an archive
+_MAX_TEXT = 1 << 28  # bytes of the text of a class, and of a pickle inside an archive
 _MAX_MODULES, _MAX_NAME = 100_000, 10_000  # modules in a TorchScript archive, letters of the longest name
+_MAX_REPEATED = 1 << 28  # bytes of a tensor that repeats fewer values
 _AGAIN = "Copy or download it again"
 
 
@@ -75,62 +77,67 @@ def read_weight_file(path: str | Path, *, what: str = "weights file") -> WeightF
         what: what it is to the user, for messages.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingFileError: there is no such file.
         UnsafeFileError: only running code could open it.
-        ValueError: it is empty, cut off, damaged, something else than a file of weights, or holds no state dict.
+        InputError: it is empty, cut off, damaged, something else than a file of weights, or holds no state dict.
     """
-    content, kind = _read(Path(path), what)
-    place = f"{what} '{path}'"
-    if kind in ("safetensors", "torchscript"):
-        tensors, rest = content
-        versions = rest.pop(VERSIONS, None)
-    else:
-        tensors, rest = _state_dict(content, place)
-        versions = getattr(tensors, VERSIONS, None)
-    versions = dict(versions) if isinstance(versions, Mapping) else {}
-    if not tensors:
-        raise InputError(f"{place} holds no tensors")
-    if all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
-        versions = {key.removeprefix("module").removeprefix("."): value for key, value in versions.items() if key}
-    return WeightFile(dict(tensors), rest, kind, versions)
+    return _read(Path(path), what, _weights)
 
 
 def read_plain_data(path: str | Path, *, what: str = "checkpoint") -> Any:
     """The whole content of a `torch.save` file or a pickle: tensors, numbers, strings and containers of them.
 
     Raises:
-        FileNotFoundError, UnsafeFileError, ValueError: as `read_weight_file`; other kinds of files are a ValueError.
+        MissingFileError, UnsafeFileError, InputError: as `read_weight_file`; other kinds of files are an InputError.
     """
-    content, kind = _read(Path(path), what)
+    return _read(Path(path), what, _plain_data)
+
+
+def _weights(path: Path) -> WeightFile:
+    content, kind = _content(path)
     if kind in ("safetensors", "torchscript"):
-        raise InputError(f"{what} '{path}' is a {kind} file, which holds weights only; expected one of torch.save")
-    return content
+        tensors, rest = content
+        versions = rest.pop(VERSIONS, None)
+    else:
+        tensors, rest, versions = _state_dict(content)
+    versions = dict(versions) if isinstance(versions, Mapping) else {}
+    if not tensors:
+        raise UnreadableFileError("holds no tensors")
+    for name, value in tensors.items():
+        if value.numel() * value.itemsize > max(value.untyped_storage().nbytes(), _MAX_REPEATED):
+            raise UnreadableFileError(f"is damaged: '{name}' claims the size {tuple(value.shape)} by repeating values")
+    if all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+        versions = {name.removeprefix("module").removeprefix("."): value for name, value in versions.items() if name}
+    return WeightFile(dict(tensors), rest, kind, versions)
+
+
+def _plain_data(path: Path) -> Any:
+    content, kind = _content(path)
+    if kind in ("safetensors", "torchscript"):
+        raise UnreadableFileError(f"is a {kind} file, which holds weights only; expected one of torch.save")
+    return plain(content)
 
 
 # ---- what kind of file it is ----
 
 
-def _read(path: Path, what: str) -> tuple[Any, str]:
-    """(content, kind); the content is (tensors, rest) for safetensors and TorchScript."""
+def _read(path: Path, what: str, read: Callable[[Path], Any]) -> Any:
+    """What `read` returns; every error says which file it is about."""
     if not path.is_file():
         hint = " (it is a folder; give a file in it)" if path.is_dir() else ""
         raise MissingFileError(f"{what} '{path}' does not exist{hint}")
     place, size = f"{what} '{path}'", path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(512)
     try:
-        _refuse_other_files(start, size)
-        return _read_known(path, start, size)
+        _refuse_other_files(path, size)
+        return read(path)
     except UnsafeFileError as error:
         raise UnsafeFileError(f"{place} {error}") from error
     except UnreadableFileError as error:
         raise InputError(f"{place} {error}") from error
-    except (PermissionError, MemoryError):
+    except PermissionError:
         raise
     except Exception as error:  # what damaged bytes do to a parser cannot be listed
-        if isinstance(error, UnpicklingError) and (name := re.search(r"GLOBAL ([\w.]+)", str(error))):
-            raise UnsafeFileError(f"{place} {wants(name[1])}") from error
         reason = " ".join(str(error).split())[:120] or "no reason given"
         raise InputError(
             f"{place} cannot be read: it is damaged, cut off or no checkpoint ({size} bytes; {type(error).__name__}: "
@@ -138,15 +145,20 @@ def _read(path: Path, what: str) -> tuple[Any, str]:
         ) from error
 
 
-def _read_known(path: Path, start: bytes, size: int) -> tuple[Any, str]:
-    if start.startswith(b"PK"):
-        return _read_zip(path)
-    if _TORCH_MAGIC in start[:32]:
-        return _torch_load(path), "torch"
-    if path.suffix == ".safetensors" or (start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size):
-        return _read_safetensors(path, size), "safetensors"
-    with path.open("rb") as file:
-        return plain(run_pickle(file, PICKLE_CALLS)), "pickle"
+def _content(path: Path) -> tuple[Any, str]:
+    """(content, kind); the content is (tensors, rest) for safetensors and TorchScript."""
+    size = path.stat().st_size
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+        if stream[:2] == b"PK":
+            return _read_zip(path)
+        if _TORCH_MAGIC in stream[:32]:
+            if numpy := check_legacy(stream, size) - TORCH_NAMES:
+                raise refusal(min(numpy))
+            return _torch_load(path), "torch"
+        header = int.from_bytes(stream[:8], "little")
+        if path.suffix == ".safetensors" or (stream[8:9] == b"{" and header <= size):
+            return _read_safetensors(path, size), "safetensors"
+        return PickleReader(stream).load(), "pickle"
 
 
 def _torch_load(path: Path) -> Any:
@@ -154,81 +166,64 @@ def _torch_load(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _refuse_other_files(start: bytes, size: int) -> None:
+def _refuse_other_files(path: Path, size: int) -> None:
     """Tells what people mistake for weights, by the first bytes."""
+    with path.open("rb") as file:
+        start = file.read(512)
     text = start.lstrip().lower()
+    packed = [name for magic, name in _PACKED.items() if start.startswith(magic)]
+    reason = None
     if not size:
-        raise UnreadableFileError(f"is empty: it is damaged, cut off or no checkpoint (0 bytes). {_AGAIN}.")
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise UnreadableFileError(
+        reason = f"is empty: it is damaged, cut off or no checkpoint (0 bytes). {_AGAIN}."
+    elif text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        reason = (
             f"is a web page ({size} bytes), not weights: the link leads to a page, or the download wants a login or a "
             "confirmation. Download the file itself."
         )
-    if text.startswith(b"version https://git-lfs"):
-        raise UnreadableFileError(
+    elif text.startswith(b"version https://git-lfs"):
+        reason = (
             f"is a pointer of Git LFS ({size} bytes), not the weights it stands for: run `git lfs pull` in its "
             "repository, or download the file itself."
         )
-    if text.startswith((b'{"', b"{\n", b"error", b"not found", b"access denied")) and size < 1 << 16:
-        raise UnreadableFileError(
-            f"is a text ({size} bytes), not weights; it begins {start[:60].decode('utf-8', 'replace')!r}. A server "
-            f"answers so when it refuses a download. {_AGAIN}."
+    elif text.startswith((b'{"', b"{\n", b"error", b"not found", b"access denied")) and size < 1 << 16:
+        begins = start[:60].decode("utf-8", "replace")
+        reason = (
+            f"is a text ({size} bytes), not weights; it begins {begins!r}. A server answers so when it refuses a "
+            f"download. {_AGAIN}."
         )
-    packed = next((name for magic, name in _PACKED.items() if start.startswith(magic)), None)
-    if packed or start[257:262] == b"ustar":
-        raise UnreadableFileError(f"is a packed archive ({packed or 'tar'}); unpack it and give the file inside")
-    if start.startswith(b"\x89HDF"):
-        raise UnreadableFileError("is an HDF5 file, as Keras writes them, not weights of PyTorch")
+    elif packed or start[257:262] == b"ustar":
+        reason = f"is a packed archive ({packed[0] if packed else 'tar'}); unpack it and give the file inside"
+    elif start.startswith(b"\x89HDF"):
+        reason = "is an HDF5 file, as Keras writes them, not weights of PyTorch"
+    if reason:
+        raise UnreadableFileError(reason)
 
 
-# ---- state dicts ----
-
-
-def _state_dict(content: Any, place: str) -> tuple[OrderedDict[str, Tensor], dict[str, Any]]:
-    """The state dict in what a file holds, and the other entries."""
+def _state_dict(content: Any) -> tuple[dict[str, Tensor], dict[str, Any], Any]:
+    """(state dict, the other entries, versions of modules) in what a file holds."""
     if not isinstance(content, dict):
-        raise InputError(f"{place} holds a {type(content).__name__}, expected a mapping of names to tensors")
+        raise UnreadableFileError(f"holds a {type(content).__name__}, expected a mapping of names to tensors")
     wrapper = next((name for name in _WRAPPERS if isinstance(content.get(name), Mapping)), None)
-    if wrapper is not None:
-        inner = content[wrapper]
+    inner = content if wrapper is None else content[wrapper]
+    tensors = {name: _tensor(value) for name, value in inner.items() if isinstance(value, (Tensor, np.generic))}
+    if wrapper is None:  # conversion scripts put notes beside a bare state dict ("__author__", "matching_heuristics")
+        rest = {name: value for name, value in content.items() if name not in tensors}
+        odd = any(not isinstance(value, (str, int, float, type(None))) for value in rest.values())
+    else:
         rest = {name: value for name, value in content.items() if name != wrapper}
-        odd = [name for name, value in inner.items() if not _is_tensor(value)]
-    else:  # a bare state dict; conversion scripts put notes beside it ("__author__", "matching_heuristics")
-        inner = content
-        rest = {name: value for name, value in content.items() if not _is_tensor(value)}
-        odd = [name for name, value in rest.items() if not isinstance(value, (str, int, float, type(None)))]
-    tensors = OrderedDict((name, _tensor(value)) for name, value in inner.items() if _is_tensor(value))
+        odd = len(tensors) < len(inner)
     if odd or not tensors or not all(isinstance(name, str) for name in tensors):
-        raise InputError(
-            f"{place} holds neither a state dict nor one under the key 'model' or 'state_dict'; its keys are "
-            f"{_some(content)}{'' if wrapper is None else f', those under {wrapper!r} {_some(inner)}'}"
+        inside = "" if wrapper is None else f", those under {wrapper!r} {listed(inner, 6)}"
+        raise UnreadableFileError(
+            "holds neither a state dict nor one under the key 'model' or 'state_dict'; its keys are "
+            f"{listed(content, 6)}{inside}"
         )
-    if isinstance(getattr(inner, VERSIONS, None), Mapping):
-        tensors._metadata = dict(inner._metadata)
-    return tensors, _python_numbers({str(name): value for name, value in rest.items()})
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, (Tensor, np.generic))
+    rest = {str(name): value for name, value in rest.items()}
+    return tensors, plain(rest), plain(getattr(inner, VERSIONS, None))
 
 
 def _tensor(value: Tensor | np.generic) -> Tensor:
     return value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-
-
-def _python_numbers(value: Any) -> Any:
-    """The same data without NumPy's scalars."""
-    if isinstance(value, np.generic):
-        return value.item()
-    if type(value) is dict:
-        return {name: _python_numbers(one) for name, one in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_python_numbers, value))
-    return value
-
-
-def _some(names: Mapping) -> str:
-    return ", ".join(map(str, list(names)[:6])) + (", …" if len(names) > 6 else "") if names else "none"
 
 
 # ---- safetensors ----
@@ -261,13 +256,11 @@ def _read_zip(path: Path) -> tuple[Any, str]:
         archive = _Archive(file)
         if archive.has("constants.pkl"):
             return (_read_torchscript(archive), {}), "torchscript"
-    try:
-        return _torch_load(path), "torch"
-    except UnpicklingError:  # perhaps plain data that torch does not know: NumPy's
-        with zipfile.ZipFile(path) as file:
-            archive = _Archive(file)
-            stream = io.BytesIO(archive.read("data.pkl"))
-            return plain(run_pickle(stream, ARCHIVE_CALLS, storage=archive.storage)), "torch"
+        look = archive.reader(storage=archive.claimed)
+        look.load()
+        if not look.names <= TORCH_NAMES:  # NumPy's
+            return archive.reader(storage=archive.storage).load(), "torch"
+    return _torch_load(path), "torch"
 
 
 class _Archive:
@@ -285,8 +278,7 @@ class _Archive:
             if info.flag_bits & 1:
                 raise UnreadableFileError("is an encrypted archive, not weights")
             self._records[name] = info
-        folders = [name.removesuffix("/data.pkl") for name in self._records if name.count("/") == 1]
-        folders = [folder for folder in folders if f"{folder}/data.pkl" in self._records]
+        folders = [name.removesuffix("/data.pkl") for name in self._records if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if len(folders) != 1:
             if any(name.endswith(".npy") for name in self._records):
                 raise UnreadableFileError("is an archive of NumPy arrays (.npz); save them as .safetensors")
@@ -307,14 +299,23 @@ class _Archive:
 
     def read(self, name: str) -> bytes:
         """A whole record that holds text or a pickle."""
-        info = self._records.get(f"{self._folder}/{name}")
-        if info is None or info.file_size > _MAX_TEXT:
-            size = "missing" if info is None else f"of {info.file_size} bytes, more than {_MAX_TEXT}"
-            raise UnreadableFileError(f"is damaged: its record '{name}' is {size}")
+        info = self._records[f"{self._folder}/{name}"]
+        if info.file_size > _MAX_TEXT:
+            raise UnreadableFileError(f"is damaged: its record '{name}' has {info.file_size} bytes, over {_MAX_TEXT}")
         return self._file.read(info)
 
-    def storage(self, key: str, dtype: torch.dtype, numel: int) -> Storage:
-        """The `numel` values behind tensors; a record is read once, so that tensors may share it."""
+    def reader(self, **options: Any) -> PickleReader:
+        """The reader of the main pickle."""
+        return PickleReader(io.BytesIO(self.read("data.pkl")), **options)
+
+    def code(self) -> Iterator[tuple[str, str]]:
+        """(dotted name, text) of each file of a TorchScript archive that defines classes."""
+        for name in self._records:
+            if match := re.fullmatch(rf"{re.escape(self._folder)}/(code/(.+)\.py)", name):
+                yield match[2].replace("/", "."), self.read(match[1]).decode()
+
+    def claimed(self, key: str, dtype: torch.dtype, number: int) -> Storage:
+        """A storage without memory, if there is a record for it."""
         if not re.fullmatch(r"\w+", key, re.ASCII):
             raise UnsafeFileError(f"has a tensor in '{key[:40]}', which points outside the archive; it is refused")
         info = self._records.get(f"{self._folder}/data/{key}")
@@ -322,23 +323,18 @@ class _Archive:
             raise UnreadableFileError(f"is damaged: the values of a tensor are missing (record 'data/{key}')")
         if info.compress_type != zipfile.ZIP_STORED:
             raise UnreadableFileError("was packed anew by a zip program; use the file as torch wrote it")
-        if not 0 <= numel * dtype.itemsize <= info.file_size:
-            raise UnreadableFileError(
-                f"is damaged: record 'data/{key}' has {info.file_size} bytes, expected {numel * dtype.itemsize}"
-            )
+        return claimed(number, dtype, info.file_size, f"record 'data/{key}'")
+
+    def storage(self, key: str, dtype: torch.dtype, number: int) -> Storage:
+        """The values behind tensors; a record is read once, so that tensors may share it."""
+        self.claimed(key, dtype, number)
         if key not in self._storages:
-            self._storages[key] = self._values(info)
+            content = bytearray(self._file.read(self._records[f"{self._folder}/data/{key}"]))
+            values = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+            self._storages[key] = values.untyped_storage()
             if self._swap:
                 self._storages[key].byteswap(dtype)
         return Storage(self._storages[key], dtype)
-
-    def _values(self, info: zipfile.ZipInfo) -> torch.UntypedStorage:
-        values = torch.empty(info.file_size, dtype=torch.uint8)
-        with self._file.open(info) as record:
-            got = record.readinto(memoryview(values.numpy()))
-            if got != info.file_size or record.read(1):  # the second read also compares the checksum
-                raise UnreadableFileError(f"is cut off: record '{info.filename}' has {got} of {info.file_size} bytes")
-        return values.untyped_storage()
 
 
 # ---- TorchScript ----
@@ -346,16 +342,17 @@ class _Archive:
 
 def _read_torchscript(archive: _Archive) -> dict[str, Tensor]:
     """Parameters and buffers under the names that `torch.jit.load(...).state_dict()` gives them."""
-    root = run_pickle(io.BytesIO(archive.read("data.pkl")), TORCHSCRIPT_CALLS, storage=archive.storage, classes=True)
+    root = archive.reader(storage=archive.storage, script=True).load()
     if not isinstance(root, Record):
         raise UnreadableFileError("is a TorchScript archive that holds no module")
-    classes, tensors = _Classes(archive), {}
-    for prefix, module in _modules(root, classes):
-        kind = classes.of(module)
-        for names in (kind.parameters, kind.buffers):
-            for name, value in module.state.items():
-                if name in names and isinstance(value, Tensor):
-                    tensors[prefix + name] = value
+    classes = _module_classes(archive)
+    tensors = {
+        prefix + name: value
+        for prefix, module in _modules(root, classes)
+        for names in classes.get(module.name, ())
+        for name, value in module.state.items()
+        if name in names and isinstance(value, Tensor)
+    }
     if not tensors:
         raise UnreadableFileError(
             "is a TorchScript archive without parameters: it was frozen, and its weights are constants of its code"
@@ -363,7 +360,7 @@ def _read_torchscript(archive: _Archive) -> dict[str, Tensor]:
     return tensors
 
 
-def _modules(root: Record, classes: _Classes) -> Iterator[tuple[str, Record]]:
+def _modules(root: Record, classes: Mapping[str, Any]) -> Iterator[tuple[str, Record]]:
     """(prefix of its names, module) for a module and everything below it, in order."""
     waiting = [("", root)]
     for _ in range(_MAX_MODULES):
@@ -371,47 +368,27 @@ def _modules(root: Record, classes: _Classes) -> Iterator[tuple[str, Record]]:
             return
         prefix, module = waiting.pop()
         if not isinstance(module.state, dict):
-            raise UnreadableFileError(f"holds a module '{module.kind[:200]}' that only its own code could restore")
+            raise UnreadableFileError(f"holds a module '{module.name[:200]}' that only its own code could restore")
         yield prefix, module
         below = [(name, value) for name, value in module.state.items() if isinstance(value, Record)]
-        waiting += [(f"{prefix}{name}.", value) for name, value in reversed(below) if classes.of(value).is_module]
+        waiting += [(f"{prefix}{name}.", value) for name, value in reversed(below) if value.name in classes]
         if len(prefix) > _MAX_NAME:
             break
     raise UnreadableFileError("is damaged: its modules contain each other")
 
 
-@dataclass(frozen=True)
-class _Class:
-    """What the text of a TorchScript class says about its attributes."""
-
-    is_module: bool = False
-    parameters: frozenset[str] = frozenset()
-    buffers: frozenset[str] = frozenset()
+_CLASS = re.compile(r"^class (?P<name>\w+)\(Module\):\n(?P<body>(?:  __\w+__ = .*\n)*)", re.MULTILINE)
 
 
-class _Classes:
-    """The classes of a TorchScript archive, from the text below `code/`."""
+def _module_classes(archive: _Archive) -> dict[str, tuple[set[str], set[str]]]:
+    """Name of a class of modules -> names of its parameters, names of its buffers; from the text of the archive."""
 
-    def __init__(self, archive: _Archive) -> None:
-        self._archive = archive
-        self._texts: dict[str, dict[str, _Class]] = {}
+    def names(kind: str, body: str) -> set[str]:
+        line = re.search(rf"^  __{kind}__ = \[(.*)\]$", body, re.MULTILINE)
+        return set(re.findall(r'"([^"]*)"', line[1])) if line else set()
 
-    def of(self, record: Record) -> _Class:
-        """The class of a record; one without a text is no module."""
-        module, _, name = record.kind.rpartition(".")
-        file = f"code/{module.replace('.', '/')}.py"
-        if file not in self._texts:
-            text = self._archive.read(file).decode() if self._archive.has(file) else ""
-            self._texts[file] = {match["name"]: _class(match) for match in _CLASS.finditer(text)}
-        return self._texts[file].get(name, _Class())
-
-
-_CLASS = re.compile(r"^class (?P<name>\w+)(?:\((?P<base>\w+)\))?:\n(?P<body>(?:  __\w+__ = .*\n)*)", re.MULTILINE)
-
-
-def _class(match: re.Match[str]) -> _Class:
-    def names(kind: str) -> frozenset[str]:
-        line = re.search(rf"^  __{kind}__ = \[(.*)\]$", match["body"], re.MULTILINE)
-        return frozenset(re.findall(r'"([^"]*)"', line[1])) if line else frozenset()
-
-    return _Class(match["base"] == "Module", names("parameters"), names("buffers"))
+    return {
+        f"{module}.{match['name']}": (names("parameters", match["body"]), names("buffers", match["body"]))
+        for module, text in archive.code()
+        for match in _CLASS.finditer(text)
+    }

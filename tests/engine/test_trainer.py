@@ -23,10 +23,9 @@ from fcclip.engine import (
     load_checkpoint,
 )
 from fcclip.engine.metrics import JsonWriter
-from fcclip.modeling.backbones.fingerprint import clip_fingerprint
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import load_weights
+from fcclip.weights import frozen_notes, load_weights
 from tests.engine.toys import assert_trained_alike, make_batch, toy_batches, train_plainly
 
 
@@ -201,7 +200,7 @@ def test_resuming_with_other_parameter_groups_is_refused(toy, toy_trainer, tmp_p
 
 def test_resuming_with_another_clip_is_refused(toy, toy_trainer, tmp_path):
     model = toy(seed=0)
-    toy_trainer(model, max_iter=1, notes={"clip": clip_fingerprint(model)}).train()
+    toy_trainer(model, max_iter=1, notes=frozen_notes(model)).train()
     toy_trainer(toy(seed=0)).resume(tmp_path / "model_final.pth")
     with pytest.raises(ValueError, match="trained on another CLIP"):
         toy_trainer(toy(seed=1)).resume(tmp_path / "model_final.pth")

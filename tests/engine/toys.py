@@ -23,6 +23,7 @@ from fcclip.engine import (
     build_optimizer,
     parameter_groups,
 )
+from fcclip.weights import FrozenPart
 
 CLASSES = 3
 
@@ -36,13 +37,19 @@ class _Block(nn.Module):
             self.add_module(name, part)
 
 
+class _FrozenClip(_Block, FrozenPart):
+    notes_key = "clip"
+    config_keys = ("MODEL.FC_CLIP.CLIP_MODEL_NAME", "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS")
+    constants = ("clip_model.attn_mask",)
+
+
 class ToyModel(nn.Module):
     """Keys as FC-CLIP names them; the loss is the distance of a projected image to its target."""
 
     def __init__(self, queries: int = 4, dim: int = 8, channels: int = 6, layers: int = 2, embed: int = 5) -> None:
         super().__init__()
         clip = _Block(visual=nn.Linear(channels, embed), ln_final=nn.LayerNorm(embed))
-        self.backbone = _Block(clip_model=clip.requires_grad_(False))
+        self.backbone = _FrozenClip(clip_model=clip.requires_grad_(False))
         decoder = _Block(
             input_proj=nn.Sequential(nn.Sequential(nn.Conv2d(channels, dim, 1), nn.GroupNorm(2, dim))),
         )

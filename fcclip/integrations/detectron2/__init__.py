@@ -13,7 +13,6 @@ records.py     targets, predictions and their detectron2 forms
 catalog.py     data sets and their words in detectron2's catalogs, register_own_data; DatasetMapper
 model.py       FCCLIP, its backbone, head and decoders as detectron2 builds them
 checkpoint.py  Checkpointer: strict, safe, without the frozen CLIP
-lenient.py     LenientModel: how the engine loads into a model that is strict by itself
 training.py    Trainer, and the evaluators of each kind of data set
 registry.py    register: everything under its published name
 """

@@ -12,9 +12,7 @@ from torch import nn
 
 from fcclip.config import assets_dir
 from fcclip.engine import save_checkpoint
-from fcclip.integrations.detectron2.lenient import LenientModel
-from fcclip.modeling.backbones.fingerprint import clip_fingerprint
-from fcclip.weights import load_weights, model_weights
+from fcclip.weights import frozen_notes, load_weights, model_weights
 
 __all__ = ["Checkpointer"]
 
@@ -22,8 +20,8 @@ __all__ = ["Checkpointer"]
 class Checkpointer(DetectionCheckpointer):
     """Reads and writes checkpoints of FC-CLIP; used like detectron2's.
 
-    Reading takes everything `fcclip.engine.load_weights` takes (`.pth`, `.safetensors`, with any part of the CLIP),
-    runs no code of a file, and raises where a key does not fit. Of a fine-tuned file the model learns all words that
+    Reading takes everything `fcclip.weights.load_weights` takes (`.pth`, `.safetensors`, with any part of the CLIP),
+    runs no code of a file, and raises where a key does not fit. Of a fine-tuned file the model learns all classes that
     count as seen; detectron2's own checkpointer gives a model weights alone. Files appear whole or not at all.
 
     Args:
@@ -53,7 +51,7 @@ class Checkpointer(DetectionCheckpointer):
             The other entries of the file.
 
         Raises:
-            ValueError: unreadable or unsafe file, weights of another model; see `fcclip.engine.load_weights`.
+            ValueError: unreadable or unsafe file, weights of another model; see `fcclip.weights.load_weights`.
         """
         if path and not Path(path).is_file() and (assets_dir() / path).is_file():
             path = str(assets_dir() / path)
@@ -70,7 +68,7 @@ class Checkpointer(DetectionCheckpointer):
         states = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
         content = {
             "model": model_weights(self.model, full=self.full),
-            "clip": clip_fingerprint(self.model),
+            **frozen_notes(self.model),
             **self.notes,
             **states,
             **kwargs,
@@ -82,7 +80,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         """Loads the model already here, where the file and what it says about its CLIP are at hand."""
-        return load_weights(LenientModel(self.model), filename)
+        return load_weights(self.model, filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         return _IncompatibleKeys(missing_keys=[], unexpected_keys=[], incorrect_shapes=[])

@@ -23,7 +23,6 @@ from fcclip.config import lookup
 from fcclip.errors import InputError
 from fcclip.integrations.detectron2.catalog import catalog_vocabulary, metadata_vocabulary
 from fcclip.integrations.detectron2.config import check_config
-from fcclip.integrations.detectron2.lenient import LenientModel
 from fcclip.integrations.detectron2.records import output_to_detectron2, targets_from_instances
 from fcclip.modeling import build, mask_decoder, pixel_decoder
 from fcclip.modeling import fcclip as whole
@@ -128,7 +127,7 @@ class FCCLIP(whole.FCCLIP):
             ValueError: missing, unknown or wrong-shape keys; names them and the likely cause.
         """
         try:
-            load_state(LenientModel(self, assign=assign), state_dict, source="the state dict")
+            load_state(self, state_dict, source="the state dict")
         except ValueError as error:
             if strict or model_weights(self).keys() <= state_dict.keys():
                 raise

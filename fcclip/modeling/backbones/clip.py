@@ -9,10 +9,10 @@ import abc
 import copy
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
-from pathlib import Path
-from typing import ClassVar
+from pathlib import Path, PurePath
+from typing import Any, ClassVar, NamedTuple
 
 import open_clip
 import torch
@@ -23,19 +23,22 @@ from torch.overrides import TorchFunctionMode
 
 from fcclip.config import resolve_file
 from fcclip.errors import InputError, NotReachableError
+from fcclip.modeling.backbones.fingerprint import compute_features, differences, library_versions
+from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS
 from fcclip.structures import Features
-from fcclip.weights.checkpoint import FROZEN_PREFIX
 from fcclip.weights.files import read_weight_file
+from fcclip.weights.frozen import FrozenPart
 
 logger = logging.getLogger(__name__)
 
 LEVELS = ("stem", "res2", "res3", "res4", "res5")
+FROZEN_PREFIX = "backbone.clip_model."  # of CLIP's weights in a file of a whole model, as published
 # Tags of supported architectures whose weights were trained with QuickGELU; newer versions of open_clip say so.
 _QUICK_GELU_TAGS = ("openai", "yfcc15m", "cc12m")
-_NO_WEIGHTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # constants that some files hold
+CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")  # in some files; no weights
 
 
-class CLIPBackbone(nn.Module, abc.ABC):
+class CLIPBackbone(FrozenPart, abc.ABC):
     """A frozen CLIP; always in evaluation mode, never with gradients.
 
     Attributes:
@@ -47,6 +50,10 @@ class CLIPBackbone(nn.Module, abc.ABC):
         needs_activation: whether weights of this family exist with either activation.
     """
 
+    notes_key = "clip"
+    config_keys = ("MODEL.FC_CLIP.CLIP_MODEL_NAME", "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS")
+    constants = tuple(f"clip_model.{name}" for name in CONSTANTS)
+    hash_prefix = "backbone."
     region_classifier: ClassVar[str]
     needs_activation: ClassVar[bool]
     strides: ClassVar[dict[str, int]]
@@ -60,6 +67,7 @@ class CLIPBackbone(nn.Module, abc.ABC):
         self.quick_gelu = has_quick_gelu(clip_model)
         self.activation_source = "default"
         self._cast: tuple[tuple, nn.Module] | None = None  # in a tuple, so that it is no part of the state dict
+        self._features: tuple[dict, dict] | None = None  # of the fingerprint: what they depend on, and values
 
     def train(self, mode: bool = True) -> CLIPBackbone:
         """Marks the module as training; the CLIP inside stays in evaluation mode."""
@@ -102,6 +110,77 @@ class CLIPBackbone(nn.Module, abc.ABC):
                     module.to(dtype)
             self._cast = (version, cast)
         return self._cast[1]
+
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) -> (B, D): the embedding of a region that is the whole image."""
+        dense = self(images).dense
+        return OUT_OF_VOCABULARY_CLASSIFIERS[self.region_classifier](self)(dense, torch.ones_like(dense[:, :1]))[:, 0]
+
+    # ---- as a frozen part, whose weights files leave out ----
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether no weights were loaded."""
+        return self.pretrained == ""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What it is and computes, as JSON values.
+
+        Returns:
+            `architecture` and `pretrained` as the config named them (of paths the last part), `quick_gelu`; `weights`,
+            a hash; `text` and `image` of `compute_features`; `libraries`, versions by name.
+        """
+        computed_by = {"weights": self.weights_hash(), "quick_gelu": self.quick_gelu}
+        if self._features is None or self._features[0] != computed_by:
+            self._features = computed_by, compute_features(self)
+        return {
+            "architecture": _last_part(self.architecture),
+            "pretrained": _last_part(self.pretrained),
+            **computed_by,
+            **self._features[1],
+            "libraries": library_versions(),
+        }
+
+    def check(
+        self, notes: Mapping[str, Any] | str, held: Mapping[str, Tensor], *, source: str, complete: bool = False
+    ) -> None:
+        """See `FrozenPart.check`; a text tower in the file brings the activation that it was trained with.
+
+        Raises:
+            InputError: another CLIP; another activation than the config says; or nothing says which one a ResNet's text
+                tower has.
+        """
+        super().check(notes, held, source=source, complete=complete)
+        quick = notes.get("quick_gelu") if isinstance(notes, Mapping) else None
+        undecided = self.activation_source == "default"
+        has_text = any(not name.startswith(("clip_model.visual.", "clip_model.logit_scale")) for name in held)
+        if has_text and quick is None and undecided and self.needs_activation:
+            raise InputError(
+                f"'{source}' holds the text tower of a ResNet CLIP, and nothing says whether it was trained with "
+                "QuickGELU, as OpenAI's were: set MODEL.FC_CLIP.QUICK_GELU to 'on' (OpenAI's weights) or 'off' (all "
+                "others). The wrong one would give wrong classes without any error."
+            )
+        if quick in (None, self.quick_gelu):
+            return
+        if not has_text or not undecided:
+            raise InputError(
+                f"'{source}' was trained {'with' if quick else 'without'} QuickGELU in the CLIP's text tower, but the "
+                f"model has {'it' if self.quick_gelu else 'none'} ({self.activation_source}): set "
+                f"MODEL.FC_CLIP.QUICK_GELU to '{'on' if quick else 'off'}'"
+            )
+        set_quick_gelu(self, quick, source=f"'{source}' says so")
+
+    def loaded(self, notes: Mapping[str, Any] | str, *, source: str, complete: bool) -> None:
+        """After weights were loaded: names where they are from, and warns if libraries compute something else."""
+        if complete and self.has_random_weights:
+            self.pretrained = Path(source).name
+        if isinstance(notes, Mapping) and notes.get("weights") == self.weights_hash():
+            for sentence in differences(notes, self.fingerprint()):
+                logger.warning("%s: %s", source, sentence)
+
+
+def _last_part(name: str) -> str:
+    return PurePath(name).name if "/" in name or "\\" in name else name
 
 
 class ConvNeXtCLIP(CLIPBackbone):
@@ -239,7 +318,7 @@ def _architecture(name: str) -> dict:
     else:
         config = open_clip.get_model_config(name)
         if config is None:
-            convolutional = sorted(one for one in open_clip.list_models() if one.startswith(("convnext", "RN")))
+            convolutional = sorted(model for model in open_clip.list_models() if model.startswith(("convnext", "RN")))
             raise InputError(
                 f"MODEL.FC_CLIP.CLIP_MODEL_NAME: open_clip {version('open_clip_torch')} knows no architecture "
                 f"'{name}'. Known convolutional ones: {', '.join(convolutional)}; or give the path of an open_clip "
@@ -272,8 +351,7 @@ def set_quick_gelu(backbone: CLIPBackbone, quick: bool, *, source: str) -> None:
     logger.info("CLIP '%s': %s (%s)", backbone.architecture, "QuickGELU" if quick else "GELU", source)
 
 
-@dataclass(frozen=True)
-class _Weights:
+class _Weights(NamedTuple):
     """Tensors of a CLIP, and whether its text tower has QuickGELU; None: nothing says so."""
 
     tensors: dict[str, Tensor]
@@ -328,7 +406,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], *, source: str, name: st
     tensors = {
         key: value.float() if value.is_floating_point() else value
         for key, value in tensors.items()
-        if key not in _NO_WEIGHTS
+        if key not in CONSTANTS
     }
     missing = sorted(set(wanted) - set(tensors))
     unexpected = sorted(set(tensors) - set(wanted))

@@ -21,7 +21,6 @@ from fcclip.modeling.backbones.clip import (
     has_quick_gelu,
     tag_has_quick_gelu,
 )
-from fcclip.modeling.backbones.fingerprint import clip_fingerprint, clip_weights_hash
 from fcclip.weights.files import UnsafeFileError
 
 DATA = Path(__file__).parents[2] / "data"
@@ -160,10 +159,10 @@ def test_the_clip_inside_a_whole_model_is_taken_with_its_activation(tmp_path):
     source = build_clip(TINY["resnet"], quick_gelu="on")
     whole = {f"backbone.{key}": value for key, value in source.state_dict().items()}
     whole["sem_seg_head.predictor.query_feat.weight"] = torch.zeros(3, 4)
-    torch.save({"model": whole, "clip": clip_fingerprint(source)}, tmp_path / "full.pth")
+    torch.save({"model": whole, "clip": source.fingerprint()}, tmp_path / "full.pth")
     backbone = build_clip(TINY["resnet"], str(tmp_path / "full.pth"))
     assert backbone.quick_gelu
-    assert clip_weights_hash(backbone) == clip_weights_hash(source)
+    assert backbone.weights_hash() == source.weights_hash()
     torch.save({"model": whole}, tmp_path / "published.pth")
     with pytest.raises(ValueError, match="set MODEL.FC_CLIP.QUICK_GELU to 'on'"):
         build_clip(TINY["resnet"], str(tmp_path / "published.pth"))
@@ -253,7 +252,7 @@ def test_families_are_told_by_the_tower(backbone):
 
 
 OTHER_VERSIONS = [Path(folder) for folder in os.environ.get("FCCLIP_OPEN_CLIPS", "").split(os.pathsep) if folder]
-REPEATED = ("test_parity.py", "test_text.py", "test_fingerprint.py", "test_clip.py")
+REPEATED = ("../test_parity.py", "../test_text.py", "test_fingerprint.py", "test_clip.py")
 
 
 @pytest.mark.skipif(not OTHER_VERSIONS, reason="FCCLIP_OPEN_CLIPS names no folders with other versions of open_clip")
@@ -268,7 +267,7 @@ def test_other_versions_of_open_clip_give_the_recorded_numbers(folder):
     )
     environment = {key: value for key, value in os.environ.items() if key != "FCCLIP_OPEN_CLIPS"}
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    tests = [str(Path(__file__).with_name(name)) for name in REPEATED]
+    tests = [str(Path(__file__).parent / name) for name in REPEATED]
     done = subprocess.run([sys.executable, "-c", program, *tests], env=environment, capture_output=True, text=True)
     print(done.stdout[-3000:])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
