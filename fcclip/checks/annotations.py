@@ -83,9 +83,7 @@ def check_categories(issues: Issues, path: Path, content: dict, classes: Classes
         names_stuff: whether the list has `isthing`.
     """
     categories = content.get("categories")
-    if not isinstance(categories, list) or not categories:
-        if not classes.by_name:  # else its reader needs the list and says so
-            issues.add_kind("category-not-listed", path, "the file has no list 'categories'", level=NOTE)
+    if not isinstance(categories, list):
         return
     kept: dict[Any, dict] = {}
     id_of: dict[str, Any] = {}
@@ -111,10 +109,6 @@ def check_categories(issues: Issues, path: Path, content: dict, classes: Classes
             there, here = ("stuff", "a thing") if thing else ("a thing", "stuff")
             what = f"'{category['name']}' (id {identifier}) is {there} in the JSON, {here} in the vocabulary"
             issues.add_kind("isthing", path, what)
-    used = {classes.index_of[identifier] for identifier in kept if identifier in classes.index_of}
-    missing = [name for index, name in enumerate(classes.vocabulary.class_names) if index not in used]
-    if missing:
-        issues.add_kind("class-not-listed", path, listed(missing, 5))
 
 
 def _compare_names(issues: Issues, path: Path, categories: Mapping[Any, dict], classes: Classes) -> None:
@@ -298,7 +292,6 @@ class _Categories:
         categories = _objects(content.get("categories"))
         self.names = {entry["id"]: entry.get("name") for entry in categories if _is_id(entry.get("id"))}
         self.uses: dict[tuple[str, Any], list] = {}  # (kind, id) -> [how often, where first]
-        self.unlisted: set[Any] = set()
 
     def refuse(self, category: Any, where: str, *, things_only: bool = False) -> bool:
         """Whether an entry of this category has to be left out; with `things_only` stuff has to."""
@@ -307,8 +300,6 @@ class _Categories:
         if index is None or (things_only and index not in self.classes.things):
             self.uses.setdefault((kind, category), [0, where])[0] += 1
             return True
-        if self.names and category not in self.names:
-            self.unlisted.add(category)
         return False
 
     def tell(self, entry: str) -> None:
@@ -326,8 +317,6 @@ class _Categories:
                 remedy = f"the id of '{names[alike]}' is {listed(ids)}"
                 remedy = f"write '{names[alike]}' in both" if classes.by_name else remedy
             self.issues.add_kind(kind, self.path, what, remedy=remedy)
-        if self.unlisted:
-            self.issues.add_kind("category-not-listed", self.path, listed(sorted(self.unlisted, key=str), 5))
 
 
 def _usable_images(issues: Issues, path: Path, images: Iterable[Any], *, needs_file: bool = False) -> dict[str, dict]:

@@ -19,10 +19,10 @@ from fcclip.checks.issue import NOTE, Issues
 from fcclip.checks.kinds import PUBLISHED_SO
 from fcclip.data import read_id_map, read_label_map
 from fcclip.data.images import Header, read_header, read_pil_image
-from fcclip.data.segmentations import check_code, has_area
+from fcclip.data.segmentations import check_code, has_area, paint_classes
 from fcclip.files import listed
 
-__all__ = ["ImageReport", "Rules", "check_image", "plural", "regions"]
+__all__ = ["ImageReport", "Rules", "areas_of", "check_image", "plural"]
 
 _LOSSY = ("JPEG", "JPEG2000", "WEBP", "AVIF")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
@@ -165,20 +165,19 @@ def _label_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
 
 
 def _check_segments(report: ImageReport, record: Mapping[str, Any], rules: Rules, size: _Sizes | None) -> None:
-    segments, path = record["segments_info"], record["file_name"]
-    id_map = _read_labels(report.issues, record["pan_seg_file_name"], rules, size, kind="ids")
-    painted = None if id_map is None else regions(id_map)
-    areas = {} if painted is None else painted.area_of
+    segments = record["segments_info"]
+    ids = _read_labels(report.issues, record["pan_seg_file_name"], rules, size, kind="ids")
+    areas = {} if ids is None else areas_of(ids)
     for segment in segments:
-        area = segment.get("area", 0) if painted is None else areas.get(segment["id"], 0)
+        area = segment.get("area", 0) if ids is None else areas.get(segment["id"], 0)
         report.count(segment["category_id"], int(area) if isinstance(area, (int, float)) else 0)
-    _check_crowds(report, path, segments, "segment")
-    if painted is not None:
+    _check_crowds(report, record["file_name"], segments, "segment")
+    if ids is not None:
         _compare_segments(report.issues, record, rules, areas)
     if rules.has_label_maps and record.get("sem_seg_file_name"):
         labels = _check_label_map(report, record, rules, size)
-        if labels is not None and painted is not None and labels.shape == id_map.shape and not rules.stale_areas:
-            _compare_classes(report.issues, record, rules, painted, labels)
+        if labels is not None and ids is not None and labels.shape == ids.shape and not rules.stale_areas:
+            _compare_classes(report.issues, record, rules, ids, labels)
 
 
 def _check_crowds(report: ImageReport, path: str, entries: list[dict], what: str) -> None:
@@ -215,21 +214,17 @@ def _compare_segments(issues: Issues, record: Mapping[str, Any], rules: Rules, a
 
 
 def _compare_classes(
-    issues: Issues, record: Mapping[str, Any], rules: Rules, painted: Regions, labels: np.ndarray
+    issues: Issues, record: Mapping[str, Any], rules: Rules, ids: np.ndarray, labels: np.ndarray
 ) -> None:
-    """The label map against the classes of the segments, at the middle of each run of equal ids."""
-    class_of = {segment["id"]: segment["category_id"] for segment in record["segments_info"]}
-    classes = np.array([class_of.get(value, -1) for value in painted.values.tolist()], np.int64)[painted.which]
-    there = labels.ravel()[painted.starts + painted.lengths // 2]
-    both = (classes >= 0) & (there != rules.ignore_label)
-    total = int(painted.lengths[both].sum())
-    different = both & (classes != there)
-    pixels = int(painted.lengths[different].sum())
-    if total and pixels > _MOST_DISAGREEMENT * total:
-        first = int(np.argmax(np.where(different, painted.lengths, 0)))
-        names = dict(enumerate(rules.class_names))
-        label, ours = (names.get(int(value), int(value)) for value in (there[first], classes[first]))
-        what = f"{pixels / total:.0%} of the pixels with a class, e.g. '{label}' where the id PNG has '{ours}'"
+    """The label map against the classes of the segments."""
+    classes = paint_classes(ids, record["segments_info"], rules.ignore_label)
+    both = (classes != rules.ignore_label) & (labels != rules.ignore_label)
+    different = both & (classes != labels)
+    share = different.sum() / max(both.sum(), 1)
+    if share > _MOST_DISAGREEMENT:
+        first, names = np.unravel_index(different.argmax(), different.shape), dict(enumerate(rules.class_names))
+        label, ours = (names.get(int(numbers[first]), int(numbers[first])) for numbers in (labels, classes))
+        what = f"{share:.0%} of the pixels with a class, e.g. '{label}' where the id PNG has '{ours}'"
         issues.add_kind("labels-disagree", record["sem_seg_file_name"], what)
 
 
@@ -245,7 +240,7 @@ def _check_label_map(
     if labels is None:
         return None
     number = len(rules.class_names)
-    areas = regions(labels).area_of
+    areas = areas_of(labels)
     unknown = [value for value in areas if not 0 <= value < number and value != rules.ignore_label]
     if unknown:
         pixels = plural(sum(areas[value] for value in unknown), "pixel")
@@ -367,44 +362,13 @@ def _mask_area(segmentation: dict | list, shape: tuple[int, int]) -> tuple[int, 
     return int(pycocotools.mask.area(code)), pycocotools.mask.toBbox(code).tolist()
 
 
-# ---- regions of equal numbers ----
-
-
-@dataclass(frozen=True)
-class Regions:
-    """The pixels of each number in a map.
-
-    Args:
-        values: (n,) the numbers, ascending.
-        areas: (n,) int64, pixels of each.
-        starts, lengths: (r,) runs of equal numbers in a row: index of the first pixel in the flat map, and pixels.
-        which: (r,) index into `values`.
-    """
-
-    values: np.ndarray
-    areas: np.ndarray
-    starts: np.ndarray
-    lengths: np.ndarray
-    which: np.ndarray
-
-    @property
-    def area_of(self) -> dict[int, int]:
-        """Number -> its pixels."""
-        return dict(zip(self.values.tolist(), self.areas.tolist()))
-
-
-def regions(numbers: np.ndarray) -> Regions:
-    """What a map (H, W) of integers is made of, from its runs: segments are few and large."""
+def areas_of(numbers: np.ndarray) -> dict[int, int]:
+    """Number -> its pixels in a map (H, W) of integers, from its runs: segments are few and large."""
     flat = numbers.ravel()
-    begins = np.empty(flat.size, bool)
-    begins[:1] = True
-    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
-    begins[:: numbers.shape[1]] = True
-    starts = np.flatnonzero(begins)
-    lengths = np.diff(starts, append=flat.size)
+    starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
     values, which = np.unique(flat[starts], return_inverse=True)
-    areas = np.bincount(which, weights=lengths, minlength=len(values)).astype(np.int64)
-    return Regions(values, areas, starts, lengths, which)
+    areas = np.bincount(which, weights=np.diff(starts, append=flat.size)).astype(np.int64)
+    return dict(zip(values.tolist(), areas.tolist()))
 
 
 # ---- texts ----

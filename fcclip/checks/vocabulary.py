@@ -120,31 +120,27 @@ def _compare_with_weights(
     if training and cfg.FINETUNE.METHOD:
         if former is not None:
             new = int((~trained.seen_by(former)).sum())
-            known = f"the weights know {len(former)} classes ('{former.name}'), which stay seen"
-            issues.add(OK, f"{known}; {new} of the {len(trained)} classes of DATASETS.TRAIN are new to them")
+            text = f"the weights know {len(former)} classes ('{former.name}'), which stay seen"
+            issues.add(OK, f"{text}; {new} of the {len(trained)} classes of DATASETS.TRAIN are new to them")
         return
-    stored = file.rest.get("vocabulary")
-    if not stored:
+    note, known = file.rest.get("vocabulary"), trained_vocabulary(file.rest)
+    if not note:
         return
-    remedy = "set DATASETS.TRAIN and MODEL.FC_CLIP.VOCABULARIES as in the training"
-    if training:
-        remedy += "; for a fine-tuning set FINETUNE.METHOD"
+    ours, theirs = set(trained.synonyms), set() if known is None else set(known.synonyms)
     if former is not None:  # of fine-tuned weights: all that they know counts as seen
-        known = trained.seen_by(former).tolist()
-        new = [", ".join(names[:3]) for names, is_known in zip(trained.synonyms, known) if not is_known]
-        if not new:
-            issues.add(OK, f"the weights were fine-tuned: all {len(former)} classes that they know count as seen")
-            return
-        text = f"{len(new)} classes of DATASETS.TRAIN ('{trained.name}') are unknown to the weights ({listed(new)})"
-        issues.add(WARNING, f"{text}: they would count as seen", remedy)
+        ours = {names for names, seen in zip(trained.synonyms, trained.seen_by(known).tolist()) if not seen}
+        theirs = set()
+    if known is not None and ours == theirs:
+        text = f"the {len(known)} classes that the weights were trained on count as seen, those of DATASETS.TRAIN too"
+        issues.add(OK, text)
         return
-    name = stored if isinstance(stored, str) else stored.get("name")
-    if trained.name == stored if isinstance(stored, str) else stored.get("sha256") == trained.hash:
-        issues.add(OK, f"trained on the vocabulary of DATASETS.TRAIN, '{trained.name}'")
-        return
-    text = f"trained on the vocabulary '{name}', but that of DATASETS.TRAIN is '{trained.name}'"
-    if not isinstance(stored, str):
-        theirs, ours = {tuple(names) for names in stored.get("classes", ())}, set(trained.synonyms)
-        examples = [", ".join(names[:3]) for names in sorted(theirs ^ ours)]
-        text += f": {len(theirs - ours)} classes are gone, {len(ours - theirs)} are new ({listed(examples)})"
-    issues.add(WARNING, f"{text}; seen and unseen classes would be told wrongly", remedy)
+    name = f"'{note}'" if known is None else f"'{known.name}' ({len(known)} classes)"
+    examples = [", ".join(names[:3]) for names in sorted(ours ^ theirs)]
+    remedy = "set DATASETS.TRAIN and MODEL.FC_CLIP.VOCABULARIES as in the training"
+    issues.add(
+        WARNING,
+        f"the weights were trained on {name}, but DATASETS.TRAIN has '{trained.name}' ({len(trained)} classes): "
+        f"{len(theirs - ours)} are gone, {len(ours - theirs)} are new ({listed(examples)}); seen and unseen classes "
+        "would be told wrongly",
+        f"{remedy}; for a fine-tuning set FINETUNE.METHOD" if training else remedy,
+    )
