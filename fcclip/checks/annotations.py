@@ -22,8 +22,6 @@ from fcclip.data.segmentations import compressed, has_area
 from fcclip.files import listed
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["Classes", "check_categories", "known_classes", "usable_instances", "usable_panoptic"]
-
 _HIGHEST_ID = 2**24 - 1
 _LONGEST_SIDE = 1_000_000  # of an image, pixels; more is a mistake
 
@@ -52,12 +50,7 @@ class Classes:
 
 
 def known_classes(dataset: Dataset, content: Mapping[str, Any]) -> Classes:
-    """What the category ids of a file mean.
-
-    Args:
-        dataset: with classes that can be read.
-        content: of its annotation file.
-    """
+    """What the category ids of an annotation file mean."""
     vocabulary = dataset.own_vocabulary()
     things = frozenset(vocabulary.thing_classes)
     if "yaml_file" not in dataset.metadata:
@@ -73,15 +66,8 @@ def known_classes(dataset: Dataset, content: Mapping[str, Any]) -> Classes:
 # ---- categories ----
 
 
-def check_categories(issues: Issues, path: Path, content: dict, classes: Classes, *, names_stuff: bool) -> None:
-    """The list of categories against the classes; entries that say nothing are taken out of it.
-
-    Args:
-        issues: takes what is wrong.
-        path, content: the annotation file.
-        classes: of the data set.
-        names_stuff: whether the list has `isthing`.
-    """
+def check_categories(issues: Issues, path: Path, content: dict, classes: Classes) -> None:
+    """The list of categories against the classes; entries that say nothing are taken out of it."""
     categories = content.get("categories")
     if not isinstance(categories, list):
         return
@@ -101,49 +87,24 @@ def check_categories(issues: Issues, path: Path, content: dict, classes: Classes
             if other != category["id"]:
                 issues.add_kind("categories", path, f"'{category['name']}' has the ids {other} and {category['id']}")
     content["categories"] = list(kept.values())
-    _compare_names(issues, path, kept, classes)
-    for identifier, category in kept.items() if names_stuff else ():
-        index = classes.index_of.get(identifier)
-        thing = index in classes.things
-        if index is not None and bool(category.get("isthing", thing)) != thing:
-            there, here = ("stuff", "a thing") if thing else ("a thing", "stuff")
-            what = f"'{category['name']}' (id {identifier}) is {there} in the JSON, {here} in the vocabulary"
-            issues.add_kind("isthing", path, what)
-
-
-def _compare_names(issues: Issues, path: Path, categories: Mapping[Any, dict], classes: Classes) -> None:
-    """Names in the file against names and synonyms of the class."""
-    spellings = classes.spellings
     different = []
-    for identifier, category in categories.items():
-        name, index = category["name"], classes.index_of.get(identifier)
-        alike = spellings.get(spelling(name))
-        if index is not None:
-            entry = classes.vocabulary.classes[index]
-            names = {entry.name, *entry.synonyms}
-            if name.strip() in names or name.replace("_", " ").strip() in names:
-                continue
-            if spelling(name) not in map(spelling, names):
-                different.append(f"'{name}' for '{entry.name}'")
-                continue
-            alike = index
-        if alike is not None:
-            ours = classes.vocabulary.class_names[alike]
-            issues.add_kind("category-spelling", path, f"'{name}' (id {identifier}); the class is '{ours}'")
-    if 2 * len(different) > len(categories):
-        issues.add_kind("other-categories", path, f"{len(different)} of {len(categories)}: {listed(different, 5)}")
+    for identifier, category in kept.items():
+        if identifier in classes.index_of:
+            entry = classes.vocabulary.classes[classes.index_of[identifier]]
+            if spelling(category["name"]) not in map(spelling, (entry.name, *entry.synonyms)):
+                different.append(f"'{category['name']}' for '{entry.name}'")
+    if 2 * len(different) > len(kept):
+        issues.add_kind("other-categories", path, f"{len(different)} of {len(kept)}: {listed(different, 5)}")
 
 
 # ---- panoptic ----
 
 
 def usable_panoptic(issues: Issues, path: Path, content: dict, classes: Classes, *, as_published: bool) -> dict:
-    """The content without what its reader refuses.
+    """The content of a panoptic file without what its reader refuses.
 
     Args:
-        issues: takes what is wrong.
-        path, content: the annotation file; its `annotations` is a list.
-        classes: of the data set.
+        content: `annotations` is a list.
         as_published: segments that share an id are known from the published files.
 
     Returns:
@@ -220,13 +181,7 @@ def _segment_problem(segment: Any) -> str:
 
 
 def usable_instances(issues: Issues, path: Path, content: dict, classes: Classes) -> dict:
-    """The content without what its reader refuses.
-
-    Args:
-        issues: takes what is wrong.
-        path, content: the annotation file; its `images` and `annotations` are lists.
-        classes: of the data set.
-    """
+    """The content of an instance file, whose `images` and `annotations` are lists, without what its reader refuses."""
     images = _usable_images(issues, path, content["images"], needs_file=True)
     categories = _Categories(issues, path, content, classes)
     kept, ids = [], set()

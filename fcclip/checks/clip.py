@@ -23,8 +23,6 @@ from fcclip.modeling.backbones.fingerprint import adopt_activation, check_finger
 from fcclip.weights import WeightFile
 from fcclip.weights.checkpoint import FROZEN_PREFIX
 
-__all__ = ["cached_clip", "check_clip"]
-
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".pkl")
 _CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -71,9 +69,7 @@ def _check_file(issues: Issues, cfg: CfgNode, fingerprint: Any, *, is_replaced: 
     if path is None:
         remedy = f"without a network, download them elsewhere and set {_KEY} to the file"
         text = f"{name}: the weights '{pretrained}' are not on this machine; the run would download them"
-        issues.add(WARNING, text, remedy)
-        _compare_names(issues, cfg, fingerprint)
-        return
+        return issues.add(WARNING, text, remedy)
     compares = bool(fingerprint) and not is_replaced
     with torch.device("cpu" if compares else "meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that tensors without values are not written to
@@ -82,6 +78,7 @@ def _check_file(issues: Issues, cfg: CfgNode, fingerprint: Any, *, is_replaced: 
     if compares:
         check_fingerprint(fingerprint, clip, source="MODEL.WEIGHTS")
         issues.add(OK, "it is the CLIP that MODEL.WEIGHTS were trained on")
+    return None
 
 
 def _check_without_file(issues: Issues, cfg: CfgNode, *, held: int, missing: list[str], fingerprint: Any) -> None:
@@ -112,14 +109,3 @@ def cached_clip(tag: Mapping[str, Any]) -> Path | None:
             return Path(path)
     path = Path("~/.cache/clip").expanduser() / os.path.basename(tag.get("url", ""))
     return path if path.is_file() else None
-
-
-def _compare_names(issues: Issues, cfg: CfgNode, fingerprint: Any) -> None:
-    """What is left to compare while the CLIP's weights are not here."""
-    stored = fingerprint if isinstance(fingerprint, Mapping) else {}
-    for key, note in (("CLIP_MODEL_NAME", "architecture"), ("CLIP_PRETRAINED_WEIGHTS", "pretrained")):
-        there, here = stored.get(note), os.path.basename(cfg.MODEL.FC_CLIP[key])
-        if there and there != here:
-            key = f"MODEL.FC_CLIP.{key}"
-            text = f"MODEL.WEIGHTS were trained with {key} '{there}', the config says '{here}'"
-            issues.add(WARNING, text, f"{key} {there}")

@@ -15,8 +15,6 @@ from fcclip.config import find_config, keys_without_effect, load_config
 from fcclip.errors import InputError
 from fcclip.files import listed
 
-__all__ = ["check_config"]
-
 
 def check_config(issues: Issues, path: str, overrides: Sequence[str]) -> CfgNode | None:
     """The config; keys that cannot be read are issues and stay at their defaults. None: there is none."""

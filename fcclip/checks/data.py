@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,6 @@ from fcclip.evaluation import build_evaluators
 from fcclip.evaluation.cityscapes import read_instance_ids
 from fcclip.evaluation.ground_truth import GroundTruth
 from fcclip.evaluation.runner import EVALUATORS
-
-__all__ = ["check_test_set", "check_training_set", "name_next_check"]
 
 _SPOT_CHECKS = 64  # records of a data set whose files are looked for
 _INSTANCE_IDS = "instance_ids_file"  # field of a record of Cityscapes, here alone
@@ -84,11 +81,9 @@ def check_test_set(issues: Issues, cfg: CfgNode, name: str) -> None:
     with issues.attempt():
         sample = build_test_mapper(cfg)(records[0])
         _check_truth(issues, dataset, records[0], files)
-        size, tested = (f"{height} x {width}" for height, width in (
-            (sample["height"], sample["width"]), sample["image"].shape[1:],
-        ))  # fmt: skip
-        text = f"{len(records):,} images; the first, {size} as its ground truth, is tested at {tested}"
-        issues.add(OK, f"{text}; evaluated for {', '.join(tasks)} ({kind})")
+        height, width = sample["image"].shape[1:]
+        text = f"{len(records):,} images; the first, {sample['height']} x {sample['width']} as its ground truth, is"
+        issues.add(OK, f"{text} tested at {height} x {width}; evaluated for {', '.join(tasks)} ({kind})")
     _look_for_files(issues, records, files, ERROR)
 
 
@@ -151,15 +146,3 @@ def _look_for_files(issues: Issues, records: Sequence[Mapping[str, Any]], files:
         if missing:
             text = f"{len(missing)} of {len(names)} files that were looked for do not exist, e.g. {missing[0]}"
             issues.add(level, text, "the data set is not complete: unpack or prepare it again")
-
-
-def name_next_check(issues: Issues, names: Iterable[str]) -> None:
-    """The program that looks at every file of these data sets."""
-    known = []
-    for name in names:
-        with contextlib.suppress(ValueError, FileNotFoundError):  # the section on vocabularies says that there is none
-            get_dataset(name)
-            known.append(name)
-    if known:
-        text = "this program looks at the annotations and a few images of each data set"
-        issues.add(NOTE, text, f"for every file: python tools/check_dataset.py {shlex.join(known)}")

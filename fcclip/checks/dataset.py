@@ -6,7 +6,6 @@ is wrong with the data raises: it becomes an issue, and the rest is looked at al
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fcclip.checks.annotations import Classes, check_categories, known_classes, usable_instances, usable_panoptic
+from fcclip.checks.annotations import check_categories, known_classes, usable_instances, usable_panoptic
 from fcclip.checks.images import ImageReport, Rules, check_image
 from fcclip.checks.issue import ERROR, NOTE, WARNING, Issues
 from fcclip.checks.kinds import KINDS
@@ -29,8 +28,6 @@ from fcclip.data.transport import CompactRecords
 from fcclip.errors import InputError
 from fcclip.files import listed, read_json
 from fcclip.vocabulary import Vocabulary
-
-__all__ = ["PUBLISHED_COUNTS", "check_dataset", "choose_images", "find_dataset", "rules_of"]
 
 # Images of the published sets.
 PUBLISHED_COUNTS: dict[str, int] = {
@@ -215,7 +212,7 @@ def _from_json(report: DatasetReport, dataset: Dataset) -> list[dict] | None:
         classes = known_classes(dataset, content)
     except (ValueError, OSError) as error:
         return issues.add_kind("annotation-file", path, str(error), remedy="see there")
-    check_categories(issues, path, content, classes, names_stuff=is_panoptic)
+    check_categories(issues, path, content, classes)
     if is_panoptic:
         usable = usable_panoptic(issues, path, content, classes, as_published=_has_stale_areas(dataset))
     else:
@@ -268,13 +265,7 @@ def _check_instances_file(issues: Issues, dataset: Dataset, records: Sequence[di
         content = _content(issues, path, "instances")
         if content is None:
             return
-        classes = known_classes(dataset, content)
-        things = [classes.vocabulary.classes[index] for index in sorted(classes.things)]
-        position = {entry.id: index for index, entry in enumerate(things)}
-        vocabulary = dataclasses.replace(classes.vocabulary, classes=tuple(things))
-        of_things = Classes(vocabulary, position, frozenset(range(len(things))), by_name=False)
-        check_categories(issues, path, content, of_things, names_stuff=False)
-        usable = usable_instances(issues, path, content, classes)
+        usable = usable_instances(issues, path, content, known_classes(dataset, content))
     if records is not None:
         known = {str(image["id"]) for image in usable["images"]}
         alone = [str(record["image_id"]) for record in records if str(record["image_id"]) not in known]

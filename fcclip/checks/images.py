@@ -22,8 +22,7 @@ from fcclip.data.images import Header, read_header, read_pil_image
 from fcclip.data.segmentations import check_code, has_area, paint_classes
 from fcclip.files import listed
 
-__all__ = ["ImageReport", "Rules", "areas_of", "check_image", "plural"]
-
+Record = Mapping[str, Any]  # of a data set
 _LOSSY = ("JPEG", "JPEG2000", "WEBP", "AVIF")
 _WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 _TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands at the end of a whole file
@@ -75,7 +74,7 @@ class ImageReport:
         entry[1] += pixels
 
 
-def check_image(rules: Rules, record: Mapping[str, Any]) -> ImageReport:
+def check_image(rules: Rules, record: Record) -> ImageReport:
     """Everything that is wrong with the files of one record; raises nothing."""
     report = ImageReport()
     try:
@@ -103,7 +102,7 @@ class _Sizes(NamedTuple):
     stored: tuple[int, int]
 
 
-def _check_pixels(issues: Issues, record: Mapping[str, Any], rules: Rules) -> _Sizes | None:
+def _check_pixels(issues: Issues, record: Record, rules: Rules) -> _Sizes | None:
     """The size of the image, or None if it has none."""
     path = record["file_name"]
     try:
@@ -129,7 +128,7 @@ def _check_pixels(issues: Issues, record: Mapping[str, Any], rules: Rules) -> _S
     return _compare_sizes(issues, record, header)
 
 
-def _compare_sizes(issues: Issues, record: Mapping[str, Any], header: Header) -> _Sizes:
+def _compare_sizes(issues: Issues, record: Record, header: Header) -> _Sizes:
     """The image as the loader turns it against what the annotations say; and, where it is turned, its labels.
 
     Returns:
@@ -150,7 +149,7 @@ def _compare_sizes(issues: Issues, record: Mapping[str, Any], header: Header) ->
     return _Sizes(stated, stated)
 
 
-def _label_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
+def _label_size(record: Record) -> tuple[int, int] | None:
     """(height, width) of the labels of an image, where they have one."""
     if "annotations" in record:
         codes = (instance.get("segmentation") for instance in record["annotations"])
@@ -164,7 +163,7 @@ def _label_size(record: Mapping[str, Any]) -> tuple[int, int] | None:
 # ---- segments ----
 
 
-def _check_segments(report: ImageReport, record: Mapping[str, Any], rules: Rules, size: _Sizes | None) -> None:
+def _check_segments(report: ImageReport, record: Record, rules: Rules, size: _Sizes | None) -> None:
     segments = record["segments_info"]
     ids = _read_labels(report.issues, record["pan_seg_file_name"], rules, size, kind="ids")
     areas = {} if ids is None else areas_of(ids)
@@ -189,7 +188,7 @@ def _check_crowds(report: ImageReport, path: str, entries: list[dict], what: str
         report.issues.add_kind("crowd-only", path, plural(crowds, "crowd"))
 
 
-def _compare_segments(issues: Issues, record: Mapping[str, Any], rules: Rules, areas: Mapping[int, int]) -> None:
+def _compare_segments(issues: Issues, record: Record, rules: Rules, areas: Mapping[int, int]) -> None:
     """Ids and areas of the JSON against those of the PNG."""
     path, segments = record["pan_seg_file_name"], record["segments_info"]
     known = {segment["id"] for segment in segments}
@@ -213,9 +212,7 @@ def _compare_segments(issues: Issues, record: Mapping[str, Any], rules: Rules, a
         issues.add_kind("area", path, _first(wrong), **as_published)
 
 
-def _compare_classes(
-    issues: Issues, record: Mapping[str, Any], rules: Rules, ids: np.ndarray, labels: np.ndarray
-) -> None:
+def _compare_classes(issues: Issues, record: Record, rules: Rules, ids: np.ndarray, labels: np.ndarray) -> None:
     """The label map against the classes of the segments."""
     classes = paint_classes(ids, record["segments_info"], rules.ignore_label)
     both = (classes != rules.ignore_label) & (labels != rules.ignore_label)
@@ -231,9 +228,7 @@ def _compare_classes(
 # ---- label maps ----
 
 
-def _check_label_map(
-    report: ImageReport, record: Mapping[str, Any], rules: Rules, size: _Sizes | None
-) -> np.ndarray | None:
+def _check_label_map(report: ImageReport, record: Record, rules: Rules, size: _Sizes | None) -> np.ndarray | None:
     """(H, W) labels of a map that is there and has the size of its image."""
     path = record["sem_seg_file_name"]
     labels = _read_labels(report.issues, path, rules, size, kind="labels")
@@ -289,7 +284,7 @@ def _read_labels(issues: Issues, path: str, rules: Rules, size: _Sizes | None, *
 # ---- instances ----
 
 
-def _check_instances(report: ImageReport, record: Mapping[str, Any], rules: Rules, size: _Sizes | None) -> None:
+def _check_instances(report: ImageReport, record: Record, rules: Rules, size: _Sizes | None) -> None:
     path, instances = record["file_name"], record["annotations"]
     stated = (record["height"], record["width"]) if "height" in record else None
     shape = size.upright if size is not None else stated
@@ -308,7 +303,7 @@ def _check_instances(report: ImageReport, record: Mapping[str, Any], rules: Rule
 
 
 def _instance_problems(
-    instance: Mapping[str, Any], shape: tuple[int, int], *, decode: bool
+    instance: Record, shape: tuple[int, int], *, decode: bool
 ) -> tuple[float, list[tuple[str, str]]]:
     """(area in pixels, [(kind, what is wrong)]) of an instance in an image (height, width)."""
     problems, stated, box = [], instance.get("area"), instance.get("bbox")
@@ -318,19 +313,21 @@ def _instance_problems(
         problems.append(("box", wrong_box))
     if isinstance(segmentation, dict) and tuple(segmentation["size"]) != shape:
         problems.append(("bad-code", f"{_sized(segmentation['size'])}, its image is {_sized(shape)}"))
-    elif decode and segmentation:
-        try:
-            area, around = _mask_area(segmentation, shape)
-        except (ValueError, TypeError, IndexError) as error:
-            return stated or 0, [*problems, ("bad-code", str(error))]
-        if area == 0:
-            problems.append(("empty-mask", "no pixel"))
-        elif stated is not None and abs(area - stated) > max(_AREA_PX, _AREA_SHARE * area):
-            problems.append(("instance-area", f"{stated:g} in the JSON, {area} pixels"))
-        if area and box and not wrong_box and _overlap(box, around) < _SMALLEST_OVERLAP:
-            problems.append(("box", f"{_box(box)}, its mask lies in {_box(around)}"))
-        return area, problems
-    return stated or 0, problems
+        return stated or 0, problems
+    if not decode or not segmentation:
+        return stated or 0, problems
+    try:
+        area, around = _mask_area(segmentation, shape)
+    except (ValueError, TypeError, IndexError) as error:
+        return stated or 0, [*problems, ("bad-code", str(error))]
+    if area == 0:
+        problems.append(("empty-mask", "no pixel"))
+    elif stated is not None and abs(area - stated) > max(_AREA_PX, _AREA_SHARE * area):
+        problems.append(("instance-area", f"{stated:g} in the JSON, {area} pixels"))
+    overlap = pycocotools.mask.iou(np.array([box or around], float), np.array([around]), [0])[0, 0]  # [x, y, w, h]
+    if area and not wrong_box and overlap < _SMALLEST_OVERLAP:
+        problems.append(("box", f"{_box(box)}, its mask lies in {_box(around)}"))
+    return area, problems
 
 
 def _box_problem(box: list[float], shape: tuple[int, int]) -> str | None:
@@ -342,22 +339,13 @@ def _box_problem(box: list[float], shape: tuple[int, int]) -> str | None:
     return f"{_box(box)} reaches out of an image of {_sized(shape)}" if beyond > _OUTSIDE_PX else None
 
 
-def _overlap(box: list[float], other: list[float]) -> float:
-    """Intersection over union of two boxes [x, y, width, height]."""
-    return float(pycocotools.mask.iou(np.array([box], np.float64), np.array([other], np.float64), [0])[0, 0])
-
-
 def _mask_area(segmentation: dict | list, shape: tuple[int, int]) -> tuple[int, list[float]]:
-    """(pixels, box around them) of polygons or a run-length code.
-
-    Raises:
-        ValueError: the code is broken.
-    """
-    code = segmentation
+    """(pixels, box around them) of polygons or a run-length code; a broken code raises ValueError."""
     if isinstance(segmentation, list):
         polygons = [polygon for polygon in segmentation if has_area(polygon)]
         code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *shape))
     else:
+        code = segmentation
         check_code(code)
     return int(pycocotools.mask.area(code)), pycocotools.mask.toBbox(code).tolist()
 

@@ -79,7 +79,8 @@ class Issues(list[Issue]):
         """Issues inside belong to `name`, and their texts name what they are `about`; warnings that fcclip logs are
         issues, and so is an error."""
         self._section, self._about = name, about
-        logger, handler = logging.getLogger("fcclip"), _Collector(self)
+        logger, handler = logging.getLogger("fcclip"), logging.Handler(logging.WARNING)
+        handler.emit = lambda record: self.add(WARNING, record.getMessage())
         propagate, logger.propagate = logger.propagate, False
         logger.addHandler(handler)
         try:
@@ -99,14 +100,3 @@ class Issues(list[Issue]):
                 self.add(level, str(error) or type(error).__name__)
             else:
                 self.add(level, f"{type(error).__name__}: {error}", _OUR_MISTAKE)
-
-
-class _Collector(logging.Handler):
-    """Turns log records of warnings into issues."""
-
-    def __init__(self, issues: Issues) -> None:
-        super().__init__(logging.WARNING)
-        self._issues = issues
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._issues.add(WARNING, record.getMessage())

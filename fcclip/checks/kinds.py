@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ERROR", "KINDS", "NOTE", "OK", "PUBLISHED_SO", "WARNING", "Kind"]
-
 OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
 PUBLISHED_SO = "nothing: so it was published, and so it counts"  # remedy of what published files are known for
 _AGAIN = "copy or download them again"
@@ -93,9 +91,6 @@ _WARNINGS = {
         "use files of the same release and split"),
     "other-categories": ("most categories have another name than the class of their id",
         "check that the file belongs to this data set; classes go by id"),
-    "category-spelling": ("categories with nearly the name of their class (but for case, spaces, punctuation)",
-        "spell them alike: names are compared letter by letter"),
-    "isthing": ("things of the JSON that are stuff here, or the reverse", "the vocabulary counts; make them agree"),
     "similar-names": ("classes of nearly the same name (but for case, spaces, punctuation)",
         "rename one, or merge them"),
     "almost-seen": ("unseen classes with nearly the name of a training class (but for case, spaces, punctuation)",

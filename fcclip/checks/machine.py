@@ -17,8 +17,6 @@ from fcclip.errors import InputError
 from fcclip.ops import build_advice, select_engine
 from fcclip.ops.engines import automatic_engine
 
-__all__ = ["check_disk", "check_machine", "check_output_folder", "sized"]
-
 
 def check_machine(issues: Issues, cfg: CfgNode) -> None:
     """The device that the config names is there, and can run deformable attention.

@@ -6,8 +6,6 @@ from fcclip.checks.issue import NOTE, Issues
 from fcclip.files import listed
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["check_names", "check_seen_names", "spelling"]
-
 _AS_WRITTEN = {"level": NOTE, "remedy": "nothing: the names are as they were written"}
 
 

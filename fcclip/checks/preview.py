@@ -19,8 +19,6 @@ from fcclip.data.segmentations import fill_polygons
 from fcclip.structures import Segment
 from fcclip.visualization import contact_sheet, draw_labels, draw_panoptic
 
-__all__ = ["write_preview"]
-
 _CELL = (768, 576)  # (width, height) of an image, pixels
 _CAPTION_PX = 18
 _LETTERS = 60  # of a caption, of which the last ones tell images apart

@@ -17,8 +17,6 @@ from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issue, Issues
 from fcclip.checks.kinds import KINDS
 from fcclip.data import root_folder
 
-__all__ = ["counted", "new_console", "print_issues", "print_verdict", "progress", "short"]
-
 _MARKS = {OK: ("✓", "green"), NOTE: ("·", "dim"), WARNING: ("!", "yellow"), ERROR: ("✗", "bold red")}
 _PLAIN = {OK: "ok", NOTE: "note", WARNING: "warn", ERROR: "ERROR"}
 _FEW = 3  # examples of a kind
@@ -31,13 +29,7 @@ def new_console() -> Console:
 
 
 def print_issues(issues: Issues, console: Console, *, all_examples: bool = False) -> None:
-    """A list by section, those of one kind together.
-
-    Args:
-        issues: in the order in which they are shown.
-        console: see `new_console`.
-        all_examples: every file of a kind, not the first ones alone.
-    """
+    """A list by section, issues of one kind together; of a kind the first files, or `all_examples`."""
     section = ""
     for group in _groups(issues):
         first = group[0]

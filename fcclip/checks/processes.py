@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 
 from fcclip.errors import InputError
 
-__all__ = ["DIED", "map_in_processes"]
-
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 DIED = "the process that read it died"  # takes the place of a result
@@ -49,23 +47,21 @@ def map_in_processes(
         context.set_forkserver_preload([*preload, __name__])
     numbered = enumerate(jobs)
     parts = iter(lambda: list(islice(numbered, chunk)), [])
-    suspects: list[list[tuple[int, Job]]] | None = None
-    while suspects is None or suspects:
-        suspects = []
-        yield from _until_one_dies(partial(_work, function), parts, suspects, context, workers)
-        alone = iter([[numbered_job] for numbered_job in chain(*suspects)])  # the one that kills is among them
+    until_one_dies = partial(_until_one_dies, partial(_work, function), context)
+    while True:
+        unfinished: list[list[tuple[int, Job]]] = []
+        yield from until_one_dies(parts, unfinished, workers)
+        if not unfinished:
+            return
+        alone = iter([[job] for part in unfinished for job in part])  # the one that kills is among them
         for part in alone:
             died: list[list[tuple[int, Job]]] = []
-            yield from _until_one_dies(partial(_work, function), chain([part], alone), died, context, 1)
-            yield from ((position, DIED) for position, _ in chain(*died))
+            yield from until_one_dies(chain([part], alone), died, 1)
+            yield from ((position, DIED) for [(position, _)] in died)
 
 
 def _until_one_dies(
-    work: Callable[[list], list],
-    parts: Iterator[list],
-    unfinished: list[list],
-    context: Any,
-    workers: int,
+    work: Callable[[list], list], context: Any, parts: Iterator[list], unfinished: list[list], workers: int
 ) -> Iterator[tuple[int, Any]]:
     """Results of the parts; after a death no more parts are taken, and those that were begun are `unfinished`."""
     begun: dict[Future, list] = {}

@@ -16,8 +16,6 @@ from fcclip.data import root_folder
 from fcclip.data.transport import CompactRecords
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["ClassCount", "DatasetReport", "print_report", "summary"]
-
 _ENOUGH = 500  # images that tell something about the speed
 
 
@@ -83,10 +81,7 @@ class DatasetReport:
         """JSON values; every issue and every class."""
         vocabulary = self.vocabulary
         return {
-            "dataset": self.dataset,
-            "kind": self.kind,
-            "fast": self.fast,
-            "source": self.source,
+            **{key: getattr(self, key) for key in ("dataset", "kind", "fast", "source", "training")},
             "images": self.num_images,
             "published_images": self.num_published,
             "vocabulary": vocabulary
@@ -96,7 +91,6 @@ class DatasetReport:
                 "published": vocabulary.is_published,
                 "classes": len(vocabulary),
             },
-            "training": self.training,
             **self.issues.as_dict(),
             "classes": [asdict(entry) for entry in self.classes],
         }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from fcclip.checks.clip import check_clip
 from fcclip.checks.config import check_config
-from fcclip.checks.data import check_test_set, check_training_set, name_next_check
-from fcclip.checks.issue import ERROR, OK, WARNING, Issues
+from fcclip.checks.data import check_test_set, check_training_set
+from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.machine import check_disk, check_machine, check_output_folder
 from fcclip.checks.training import check_evaluation, check_settings
 from fcclip.checks.vocabulary import check_vocabularies
@@ -16,8 +17,6 @@ from fcclip.data import distinct_datasets
 from fcclip.engine import scale_to_world_size
 from fcclip.finetuning import check_finetuning
 from fcclip.finetuning.replay import with_replay_mapper
-
-__all__ = ["check_run"]
 
 
 def check_run(
@@ -59,7 +58,7 @@ def check_run(
         file = check_weights(issues, cfg, model, training=training)
     with issues.section("vocabulary"):
         names = list({**train, **test, **former})
-        vocabulary = check_vocabularies(issues, cfg, names, model, file, training=training)
+        vocabulary = check_vocabularies(issues, cfg, names, model=model, weights=file, training=training)
     with issues.section("CLIP"):
         check_clip(issues, cfg, model, file)
     if training:
@@ -86,5 +85,8 @@ def check_run(
     with issues.section("evaluation"):
         check_evaluation(issues, cfg, training=training)
     with issues.section("data in full"):
-        name_next_check(issues, {**train, **former, **test})
+        text = "this program looks at the annotations and a few images of each data set"
+        issues.add(
+            NOTE, text, f"for every file: python tools/check_dataset.py {shlex.join({**train, **former, **test})}"
+        )
     return issues

@@ -19,21 +19,11 @@ from fcclip.engine.trainer import amp_dtype
 from fcclip.modeling.augmentation import build_variants
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["check_evaluation", "check_settings"]
-
 
 def check_settings(
     issues: Issues, cfg: CfgNode, *, model: nn.Module | None, vocabulary: Vocabulary | None, world_size: int
 ) -> None:
-    """What a training is asked for exists and goes together.
-
-    Args:
-        issues: takes what is wrong.
-        cfg: as written.
-        model: None: it cannot be built.
-        vocabulary: of the training classes; None: it cannot be read.
-        world_size: processes of the run.
-    """
+    """What a training is asked for exists and goes together, as far as model and training classes are known."""
     scaled = cfg
     with issues.attempt():
         scaled = scale_to_world_size(cfg, world_size)

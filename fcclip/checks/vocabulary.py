@@ -18,22 +18,17 @@ from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
 from fcclip.weights import WeightFile, trained_vocabulary
 from fcclip.weights.checkpoint import FORMER
 
-__all__ = ["check_vocabularies", "long_prompts"]
-
 
 def check_vocabularies(
-    issues: Issues, cfg: CfgNode, names: Sequence[str], model: nn.Module | None, weights: WeightFile | None, *,
+    issues: Issues,
+    cfg: CfgNode,
+    names: Sequence[str],
+    *,
+    model: nn.Module | None,
+    weights: WeightFile | None,
     training: bool,
-) -> Vocabulary | None:  # fmt: skip
-    """Vocabularies of all data sets of a run, and those that the weights know.
-
-    Args:
-        issues: takes what is wrong.
-        cfg: as written.
-        names: of the data sets, those to train on first.
-        model: None: it cannot be built.
-        weights: None: there are none.
-        training: whether the run trains.
+) -> Vocabulary | None:
+    """Vocabularies of the data sets of a run (`names`, those to train on first), and those that the weights know.
 
     Returns:
         The vocabulary of the training classes; None: it cannot be read.
@@ -66,10 +61,6 @@ def check_vocabularies(
     if weights is not None and trained is not None:
         with issues.attempt():
             _compare_with_weights(issues, cfg, weights, trained, former, training=training)
-    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    if trained is not None and len(trained) != classes and not training:  # training has a check of its own
-        text = f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {classes}, the training vocabulary has {len(trained)} classes"
-        issues.add(NOTE, f"{text}; evaluation does not read the key")
     return trained
 
 

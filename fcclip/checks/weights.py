@@ -20,8 +20,6 @@ from fcclip.vocabulary import Vocabulary
 from fcclip.weights import WeightFile, initialise_from, is_mask2former, load_state, read_weight_file
 from fcclip.weights.checkpoint import FROZEN_PREFIX
 
-__all__ = ["check_model", "check_weights"]
-
 # Keys that give the same weights another meaning and change no shape.
 _MEANING = (
     "MODEL.MASK_FORMER.NHEADS",

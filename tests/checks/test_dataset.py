@@ -494,13 +494,6 @@ ENTRIES = {
         lambda content: content["images"].pop(), "unlisted-image", "000000000577.png", False, 4,
     ),
     "a negative size": (lambda content: content["images"][0].update(height=-1), "broken-entry", "-1", False, 4),
-    "a thing that is stuff": (
-        lambda content: content["categories"][0].update(isthing=0), "isthing", "'person' (id 1) is stuff in", False, 4,
-    ),
-    "a name of other case": (
-        lambda content: content["categories"][0].update(name="Person"),
-        "category-spelling", "'Person' (id 1)", False, 4,
-    ),
     "other names": (rename_all, "other-categories", "133 of 133: 'thing 0' for 'person'", False, 4),
     "a category listed twice": (
         lambda content: content["categories"].append({"id": 1, "name": "person"}), "categories", "id 1", False, 4,
