@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from fcclip import Segmenter
+from fcclip.checks.run import check_run
 from fcclip.config import load_config
 from fcclip.engine import best_choice, load_checkpoint
 from fcclip.modeling import build_model
@@ -213,20 +214,17 @@ def test_a_model_and_a_segmenter_take_their_words_from_a_yaml(tiny_cfg, tmp_path
 
 
 @pytest.fixture
-def check(monkeypatch):
-    """(config file, *words) -> findings of tools/check.py as (level, text)."""
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    program = importlib.import_module("check")
+def check():
+    """(config file, *overrides) -> issues of tools/check.py as (level, text)."""
 
-    def findings(path: Path, *words: object) -> list[tuple[str, str]]:
-        args = program.parse_arguments(["--config-file", str(path), *map(str, words)])
-        return [(one.level, f"{one.text} {one.remedy}") for one in program.check(args).findings]
+    def issues(path: Path, *overrides: str) -> list[tuple[str, str]]:
+        return [(issue.level, f"{issue.text} {issue.remedy}") for issue in check_run(str(path), overrides)]
 
-    return findings
+    return issues
 
 
-def errors(findings: list[tuple[str, str]]) -> list[str]:
-    return [text for level, text in findings if level == "error"]
+def errors(issues: list[tuple[str, str]]) -> list[str]:
+    return [text for level, text in issues if level == "error"]
 
 
 @pytest.mark.parametrize("kind", ["panoptic", "instances", "semantic"])

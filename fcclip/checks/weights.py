@@ -1,0 +1,135 @@
+"""The model on the meta device, and whether MODEL.WEIGHTS fit it."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import yaml
+from fvcore.common.config import CfgNode
+from torch import nn
+
+from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
+from fcclip.checks.machine import sized
+from fcclip.config import resolve_file
+from fcclip.modeling import build_model
+from fcclip.modeling.backbones.clip import FROZEN_PREFIX
+from fcclip.vocabulary import Vocabulary
+from fcclip.weights import WeightFile, initialise_from, is_mask2former, load_state, read_weight_file
+
+# Keys that give the same weights another meaning and change no shape.
+_MEANING = (
+    "MODEL.MASK_FORMER.NHEADS",
+    "MODEL.MASK_FORMER.PRE_NORM",
+    "MODEL.SEM_SEG_HEAD.IN_FEATURES",
+    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES",
+    "MODEL.MASK_FORMER.SIZE_DIVISIBILITY",
+    "MODEL.PIXEL_MEAN",
+    "MODEL.PIXEL_STD",
+    "INPUT.FORMAT",
+)
+# Keys that change shapes; what is wrong with them shows elsewhere, the difference says why.
+_SHAPES = (
+    "MODEL.FC_CLIP.EMBED_DIM",
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
+    "MODEL.MASK_FORMER.HIDDEN_DIM",
+    "MODEL.MASK_FORMER.DEC_LAYERS",
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM",
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS",
+)
+# Keys that choose the CLIP; where the file has a fingerprint, that is compared instead of names.
+_CLIP_NAMES = (
+    "MODEL.FC_CLIP.CLIP_MODEL_NAME",
+    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS",
+    "MODEL.FC_CLIP.QUICK_GELU",
+)
+
+
+def check_model(issues: Issues, cfg: CfgNode) -> nn.Module:
+    """The model as shapes only.
+
+    Raises:
+        ValueError: the config cannot be built.
+    """
+    shapes = cfg.clone()
+    shapes.defrost()
+    shapes.MODEL.DEVICE, shapes.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS = "meta", ""
+    anything = Vocabulary.from_names("anything")
+    with torch.device("meta"):
+        model = build_model(shapes, train_vocabulary=anything, test_vocabulary=anything)
+    total = sum(weight.numel() for weight in model.parameters()) / 1e6
+    learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6
+    issues.add(
+        OK,
+        f"{cfg.MODEL.META_ARCHITECTURE} on {cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}: {total:,.1f} M parameters, of which "
+        f"{learning:,.1f} M learn; {cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES} queries",
+    )
+    return model
+
+
+def check_weights(issues: Issues, cfg: CfgNode, model: nn.Module | None, *, training: bool) -> WeightFile | None:
+    """MODEL.WEIGHTS: readable, all keys and shapes those of the model, and made for the same settings."""
+    name = cfg.MODEL.WEIGHTS
+    if not name:
+        if training:
+            issues.add(NOTE, "MODEL.WEIGHTS is empty: training starts with freshly initialised heads")
+        else:
+            issues.add(ERROR, "nothing to evaluate: MODEL.WEIGHTS is empty", "--weights FILE, or MODEL.WEIGHTS FILE")
+        return None
+    path = resolve_file(name, what="MODEL.WEIGHTS")
+    file = read_weight_file(path, what="MODEL.WEIGHTS")
+    frozen = sum(key.startswith(FROZEN_PREFIX) for key in file.tensors)
+    size = f"{sized(path.stat().st_size)}, {len(file.tensors)} tensors, {frozen} of them CLIP's"
+    issues.add(OK, f"{name}: {file.kind}, {size}")
+    if model is not None:
+        with issues.attempt():
+            _check_fit(issues, file, model, name, training=training)
+    _compare_configs(issues, cfg, file, training=training)
+    return file
+
+
+def _check_fit(issues: Issues, file: WeightFile, model: nn.Module, name: str, *, training: bool) -> None:
+    """The heads of the file in those of the model, by the code that loads; the model has no values to overwrite."""
+    heads = nn.Module()  # the CLIP has a section of its own
+    for part, module in model.named_children():
+        if not getattr(module, "is_frozen", False):
+            heads.add_module(part, module)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch, that tensors without values are not written to
+        if training and is_mask2former(file.tensors):
+            start = initialise_from(heads, file.tensors, versions=file.versions, source=name)
+            what = f"{len(start.taken)} tensors taken, {len(start.fresh)} stay fresh"
+            issues.add(OK, f"a start from Mask2Former: {what}")
+            return
+        own = {key: value for key, value in file.tensors.items() if not key.startswith(FROZEN_PREFIX)}
+        load_state(heads, own, source=name)
+    issues.add(OK, "keys and shapes are those of the model")
+
+
+def _compare_configs(issues: Issues, cfg: CfgNode, file: WeightFile, *, training: bool) -> None:
+    """Settings stored beside the weights against those of this config."""
+    stored = file.rest.get("config")
+    with contextlib.suppress(yaml.YAMLError):
+        stored = yaml.safe_load(stored) if isinstance(stored, str) else stored
+    if not isinstance(stored, Mapping):
+        text = f"it was trained with {stored}" if stored else "it does not say with which settings it was trained"
+        return issues.add(NOTE, text)
+    names = () if file.rest.get("clip") else _CLIP_NAMES
+    for keys, level in ((_MEANING, WARNING if training else ERROR), (_SHAPES, WARNING), (names, WARNING)):
+        for key in keys:
+            there, here = _value(stored, key), _value(cfg, key)
+            if there is not None and there != here:
+                issues.add(level, f"{key} is {here!r}, but the weights were trained with {there!r}", f"{key} {there!r}")
+
+
+def _value(tree: Mapping[str, Any], key: str) -> Any:
+    """The value under a dotted key; None where there is none; tuples as lists."""
+    for part in key.split("."):
+        if not isinstance(tree, Mapping) or part not in tree:
+            return None
+        tree = tree[part]
+    return list(tree) if isinstance(tree, tuple) else tree
