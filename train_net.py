@@ -65,7 +65,6 @@ from fcclip.engine import (
     environment_report,
     launch,
     log_exception,
-    lost_processes_named,
     scale_to_world_size,
     seed_everything,
     setup_logging,
@@ -119,8 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except ProcessFailedError as error:
-        if error.trace and not is_users(error.kind, error.trace):
-            print(error.trace, file=sys.stderr)
+        if error.__cause__ is not None:
+            print(error.__cause__, file=sys.stderr)
         print(f"error: {short_message(str(error))}", file=sys.stderr)
         return 1
     except SystemExit as left:  # asked to stop
@@ -234,11 +233,10 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Results:
     with RunLock(cfg.OUTPUT_DIR) if alone else contextlib.nullcontext():
         setup_logging(Path(cfg.OUTPUT_DIR), rank=get_rank())
         try:
-            with lost_processes_named():
-                if args.eval_only:
-                    return evaluate_only(cfg, args)
-                with StopRequest() as stop:
-                    return train(cfg, args, stop)
+            if args.eval_only:
+                return evaluate_only(cfg, args)
+            with StopRequest() as stop:
+                return train(cfg, args, stop)
         except Exception:
             log_exception()
             end_loading_processes()

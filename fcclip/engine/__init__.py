@@ -6,11 +6,10 @@ trainer.py      Trainer: the loop; build_trainer: the loop of a config
 finetuning.py   begin_finetuning: what a fine-tuning starts from and must not forget
 guards.py       numbers that are not finite, memory that is full
 signals.py      SIGTERM and SIGUSR1: finish the step, save, leave
-run_folder.py   one training at a time in a folder; what may change when it is resumed
-watchdog.py     a process that died or hangs is named, and the others end
-warden.py       what a launcher does for its processes: signals passed on, late ones ended
+run_folder.py   what may change when a run is resumed
+run_lock.py     one training at a time in a folder
 checkpoint.py   checkpoints and weights: atomic writing, safe and strict reading
-distributed.py  launch: several processes; rank, barrier, gather
+processes.py    launch: several processes, and which of them failed
 metrics.py      log.txt, metrics.json, TensorBoard, progress bar
 environment.py  versions and device; random seeds and states
 
@@ -18,7 +17,6 @@ Evaluation is handed in by the script on top (`train_net.py`), never imported.
 """
 
 from fcclip.engine.checkpoint import Checkpointer, load_checkpoint, save_checkpoint
-from fcclip.engine.distributed import ProcessFailedError, launch, lost_processes_named, watch
 from fcclip.engine.environment import (
     apply_numeric_settings,
     draw_seed,
@@ -31,7 +29,9 @@ from fcclip.engine.environment import (
 from fcclip.engine.guards import NonFiniteError, OnNonFinite
 from fcclip.engine.metrics import build_writers, close_logging, duration, log_exception, setup_logging
 from fcclip.engine.optimizer import build_clip, build_optimizer, parameter_groups
-from fcclip.engine.run_folder import RunLock, check_resume, check_same_classes
+from fcclip.engine.processes import ProcessFailedError, launch
+from fcclip.engine.run_folder import check_resume, check_same_classes
+from fcclip.engine.run_lock import RunLock
 from fcclip.engine.schedule import build_lr_scheduler, build_multiplier, scale_to_world_size
 from fcclip.engine.signals import REQUEUE_EXIT_CODE, StopRequest, StopRequested, shield_worker
 from fcclip.engine.trainer import Trainer, build_trainer, check_training
@@ -64,7 +64,6 @@ __all__ = [
     "launch",
     "load_checkpoint",
     "log_exception",
-    "lost_processes_named",
     "parameter_groups",
     "random_state",
     "save_checkpoint",
@@ -73,5 +72,4 @@ __all__ = [
     "set_random_state",
     "setup_logging",
     "shield_worker",
-    "watch",
 ]

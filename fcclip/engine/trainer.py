@@ -39,7 +39,6 @@ from fcclip.comm import (
 )
 from fcclip.config import lookup
 from fcclip.engine.checkpoint import Checkpointer, load_checkpoint
-from fcclip.engine.distributed import watch
 from fcclip.engine.environment import random_state, set_random_state
 from fcclip.engine.guards import (
     MAX_ROLLBACKS,
@@ -218,7 +217,6 @@ class Trainer:
             self._evaluate_and_go_on()
         batches = self.batches(self.iteration)
         while self.iteration < self.max_iter:
-            watch(self.iteration)
             try:
                 self.step(batches)
             except NonFiniteError as error:

@@ -27,7 +27,6 @@ from torch import nn
 from fcclip.comm import broadcast_object
 from fcclip.config import lookup
 from fcclip.data import Dataset, build_test_loader, dataset_vocabulary
-from fcclip.engine import watch
 from fcclip.errors import InputError
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
@@ -468,7 +467,6 @@ class _Meter:
             yield item
 
     def advance(self, images: int) -> None:
-        watch()
         self.done += images
         now = time.perf_counter()
         if self.bar is not None:

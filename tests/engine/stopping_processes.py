@@ -66,6 +66,13 @@ def hang() -> None:
         ctypes.CDLL(None).sleep(60)
 
 
+def hang_among_others() -> None:
+    """The same in one of several processes, of which torch's launcher ends one that hangs with SIGTERM."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "some"
+    signals._DUMP_S = 0.1
+    hang()
+
+
 def hold_the_log() -> None:
     """The main thread hangs while it holds the lock of the log."""
     signals._PATIENCE_S = 0.2
@@ -84,6 +91,16 @@ def fork() -> None:
         while not stop.requested:
             time.sleep(0.01)
         say(f"child ended by {os.WTERMSIG(os.waitpid(child, 0)[1])}")
+
+
+def leave_soon() -> None:
+    """It has saved and left the loop before the same request comes by another way."""
+    with signals.StopRequest(echo_s=1.0) as stop:
+        say("ready")
+        while not stop.requested:
+            time.sleep(0.01)
+    say("saved")
+    time.sleep(60)
 
 
 def load() -> None:

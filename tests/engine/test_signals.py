@@ -201,7 +201,25 @@ def test_a_second_signal_ends_a_process_that_hangs(start, scenario):
     assert run.exit_code() == 128 + signal.SIGUSR1
 
 
+@BOTH
+def test_after_the_end_the_same_request_means_nothing_and_a_second_signal_what_it_meant_before(start, number):
+    run = start("leave_soon").until("ready")
+    run.send(number)
+    run.until("saved").send(number)
+    time.sleep(1.2)
+    assert run.process.poll() is None
+    run.send(number)
+    assert run.exit_code() == -number
+
+
 # ---- other processes of the job ----
+
+
+def test_one_of_several_processes_that_hangs_tells_its_stack(start):
+    run = start("hang_among_others").until("ready")
+    run.send(signal.SIGTERM)
+    run.until("in hang")
+    assert any("Timeout" in line for line in run.lines)
 
 
 def test_a_forked_child_does_not_count_for_its_parent(start):

@@ -559,7 +559,9 @@ def test_a_dry_run_of_an_evaluation_is_refused(train_net, config, capsys):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs the signals of POSIX")
-@pytest.mark.parametrize(("processes", "number"), [(1, signal.SIGUSR1), (2, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGUSR1), pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_program_that_is_asked_to_stop_saves_and_leaves_with_75(config, environment, tmp_path, processes, number):
     """The signal goes to the program that was started, which hands it on to its processes."""
     out, words = tmp_path / "out", map(str, (*SHORT, "SOLVER.MAX_ITER", 100_000, "SOLVER.CHECKPOINT_PERIOD", 0))
@@ -583,4 +585,4 @@ def test_a_program_that_is_asked_to_stop_saves_and_leaves_with_75(config, enviro
     last = load_checkpoint(out / (out / "last_checkpoint").read_text())
     assert f"stopped after iteration {last['iteration']}; go on with --resume" in text and last["iteration"] >= 19
     assert len(last["random"]) == processes and "Traceback" not in text
-    assert not list(out.glob(".*.writing")) and not (out / ".lock").exists()
+    assert not list(out.glob(".*.writing")) and not (out / ".locked_by").exists()

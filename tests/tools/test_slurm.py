@@ -93,7 +93,7 @@ def test_each_machine_starts_one_launcher_with_the_published_options(submit, tmp
         assert (args.num_gpus, args.num_machines, args.machine_rank) == (4, 2, node)
         assert args.dist_url == "tcp://node7:30123" and args.resume
         assert args.config_file == "a b.yaml" and args.opts == ["OUTPUT_DIR", "/shared/run 1"]
-    assert {"--nodes=2", "--ntasks-per-node=1"} <= set(shlex.split((tmp_path / "srun").read_text().splitlines()[0]))
+    assert {"--nodes=2", "--ntasks-per-node=1", "--wait=1800"} <= set(shlex.split((tmp_path / "srun").read_text().splitlines()[0]))
     assert not (tmp_path / "requeued").exists()
 
 
