@@ -1,13 +1,12 @@
 """Two CPU processes; what they do stands in talking_processes.py."""
 
+import functools
 import importlib
 import multiprocessing
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +17,9 @@ import torch
 from fcclip.comm import get_rank, get_world_size
 from fcclip.engine import REQUEUE_EXIT_CODE, ProcessFailedError, launch, processes
 from fcclip.errors import InputError, is_users
+from tests.engine.programs import PATIENCE_S, Program
 
 SHORT = "4"  # seconds of time-out for processes that hang
-PATIENCE_S = 200  # on a busy machine each process takes a while to start
 slow = pytest.mark.slow
 
 
@@ -33,24 +32,9 @@ def talking() -> Iterator:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., subprocess.Popen]]:
-    """Starts talking_processes.py by hand, in a group of processes of its own."""
-    programs = []
-
-    def run(*words: object, starter: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
-        file = Path(__file__).with_name("talking_processes.py")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(file.parents[2])} | variables
-        command = [sys.executable, *starter, str(file), *map(str, words)]
-        programs.append(
-            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
-        )
-        return programs[-1]
-
-    yield run
-    for program in programs:
-        if program.poll() is None:
-            os.killpg(program.pid, signal.SIGKILL)
-        program.communicate()
+def start(start_program) -> Callable[..., Program]:
+    """Starts talking_processes.py by hand."""
+    return functools.partial(start_program, Path(__file__).with_name("talking_processes.py"))
 
 
 def free_port() -> int:
@@ -90,11 +74,12 @@ def test_processes_talk_share_uneven_batches_and_rank_0_returns_its_result(talki
 
 @slow
 def test_an_error_in_one_process_ends_all_and_is_told_with_its_rank(talking):
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
     with pytest.raises(ProcessFailedError, match=r"^process 1 of 2 failed: image 7 is broken$") as error:
         launch(talking.one_raises, num_processes=2)
     assert is_users(error.value) and error.value.__cause__ is None
-    assert handlers == {number: signal.getsignal(number) for number in handlers}
+    assert handlers == [signal.getsignal(number) for number in numbers]
 
 
 @slow
@@ -106,8 +91,8 @@ def test_a_process_that_dies_ends_all_and_is_named(talking):
 @slow
 def test_a_process_that_hangs_ends_all_and_the_stacks_are_told(start):
     program = start("one_sleeps", "--num-gpus", 2, FCCLIP_TIMEOUT_SECONDS=SHORT)
-    text = program.communicate(timeout=PATIENCE_S)[1]
-    assert program.returncode == 1
+    assert program.exit_code() == 1
+    text = "\n".join(program.lines)
     assert re.search(r'talking_processes.py", line \d+ in one_sleeps', text)  # where it hangs
     assert "process 0 of 2 failed: RuntimeError: " in text and "in barrier" in text  # who waited for it
 
@@ -119,7 +104,7 @@ def test_a_signal_to_one_of_two_machines_lets_all_save_and_asks_for_a_new_start(
     zero, one = start(*words, 0), start(*words, 1)
     pids(tmp_path)
     os.killpg(one.pid, signal.SIGUSR1)  # to its launcher and to its process, as some schedulers do
-    assert zero.wait(PATIENCE_S) == one.wait(PATIENCE_S) == REQUEUE_EXIT_CODE
+    assert zero.exit_code() == one.exit_code() == REQUEUE_EXIT_CODE
     steps = {(tmp_path / f"saved_{rank}").read_text() for rank in range(2)}
     assert len(steps) == 1
 
@@ -129,7 +114,7 @@ def test_a_signal_to_a_process_of_torchrun_lets_all_save(start, tmp_path):
     starter = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
     program = start("works_until_asked", tmp_path, starter=starter)
     os.kill(pids(tmp_path)[1], signal.SIGUSR1)
-    assert program.wait(PATIENCE_S) == 1  # torchrun's own code for any other than 0
+    assert program.exit_code() == 1  # torchrun's own code for any other than 0
     assert all((tmp_path / f"saved_{rank}").exists() for rank in range(2))
 
 

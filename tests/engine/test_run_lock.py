@@ -2,7 +2,6 @@ import multiprocessing
 import os
 import signal
 import time
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,33 +13,32 @@ from fcclip.errors import InputError
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks")
 
 
-def hold(folder: Path, ready, *, with_worker: bool) -> None:
+def hold(folder: Path, ready, with_worker: bool) -> None:
     with RunLock(folder):
-        if with_worker and os.fork() == 0:
+        is_worker = with_worker and os.fork() == 0
+        if is_worker or not with_worker:
             ready.set()
-            time.sleep(10)
-            os._exit(0)
-        if not with_worker:
-            ready.set()
-        time.sleep(60)
+        time.sleep(10)
+        os._exit(0)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """Starts a process that holds the lock of the test's folder."""
     context = multiprocessing.get_context("fork")
-    with ExitStack() as stack:
+    processes = []
 
-        def start(*, with_worker: bool = False):
-            ready = context.Event()
-            process = context.Process(target=hold, args=(tmp_path, ready), kwargs={"with_worker": with_worker})
-            process.start()
-            stack.callback(process.join)
-            stack.callback(process.kill)
-            assert ready.wait(20)
-            return process
+    def start(*, with_worker: bool = False):
+        ready = context.Event()
+        processes.append(context.Process(target=hold, args=(tmp_path, ready, with_worker)))
+        processes[-1].start()
+        assert ready.wait(20)
+        return processes[-1]
 
-        yield start
+    yield start
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def test_a_second_training_is_refused_with_the_name_of_the_first(tmp_path, holder):
