@@ -42,7 +42,6 @@ from fcclip.engine import (
     environment_report,
     launch,
     log_exception,
-    lost_processes_named,
     setup_logging,
 )
 from fcclip.errors import InputError, MissingFileError
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; --resume goes on", file=sys.stderr)
         return 130
     except ProcessFailedError as error:
-        print(f"{error.trace}\nerror: {error}" if error.trace else f"error: {error}", file=sys.stderr)
+        print(f"{error.__cause__}\nerror: {error}" if error.__cause__ else f"error: {error}", file=sys.stderr)
         return 1
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -202,8 +201,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
     with lock:
         setup_logging(args.output, rank=get_rank())
         try:
-            with lost_processes_named():
-                return evaluate_sets(cfg, args)
+            return evaluate_sets(cfg, args)
         except Exception:
             log_exception()
             raise

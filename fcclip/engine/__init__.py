@@ -16,10 +16,9 @@ logs.py         log.txt
 dry_run.py      dry_run: one step that changes nothing
 run.py          the beginning and the end of a run
 signals.py      SIGTERM and SIGUSR1: finish the step, save, leave
-run_folder.py   one training at a time in a folder; what may change when it is resumed
-watchdog.py     a process that died or hangs is named, and the others end
-warden.py       what a launcher does for its processes: signals passed on, late ones ended
-distributed.py  launch: several processes; rank, barrier, gather
+run_folder.py   what may change when a run is resumed
+run_lock.py     one training at a time in a folder
+processes.py    launch: several processes, and which of them failed
 environment.py  versions, device and memory; random seeds and states
 
 Evaluation is handed in by the script on top (`train_net.py`), never imported.
@@ -28,7 +27,6 @@ Evaluation is handed in by the script on top (`train_net.py`), never imported.
 from fcclip.engine.best import best_choice, check_best
 from fcclip.engine.build import amp_dtype, build_trainer, check_training
 from fcclip.engine.checkpoint import Checkpointer, Saving, load_checkpoint, save_checkpoint
-from fcclip.engine.distributed import ProcessFailedError, launch, lost_processes_named, watch
 from fcclip.engine.dry_run import dry_run
 from fcclip.engine.environment import (
     apply_numeric_settings,
@@ -44,9 +42,10 @@ from fcclip.engine.guards import NonFiniteError, OnNonFinite
 from fcclip.engine.logs import close_logging, log_exception, setup_logging
 from fcclip.engine.metrics import duration
 from fcclip.engine.optimizer import StepSettings, build_gradient_clipping, build_optimizer, parameter_groups
+from fcclip.engine.processes import ProcessFailedError, launch
 from fcclip.engine.recording import Recorder
 from fcclip.engine.run import as_begun, begin_run, prepare_output_folder, run_in_folder
-from fcclip.engine.run_folder import RunLock
+from fcclip.engine.run_lock import RunLock
 from fcclip.engine.schedule import build_lr_scheduler, build_multiplier, scale_to_world_size
 from fcclip.engine.signals import REQUEUE_EXIT_CODE, StopRequest, StopRequested, shield_worker
 from fcclip.engine.trainer import Trainer
@@ -85,7 +84,6 @@ __all__ = [
     "load_checkpoint",
     "log_exception",
     "log_parameters",
-    "lost_processes_named",
     "parameter_groups",
     "peak_memory_mb",
     "prepare_output_folder",
@@ -97,5 +95,4 @@ __all__ = [
     "set_random_state",
     "setup_logging",
     "shield_worker",
-    "watch",
 ]

@@ -16,10 +16,10 @@ from fcclip.comm import broadcast_object, get_rank, is_main_process
 from fcclip.config import keys_without_effect, resolve_device
 from fcclip.data.loaders import LoaderError
 from fcclip.engine.checkpoint import Checkpointer
-from fcclip.engine.distributed import lost_processes_named
 from fcclip.engine.environment import apply_numeric_settings, draw_seed, environment_report, seed_everything
 from fcclip.engine.logs import close_logging, log_exception, setup_logging
-from fcclip.engine.run_folder import RunLock, check_resume, check_same_classes
+from fcclip.engine.run_folder import check_resume, check_same_classes
+from fcclip.engine.run_lock import RunLock
 from fcclip.files import listed, write_atomically
 from fcclip.vocabulary import Vocabulary
 
@@ -56,8 +56,7 @@ def run_in_folder(folder: str | Path, *, locks: str = "") -> Iterator[None]:
     with RunLock(folder, locks) if locks and is_main_process() else contextlib.nullcontext():
         setup_logging(Path(folder), rank=get_rank())
         try:
-            with lost_processes_named():
-                yield
+            yield
         except Exception as error:
             log_exception()
             _end_loading_processes()

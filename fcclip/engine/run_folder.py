@@ -1,17 +1,10 @@
-"""The folder of a run: one training at a time, and resumed with the config that it was begun with."""
+"""A run is resumed with the config that it was begun with."""
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import itertools
-import json
 import logging
-import os
-import socket
-import threading
-import time
-import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,16 +16,7 @@ from fcclip.config import WITHOUT_EFFECT, get_cfg
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 logger = logging.getLogger(__name__)
-
-HEARTBEAT_S = 30.0  # between two signs of life in the lock file
-STALE_S = 300.0  # a lock of another machine without one for so long is dead
-_NOTE_BYTES = 512
 
 # Keys that may change when a training is resumed: the weights do not depend on them, or they are compared by what they
 # lead to (the CLIP by its fingerprint, the words by themselves).
@@ -62,202 +46,6 @@ HARMLESS = (
     "TEST.*",
     "WANDB.*",
 )
-
-
-# ---- one training at a time ----
-
-
-class RunLock:
-    """Keeps a second training out of a folder, as long as this one lives.
-
-    The file `.lock` in the folder is locked by the system, which frees it when the process dies, however it dies. Where
-    such locks do not reach other machines, the time of the file tells: its owner touches it now and then. A dead owner
-    on another machine costs a wait of three heartbeats, unless it has been silent for STALE_S.
-
-    Args:
-        folder: of the run; must exist.
-        what: is done there, for the message.
-        heartbeat_s: seconds between two touches.
-
-    Raises:
-        ValueError: on entering, when another process holds the folder; names it.
-    """
-
-    def __init__(self, folder: str | Path, what: str = "training", *, heartbeat_s: float = HEARTBEAT_S) -> None:
-        self.path = Path(folder) / ".lock"
-        self.what = what
-        self.heartbeat_s = heartbeat_s
-        self._descriptor: int | None = None
-
-    def __enter__(self) -> RunLock:
-        self._descriptor = self._take()
-        _held.add(self)
-        note = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "what": self.what,
-            "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        os.pwrite(self._descriptor, json.dumps(note).encode().ljust(_NOTE_BYTES), 0)  # whole, whoever reads it when
-        self._left = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="run lock", daemon=True)
-        self._heart.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._descriptor is None:  # a forked child
-            return
-        self._left.set()
-        self._heart.join()
-        with contextlib.suppress(OSError):  # the folder may be gone
-            self.path.unlink()
-        os.close(self._descriptor)
-        self._descriptor = None
-        _held.discard(self)
-
-    def _take(self) -> int:
-        """The descriptor of the file, which is ours and locked where the system can."""
-        while True:
-            descriptor, is_new = self._open()
-            try:
-                locked = _lock(descriptor)
-                if locked is False:
-                    raise self._refusal(descriptor)
-                if not self._is_still_there(descriptor):  # its owner has just left
-                    os.close(descriptor)
-                    continue
-                if not is_new and self._owner_lives(descriptor, reached=locked is not None):
-                    raise self._refusal(descriptor)
-                if self._is_still_there(descriptor):
-                    return descriptor
-                os.close(descriptor)
-            except BaseException:
-                os.close(descriptor)
-                raise
-
-    def _open(self) -> tuple[int, bool]:
-        while True:
-            with contextlib.suppress(FileExistsError):  # exclusive creation is atomic on network file systems too
-                return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
-            with contextlib.suppress(FileNotFoundError):
-                return os.open(self.path, os.O_RDWR), False
-
-    def _is_still_there(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
-        except FileNotFoundError:
-            return False
-
-    def _owner_lives(self, descriptor: int, *, reached: bool) -> bool:
-        """Whether the owner in the file lives; with `reached` the system's lock has told of every process here."""
-        owner = self._owner(descriptor)
-        here = owner.get("host") == socket.gethostname()
-        if not owner or (here and (reached or not _is_running(owner.get("pid")))):
-            return False
-        seen = os.fstat(descriptor).st_mtime
-        if time.time() - seen > STALE_S:
-            return False
-        patience = 3 * self.heartbeat_s
-        logger.warning(
-            "%s was left by process %s on %s; waiting up to %.0f s to see whether it lives",
-            self.path,
-            owner.get("pid"),
-            owner.get("host"),
-            patience,
-        )
-        until = time.monotonic() + patience
-        while time.monotonic() < until:
-            time.sleep(self.heartbeat_s / 10)
-            try:
-                if os.stat(self.path).st_mtime != seen:
-                    return True
-            except FileNotFoundError:
-                return False
-        return False
-
-    def _owner(self, descriptor: int) -> dict[str, Any]:
-        """What the owner wrote about itself; {} when it died before it could."""
-        owner = _read(descriptor)
-        if not owner:
-            time.sleep(min(self.heartbeat_s, 1.0))  # it may be about to
-            owner = _read(descriptor)
-        return owner
-
-    def _refusal(self, descriptor: int) -> InputError:
-        owner = self._owner(descriptor)
-        who = (
-            f"process {owner.get('pid')} on {owner.get('host')}, {owner.get('what')} there since {owner.get('started')}"
-            if owner
-            else "another process that has just started"
-        )
-        return InputError(
-            f"OUTPUT_DIR '{self.path.parent}' is in use by {who}. Two trainings in one folder would overwrite each "
-            "other's checkpoints: give this one another OUTPUT_DIR, or stop the other first"
-            + (f" (kill {owner.get('pid')} on {owner.get('host')})." if owner else ".")
-        )
-
-    def _beat(self) -> None:
-        while not self._left.wait(self.heartbeat_s):
-            with contextlib.suppress(OSError):
-                os.utime(self.path)
-
-    def _forget(self) -> None:
-        """In a forked child, which shares the lock and would keep it after its parent's death."""
-        if self._descriptor is not None:
-            with contextlib.suppress(OSError):
-                os.close(self._descriptor)
-            self._descriptor = None
-
-
-_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
-
-
-def _forget_in_child() -> None:
-    for lock in list(_held):
-        lock._forget()
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_in_child)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Whether the system locked the file for us; None where it cannot lock files of that kind."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _read(descriptor: int) -> dict[str, Any]:
-    """The note in a lock file; {} when there is none."""
-    try:
-        note = json.loads(os.pread(descriptor, _NOTE_BYTES, 0))
-    except ValueError:
-        return {}
-    return note if isinstance(note, dict) else {}
-
-
-def _is_running(pid: Any) -> bool:
-    """Whether this machine may have such a process."""
-    if os.name != "posix" or not isinstance(pid, int):
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-# ---- the same config ----
 
 
 def check_resume(stored: str, here: CfgNode, *, source: str | Path, iteration: int | None = None) -> None:

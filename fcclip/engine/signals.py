@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and SIGUSR1 ask a training to finish its step, to save, and to leave with a code that means
+"""A polite stop: SIGTERM and SIGUSR1 ask a training to finish its step, to save, and to leave with a code that means
 "start me again".
 
 Schedulers send these signals before they take a machine away, often to every process of a job at once.
@@ -7,7 +7,9 @@ Schedulers send these signals before they take a machine away, often to every pr
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,9 +22,10 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits: stopped on request after saving; start again with --resume
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 ECHO_S = 3.0  # a signal this soon after the first is the same request, come by another way (the job's, the launcher's)
-_NAMES = ("SIGTERM", "SIGUSR1")
 _PATIENCE_S = 2.0  # for the log, before leaving without it
+_DUMP_S = 20.0  # torch's launcher kills a process 30 s after SIGTERM when another one has failed
 
 
 class StopRequested(BaseException):
@@ -39,22 +42,14 @@ class StopRequest:
 
     Args:
         echo_s: a further signal within this many seconds after the first is taken for the same request.
-
-    Example:
-        >>> with StopRequest() as stop:
-        ...     for step in range(3):
-        ...         if stop.requested:
-        ...             break
-        >>> stop.requested, stop.signal_name
-        (False, '')
     """
 
     def __init__(self, *, echo_s: float = ECHO_S) -> None:
         self.signal_name = ""  # of the first signal: SIGTERM or SIGUSR1
         self.echo_s = echo_s
+        self._first = -math.inf  # when it came
         self._previous: dict[int, signal.Handlers | object] = {}
         self._interrupts = False
-        self._interrupted = False
 
     @property
     def requested(self) -> bool:
@@ -70,11 +65,8 @@ class StopRequest:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for name in _NAMES:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                self._previous[number] = signal.signal(number, self._handle)
-        self._outer, _entered = _entered, self
+        self._previous = {number: signal.signal(number, self._handle) or signal.SIG_DFL for number in STOP_SIGNALS}
+        _entered = self
         self._watcher = threading.Thread(target=self._watch, name="stop request", daemon=True)
         self._watcher.start()
         return self
@@ -84,14 +76,13 @@ class StopRequest:
         if not self._previous:
             return
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            signal.signal(number, self._handle_late if self.requested else handler)
         signal.set_wakeup_fd(self._previous_fd)
-        _entered = self._outer
+        _entered = None
         self._writer.send(b"\0")
         self._watcher.join()  # what it logs shall stand before what follows
         self._reader.close()
         self._writer.close()
-        self._previous = {}
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
@@ -115,30 +106,35 @@ class StopRequest:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         """In the main thread, between two of its instructions."""
-        self._note(number)
-        if self._interrupts and not self._interrupted:
-            self._interrupted = True
+        self.signal_name = self.signal_name or signal.Signals(number).name
+        if self._interrupts:
+            self._interrupts = False
             raise StopRequested(self.signal_name)
 
-    def _note(self, number: int) -> None:
-        self.signal_name = self.signal_name or signal.Signals(number).name
+    def _handle_late(self, number: int, _: FrameType | None) -> None:
+        """After the exit: the same request by another way means nothing, a later signal what it meant before."""
+        if time.monotonic() - self._first > self.echo_s:
+            signal.signal(number, self._previous[number])
+            os.kill(os.getpid(), number)
 
     def _watch(self) -> None:
-        first = None
         while True:
             for number in self._reader.recv(64):
                 if number == 0:  # from __exit__; no signal has this number
+                    faulthandler.cancel_dump_traceback_later()
                     return
                 if number not in self._previous:  # somebody else's signal
                     continue
-                if first is None:
-                    first = time.monotonic()
-                    self._note(number)
+                if self._first == -math.inf:
+                    self._first = time.monotonic()
+                    self.signal_name = self.signal_name or signal.Signals(number).name
+                    if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
+                        faulthandler.dump_traceback_later(_DUMP_S)  # it may be the one that hangs
                     _say(
                         f"{self.signal_name}: finishing this iteration, then saving and leaving; a second signal "
                         "leaves at once"
                     )
-                elif time.monotonic() - first > self.echo_s:
+                elif time.monotonic() - self._first > self.echo_s:
                     _leave(number)
 
 
@@ -147,15 +143,11 @@ def shield_worker(worker: int = 0) -> None:
 
     The training process needs its workers until the iteration is done. SIGTERM then ends a worker only when its parent
     sends it, and SIGUSR1 never does. A worker leaves by itself when its parent is gone.
-
-    Args:
-        worker: the number of the worker, as a loader passes it.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS and Windows cannot tell who sent a signal
-        return
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_wait_for_parent_to_end_us, name="shield", daemon=True).start()
+    if hasattr(signal, "sigwaitinfo"):  # macOS and Windows cannot tell who sent a signal
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_parent_to_end_us, name="shield", daemon=True).start()
 
 
 def _wait_for_parent_to_end_us() -> None:
@@ -178,32 +170,20 @@ def _say(message: str) -> None:
     speaker.join(_PATIENCE_S)
 
 
-_entered: StopRequest | None = None  # the innermost one of this process
-_mask = threading.local()  # what a thread had blocked before it forked
-
-
-def _before_fork() -> None:
-    """A signal that reaches the child too early would be written into the parent's socket; it waits."""
-    if _entered is not None:
-        _mask.before = signal.pthread_sigmask(signal.SIG_BLOCK, _entered._previous)
-
-
-def _after_fork_in_parent() -> None:
-    if hasattr(_mask, "before"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, _mask.before)
-        del _mask.before
+_entered: StopRequest | None = None  # in this process
 
 
 def _after_fork_in_child() -> None:
+    """A child must not speak to its parent's thread, and a loader's worker ends on SIGTERM without a word."""
     global _entered
     if _entered is not None:
         signal.set_wakeup_fd(-1)
-        for number, handler in _entered._previous.items():
-            ignored = signal.Signals(number).name == "SIGUSR1"  # its default is to end the process
-            signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL if handler is None else handler)
+        for number, handler in _entered._previous.items():  # the default of SIGUSR1 is to end the process
+            signal.signal(number, handler if number == signal.SIGTERM else signal.SIG_IGN)
         _entered = None
-    _after_fork_in_parent()
+    if hasattr(faulthandler, "unregister"):
+        faulthandler.unregister(signal.SIGTERM)
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_after_fork_in_child)

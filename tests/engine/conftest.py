@@ -6,9 +6,10 @@ import functools
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from fcclip.engine import Trainer
+from tests.engine.programs import Program
 from tests.engine.toys import ToyModel, make_batch, make_trainer
 
 
@@ -40,6 +42,17 @@ def toy_batch() -> Callable[..., list[dict]]:
 def toy_trainer(tmp_path: Path) -> Callable[..., Trainer]:
     """Trainers of toy models that write into a folder of the test; keywords as of `make_trainer`."""
     return functools.partial(make_trainer, folder=tmp_path)
+
+
+@pytest.fixture
+def start_program() -> Iterator[Callable[..., Program]]:
+    """Starts programs (arguments as of Program), and kills what is left of them."""
+    programs: list[Program] = []
+    yield lambda *args, **kwargs: programs.append(Program(*args, **kwargs)) or programs[-1]
+    for program in programs:
+        if program.poll() is None:
+            os.killpg(program.pid, signal.SIGKILL)
+        program.communicate()
 
 
 ROOT = Path(__file__).resolve().parents[2]

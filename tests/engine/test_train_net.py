@@ -514,4 +514,4 @@ def test_a_program_that_is_asked_to_stop_saves_and_leaves_with_75(config, enviro
     last = load_checkpoint(out / (out / "last_checkpoint").read_text())
     assert f"stopped after iteration {last['iteration']}; go on with --resume" in text and last["iteration"] >= 19
     assert len(last["random"]) == processes and "Traceback" not in text
-    assert not list(out.glob(".*.writing")) and not (out / ".lock").exists()
+    assert not list(out.glob(".*.writing")) and not (out / ".locked_by").exists()

@@ -1,4 +1,4 @@
-"""What two CPU processes do with a model in test_distributed.py and test_accumulation.py."""
+"""What two CPU processes do with a model in test_two_trainings.py and test_accumulation.py."""
 
 from __future__ import annotations
 

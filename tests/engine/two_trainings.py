@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.comm import all_gather_object, get_rank
 from fcclip.engine import OnNonFinite, StopRequest, Trainer
+from tests.engine import training_processes
 from tests.engine.toys import ToyModel, make_batch, make_trainer
 
 SIZE = 2  # images a process
@@ -116,3 +117,5 @@ def everything(folder: str) -> None:
     stop_and_resume(root / "stop_1", asked=1)
     stop_in_an_evaluation(root / "stop_evaluation")
     try_out(root / "dry_run")
+    (root / "with_model").mkdir()
+    training_processes.everything(str(root / "with_model"))

@@ -60,9 +60,12 @@ export FCCLIP_DIST_URL="tcp://$first:${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20
 unset MASTER_PORT # with it, a program might take itself for one that torchrun has started
 echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES machine(s), $FCCLIP_DIST_URL"
 
-# A launcher that is done must not end one whose process is still saving; launchers watch each other themselves.
+# A launcher that is done must not end one whose process is still saving. After one has failed, a process that hangs on
+# another machine is ended as late as one that keeps the others waiting.
+wait_s=${FCCLIP_TIMEOUT_SECONDS:-1800}
+wait_s=${wait_s%.*}
 # shellcheck disable=SC2016  # the words in quotes are for the shell on each machine
-srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 bash -c '
+srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait="$wait_s" bash -c '
     exec "$PYTHON" train_net.py --resume \
         --num-gpus "${FCCLIP_PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}" \
         --num-machines "$SLURM_JOB_NUM_NODES" --machine-rank "$SLURM_NODEID" --dist-url "$FCCLIP_DIST_URL" \
