@@ -64,7 +64,12 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> 
     Raises:
         OSError: as `write_atomically`.
     """
-    text = json.dumps(without_nan(content), indent=indent, ensure_ascii=False, allow_nan=False)
+    options = {"indent": indent, "ensure_ascii": False, "allow_nan": False}
+    try:
+        text = json.dumps(content, **options)
+    except (TypeError, ValueError):  # then alone it is worth walking the tree
+        text = json.dumps(without_nan(content), **options)
+    text += "\n" if indent is not None else ""
     write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 

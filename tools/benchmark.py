@@ -53,7 +53,7 @@ from fcclip.engine.metrics import History
 from fcclip.engine.trainer import amp_dtype, peak_memory_mb
 from fcclip.errors import InputError
 from fcclip.evaluation import (
-    Background,
+    EvaluationThreads,
     Evaluator,
     GroundTruth,
     InstanceEvaluator,
@@ -494,10 +494,10 @@ def added_to_network(images: Sequence[MadeUpImage], options: argparse.Namespace)
 
     def beside() -> None:
         group = three_evaluators(images, options.classes)
-        with Background({"": group}) as background:
+        with EvaluationThreads({"": group}) as threads:
             for ground_truth in images:
                 work()
-                background.process(GroundTruth(ground_truth.record), {"": ground_truth.output})
+                threads.process(GroundTruth(ground_truth.record), {"": ground_truth.output})
         for evaluator in group:
             evaluator.results()
 

@@ -77,28 +77,38 @@ def _model() -> Keys:
     model.BACKBONE.NAME = "build_resnet_backbone"  # CLIP in every published file
     model.BACKBONE.FREEZE_AT = frozen_backbone(2)
 
-    model.RESNETS = Keys(frozen_backbone)  # of the bases; FC-CLIP's backbone is CLIP
-    model.RESNETS.DEPTH = 50
-    model.RESNETS.STEM_TYPE = "deeplab"
-    model.RESNETS.STEM_OUT_CHANNELS = 64
-    model.RESNETS.STRIDE_IN_1X1 = False
-    model.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    model.RESNETS.RES4_DILATION = 1
-    model.RESNETS.RES5_DILATION = 1
-    model.RESNETS.RES5_MULTI_GRID = [1, 2, 4]
-    model.RESNETS.NUM_GROUPS = 1
-    model.RESNETS.WIDTH_PER_GROUP = 64
-    model.RESNETS.NORM = "FrozenBN"
-    model.RESNETS.RES2_OUT_CHANNELS = 256
+    model.RESNETS = _resnets()
+    model.FC_CLIP = _fc_clip()
+    model.SEM_SEG_HEAD = _sem_seg_head()
+    model.MASK_FORMER = _mask_former()
+    model.SWIN = _swin()
+    return model
 
-    fc_clip = model.FC_CLIP = Keys()
+
+def _resnets() -> Keys:
+    resnets = Keys(frozen_backbone)  # of the bases; FC-CLIP's backbone is CLIP
+    resnets.DEPTH = 50
+    resnets.STEM_TYPE = "deeplab"
+    resnets.STEM_OUT_CHANNELS = 64
+    resnets.STRIDE_IN_1X1 = False
+    resnets.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    resnets.RES4_DILATION = 1
+    resnets.RES5_DILATION = 1
+    resnets.RES5_MULTI_GRID = [1, 2, 4]
+    resnets.NUM_GROUPS = 1
+    resnets.WIDTH_PER_GROUP = 64
+    resnets.NORM = "FrozenBN"
+    resnets.RES2_OUT_CHANNELS = 256
+    return resnets
+
+
+def _fc_clip() -> Keys:
+    fc_clip = Keys()
     fc_clip.CLIP_MODEL_NAME = chooses_clip("convnext_large_d_320")  # of open_clip, or the path of an open_clip JSON
     # open_clip tag, a local file, or "" for random weights
     fc_clip.CLIP_PRETRAINED_WEIGHTS = chooses_clip_weights("laion2b_s29b_b131k_ft_soup")
     fc_clip.EMBED_DIM = changes_shapes(768)  # width of the joint image-text space; must be the CLIP's
-    fc_clip.GEOMETRIC_ENSEMBLE_ALPHA = changes_prediction(
-        0.4
-    )  # share of the out-of-vocabulary classifier, seen classes
+    fc_clip.GEOMETRIC_ENSEMBLE_ALPHA = changes_prediction(0.4)  # share of the out-of-vocabulary part, seen classes
     fc_clip.GEOMETRIC_ENSEMBLE_BETA = changes_prediction(0.8)  # the same, unseen classes
     fc_clip.ENSEMBLE_ON_VALID_MASK = changes_prediction(False)  # not for queries whose mask is empty at stride 32
     # Folder of published vocabulary files; "": $DETECTRON2_DATASETS/vocabularies, else ours.
@@ -106,8 +116,11 @@ def _model() -> Keys:
     fc_clip.TEXT_CACHE_DIR = harmless("")  # text features on disk; "": the user's cache folder
     fc_clip.QUICK_GELU = chooses_clip("auto")  # auto | on | off: activation of the CLIP; auto: on for OpenAI weights
     fc_clip.ZERO_BOXES = changes_prediction(False)  # the published all-zero boxes instead of real ones
+    return fc_clip
 
-    head = model.SEM_SEG_HEAD = Keys()
+
+def _sem_seg_head() -> Keys:
+    head = Keys()
     head.NAME = "SemSegFPNHead"  # FCCLIPHead in every published file
     head.IN_FEATURES = changes_meaning(["p2", "p3", "p4", "p5"])  # backbone levels given to the pixel decoder
     head.IGNORE_VALUE = 255  # label of pixels without a class
@@ -130,8 +143,11 @@ def _model() -> Keys:
     head.ASPP_DILATIONS = of_deeplab([6, 12, 18])
     head.ASPP_DROPOUT = of_deeplab(0.1)
     head.USE_DEPTHWISE_SEPARABLE_CONV = of_deeplab(False)
+    return head
 
-    former = model.MASK_FORMER = Keys()
+
+def _mask_former() -> Keys:
+    former = Keys()
     former.DEEP_SUPERVISION = True  # losses after every decoder layer
     former.NO_OBJECT_WEIGHT = 0.1  # weight of void in the class loss
     former.CLASS_WEIGHT = 1.0  # weight of the class loss, and of the class cost in matching
@@ -162,25 +178,28 @@ def _model() -> Keys:
     former.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = (
         False  # resize mask logits, not class scores; implied by the other two heads
     )
+    return former
 
-    model.SWIN = Keys(without_effect("there is no Swin backbone"))  # accepted so that third-party files merge
-    model.SWIN.PRETRAIN_IMG_SIZE = 224
-    model.SWIN.PATCH_SIZE = 4
-    model.SWIN.EMBED_DIM = 96
-    model.SWIN.DEPTHS = [2, 2, 6, 2]
-    model.SWIN.NUM_HEADS = [3, 6, 12, 24]
-    model.SWIN.WINDOW_SIZE = 7
-    model.SWIN.MLP_RATIO = 4.0
-    model.SWIN.QKV_BIAS = True
-    model.SWIN.QK_SCALE = None
-    model.SWIN.DROP_RATE = 0.0
-    model.SWIN.ATTN_DROP_RATE = 0.0
-    model.SWIN.DROP_PATH_RATE = 0.3
-    model.SWIN.APE = False
-    model.SWIN.PATCH_NORM = True
-    model.SWIN.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    model.SWIN.USE_CHECKPOINT = False
-    return model
+
+def _swin() -> Keys:
+    swin = Keys(without_effect("there is no Swin backbone"))  # accepted so that third-party files merge
+    swin.PRETRAIN_IMG_SIZE = 224
+    swin.PATCH_SIZE = 4
+    swin.EMBED_DIM = 96
+    swin.DEPTHS = [2, 2, 6, 2]
+    swin.NUM_HEADS = [3, 6, 12, 24]
+    swin.WINDOW_SIZE = 7
+    swin.MLP_RATIO = 4.0
+    swin.QKV_BIAS = True
+    swin.QK_SCALE = None
+    swin.DROP_RATE = 0.0
+    swin.ATTN_DROP_RATE = 0.0
+    swin.DROP_PATH_RATE = 0.3
+    swin.APE = False
+    swin.PATCH_NORM = True
+    swin.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    swin.USE_CHECKPOINT = False
+    return swin
 
 
 def _dataloader() -> Keys:

@@ -6,14 +6,9 @@ instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
 cityscapes.py CityscapesInstanceEvaluator, CityscapesSemanticEvaluator: the protocol of cityscapesScripts
 predictions.py  PredictionWriter, SavedPredictions: what a model predicted, on the disk; evaluations that resume
-oracle.py     true masks with predicted classes, and the other way round
-external.py   evaluate_predictions: without a model, also predictions of other programs
 runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation;
               EVALUATORS: what a kind of data set is evaluated for
-thread_pool.py Background: evaluation in threads while the network runs
-comparison.py before and after a fine-tuning: the same classes as a table and as finetune.json
-zero_shot.py  the table of the model zoo: published settings and figures, Report
-page.py       write_page: the best, median and worst images as HTML
+thread_pool.py EvaluationThreads: evaluation in threads while the network runs
 results.py    tables, lines to paste and results.json
 ground_truth.py   GroundTruth and Evaluator: what the runner hands over and expects
 histograms.py joint histograms of two maps
@@ -22,7 +17,7 @@ averages.py   unweighted means over classes, over seen and unseen ones
 
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
-from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth, encode_masks, instances_of_rows
+from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth, encode_masks
 from fcclip.evaluation.lvis import LvisEvaluator
 from fcclip.evaluation.panoptic import (
     ClassCounts,
@@ -43,14 +38,14 @@ from fcclip.evaluation.results import (
 )
 from fcclip.evaluation.runner import EVALUATORS, build_evaluators, evaluate, evaluate_augmented
 from fcclip.evaluation.semantic import SemanticEvaluator
-from fcclip.evaluation.thread_pool import Background
+from fcclip.evaluation.thread_pool import EvaluationThreads
 
 __all__ = [
     "EVALUATORS",
-    "Background",
     "CityscapesInstanceEvaluator",
     "CityscapesSemanticEvaluator",
     "ClassCounts",
+    "EvaluationThreads",
     "Evaluator",
     "GroundTruth",
     "InstanceEvaluator",
@@ -70,7 +65,6 @@ __all__ = [
     "format_table",
     "format_value",
     "headlines",
-    "instances_of_rows",
     "panoptic_quality",
     "saved_modes",
     "unmet_expectations",

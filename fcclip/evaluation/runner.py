@@ -36,7 +36,7 @@ from fcclip.evaluation.lvis import LvisEvaluator
 from fcclip.evaluation.panoptic import PanopticEvaluator
 from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, begin_predictions, prediction_header
 from fcclip.evaluation.semantic import SemanticEvaluator
-from fcclip.evaluation.thread_pool import Background
+from fcclip.evaluation.thread_pool import EvaluationThreads
 from fcclip.files import write_atomically
 from fcclip.modeling.augmentation import AugmentedModel, build_augmented
 from fcclip.vocabulary import Vocabulary
@@ -221,9 +221,9 @@ def evaluate_saved(
         evaluators: mode -> the evaluators.
         advance: is told the number of images that are done.
     """
-    with Background(evaluators) as background:
+    with EvaluationThreads(evaluators) as threads:
         for image_id in image_ids:
-            background.process(ground_truth_of(image_id), _ReadLater(saved, image_id))
+            threads.process(ground_truth_of(image_id), _ReadLater(saved, image_id))
             advance(1)
 
 
@@ -375,7 +375,7 @@ def _run(
     evaluators: Mapping[str, Sequence[Evaluator]],
     meter: _Meter,
 ) -> None:
-    with Background(evaluators) as background:
+    with EvaluationThreads(evaluators) as threads:
         for samples in meter.timed("data", loader):
             with meter.time("network"), torch.no_grad():
                 outputs = predict(samples)
@@ -384,10 +384,10 @@ def _run(
             with meter.time("evaluation"):
                 for index, sample in enumerate(samples):
                     ground_truth = ground_truth_of(sample["image_id"])
-                    background.process(ground_truth, {mode: found[index] for mode, found in outputs.items()})
+                    threads.process(ground_truth, {mode: found[index] for mode, found in outputs.items()})
             meter.advance(len(samples))
         with meter.time("evaluation"):
-            background.finish()
+            threads.finish()
 
 
 def _gather(work: Callable[[], None], state: Callable[[], Any], rank: int, world_size: int) -> list[Any]:
@@ -579,7 +579,6 @@ def _writer(cfg: Any, dataset: Dataset, records: Sequence[Mapping], folder: Path
         num_classes=len(metadata["stuff_classes"]),
         dataset_ids={index: identifier for identifier, index in ids.items()},
         panoptic_header=header,
-        rank=rank,
     )
 
 

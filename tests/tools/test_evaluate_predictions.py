@@ -74,7 +74,7 @@ def test_label_ids_of_cityscapes_with_a_suffix(root, capsys):
     assert tool.main([*words, "--label-ids", "dataset"]) == 0
     assert "IoU,iIoU,IoU_sup,iIoU_sup" in capsys.readouterr().out
     assert tool.main(words) == 1
-    assert "are no class of 'openvocab_cityscapes_fine_panoptic_val' (19 classes, 0..18)" in capsys.readouterr().err
+    assert "are not classes of 'openvocab_cityscapes_fine_panoptic_val' (19 classes, 0..18)" in capsys.readouterr().err
 
 
 def test_missing_predictions_stop_it_unless_they_are_to_count_as_empty(root, capsys):
