@@ -111,7 +111,7 @@ def without_nan(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def listed(names: Iterable[object], limit: int = 3) -> str:
+def listed(names: Iterable[object], limit: int = 3, *, separator: str = ", ") -> str:
     """The first names, and how many more there are.
 
     Example:
@@ -120,4 +120,4 @@ def listed(names: Iterable[object], limit: int = 3) -> str:
     """
     names = [str(name) for name in names]
     more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+    return separator.join(names[:limit]) + (f" and {more} more" if more > 0 else "")

@@ -362,8 +362,9 @@ def check_header(stored: Mapping[str, Any], new: Mapping[str, Any], folder: str 
     ]
     if changes:
         raise InputError(
-            f"the predictions in '{folder}' were made with something else: {listed(changes, limit=6)}. Give the same "
-            "as then to go on with them; else choose another output folder, or remove this one to begin anew."
+            f"the predictions in '{folder}' were made with something else: {listed(changes, 6, separator='; ')}. "
+            "Give the same as then to go on with them; else choose another output folder, or remove this one to begin "
+            "anew."
         )
 
 

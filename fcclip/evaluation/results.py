@@ -20,7 +20,7 @@ from fcclip.files import write_json
 
 SCHEMA = 1
 # Name in tables -> task and metric it comes from.
-_HEADLINES = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
+HEADLINES = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
 _GROUPS = {"all": "", "seen": "_seen", "unseen": "_unseen"}
 
 Tasks = Mapping[str, Mapping[str, float]]  # task -> metric -> percent
@@ -30,7 +30,7 @@ def headlines(tasks: Tasks) -> dict[str, dict[str, float]]:
     """PQ, AP and mIoU over all, seen and unseen classes; NaN where not evaluated or undefined."""
     return {
         name: {group: tasks.get(task, {}).get(metric + suffix, math.nan) for group, suffix in _GROUPS.items()}
-        for name, (task, metric) in _HEADLINES.items()
+        for name, (task, metric) in HEADLINES.items()
     }
 
 
@@ -39,7 +39,7 @@ def format_table(sets: Mapping[str, Mapping[str, Tasks]], *, title: str | None =
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("data set")
     table.add_column("mode")
-    for name in _HEADLINES:
+    for name in HEADLINES:
         for group in _GROUPS:
             table.add_column(f"{name}\n{group}", justify="right")
     for set_name, modes in sets.items():
