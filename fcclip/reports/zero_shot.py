@@ -427,6 +427,14 @@ class Report:
         )
 
 
+def columns_of_sets(cells: Sequence[Cell]) -> list[list[int]]:
+    """The indices of the cells of each data set."""
+    columns: dict[str, list[int]] = {}
+    for index, cell in enumerate(cells):
+        columns.setdefault(cell.data_set, []).append(index)
+    return list(columns.values())
+
+
 def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]], *, width: int = WIDTH) -> list[str]:
     """The rows as lines of text, data sets side by side and in further blocks below where they do not fit.
 
@@ -436,18 +444,15 @@ def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]],
         width: columns of the text; a single data set may take more.
     """
     names = max(len(name) for name, _ in rows) if rows else 0
-    groups: dict[str, list[int]] = {}
-    for index, cell in enumerate(cells):
-        groups.setdefault(cell.data_set, []).append(index)
     blocks: list[list[list[str]]] = [[]]
-    for members in groups.values():
-        widths = [max(len(cells[one].column), *(len(values[one]) for _, values in rows)) for one in members]
+    for members in columns_of_sets(cells):
+        widths = [max(len(cells[index].column), *(len(values[index]) for _, values in rows)) for index in members]
         label = cells[members[0]].label
         total = max(len(label), sum(widths) + len(widths) - 1)
         column = [label.center(total)]
         for texts in ([cell.column for cell in cells], *(values for _, values in rows)):
-            column.append(" ".join(texts[one].rjust(wide) for one, wide in zip(members, widths)).center(total))
-        taken = names + sum(len(one[0]) + 1 for one in blocks[-1])
+            column.append(" ".join(texts[index].rjust(wide) for index, wide in zip(members, widths)).center(total))
+        taken = names + sum(len(other[0]) + 1 for other in blocks[-1])
         if blocks[-1] and taken + 1 + total > width:
             blocks.append([])
         blocks[-1].append(column)
