@@ -1,6 +1,6 @@
 """What is made of results.
 
-zero_shot.py  the table of the model zoo: published settings and figures, Report
+zero_shot.py  the table of the model zoo: published settings and figures, report_of
 page.py       write_page: the best, median and worst images as HTML
 external.py   evaluate_predictions: without a model, also predictions of other programs
 oracle.py     true masks with predicted classes, and the other way round
@@ -18,6 +18,7 @@ from fcclip.reports.page import PageSet, write_page
 from fcclip.reports.zero_shot import (
     FAIL,
     MIOU_RULE,
+    Outcome,
     Plan,
     Report,
     backbone_of,
@@ -28,6 +29,7 @@ from fcclip.reports.zero_shot import (
     logged_figures,
     plan_sets,
     published_results,
+    report_of,
 )
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "MIOU_RULE",
     "ORACLES",
     "LabelSource",
+    "Outcome",
     "PageSet",
     "PanopticSource",
     "Plan",
@@ -50,5 +53,6 @@ __all__ = [
     "logged_figures",
     "plan_sets",
     "published_results",
+    "report_of",
     "write_page",
 ]

@@ -427,6 +427,73 @@ class Report:
         )
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the evaluation of a data set.
+
+    Args:
+        plan: the data set and its config.
+        vocabulary: what was looked for.
+        num_images: that were evaluated.
+        results: mode -> task -> metric -> percent.
+    """
+
+    plan: Plan
+    vocabulary: Vocabulary
+    num_images: int
+    results: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+
+def report_of(
+    outcomes: Sequence[Outcome],
+    *,
+    training: Vocabulary | None,
+    missing: Mapping[str, str],
+    notes: Mapping[str, str],
+    changes: Sequence[str] = (),
+) -> Report:
+    """The table of what was evaluated, with a place for what is missing.
+
+    Args:
+        outcomes: one or more, in the order of the table.
+        training: what the model was trained on.
+        missing: data set -> where it was looked for.
+        notes: name -> text.
+        changes: what makes every figure incomparable.
+    """
+    cfg = outcomes[0].plan.cfg
+    backbone = backbone_of(cfg)
+    cells, reasons, sets, vocabularies = {}, {}, {}, {}
+    for outcome in outcomes:
+        name, vocabulary, results = outcome.plan.dataset.name, outcome.vocabulary, outcome.results
+        reasons[name] = differences(
+            outcome.plan, vocabulary=vocabulary, training=training, num_images=outcome.num_images, extra=changes
+        )
+        cells[name] = cells_of(name, results, backbone=backbone, reasons=reasons[name])
+        sets[name] = {
+            "images": outcome.num_images,
+            "vocabulary": vocabulary.name,
+            "vocabulary_sha256": vocabulary.hash,
+            "published_vocabulary": vocabulary.is_published,
+            "results": results,
+            "log": logged_figures(name, next(iter(results.values())), backbone),
+        }
+        whose = "published" if vocabulary.is_published else "fcclip (not the published one)"
+        note = f"{whose} '{vocabulary.name}', {len(vocabulary)} classes, sha256 {vocabulary.hash[:12]}"
+        vocabularies.setdefault(note, []).append(name)
+    cells |= {name: cells_of(name, {}, backbone=backbone, reasons=["it is missing"]) for name in missing}
+    order = [name for name in default_sets(cfg) if name in cells] if missing else cells
+    told = "; ".join(f"{note} ({', '.join(names)})" for note, names in vocabularies.items())
+    return Report(
+        cells=[cell for name in order for cell in cells[name]],
+        reasons=reasons,
+        missing=missing,
+        notes={**notes, "vocabulary": told},
+        backbone=backbone["name"] if backbone else "",
+        sets=sets,
+    )
+
+
 def columns_of_sets(cells: Sequence[Cell]) -> list[list[int]]:
     """The indices of the cells of each data set."""
     columns: dict[str, list[int]] = {}
