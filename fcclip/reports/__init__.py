@@ -6,13 +6,7 @@ external.py   evaluate_predictions: without a model, also predictions of other p
 oracle.py     true masks with predicted classes, and the other way round
 """
 
-from fcclip.reports.external import (
-    LabelSource,
-    PanopticSource,
-    ResultsSource,
-    SavedSource,
-    evaluate_predictions,
-)
+from fcclip.reports.external import LabelSource, PanopticSource, ResultsSource, SavedSource, evaluate_predictions
 from fcclip.reports.oracle import ORACLES
 from fcclip.reports.page import PageSet, write_page
 from fcclip.reports.zero_shot import (
@@ -21,12 +15,7 @@ from fcclip.reports.zero_shot import (
     Outcome,
     Plan,
     Report,
-    backbone_of,
     backbone_of_weights,
-    cells_of,
-    default_sets,
-    differences,
-    logged_figures,
     plan_sets,
     published_results,
     report_of,
@@ -44,13 +33,8 @@ __all__ = [
     "Report",
     "ResultsSource",
     "SavedSource",
-    "backbone_of",
     "backbone_of_weights",
-    "cells_of",
-    "default_sets",
-    "differences",
     "evaluate_predictions",
-    "logged_figures",
     "plan_sets",
     "published_results",
     "report_of",

@@ -7,7 +7,6 @@ and the tolerances.
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -34,6 +33,8 @@ MIOU_RULE = (
 )
 _QUICK_GELU = "MODEL.FC_CLIP.QUICK_GELU"
 
+Modes = Mapping[str, Mapping[str, Mapping[str, float]]]  # mode -> task -> metric -> percent
+
 
 @functools.lru_cache(maxsize=1)
 def published_results() -> dict[str, Any]:
@@ -48,17 +49,11 @@ def benchmark(name: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """A data set and what it is evaluated with.
-
-    Args:
-        dataset: the data set.
-        cfg: the config with the settings of the data set.
-        num_images: all that it has.
-    """
+    """A data set and what it is evaluated with."""
 
     dataset: Dataset
-    cfg: CfgNode
-    num_images: int
+    cfg: CfgNode  # with the settings of the data set
+    num_images: int  # all that it has
 
 
 def plan_sets(
@@ -143,16 +138,7 @@ def backbone_of(cfg: CfgNode) -> dict[str, Any] | None:
     return next((entry for entry in backbones if entry["clip"] == cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME), None)
 
 
-@functools.cache
-def _published_config(name: str) -> CfgNode:
-    """A shipped config, without the log telling of keys in it that do nothing: nobody asked for it."""
-    logger = logging.getLogger("fcclip.config")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        return load_config(name)
-    finally:
-        logger.setLevel(level)
+_published_config = functools.cache(load_config)
 
 
 def backbone_of_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
@@ -207,27 +193,17 @@ def differences(
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the table.
-
-    Args:
-        data_set, label: of the data set, and what the table calls it.
-        column: PQ, AP or mIoU.
-        task, metric: where it stands in the results.
-        values: mode -> percent, NaN where it was not evaluated.
-        published: percent, NaN where nothing was.
-        tolerance: in points.
-        verdict: of the first mode.
-    """
+    """One figure of the table."""
 
     data_set: str
-    label: str
-    column: str
-    task: str
+    label: str  # what the table calls the data set
+    column: str  # PQ, AP or mIoU
+    task: str  # and metric: where it stands in the results
     metric: str
-    values: Mapping[str, float]
-    published: float = math.nan
-    tolerance: float = math.nan
-    verdict: str = NOT_PUBLISHED
+    values: Mapping[str, float]  # mode -> percent, NaN where it was not evaluated
+    published: float = math.nan  # percent, NaN where nothing was
+    tolerance: float = math.nan  # in points
+    verdict: str = NOT_PUBLISHED  # of the first mode
 
     @property
     def here(self) -> float:
@@ -242,16 +218,16 @@ class Cell:
 
 def cells_of(
     name: str,
-    modes: Mapping[str, Mapping[str, Mapping[str, float]]],
+    modes: Modes,
     *,
     backbone: Mapping[str, Any] | None,
     reasons: Sequence[str],
 ) -> list[Cell]:
-    """The figures of one data set.
+    """The figures of one data set; without `modes` it was not evaluated.
 
     Args:
         name: of the data set.
-        modes: mode -> task -> metric -> percent; empty: it was not evaluated.
+        modes: its results.
         backbone: whose published figures are meant; None: nobody's.
         reasons: why they cannot be compared.
     """
@@ -300,7 +276,7 @@ def logged_figures(
     return figures
 
 
-def _values(modes: Mapping[str, Mapping[str, Mapping[str, float]]], task: str, metric: str) -> dict[str, float]:
+def _values(modes: Modes, task: str, metric: str) -> dict[str, float]:
     return {mode: tasks.get(task, {}).get(metric, math.nan) for mode, tasks in modes.items()}
 
 
@@ -309,23 +285,14 @@ def _values(modes: Mapping[str, Mapping[str, Mapping[str, float]]], task: str, m
 
 @dataclass(frozen=True)
 class Report:
-    """All that is told about an evaluation.
+    """All that is told about an evaluation."""
 
-    Args:
-        cells: every figure, sets in the order of the table.
-        reasons: data set -> why it cannot be compared.
-        missing: data set -> where it was looked for.
-        notes: name -> text, what was evaluated and with what.
-        backbone: whose published figures stand beside; "": nobody's.
-        sets: data set -> what results.json says of it.
-    """
-
-    cells: Sequence[Cell]
-    reasons: Mapping[str, Sequence[str]]
-    missing: Mapping[str, str]
-    notes: Mapping[str, str]
-    backbone: str
-    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cells: Sequence[Cell]  # every figure, sets in the order of the table
+    reasons: Mapping[str, Sequence[str]]  # data set -> why it cannot be compared
+    missing: Mapping[str, str]  # data set -> where it was looked for
+    notes: Mapping[str, str]  # name -> text, what was evaluated and with what
+    backbone: str  # whose published figures stand beside; "": nobody's
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # data set -> what results.json says of it
 
     @property
     def verdict(self) -> str:
@@ -380,24 +347,14 @@ class Report:
         head = [f"{cell.label} {cell.column}" for cell in self.cells]
         figures = [
             [
-                cell.data_set,
-                f"{cell.task}/{cell.metric}",
-                _number(cell.here),
-                _number(cell.published),
-                _signed(cell.difference, 2),
+                *_figure(cell.data_set, cell.task, cell.metric, cell.here, cell.published),
                 _number(cell.tolerance),
                 cell.verdict,
             ]
             for cell in self.cells
         ]
         logged = [
-            [
-                name,
-                f"{figure['task']}/{figure['metric']}",
-                _number(figure["here"]),
-                _number(figure["published"]),
-                _signed(figure["difference"], 2),
-            ]
+            _figure(name, figure["task"], figure["metric"], figure["here"], figure["published"])
             for name, content in self.sets.items()
             for figure in content.get("log", ())
         ]
@@ -429,19 +386,12 @@ class Report:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of the evaluation of a data set.
-
-    Args:
-        plan: the data set and its config.
-        vocabulary: what was looked for.
-        num_images: that were evaluated.
-        results: mode -> task -> metric -> percent.
-    """
+    """What came of the evaluation of a data set."""
 
     plan: Plan
-    vocabulary: Vocabulary
-    num_images: int
-    results: Mapping[str, Mapping[str, Mapping[str, float]]]
+    vocabulary: Vocabulary  # what was looked for
+    num_images: int  # that were evaluated
+    results: Modes
 
 
 def report_of(
@@ -539,6 +489,10 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}".rstrip("0").rstrip(".")
+
+
+def _figure(data_set: str, task: str, metric: str, here: float, published: float) -> list[str]:
+    return [data_set, f"{task}/{metric}", _number(here), _number(published), _signed(here - published, 2)]
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
