@@ -170,7 +170,7 @@ def test_a_result_without_segments_can_be_drawn_and_written(image):
 
 @pytest.mark.parametrize("words", ["", "  ; ;", [], ["cat", ""], ":stuff"])
 def test_empty_words_are_refused(segmenter, image, words):
-    with pytest.raises(ValueError, match="word"):
+    with pytest.raises(ValueError, match="name"):
         segmenter(image, words=words)
 
 
