@@ -175,9 +175,8 @@ def _mask_former() -> Keys:
     former.TEST.PANOPTIC_ON = False
     former.TEST.OBJECT_MASK_THRESHOLD = 0.0  # panoptic: queries must score more
     former.TEST.OVERLAP_THRESHOLD = 0.0  # panoptic: share of a mask that must stay visible
-    former.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = (
-        False  # resize mask logits, not class scores; implied by the other two heads
-    )
+    # Resize mask logits, not class scores; implied by the other two heads.
+    former.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False
     return former
 
 
@@ -205,9 +204,8 @@ def _swin() -> Keys:
 def _dataloader() -> Keys:
     loader = Keys()
     loader.NUM_WORKERS = harmless(4)  # processes per rank; 0 loads in the training process
-    loader.FILTER_EMPTY_ANNOTATIONS = (
-        True  # leave out images whose `annotations` are all crowd; panoptic records have none
-    )
+    # Leave out images whose `annotations` are all crowd; panoptic records have no annotations.
+    loader.FILTER_EMPTY_ANNOTATIONS = True
     loader.ASPECT_RATIO_GROUPING = True  # batches of wide or of tall images
     loader.SAMPLER_TRAIN = "TrainingSampler"  # or RepeatFactorTrainingSampler, which shows rare classes more often
     loader.REPEAT_THRESHOLD = 0.0
@@ -278,9 +276,7 @@ def _solver() -> Keys:
     solver.NON_FINITE = harmless("raise")
     solver.CLIP_GRADIENTS = Keys()
     solver.CLIP_GRADIENTS.ENABLED = False
-    solver.CLIP_GRADIENTS.CLIP_TYPE = (
-        "value"  # value or norm per parameter, or full_model: one norm over all parameters
-    )
+    solver.CLIP_GRADIENTS.CLIP_TYPE = "value"  # or norm, per parameter; or full_model, one norm over all parameters
     solver.CLIP_GRADIENTS.CLIP_VALUE = 1.0
     solver.CLIP_GRADIENTS.NORM_TYPE = 2.0  # of CLIP_TYPE norm; full_model always takes 2
     solver.AMP = Keys()

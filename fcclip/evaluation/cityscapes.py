@@ -100,9 +100,8 @@ class CityscapesInstanceEvaluator(ClassEvaluator):
     up more of it than the threshold.
 
     Args:
-        class_names: name of each of the K classes, by contiguous index.
+        class_names, seen: as for `ClassEvaluator`.
         dataset_ids: contiguous index of each thing class -> its label id in Cityscapes.
-        seen: (K,) whether training knew the class; None when unknown.
 
     Raises:
         ValueError: a label without instances in Cityscapes.
@@ -196,9 +195,8 @@ class CityscapesSemanticEvaluator(SemanticEvaluator):
     much as large ones. `IoU` is `mIoU_union`; it is `mIoU` where every class has ground truth, as in Cityscapes.
 
     Args:
-        class_names: name of each of the K classes, by contiguous index.
+        class_names, seen: as for `ClassEvaluator`.
         dataset_ids: contiguous index of each class -> its label id in Cityscapes.
-        seen: (K,) whether training knew the class; None when unknown.
 
     Raises:
         ValueError: a label that Cityscapes does not evaluate.

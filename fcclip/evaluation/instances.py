@@ -97,9 +97,8 @@ class InstanceEvaluator(ClassEvaluator):
     Args:
         truth: the ground truth, shared by evaluators of the same data set; None: the thing segments of each image's
             panoptic annotation, for data sets that have no other.
-        class_names: name of each of the K classes, by contiguous index.
+        class_names, seen: as for `ClassEvaluator`.
         dataset_ids: contiguous index of each thing class -> the data set's category id.
-        seen: (K,) whether training knew the class; None when unknown.
         folder: where `save` writes `coco_instances_results.json`; None: nowhere.
 
     Raises:

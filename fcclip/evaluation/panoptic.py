@@ -233,9 +233,8 @@ class PanopticEvaluator(ClassEvaluator):
     Keeps counts per image, so several processes merge to exactly what one would have found.
 
     Args:
-        class_names: name of each of the K classes, by contiguous index.
+        class_names, seen: as for `ClassEvaluator`.
         thing_classes: contiguous indices of the countable ones.
-        seen: (K,) whether training knew the class; None when unknown.
     """
 
     def __init__(

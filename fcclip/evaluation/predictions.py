@@ -57,7 +57,7 @@ class _Line(NamedTuple):
 
 
 class PredictionWriter(Evaluator):
-    """Writes what a model predicts, image by image, so that a kill loses at most the last one.
+    """Writes what a model predicts, image by image, so that a kill loses at most the last image.
 
     The files of an image are complete before its line is appended, in one piece. Each process has a file of lines of
     its own.
@@ -461,7 +461,7 @@ def saved_modes(folder: str | os.PathLike) -> dict[str, Path]:
         FileNotFoundError: there are none.
     """
     folder = Path(folder)
-    places = [one for one in (folder, folder / "predictions") if (one / _HEADER).is_file()]
+    places = [place for place in (folder, folder / "predictions") if (place / _HEADER).is_file()]
     places = places[:1] or sorted(path.parent for path in folder.glob(f"*/predictions/{_HEADER}"))
     if not places:
         read_header(folder)  # says what was expected

@@ -26,9 +26,8 @@ class SemanticEvaluator(ClassEvaluator):
     is blamed.
 
     Args:
-        class_names: name of each of the K classes, by index.
+        class_names, seen: as for `ClassEvaluator`.
         ignore_label: value of ground-truth pixels that do not count.
-        seen: (K,) whether training knew the class; None when unknown.
     """
 
     gaps = False  # whether a prediction may leave pixels without a class, as value K; a model here never does

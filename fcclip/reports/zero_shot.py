@@ -181,11 +181,11 @@ def differences(
         reasons.append(f"no published figures for the CLIP '{plan.cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
     else:
         published = _merged(_published_config(backbone["config"]), known["settings"])
-        there, here = deciding_settings(published), deciding_settings(plan.cfg)
+        settings, here = deciding_settings(published), deciding_settings(plan.cfg)
         if published.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS == "openai":
-            there[_QUICK_GELU] = "on"  # what "auto" makes of that tag; weights from a file need it to be said
+            settings[_QUICK_GELU] = "on"  # what "auto" makes of that tag; weights from a file need it to be said
             here[_QUICK_GELU] = "on" if here[_QUICK_GELU] == "auto" else here[_QUICK_GELU]
-        reasons += [f"{key} {here[key]}, published {there[key]}" for key in here if here[key] != there[key]]
+        reasons += [f"{key} {here[key]}, published {settings[key]}" for key in here if here[key] != settings[key]]
     if plan.cfg.TEST.MODE != "ensemble":
         reasons.append(f"TEST.MODE {plan.cfg.TEST.MODE}, published ensemble")
     return [*reasons, *extra]
@@ -228,7 +228,7 @@ def cells_of(
     Args:
         name: of the data set.
         modes: its results.
-        backbone: whose published figures are meant; None: nobody's.
+        backbone: that the published figures are of; None: of none.
         reasons: why they cannot be compared.
     """
     known = benchmark(name)
@@ -264,7 +264,7 @@ def logged_figures(
     Args:
         name: of the data set.
         results: task -> metric -> percent.
-        backbone: whose log is meant; None: nobody's.
+        backbone: that the log is of; None: of none.
     """
     log = backbone["log"].get(name, {}) if backbone else {}
     figures = []
@@ -291,7 +291,7 @@ class Report:
     reasons: Mapping[str, Sequence[str]]  # data set -> why it cannot be compared
     missing: Mapping[str, str]  # data set -> where it was looked for
     notes: Mapping[str, str]  # name -> text, what was evaluated and with what
-    backbone: str  # whose published figures stand beside; "": nobody's
+    backbone: str  # that the published figures beside are of; "": of none
     sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # data set -> what results.json says of it
 
     @property
@@ -428,17 +428,17 @@ def report_of(
             "results": results,
             "log": logged_figures(name, next(iter(results.values())), backbone),
         }
-        whose = "published" if vocabulary.is_published else "fcclip (not the published one)"
-        note = f"{whose} '{vocabulary.name}', {len(vocabulary)} classes, sha256 {vocabulary.hash[:12]}"
+        source = "published" if vocabulary.is_published else "fcclip (not the published one)"
+        note = f"{source} '{vocabulary.name}', {len(vocabulary)} classes, sha256 {vocabulary.hash[:12]}"
         vocabularies.setdefault(note, []).append(name)
     cells |= {name: cells_of(name, {}, backbone=backbone, reasons=["it is missing"]) for name in missing}
     order = [name for name in default_sets(cfg) if name in cells] if missing else cells
-    told = "; ".join(f"{note} ({', '.join(names)})" for note, names in vocabularies.items())
+    vocabulary_note = "; ".join(f"{note} ({', '.join(names)})" for note, names in vocabularies.items())
     return Report(
         cells=[cell for name in order for cell in cells[name]],
         reasons=reasons,
         missing=missing,
-        notes={**notes, "vocabulary": told},
+        notes={**notes, "vocabulary": vocabulary_note},
         backbone=backbone["name"] if backbone else "",
         sets=sets,
     )
