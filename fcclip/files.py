@@ -64,7 +64,12 @@ def write_json(path: str | Path, content: Any, *, indent: int | None = None) -> 
     Raises:
         OSError: as `write_atomically`.
     """
-    text = json.dumps(without_nan(content), indent=indent, ensure_ascii=False, allow_nan=False)
+    options = {"indent": indent, "ensure_ascii": False, "allow_nan": False}
+    try:
+        text = json.dumps(content, **options)
+    except (TypeError, ValueError):  # then alone it is worth walking the tree
+        text = json.dumps(without_nan(content), **options)
+    text += "\n" if indent is not None else ""
     write_atomically(Path(path), lambda file: file.write(text.encode()))
 
 
@@ -106,7 +111,7 @@ def without_nan(tree: Any) -> Any:
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
-def listed(names: Iterable[object], limit: int = 3) -> str:
+def listed(names: Iterable[object], limit: int = 3, *, separator: str = ", ") -> str:
     """The first names, and how many more there are.
 
     Example:
@@ -115,4 +120,4 @@ def listed(names: Iterable[object], limit: int = 3) -> str:
     """
     names = [str(name) for name in names]
     more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+    return separator.join(names[:limit]) + (f" and {more} more" if more > 0 else "")

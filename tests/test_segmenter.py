@@ -170,7 +170,7 @@ def test_a_result_without_segments_can_be_drawn_and_written(image):
 
 @pytest.mark.parametrize("vocabulary", ["", "  ; ;", [], ["cat", ""], ":stuff"])
 def test_an_empty_vocabulary_is_refused(segmenter, image, vocabulary):
-    with pytest.raises(ValueError, match="word"):
+    with pytest.raises(ValueError, match="name"):
         segmenter(image, vocabulary=vocabulary)
 
 

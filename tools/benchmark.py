@@ -52,7 +52,7 @@ from fcclip.engine import amp_dtype, apply_numeric_settings, build_trainer, envi
 from fcclip.engine.metrics import History
 from fcclip.errors import InputError
 from fcclip.evaluation import (
-    Background,
+    EvaluationThreads,
     Evaluator,
     GroundTruth,
     InstanceEvaluator,
@@ -496,10 +496,10 @@ def added_to_network(images: Sequence[MadeUpImage], options: argparse.Namespace)
 
     def beside() -> None:
         group = three_evaluators(images, options.classes)
-        with Background({"": group}) as background:
+        with EvaluationThreads({"": group}) as threads:
             for ground_truth in images:
                 work()
-                background.process(GroundTruth(ground_truth.record), {"": ground_truth.output})
+                threads.process(GroundTruth(ground_truth.record), {"": ground_truth.output})
         for evaluator in group:
             evaluator.results()
 

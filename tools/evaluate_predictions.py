@@ -24,34 +24,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fcclip.data import Dataset, dataset_vocabulary, get_dataset
+from fcclip.errors import run_program
 from fcclip.evaluation import copypaste_lines, format_table, saved_modes, write_results
 from fcclip.reports import LabelSource, PanopticSource, ResultsSource, SavedSource, evaluate_predictions
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    try:
-        start = time.perf_counter()
-        dataset = get_dataset(args.dataset)
-        seen = None
-        if args.training_set:
-            seen = dataset_vocabulary(dataset).seen_by(dataset_vocabulary(get_dataset(args.training_set))).tolist()
-        found = {}
-        for mode, sources in sources_of(args, dataset).items():
-            output = args.output / mode if args.output and mode != "predictions" else args.output
-            options = {"missing": args.missing, "seen": seen, "output_dir": output, "max_images": args.first}
-            found[mode] = evaluate_predictions(dataset, sources, **options)
-            for line in copypaste_lines(found[mode]):
-                print(line)
-        print(format_table({dataset.name: found}, title="results in percent"))
-        if args.output:
-            seconds = {"evaluate": round(time.perf_counter() - start, 1)}
-            write_results(args.output / "results.json", {dataset.name: found}, seconds=seconds)
-            print(f"results: {args.output / 'results.json'}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    start = time.perf_counter()
+    dataset = get_dataset(args.dataset)
+    seen = None
+    if args.training_set:
+        seen = dataset_vocabulary(dataset).seen_by(dataset_vocabulary(get_dataset(args.training_set))).tolist()
+    results = {}
+    for mode, sources in sources_of(args, dataset).items():
+        output = args.output / mode if args.output and mode != "predictions" else args.output
+        options = {"missing": args.missing, "seen": seen, "output_dir": output, "max_images": args.first}
+        results[mode] = evaluate_predictions(dataset, sources, **options)
+        print("\n".join(copypaste_lines(results[mode])))
+    print(format_table({dataset.name: results}, title="results in percent"))
+    if args.output:
+        seconds = {"evaluate": round(time.perf_counter() - start, 1)}
+        write_results(args.output / "results.json", {dataset.name: results}, seconds=seconds)
+        print(f"results: {args.output / 'results.json'}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -110,4 +105,4 @@ def sources_of(args: argparse.Namespace, dataset: Dataset) -> dict[str, list]:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    sys.exit(main())
+    sys.exit(run_program(main))

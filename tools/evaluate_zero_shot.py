@@ -3,7 +3,7 @@
     python tools/evaluate_zero_shot.py --weights FILE [--config-file FILE] [--datasets NAME ...] [--output FOLDER]
         [--num-gpus N] [--resume] [--images N] [--oracle masks|classes] [KEY VALUE ...]
 
-Each data set is evaluated with the image sizes, outputs and words it was published with; a KEY that is given wins,
+Each data set is evaluated with the image sizes, outputs and vocabulary it was published with; a KEY that is given wins,
 and its figures are then not compared. Beside the row stand the published one of the same backbone and the difference.
 Without --datasets, a model trained on COCO is evaluated on the nine benchmarks (those that are missing are named), any
 other on its config's DATASETS.TEST.
@@ -20,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fvcore.common.config import CfgNode
@@ -34,7 +33,6 @@ from fcclip.comm import get_rank, get_world_size, is_main_process
 from fcclip.config import load_config, resolve_device, resolve_file
 from fcclip.data import dataset_vocabulary, get_dataset, joined
 from fcclip.engine import (
-    ProcessFailedError,
     RunLock,
     apply_numeric_settings,
     close_logging,
@@ -44,27 +42,23 @@ from fcclip.engine import (
     log_exception,
     setup_logging,
 )
-from fcclip.errors import InputError, MissingFileError
+from fcclip.errors import InputError, MissingFileError, run_program
 from fcclip.evaluation import current_commit, evaluate, format_table
-from fcclip.files import write_atomically
+from fcclip.files import write_atomically, write_json
 from fcclip.modeling import FCCLIP, build_model, test_modes
 from fcclip.reports import (
     FAIL,
     MIOU_RULE,
     ORACLES,
+    Outcome,
     PageSet,
     Plan,
     Report,
-    backbone_of,
     backbone_of_weights,
-    cells_of,
-    default_sets,
-    differences,
-    logged_figures,
     plan_sets,
+    report_of,
     write_page,
 )
-from fcclip.vocabulary import Vocabulary
 from fcclip.weights import frozen_notes, load_weights
 from fcclip.weights.files import read_weight_file
 
@@ -76,25 +70,15 @@ _LIBRARIES = ("torch", "torchvision", "open_clip_torch", "timm", "numpy", "Pillo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line and returns the exit code."""
     args = parse_arguments(arguments)
-    try:
-        cfg = read_config(args)
-        plans, missing = plan_sets(cfg, args.datasets, given=args.opts[::2])
-        if not plans:
-            raise MissingFileError(
-                f"none of the data sets is there; looked at {', '.join(missing.values())}. Set $DETECTRON2_DATASETS to "
-                "the folder of all data sets, or name some with --datasets."
-            )
-        prepare_output(args, plans)
-        report = launch(run, cfg, args, num_processes=args.num_gpus, device_type=resolve_device(cfg.MODEL.DEVICE).type)
-    except KeyboardInterrupt:
-        print("interrupted; --resume goes on", file=sys.stderr)
-        return 130
-    except ProcessFailedError as error:
-        print(f"{error.__cause__}\nerror: {error}" if error.__cause__ else f"error: {error}", file=sys.stderr)
-        return 1
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    cfg = read_config(args)
+    plans, missing = plan_sets(cfg, args.datasets, given=args.opts[::2])
+    if not plans:
+        raise MissingFileError(
+            f"none of the data sets is there; looked at {', '.join(missing.values())}. Set $DETECTRON2_DATASETS to "
+            "the folder of all data sets, or name some with --datasets."
+        )
+    prepare_output(args, plans)
+    report = launch(run, cfg, args, num_processes=args.num_gpus, device_type=resolve_device(cfg.MODEL.DEVICE).type)
     if report is None:  # a process that torchrun started beside the first, which has the table and the verdict
         return 0
     print(f"\n{report.text()}\n\nresults: {args.output / 'results.md'} and {args.output / 'results.json'}")
@@ -161,14 +145,14 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     if args.config_file:
         return load_config(args.config_file, overrides)
     file = read_weight_file(weights)
-    told = file.rest.get("config")
-    if isinstance(told, str) and "\n" in told:  # checkpoints hold the whole config
+    stored = file.rest.get("config")
+    if isinstance(stored, str) and "\n" in stored:  # checkpoints hold the whole config
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "config.yaml")
-            path.write_text(told, encoding="utf-8")
+            path.write_text(stored, encoding="utf-8")
             return load_config(path, overrides)
-    if isinstance(told, str):
-        return load_config(told, overrides)
+    if isinstance(stored, str):
+        return load_config(stored, overrides)
     backbone = backbone_of_weights({key: tuple(value.shape) for key, value in file.tensors.items()})
     if backbone is None:
         raise InputError(
@@ -226,94 +210,47 @@ def evaluate_sets(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
         write_atomically(args.output / "config.yaml", lambda file: file.write(cfg.dump().encode()))
         for name, path in missing.items():
             logger.info("data set '%s' is missing: there is no %s", name, path)
-    found, vocabularies, report = {}, {}, None
+    changes = [f"mode {args.modes[0]}"] if args.modes and args.modes[0] != "ensemble" else []
+    changes += [f"true {args.oracle} instead of predicted ones"] if args.oracle else []
+    outcomes, report = [], None
     for plan in plans:
-        name = plan.dataset.name
-        vocabularies[name] = dataset_vocabulary(plan.dataset, folder)
-        found[name] = evaluate(
+        vocabulary = dataset_vocabulary(plan.dataset, folder)
+        results = evaluate(
             model,
             plan.cfg,
             plan.dataset,
             modes=modes,
             training_vocabulary=model.seen_vocabulary,
-            vocabulary=vocabularies[name],
+            vocabulary=vocabulary,
             output_dir=args.output,
             max_images=args.first,
             save_predictions=True,
             resume=args.resume,
             oracle=ORACLES.get(args.oracle),
         )
-        if not is_main_process():
-            continue
-        logger.info("%s, percent\n%s", name, format_table({name: found[name]}))
-        done = [one for one in plans if one.dataset.name in found]
-        notes = notes_of(cfg, args, model, time.perf_counter() - start)
-        report = report_of(done, found, vocabularies, training, missing, args, notes)
-        write_report(report, args.output)
+        if is_main_process():
+            logger.info("%s, percent\n%s", plan.dataset.name, format_table({plan.dataset.name: results}))
+            num_images = min(plan.num_images, args.first or plan.num_images)
+            outcomes.append(Outcome(plan, vocabulary, num_images, results))
+            notes = notes_of(cfg, args, model, time.perf_counter() - start)
+            report = report_of(outcomes, training=training, missing=missing, notes=notes, changes=changes)
+            write_json(args.output / "results.json", report.as_dict(), indent=1)
+            markdown = report.markdown().encode()
+            write_atomically(args.output / "results.md", lambda file, markdown=markdown: file.write(markdown))
     if report is not None and args.images:
-        page = make_page(report, plans, found, args)
-        logger.info("page with images: %s", page)
+        logger.info("page with images: %s", make_page(report, outcomes, args))
     return report
 
 
-def make_page(report: Report, plans: Sequence[Plan], found: Mapping[str, Mapping], args: argparse.Namespace) -> Path:
+def make_page(report: Report, outcomes: Sequence[Outcome], args: argparse.Namespace) -> Path:
     """The page with images of the first mode."""
     sets = []
-    for plan in plans:
-        mode, results = next(iter(found[plan.dataset.name].items()))
-        folder = args.output / plan.dataset.name
-        folder = folder / mode if len(found[plan.dataset.name]) > 1 else folder
-        sets.append(PageSet(plan.dataset, folder, results))
+    for outcome in outcomes:
+        mode, results = next(iter(outcome.results.items()))
+        folder = args.output / outcome.plan.dataset.name
+        sets.append(PageSet(outcome.plan.dataset, folder / mode if len(outcome.results) > 1 else folder, results))
     title = "Zero-shot evaluation" + (f" with true {args.oracle}" if args.oracle else "")
     return write_page(report, sets, args.output / "page", images=args.images, title=title)
-
-
-def report_of(
-    plans: Sequence[Plan],
-    found: Mapping[str, Mapping],
-    vocabularies: Mapping[str, Vocabulary],
-    training: Vocabulary | None,
-    missing: Mapping[str, str],
-    args: argparse.Namespace,
-    notes: Mapping[str, str],
-) -> Report:
-    """The table of what was evaluated, with a place for every benchmark where these are meant."""
-    backbone = backbone_of(plans[0].cfg)
-    extra = [f"mode {args.modes[0]}"] if args.modes and args.modes[0] != "ensemble" else []
-    extra += [f"true {args.oracle} instead of predicted ones"] if args.oracle else []
-    reasons, sets, cells = {}, {}, {}
-    for plan in plans:
-        name, vocabulary = plan.dataset.name, vocabularies[plan.dataset.name]
-        num_images = min(plan.num_images, args.first or plan.num_images)
-        reasons[name] = differences(plan, vocabulary=vocabulary, training=training, num_images=num_images, extra=extra)
-        cells[name] = cells_of(name, found[name], backbone=backbone, reasons=reasons[name])
-        sets[name] = {
-            "images": num_images,
-            "vocabulary": vocabulary.name,
-            "vocabulary_sha256": vocabulary.hash,
-            "published_vocabulary": vocabulary.is_published,
-            "results": found[name],
-            "log": logged_figures(name, next(iter(found[name].values())), backbone),
-        }
-    known = default_sets(plans[0].cfg) if args.datasets is None else []
-    order = [name for name in known if name in missing or name in cells]
-    order += [name for name in cells if name not in order]
-    all_cells = [
-        cell
-        for name in order
-        for cell in cells.get(name) or cells_of(name, {}, backbone=backbone, reasons=["it is missing"])
-    ]
-    words = {}
-    for name in sets:
-        words.setdefault(vocabulary_note(vocabularies[name]), []).append(name)
-    notes = {**notes, "vocabulary": "; ".join(f"{note} ({', '.join(names)})" for note, names in words.items())}
-    return Report(all_cells, reasons, missing, notes, backbone["name"] if backbone else "", sets)
-
-
-def vocabulary_note(vocabulary: Vocabulary) -> str:
-    """Whose words, which, and their hash."""
-    whose = "published" if vocabulary.is_published else "fcclip (not the published one)"
-    return f"{whose} '{vocabulary.name}', {len(vocabulary)} classes, sha256 {vocabulary.hash[:12]}"
 
 
 def notes_of(cfg: CfgNode, args: argparse.Namespace, model: FCCLIP, seconds: float) -> dict[str, str]:
@@ -337,12 +274,5 @@ def notes_of(cfg: CfgNode, args: argparse.Namespace, model: FCCLIP, seconds: flo
     }
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """`results.json` and `results.md`, each whole or not at all."""
-    content = json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n"
-    write_atomically(folder / "results.json", lambda file: file.write(content.encode()))
-    write_atomically(folder / "results.md", lambda file: file.write(report.markdown().encode()))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

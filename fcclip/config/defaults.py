@@ -1,4 +1,4 @@
-"""Every key with its default and meaning.
+"""Every key with its default and meaning, and by its mark what it affects (see marks.py).
 
 Keys and defaults are those of detectron2, DeepLab's additions, Mask2Former and FC-CLIP as far as the published files
 touch them (`CfgNode`s merge a released YAML unchanged), followed by our own keys, whose defaults are the published
@@ -9,29 +9,48 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
-CN = CfgNode
+from fcclip.config.marks import (
+    Keys,
+    changes_meaning,
+    changes_model,
+    changes_prediction,
+    changes_shapes,
+    chooses_clip,
+    chooses_clip_weights,
+    harmless,
+    without_effect,
+)
+
+frozen_backbone = without_effect("the backbone is the frozen CLIP")
+of_deeplab = without_effect("of DeepLab")
+unread = without_effect("published key that nothing reads")
 
 
 def get_cfg() -> CfgNode:
     """A fresh tree of all keys at their defaults."""
-    cfg = CN()
+    return all_keys().tree()
+
+
+def all_keys() -> Keys:
+    """Every key with its default and its mark."""
+    cfg = Keys()
     cfg.VERSION = 2  # version of the key names; 2 is the only one read
-    cfg.OUTPUT_DIR = "./output"  # where a run writes
+    cfg.OUTPUT_DIR = harmless("./output")  # where a run writes
     cfg.SEED = -1  # negative: drawn at random and logged; else the rank is added to it
-    cfg.CUDNN_BENCHMARK = False  # let cuDNN time its algorithms at the start of training
+    cfg.CUDNN_BENCHMARK = harmless(False)  # let cuDNN time its algorithms at the start of training
     cfg.FLOAT32_PRECISION = ""  # "", "highest", "high" or "medium": torch.set_float32_matmul_precision
-    cfg.DETERMINISTIC = False  # operations without a deterministic form raise
-    cfg.WANDB = CN()
+    cfg.DETERMINISTIC = harmless(False)  # operations without a deterministic form raise
+    cfg.WANDB = Keys(harmless)
     cfg.WANDB.PROJECT = ""  # record the training at Weights & Biases too; "": no
     cfg.WANDB.NAME = ""  # of the run; "": theirs
     cfg.WANDB.ENTITY = ""  # team or user; "": the user's own
     cfg.MODEL = _model()
-    cfg.DATASETS = CN()
+    cfg.DATASETS = Keys()
     # Names, or paths of YAML files that describe data sets (GETTING_STARTED, Your own data).
     cfg.DATASETS.TRAIN = ()  # the first one's vocabulary is the training vocabulary, also at evaluation
-    cfg.DATASETS.TEST = ()  # each is evaluated with its own vocabulary
-    cfg.DATASETS.PROPOSAL_FILES_TRAIN = ()
-    cfg.DATASETS.PROPOSAL_FILES_TEST = ()
+    cfg.DATASETS.TEST = harmless(())  # each is evaluated with its own vocabulary
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = unread(())
+    cfg.DATASETS.PROPOSAL_FILES_TEST = unread(())
     cfg.DATALOADER = _dataloader()
     cfg.INPUT = _input()
     cfg.SOLVER = _solver()
@@ -40,146 +59,166 @@ def get_cfg() -> CfgNode:
     return cfg
 
 
-def _model() -> CfgNode:
-    model = CN()
-    model.DEVICE = "auto"  # auto: the first of cuda, mps, cpu; or a torch device
+def _model() -> Keys:
+    model = Keys(changes_model)
+    model.DEVICE = harmless("auto")  # auto: the first of cuda, mps, cpu; or a torch device
     model.META_ARCHITECTURE = "GeneralizedRCNN"  # FCCLIP in every published file
-    model.WEIGHTS = ""  # checkpoint; "" starts from freshly initialised heads
-    model.PIXEL_MEAN = [103.53, 116.28, 123.675]  # in the order of INPUT.FORMAT, 0..255; published files set CLIP's
-    model.PIXEL_STD = [1.0, 1.0, 1.0]
-    model.MASK_ON = False
-    model.KEYPOINT_ON = False
-    model.LOAD_PROPOSALS = False
-    model.MSDA_ENGINE = "auto"  # engine of multi-scale deformable attention; the variable FCCLIP_MSDA overrides
-    model.COMPILE = ""  # parts given to torch.compile, separated by commas: backbone, pixel_decoder, mask_decoder
+    model.WEIGHTS = harmless("")  # checkpoint; "" starts from freshly initialised heads
+    # In the order of INPUT.FORMAT, 0..255; published files set CLIP's.
+    model.PIXEL_MEAN = changes_meaning([103.53, 116.28, 123.675])
+    model.PIXEL_STD = changes_meaning([1.0, 1.0, 1.0])
+    model.MASK_ON = unread(False)
+    model.KEYPOINT_ON = unread(False)
+    model.LOAD_PROPOSALS = unread(False)
+    model.MSDA_ENGINE = harmless("auto")  # of multi-scale deformable attention; the variable FCCLIP_MSDA overrides
+    model.COMPILE = harmless("")  # parts for torch.compile, with commas: backbone, pixel_decoder, mask_decoder
 
-    model.BACKBONE = CN()
+    model.BACKBONE = Keys()
     model.BACKBONE.NAME = "build_resnet_backbone"  # CLIP in every published file
-    model.BACKBONE.FREEZE_AT = 2
+    model.BACKBONE.FREEZE_AT = frozen_backbone(2)
 
-    model.RESNETS = CN()  # of the bases; FC-CLIP's backbone is CLIP
-    model.RESNETS.DEPTH = 50
-    model.RESNETS.STEM_TYPE = "deeplab"
-    model.RESNETS.STEM_OUT_CHANNELS = 64
-    model.RESNETS.STRIDE_IN_1X1 = False
-    model.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    model.RESNETS.RES4_DILATION = 1
-    model.RESNETS.RES5_DILATION = 1
-    model.RESNETS.RES5_MULTI_GRID = [1, 2, 4]
-    model.RESNETS.NUM_GROUPS = 1
-    model.RESNETS.WIDTH_PER_GROUP = 64
-    model.RESNETS.NORM = "FrozenBN"
-    model.RESNETS.RES2_OUT_CHANNELS = 256
+    model.RESNETS = _resnets()
+    model.FC_CLIP = _fc_clip()
+    model.SEM_SEG_HEAD = _sem_seg_head()
+    model.MASK_FORMER = _mask_former()
+    model.SWIN = _swin()
+    return model
 
-    fc_clip = model.FC_CLIP = CN()
-    fc_clip.CLIP_MODEL_NAME = "convnext_large_d_320"  # open_clip architecture, or the path of an open_clip JSON
-    fc_clip.CLIP_PRETRAINED_WEIGHTS = (
-        "laion2b_s29b_b131k_ft_soup"  # open_clip tag, a local file, or "" for random weights
-    )
-    fc_clip.EMBED_DIM = 768  # width of the joint image-text space; must be the CLIP's
-    fc_clip.GEOMETRIC_ENSEMBLE_ALPHA = 0.4  # weight of the out-of-vocabulary classifier for seen classes, 0..1
-    fc_clip.GEOMETRIC_ENSEMBLE_BETA = 0.8  # the same for unseen classes
-    fc_clip.OUT_OF_VOCABULARY_CLASSIFIER = ""  # mask_pool, masked_attention_pool; "": as published for the CLIP
-    fc_clip.ENSEMBLE_ON_VALID_MASK = False  # no ensemble for queries whose mask is empty at stride 32
-    fc_clip.VOCABULARIES = ""  # folder of published vocabulary files; "": $DETECTRON2_DATASETS/vocabularies, else ours
-    fc_clip.TEXT_CACHE_DIR = ""  # text features on disk; "": the user's cache folder
-    fc_clip.QUICK_GELU = "auto"  # auto | on | off: activation of the CLIP; auto: on for OpenAI weights
-    fc_clip.ZERO_BOXES = False  # the published all-zero boxes instead of real ones
 
-    head = model.SEM_SEG_HEAD = CN()
+def _resnets() -> Keys:
+    resnets = Keys(frozen_backbone)  # of the bases; FC-CLIP's backbone is CLIP
+    resnets.DEPTH = 50
+    resnets.STEM_TYPE = "deeplab"
+    resnets.STEM_OUT_CHANNELS = 64
+    resnets.STRIDE_IN_1X1 = False
+    resnets.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    resnets.RES4_DILATION = 1
+    resnets.RES5_DILATION = 1
+    resnets.RES5_MULTI_GRID = [1, 2, 4]
+    resnets.NUM_GROUPS = 1
+    resnets.WIDTH_PER_GROUP = 64
+    resnets.NORM = "FrozenBN"
+    resnets.RES2_OUT_CHANNELS = 256
+    return resnets
+
+
+def _fc_clip() -> Keys:
+    fc_clip = Keys()
+    fc_clip.CLIP_MODEL_NAME = chooses_clip("convnext_large_d_320")  # of open_clip, or the path of an open_clip JSON
+    # open_clip tag, a local file, or "" for random weights
+    fc_clip.CLIP_PRETRAINED_WEIGHTS = chooses_clip_weights("laion2b_s29b_b131k_ft_soup")
+    fc_clip.EMBED_DIM = changes_shapes(768)  # width of the joint image-text space; must be the CLIP's
+    fc_clip.GEOMETRIC_ENSEMBLE_ALPHA = changes_prediction(0.4)  # share of the out-of-vocabulary part, seen classes
+    fc_clip.GEOMETRIC_ENSEMBLE_BETA = changes_prediction(0.8)  # the same, unseen classes
+    # mask_pool, masked_attention_pool; "": as published for the CLIP
+    fc_clip.OUT_OF_VOCABULARY_CLASSIFIER = changes_prediction("")
+    fc_clip.ENSEMBLE_ON_VALID_MASK = changes_prediction(False)  # not for queries whose mask is empty at stride 32
+    # Folder of published vocabulary files; "": $DETECTRON2_DATASETS/vocabularies, else ours.
+    fc_clip.VOCABULARIES = harmless("")
+    fc_clip.TEXT_CACHE_DIR = harmless("")  # text features on disk; "": the user's cache folder
+    fc_clip.QUICK_GELU = chooses_clip("auto")  # auto | on | off: activation of the CLIP; auto: on for OpenAI weights
+    fc_clip.ZERO_BOXES = changes_prediction(False)  # the published all-zero boxes instead of real ones
+    return fc_clip
+
+
+def _sem_seg_head() -> Keys:
+    head = Keys()
     head.NAME = "SemSegFPNHead"  # FCCLIPHead in every published file
-    head.IN_FEATURES = ["p2", "p3", "p4", "p5"]  # backbone levels given to the pixel decoder
+    head.IN_FEATURES = changes_meaning(["p2", "p3", "p4", "p5"])  # backbone levels given to the pixel decoder
     head.IGNORE_VALUE = 255  # label of pixels without a class
     head.NUM_CLASSES = 54  # training classes: size of the class loss; logits follow the vocabulary
-    head.CONVS_DIM = 128  # width of the pixel decoder
+    head.CONVS_DIM = changes_shapes(128)  # width of the pixel decoder
     head.MASK_DIM = 256  # channels of the mask features; must equal MASK_FORMER.HIDDEN_DIM
     head.COMMON_STRIDE = 4  # stride of the mask features
     head.NORM = "GN"  # norm of the top-down convolutions: GN, or "" for none
-    head.LOSS_WEIGHT = 1.0
+    head.LOSS_WEIGHT = unread(1.0)
     head.PIXEL_DECODER_NAME = "BasePixelDecoder"  # MSDeformAttnPixelDecoder in every published file
-    head.TRANSFORMER_ENC_LAYERS = 0  # deformable encoder layers
+    head.TRANSFORMER_ENC_LAYERS = changes_shapes(0)  # deformable encoder layers
     head.TRANSFORMER_ENC_DIM_FEEDFORWARD = 1024  # hidden width of those layers; fixed in the published code
-    head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
+    head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = changes_meaning(["res3", "res4", "res5"])
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4  # must be 4, the number that is built
-    head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
-    head.LOSS_TYPE = "hard_pixel_mining"
-    head.PROJECT_FEATURES = ["res2"]
-    head.PROJECT_CHANNELS = [48]
-    head.ASPP_CHANNELS = 256
-    head.ASPP_DILATIONS = [6, 12, 18]
-    head.ASPP_DROPOUT = 0.1
-    head.USE_DEPTHWISE_SEPARABLE_CONV = False
+    head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = without_effect("the heads are MODEL.MASK_FORMER.NHEADS")(8)
+    head.LOSS_TYPE = of_deeplab("hard_pixel_mining")
+    head.PROJECT_FEATURES = of_deeplab(["res2"])
+    head.PROJECT_CHANNELS = of_deeplab([48])
+    head.ASPP_CHANNELS = of_deeplab(256)
+    head.ASPP_DILATIONS = of_deeplab([6, 12, 18])
+    head.ASPP_DROPOUT = of_deeplab(0.1)
+    head.USE_DEPTHWISE_SEPARABLE_CONV = of_deeplab(False)
+    return head
 
-    former = model.MASK_FORMER = CN()
+
+def _mask_former() -> Keys:
+    former = Keys()
     former.DEEP_SUPERVISION = True  # losses after every decoder layer
     former.NO_OBJECT_WEIGHT = 0.1  # weight of void in the class loss
     former.CLASS_WEIGHT = 1.0  # weight of the class loss, and of the class cost in matching
     former.MASK_WEIGHT = 20.0  # the same for the per-pixel mask loss
     former.DICE_WEIGHT = 1.0  # the same for the dice loss
-    former.NHEADS = 8  # heads of decoder attention and of deformable attention
+    former.NHEADS = changes_meaning(8)  # heads of decoder attention and of deformable attention
     former.DROPOUT = 0.1  # of the deformable encoder; the decoder has none
-    former.DIM_FEEDFORWARD = 2048  # of the decoder; the deformable encoder has its own
-    former.ENC_LAYERS = 0
-    former.DEC_LAYERS = 6  # published key: decoder layers that are built, plus one for the start queries
-    former.PRE_NORM = False  # normalise before attention instead of after it
-    former.HIDDEN_DIM = 256  # width of the decoder
-    former.NUM_OBJECT_QUERIES = 100  # masks proposed per image, before any filtering
+    former.DIM_FEEDFORWARD = changes_shapes(2048)  # of the decoder; the deformable encoder has its own
+    former.ENC_LAYERS = without_effect("the encoder's depth is MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS")(0)
+    former.DEC_LAYERS = changes_shapes(6)  # decoder layers that are built, plus one for the start queries
+    former.PRE_NORM = changes_meaning(False)  # normalise before attention instead of after it
+    former.HIDDEN_DIM = changes_shapes(256)  # width of the decoder
+    former.NUM_OBJECT_QUERIES = changes_shapes(100)  # masks proposed per image, before any filtering
     former.TRANSFORMER_IN_FEATURE = "res5"  # multi_scale_pixel_decoder in every published file; nothing else is built
     former.ENFORCE_INPUT_PROJ = False  # 1x1 projections in the decoder even where the widths agree
     former.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"
-    former.SIZE_DIVISIBILITY = (
-        32  # network input is padded to a multiple of it; negative: only to the largest of the batch
-    )
+    # Network input is padded to a multiple of it; negative: only to the largest of the batch.
+    former.SIZE_DIVISIBILITY = changes_meaning(32)
     former.TRAIN_NUM_POINTS = 12544  # points sampled per mask, in matching and in the mask losses
     former.OVERSAMPLE_RATIO = 3.0  # candidates drawn per point
     former.IMPORTANCE_SAMPLE_RATIO = 0.75  # share of points that are the most uncertain candidates
-    former.TEST = CN()
+    former.TEST = Keys(changes_prediction)
     former.TEST.SEMANTIC_ON = True
     former.TEST.INSTANCE_ON = False
     former.TEST.PANOPTIC_ON = False
     former.TEST.OBJECT_MASK_THRESHOLD = 0.0  # panoptic: queries must score more
     former.TEST.OVERLAP_THRESHOLD = 0.0  # panoptic: share of a mask that must stay visible
-    former.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = (
-        False  # resize mask logits, not class scores; implied by the other two heads
-    )
-
-    model.SWIN = CN()  # no Swin backbone here; accepted so that third-party files merge
-    model.SWIN.PRETRAIN_IMG_SIZE = 224
-    model.SWIN.PATCH_SIZE = 4
-    model.SWIN.EMBED_DIM = 96
-    model.SWIN.DEPTHS = [2, 2, 6, 2]
-    model.SWIN.NUM_HEADS = [3, 6, 12, 24]
-    model.SWIN.WINDOW_SIZE = 7
-    model.SWIN.MLP_RATIO = 4.0
-    model.SWIN.QKV_BIAS = True
-    model.SWIN.QK_SCALE = None
-    model.SWIN.DROP_RATE = 0.0
-    model.SWIN.ATTN_DROP_RATE = 0.0
-    model.SWIN.DROP_PATH_RATE = 0.3
-    model.SWIN.APE = False
-    model.SWIN.PATCH_NORM = True
-    model.SWIN.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    model.SWIN.USE_CHECKPOINT = False
-    return model
+    # Resize mask logits, not class scores; implied by the other two heads.
+    former.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False
+    return former
 
 
-def _dataloader() -> CfgNode:
-    loader = CN()
-    loader.NUM_WORKERS = 4  # processes per rank; 0 loads in the training process
-    loader.FILTER_EMPTY_ANNOTATIONS = (
-        True  # leave out images whose `annotations` are all crowd; panoptic records have none
-    )
+def _swin() -> Keys:
+    swin = Keys(without_effect("there is no Swin backbone"))  # accepted so that third-party files merge
+    swin.PRETRAIN_IMG_SIZE = 224
+    swin.PATCH_SIZE = 4
+    swin.EMBED_DIM = 96
+    swin.DEPTHS = [2, 2, 6, 2]
+    swin.NUM_HEADS = [3, 6, 12, 24]
+    swin.WINDOW_SIZE = 7
+    swin.MLP_RATIO = 4.0
+    swin.QKV_BIAS = True
+    swin.QK_SCALE = None
+    swin.DROP_RATE = 0.0
+    swin.ATTN_DROP_RATE = 0.0
+    swin.DROP_PATH_RATE = 0.3
+    swin.APE = False
+    swin.PATCH_NORM = True
+    swin.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    swin.USE_CHECKPOINT = False
+    return swin
+
+
+def _dataloader() -> Keys:
+    loader = Keys()
+    loader.NUM_WORKERS = harmless(4)  # processes per rank; 0 loads in the training process
+    # Leave out images whose `annotations` are all crowd; panoptic records have no annotations.
+    loader.FILTER_EMPTY_ANNOTATIONS = True
     loader.ASPECT_RATIO_GROUPING = True  # batches of wide or of tall images
     loader.SAMPLER_TRAIN = "TrainingSampler"  # or RepeatFactorTrainingSampler, which shows rare classes more often
     loader.REPEAT_THRESHOLD = 0.0
     loader.REPEAT_SQRT = True
-    loader.MAX_BAD_IMAGES = 0  # unreadable images skipped, counted and named in each process before training stops
+    loader.MAX_BAD_IMAGES = harmless(0)  # unreadable images skipped and named in each process before training stops
     return loader
 
 
-def _input() -> CfgNode:
-    inputs = CN()
-    inputs.FORMAT = "BGR"  # channel order of the images given to the model
+def _input() -> Keys:
+    inputs = Keys()
+    inputs.FORMAT = changes_meaning("BGR")  # channel order of the images given to the model
     # How a record becomes a training sample: coco_panoptic_lsj, coco_instance_lsj, mask_former_semantic,
     # mask_former_panoptic or mask_former_instance.
     inputs.DATASET_MAPPER_NAME = "mask_former_semantic"
@@ -187,15 +226,15 @@ def _input() -> CfgNode:
     inputs.MIN_SCALE = 0.1  # large-scale jitter: smallest scale
     inputs.MAX_SCALE = 2.0  # large-scale jitter: largest scale
     inputs.RANDOM_FLIP = "horizontal"  # or none
-    inputs.MIN_SIZE_TEST = 800  # evaluation: shorter side, pixels; 0 keeps the size
-    inputs.MAX_SIZE_TEST = 1333  # evaluation: limit of the longer side
+    inputs.MIN_SIZE_TEST = changes_prediction(800)  # evaluation: shorter side, pixels; 0 keeps the size
+    inputs.MAX_SIZE_TEST = changes_prediction(1333)  # evaluation: limit of the longer side
     inputs.MIN_SIZE_TRAIN = (800,)  # mask_former_* mappers
     inputs.MAX_SIZE_TRAIN = 1333
     inputs.MIN_SIZE_TRAIN_SAMPLING = "choice"
     inputs.COLOR_AUG_SSD = False
     inputs.SIZE_DIVISIBILITY = -1  # mask_former_* mappers: side of the padded square (a target size, not a divisor)
-    inputs.MASK_FORMAT = "polygon"
-    inputs.CROP = CN()
+    inputs.MASK_FORMAT = without_effect("polygons and run-length codes are told by what they are")("polygon")
+    inputs.CROP = Keys()
     inputs.CROP.ENABLED = False
     inputs.CROP.TYPE = "relative_range"
     inputs.CROP.SIZE = [0.9, 0.9]
@@ -203,8 +242,8 @@ def _input() -> CfgNode:
     return inputs
 
 
-def _solver() -> CfgNode:
-    solver = CN()
+def _solver() -> Keys:
+    solver = Keys()
     solver.OPTIMIZER = "ADAMW"  # or SGD
     solver.IMS_PER_BATCH = 16  # images per step over all processes
     solver.BASE_LR = 0.001
@@ -213,9 +252,9 @@ def _solver() -> CfgNode:
     solver.WEIGHT_DECAY = 0.0001
     solver.WEIGHT_DECAY_NORM = 0.0  # of norm layers
     solver.WEIGHT_DECAY_EMBED = 0.0  # of nn.Embedding
-    solver.WEIGHT_DECAY_BIAS = None
-    solver.BIAS_LR_FACTOR = 1.0
-    solver.BACKBONE_MULTIPLIER = 0.1  # learning-rate factor of trainable backbone parameters
+    solver.WEIGHT_DECAY_BIAS = without_effect("biases decay like weights")(None)
+    solver.BIAS_LR_FACTOR = without_effect("biases learn like weights")(1.0)
+    solver.BACKBONE_MULTIPLIER = without_effect("no trainable parameter belongs to the backbone")(0.1)
     solver.LR_SCHEDULER_NAME = "WarmupMultiStepLR"  # or WarmupPolyLR, WarmupCosineLR
     solver.MAX_ITER = 40000
     solver.STEPS = (30000,)  # iterations at which the learning rate is multiplied by GAMMA
@@ -228,90 +267,58 @@ def _solver() -> CfgNode:
     solver.NUM_DECAYS = 3
     solver.POLY_LR_POWER = 0.9
     solver.POLY_LR_CONSTANT_ENDING = 0.0
-    solver.CHECKPOINT_PERIOD = 5000
-    solver.CHECKPOINT_KEEP = 3  # newest periodic checkpoints kept
-    solver.CHECKPOINT_FULL = False  # store the frozen CLIP too
+    solver.CHECKPOINT_PERIOD = harmless(5000)
+    solver.CHECKPOINT_KEEP = harmless(3)  # newest periodic checkpoints kept
+    solver.CHECKPOINT_FULL = harmless(False)  # store the frozen CLIP too
     solver.REFERENCE_WORLD_SIZE = 0  # processes that batch and learning rate were chosen for; 0: no scaling
     solver.ACCUMULATE = 1  # micro-batches that a step is cut into; same result, less memory
     solver.CE_NORM = "rank"  # class loss divided by the weights of the rank (published), or "global"
     # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row | rollback, go back to the
     # last checkpoint and leave out the step when it comes again.
-    solver.NON_FINITE = "raise"
-    solver.CLIP_GRADIENTS = CN()
+    solver.NON_FINITE = harmless("raise")
+    solver.CLIP_GRADIENTS = Keys()
     solver.CLIP_GRADIENTS.ENABLED = False
-    solver.CLIP_GRADIENTS.CLIP_TYPE = (
-        "value"  # value or norm per parameter, or full_model: one norm over all parameters
-    )
+    solver.CLIP_GRADIENTS.CLIP_TYPE = "value"  # or norm, per parameter; or full_model, one norm over all parameters
     solver.CLIP_GRADIENTS.CLIP_VALUE = 1.0
     solver.CLIP_GRADIENTS.NORM_TYPE = 2.0  # of CLIP_TYPE norm; full_model always takes 2
-    solver.AMP = CN()
+    solver.AMP = Keys()
     solver.AMP.ENABLED = False  # mixed precision in training, where the device has it
     solver.AMP.DTYPE = "float16"  # or bfloat16
-    solver.BEST = CN()
+    solver.BEST = Keys(harmless)
     solver.BEST.DATASET = ""  # data set that chooses best.pth; "": the val split of the training set if present
     solver.BEST.METRIC = "panoptic_seg/PQ"
     return solver
 
 
-def _finetune() -> CfgNode:
-    tuning = CN()
+def _finetune() -> Keys:
+    tuning = Keys()
     # What a training that starts from weights of FC-CLIP (MODEL.WEIGHTS) does against forgetting: "", nothing, and it
     # compares nothing (published) | plain, nothing, but results before and after are compared | replay, shows former
-    # images too | distill, keeps what the start says of the same images in the former words.
+    # images too | distill, keeps what the start says of the same images and the former classes.
     tuning.METHOD = ""
     tuning.VOCABULARY = ""  # former classes: a data set or a vocabulary file; "": as the checkpoint says
-    tuning.REPLAY_DATASETS = ()  # replay: former training sets; each image is trained with the words of its own set
+    tuning.REPLAY_DATASETS = ()  # replay: former training sets; each image is trained with the classes of its own set
     tuning.REPLAY_SHARE = 0.5  # replay: share of the images of each batch that is theirs, 0 up to less than 1
     tuning.REPLAY_MAPPER = ""  # replay: INPUT.DATASET_MAPPER_NAME for them; "": the same
     tuning.DISTILL_WEIGHT = 1.0  # distill: factor of the losses towards the start, beside the ordinary ones
     return tuning
 
 
-def _test() -> CfgNode:
-    test = CN()
+def _test() -> Keys:
+    test = Keys(harmless)
     test.EVAL_PERIOD = 0  # iterations between evaluations while training; 0: only at the end
-    test.DETECTIONS_PER_IMAGE = 100  # (query, class) pairs kept as instances
+    test.DETECTIONS_PER_IMAGE = changes_prediction(100)  # (query, class) pairs kept as instances
     test.EXPECTED_RESULTS = []  # [[task, metric, expected, tolerance], ...], checked after evaluation
     test.MODE = "ensemble"  # or in_vocabulary (alpha = beta = 0), out_of_vocabulary (alpha = beta = 1)
     test.BATCH_SIZE = 1
     test.QUERY_CHUNK = 0  # masks held at the output size at once; 0: what fits into 64 MiB (GPU: 256 MiB)
     test.CLASS_CHUNK = 0  # classes whose semantic scores are held at once, some rows of them; 0: all
-    test.AUG = CN()
+    test.AUG = Keys()
     test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each image
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels
     test.AUG.MAX_SIZE = 4000  # limit of the longer side
     test.AUG.FLIP = True  # each size mirrored too
-    test.PRECISE_BN = CN()
+    test.PRECISE_BN = Keys(without_effect("no batch norm is trained"))
     test.PRECISE_BN.ENABLED = False
     test.PRECISE_BN.NUM_ITER = 200
     return test
-
-
-_FROZEN = "the backbone is the frozen CLIP"
-_UNREAD = "published key that nothing reads"
-# Keys (or whole nodes) of published files that are accepted and have no effect, with the reason.
-WITHOUT_EFFECT = {
-    "MODEL.RESNETS": _FROZEN,
-    "MODEL.BACKBONE.FREEZE_AT": _FROZEN,
-    "SOLVER.BACKBONE_MULTIPLIER": "no trainable parameter belongs to the backbone",
-    "MODEL.SWIN": "there is no Swin backbone",
-    "MODEL.MASK_ON": _UNREAD,
-    "MODEL.KEYPOINT_ON": _UNREAD,
-    "MODEL.LOAD_PROPOSALS": _UNREAD,
-    "MODEL.MASK_FORMER.ENC_LAYERS": "the encoder's depth is MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS",
-    "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": _UNREAD,
-    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": "the heads are MODEL.MASK_FORMER.NHEADS",
-    "MODEL.SEM_SEG_HEAD.LOSS_TYPE": "of DeepLab",
-    "MODEL.SEM_SEG_HEAD.PROJECT_FEATURES": "of DeepLab",
-    "MODEL.SEM_SEG_HEAD.PROJECT_CHANNELS": "of DeepLab",
-    "MODEL.SEM_SEG_HEAD.ASPP_CHANNELS": "of DeepLab",
-    "MODEL.SEM_SEG_HEAD.ASPP_DILATIONS": "of DeepLab",
-    "MODEL.SEM_SEG_HEAD.ASPP_DROPOUT": "of DeepLab",
-    "MODEL.SEM_SEG_HEAD.USE_DEPTHWISE_SEPARABLE_CONV": "of DeepLab",
-    "INPUT.MASK_FORMAT": "polygons and run-length codes are told by what they are",
-    "DATASETS.PROPOSAL_FILES_TRAIN": _UNREAD,
-    "DATASETS.PROPOSAL_FILES_TEST": _UNREAD,
-    "SOLVER.WEIGHT_DECAY_BIAS": "biases decay like weights",
-    "SOLVER.BIAS_LR_FACTOR": "biases learn like weights",
-    "TEST.PRECISE_BN": "no batch norm is trained",
-}

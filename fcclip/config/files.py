@@ -61,7 +61,7 @@ def find_config(name: str | Path) -> Path:
     shipped = {str(path.relative_to(root)): path for path in root.rglob("*.yaml")}
     by_name = {path.name: relative for relative, path in shipped.items()}
     close = difflib.get_close_matches(given.name, by_name, n=3)
-    hint = f" Did you mean {' or '.join(repr(by_name[one]) for one in close)}?" if close else ""
+    hint = f" Did you mean {' or '.join(repr(by_name[file_name]) for file_name in close)}?" if close else ""
     raise MissingFileError(
         f"config file '{name}' not found (looked at {given.absolute()} and below the shipped configs folder).{hint}"
     )

@@ -5,15 +5,17 @@ from __future__ import annotations
 import ast
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
-from fcclip.config.defaults import WITHOUT_EFFECT, get_cfg
+from fcclip.config.defaults import get_cfg
+from fcclip.config.facts import flatten, why_without_effect
 from fcclip.config.files import find_config
+from fcclip.config.lookup import nearest
 from fcclip.errors import InputError, MissingFileError
 
 logger = logging.getLogger(__name__)
@@ -35,14 +37,14 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
     """
     source = find_config(path)
     cfg = get_cfg()
-    for key, value in _flatten(_read(source, chain=())):
+    for key, value in flatten(_read(source, chain=())).items():
         _assign(cfg, key, value, where=str(path))
     if len(overrides) % 2:
         raise InputError(
             f"overrides come in pairs KEY VALUE, got {len(overrides)} words: {' '.join(map(str, overrides))}"
         )
     for key, value in zip(overrides[::2], overrides[1::2]):
-        _assign(cfg, str(key), _parse(value) if isinstance(value, str) else value, where="command line")
+        _assign(cfg, str(key), value, where="command line")
     unused = keys_without_effect(source)
     if unused:
         logger.info("keys of %s without effect: %s", path, ", ".join(f"{key} ({why})" for key, why in unused.items()))
@@ -52,12 +54,8 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
 
 def keys_without_effect(path: str | Path) -> dict[str, str]:
     """The keys that a YAML file (with its bases) sets although nothing reads them, each with the reason."""
-    found = {}
-    for key, _ in _flatten(_read(find_config(path), chain=())):
-        for name, why in WITHOUT_EFFECT.items():
-            if key == name or key.startswith(name + "."):
-                found[key] = why
-    return found
+    keys = flatten(_read(find_config(path), chain=()))
+    return {key: reason for key in keys if (reason := why_without_effect(key))}
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict:
@@ -89,28 +87,6 @@ def _update(target: dict, source: Mapping) -> None:
             target[key] = value
 
 
-def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _parse(value) if isinstance(value, str) else value
-
-
-def _all_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in cfg.items():
-        if isinstance(value, CfgNode):
-            yield from _all_keys(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
-
-
-def _value(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
-
-
 def _parse(text: str) -> Any:
     """The Python literal that a string spells, else the string itself; the rule of detectron2's configs."""
     try:
@@ -125,17 +101,15 @@ def _assign(cfg: CfgNode, key: str, value: Any, *, where: str) -> None:
     for parent in parents:
         node = node.get(parent) if isinstance(node, CfgNode) else None
     if not isinstance(node, CfgNode) or name not in node:
-        known = list(_all_keys(cfg))
-        by_last = {one.rsplit(".", 1)[-1]: one for one in known}
-        close = difflib.get_close_matches(key, known, n=1) or [
-            by_last[one] for one in difflib.get_close_matches(name, by_last, n=1)
-        ]
-        hint = f" Did you mean '{close[0]}'?" if close else ""
+        known = list(flatten(get_cfg()))
+        by_name = {known_key.rpartition(".")[2]: known_key for known_key in known}
+        names = difflib.get_close_matches(name, by_name, n=1)
+        hint = nearest(key, known) or "".join(f" Did you mean '{by_name[name]}'?" for name in names)
         raise InputError(f"{where}: unknown key '{key}'.{hint}")
     default = node[name]
     if isinstance(default, CfgNode):
         raise InputError(f"{where}: '{key}' is a group of keys ({', '.join(default)}), got the value {value!r}")
-    node[name] = _convert(value, default, key, where)
+    node[name] = _convert(_parse(value) if isinstance(value, str) else value, default, key, where)
 
 
 def _convert(value: Any, default: Any, key: str, where: str) -> Any:

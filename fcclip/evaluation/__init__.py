@@ -9,7 +9,7 @@ instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
 cityscapes.py CityscapesInstanceEvaluator, CityscapesSemanticEvaluator: the protocol of cityscapesScripts
 predictions.py  PredictionWriter, SavedPredictions: what a model predicted, on the disk; evaluations that resume
-thread_pool.py  Background: evaluation in threads while the network runs
+thread_pool.py  EvaluationThreads: evaluation in threads while the network runs
 all_sets.py   evaluate_all: DATASETS.TEST one after the other, with results.json
 drawings.py   draw_predictions: images for the writers of a training
 meter.py      progress, and where the time goes
@@ -21,7 +21,7 @@ averages.py   unweighted means over classes, over seen and unseen ones
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
-from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth, encode_masks, instances_of_rows
+from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth, encode_masks
 from fcclip.evaluation.lvis import LvisEvaluator
 from fcclip.evaluation.panoptic import (
     ClassCounts,
@@ -42,14 +42,14 @@ from fcclip.evaluation.results import (
 )
 from fcclip.evaluation.runner import Oracle, evaluate, evaluate_augmented
 from fcclip.evaluation.semantic import SemanticEvaluator
-from fcclip.evaluation.thread_pool import Background
+from fcclip.evaluation.thread_pool import EvaluationThreads
 
 __all__ = [
     "EVALUATORS",
-    "Background",
     "CityscapesInstanceEvaluator",
     "CityscapesSemanticEvaluator",
     "ClassCounts",
+    "EvaluationThreads",
     "Evaluator",
     "GroundTruth",
     "InstanceEvaluator",
@@ -70,7 +70,6 @@ __all__ = [
     "format_table",
     "format_value",
     "headlines",
-    "instances_of_rows",
     "panoptic_quality",
     "saved_modes",
     "unmet_expectations",

@@ -10,7 +10,7 @@ Legend: G ground-truth regions and P predictions of one image.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +22,10 @@ from fcclip.data import read_label_map
 from fcclip.data.datasets.cityscapes import instance_ids_file
 from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
-from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, check_classes, in_order, keep_once
+from fcclip.evaluation.ground_truth import ClassEvaluator, GroundTruth, in_order
 from fcclip.evaluation.histograms import JointHistogram, as_array, compact, joint_histogram, summed
 from fcclip.evaluation.semantic import SemanticEvaluator
+from fcclip.files import listed
 from fcclip.structures import Instances
 
 THRESHOLDS = np.arange(0.5, 1.0, 0.05)
@@ -75,7 +76,7 @@ def read_instance_ids(ground_truth: GroundTruth) -> np.ndarray:
         highest = int(_labels_of(ids).max())
         if highest >= _NUM_LABELS:
             raise InputError(
-                f"{path}: label {highest} is none of Cityscapes' (0..{_NUM_LABELS - 1}); is it a file of instance ids?"
+                f"{path}: label {highest} is not in Cityscapes (0..{_NUM_LABELS - 1}); is it a file of instance ids?"
             )
         return ids
 
@@ -91,7 +92,7 @@ class InstanceCounts(NamedTuple):
     pairs: np.ndarray  # (n, 3) int64: row of truth, row of predicted, common pixels; of equal classes
 
 
-class CityscapesInstanceEvaluator(Evaluator):
+class CityscapesInstanceEvaluator(ClassEvaluator):
     """AP and AP50 of instance masks by the rules of cityscapesScripts.
 
     A prediction counts for an instance that it overlaps by more than the threshold; further ones for the same instance
@@ -99,9 +100,8 @@ class CityscapesInstanceEvaluator(Evaluator):
     up more of it than the threshold.
 
     Args:
-        class_names: name of each of the K classes, by contiguous index.
+        class_names, seen: as for `ClassEvaluator`.
         dataset_ids: contiguous index of each thing class -> its label id in Cityscapes.
-        seen: (K,) whether training knew the class; None when unknown.
 
     Raises:
         ValueError: a label without instances in Cityscapes.
@@ -110,11 +110,8 @@ class CityscapesInstanceEvaluator(Evaluator):
     def __init__(
         self, *, class_names: Sequence[str], dataset_ids: Mapping[int, int], seen: Sequence[bool] | None = None
     ) -> None:
-        self.class_names = tuple(class_names)
         self.dataset_ids = dict(sorted(dataset_ids.items()))
-        self.seen = None if seen is None else tuple(seen)
-        check_classes(self.class_names, self.dataset_ids, self.seen)
-        self.images: dict[Hashable, InstanceCounts] = {}
+        super().__init__(class_names=class_names, classes=self.dataset_ids, seen=seen)
         strange = sorted(set(self.dataset_ids.values()) - _MEAN_PIXELS.keys())
         if strange:
             raise InputError(f"labels {strange} have no instances in Cityscapes; those with are {sorted(_MEAN_PIXELS)}")
@@ -142,7 +139,7 @@ class CityscapesInstanceEvaluator(Evaluator):
         classes = as_array(instances.pred_classes).astype(np.int64)
         strange = sorted(set(classes.tolist()) - self.dataset_ids.keys())
         if strange:
-            raise InputError(f"{name}: instances of the classes {strange}, which are no thing classes")
+            raise InputError(f"{name}: classes {listed(strange)} of instances are not thing classes")
         ids, region = compact(instance_ids)
         common = pixels_by_region(instances.pred_masks, region, len(ids))  # (n, regions)
         size = common.sum(axis=1)
@@ -170,20 +167,10 @@ class CityscapesInstanceEvaluator(Evaluator):
             pairs=np.stack([column, row, on_things[row, column]], axis=1),
         )
 
-    def keep(self, image_id: int | str, measured: InstanceCounts) -> None:
-        keep_once(self.images, {image_id: measured})
-
-    def state(self) -> dict[Hashable, InstanceCounts]:
-        return self.images
-
-    def merge(self, state: Mapping[Hashable, InstanceCounts]) -> None:
-        keep_once(self.images, state)
-
     def results(self) -> dict[str, dict[str, float]]:
-        together = _joined([self.images[image_id] for image_id in in_order(self.images)])
+        together = _joined(self.images[image_id] for image_id in in_order(self.images))
         precision = {  # class -> AP at each threshold, percent
-            index: [100 * value for value in _average_precisions(_of_class(together, index))]
-            for index in self.dataset_ids
+            index: [100 * value for value in _average_precisions(together, index)] for index in self.dataset_ids
         }
         per_class = [mean_of_defined(precision.get(index, ())) for index in range(len(self.class_names))]
         metrics = {
@@ -208,9 +195,8 @@ class CityscapesSemanticEvaluator(SemanticEvaluator):
     much as large ones. `IoU` is `mIoU_union`; it is `mIoU` where every class has ground truth, as in Cityscapes.
 
     Args:
-        class_names: name of each of the K classes, by contiguous index.
+        class_names, seen: as for `ClassEvaluator`.
         dataset_ids: contiguous index of each class -> its label id in Cityscapes.
-        seen: (K,) whether training knew the class; None when unknown.
 
     Raises:
         ValueError: a label that Cityscapes does not evaluate.
@@ -235,21 +221,21 @@ class CityscapesSemanticEvaluator(SemanticEvaluator):
         ids, predicted = read_instance_ids(ground_truth), as_array(output["sem_seg"])
         name = instance_ids_file(ground_truth.record)
         self.check(ids, predicted, name=name)
-        found = joint_histogram(ids, predicted)
-        labels = _labels_of(found.first)
+        histogram = joint_histogram(ids, predicted)
+        labels = _labels_of(histogram.first)
         counted = self.class_of_label[labels] >= 0
-        pairs = (self.class_of_label[labels], found.second, found.pixels)
-        return SemanticCounts(summed(*(column[counted] for column in pairs)), self._instances(found, labels))
+        pairs = (self.class_of_label[labels], histogram.second, histogram.pixels)
+        return SemanticCounts(summed(*(column[counted] for column in pairs)), self._instances(histogram, labels))
 
-    def _instances(self, found: JointHistogram, labels: np.ndarray) -> np.ndarray:
+    def _instances(self, histogram: JointHistogram, labels: np.ndarray) -> np.ndarray:
         category_of_label = np.full(_NUM_LABELS, -1)
         for number, name in enumerate(_CATEGORIES):
             category_of_label[list(_CATEGORIES[name])] = number
-        chosen = (found.first > _FIRST_INSTANCE) & np.isin(labels, list(_MEAN_PIXELS))
-        ids, row = np.unique(found.first[chosen], return_inverse=True)
+        chosen = (histogram.first > _FIRST_INSTANCE) & np.isin(labels, list(_MEAN_PIXELS))
+        ids, row = np.unique(histogram.first[chosen], return_inverse=True)
         label_of_class = np.append(self.label_of_class, 0)  # a gap has the label of void
-        true, predicted = labels[chosen], label_of_class[found.second[chosen]]
-        pixels = found.pixels[chosen]
+        true, predicted = labels[chosen], label_of_class[histogram.second[chosen]]
+        pixels = histogram.pixels[chosen]
         right, related = true == predicted, category_of_label[true] == category_of_label[predicted]
         counts = [
             np.bincount(row, weights, len(ids)).astype(np.int64)
@@ -274,9 +260,11 @@ class CityscapesSemanticEvaluator(SemanticEvaluator):
         return {"sem_seg": self._protocol() | metrics}
 
     def _protocol(self) -> dict[str, float]:
-        present = {label: index for index, label in enumerate(self.label_of_class.tolist())}
-        classes = {label: [present[label]] for label in present}
-        categories = {name: [present[one] for one in labels if one in present] for name, labels in _CATEGORIES.items()}
+        classes = {label: [index] for index, label in enumerate(self.label_of_class.tolist())}
+        categories = {
+            name: [index for label in labels for index in classes.get(label, ())]
+            for name, labels in _CATEGORIES.items()
+        }
         instances = np.concatenate([np.zeros((0, 4), np.int64), *self.instances.values()])
         weights = np.array([_MEAN_PIXELS[label] for label in instances[:, 0].tolist()]) / instances[:, 1]
 
@@ -336,47 +324,41 @@ def _labels_of(ids: np.ndarray) -> np.ndarray:
     return np.where(ids < _FIRST_INSTANCE, ids, ids // _FIRST_INSTANCE)
 
 
-def _joined(images: Sequence[InstanceCounts]) -> InstanceCounts:
+def _joined(images: Iterable[InstanceCounts]) -> InstanceCounts:
     """One record of many images."""
-    empty = InstanceCounts(*(np.zeros((0, 3), np.int64) for _ in range(2)), np.zeros(0), np.zeros((0, 3), np.int64))
-    images = [empty, *images]
-    offsets = np.cumsum([[0, 0], *([len(one.truth), len(one.predicted)] for one in images[:-1])], axis=0)
-    pairs = [one.pairs + np.append(offset, 0) for one, offset in zip(images, offsets)]
-    truth, predicted, scores = (np.concatenate([one[column] for one in images]) for column in range(3))
-    return InstanceCounts(truth, predicted, scores, np.concatenate(pairs))
+    truth, predicted, pairs = ([np.zeros((0, 3), np.int64)] for _ in range(3))
+    scores, num_truth, num_predicted = [np.zeros(0)], 0, 0
+    for image in images:
+        pairs.append(image.pairs + np.array([num_truth, num_predicted, 0]))
+        truth.append(image.truth)
+        predicted.append(image.predicted)
+        scores.append(image.scores)
+        num_truth, num_predicted = num_truth + len(image.truth), num_predicted + len(image.predicted)
+    return InstanceCounts(*(np.concatenate(parts) for parts in (truth, predicted, scores, pairs)))
 
 
-def _of_class(counts: InstanceCounts, index: int) -> InstanceCounts:
-    """The part of one class, whose pairs are its own."""
-    truth, predicted = counts.truth[:, 0] == index, counts.predicted[:, 0] == index
-    pairs = counts.pairs[truth[counts.pairs[:, 0]]]
-    new_row = [np.cumsum(chosen) - 1 for chosen in (truth, predicted)]
-    pairs = np.stack([new_row[0][pairs[:, 0]], new_row[1][pairs[:, 1]], pairs[:, 2]], axis=1)
-    return InstanceCounts(counts.truth[truth], counts.predicted[predicted], counts.scores[predicted], pairs)
-
-
-def _average_precisions(counts: InstanceCounts) -> Iterator[float]:
-    """AP of one class at each threshold, 0..1: NaN without an instance to find, 0 without a prediction."""
-    _, truth_pixels, asked = counts.truth.T
-    _, pixels, excused = counts.predicted.T
-    g, p, common = counts.pairs.T
+def _average_precisions(counts: InstanceCounts, index: int) -> Iterator[float]:
+    """AP of a class at each threshold, 0..1: NaN without an instance to find, 0 without a prediction."""
+    true_class, truth_pixels, to_find = counts.truth.T
+    predicted_class, pixels, excused = counts.predicted.T
+    g, p, common = counts.pairs[true_class[counts.pairs[:, 0]] == index].T  # which are of one class each
+    to_find = (true_class == index) & (to_find == 1)
     overlap = common / (truth_pixels[g] + pixels[p] - common)
     for threshold in THRESHOLDS:
-        if not asked.any():
+        if not to_find.any():
             yield math.nan
             continue
         matched = overlap > threshold
-        found = matched & (asked[g] == 1)
+        hits = matched & to_find[g]
         # Of several predictions for one instance the best is right, the others are not.
-        order = np.lexsort((-counts.scores[p[found]], g[found]))
-        instance, score = g[found][order], counts.scores[p[found]][order]
+        order = np.lexsort((-counts.scores[p[hits]], g[hits]))
+        instance, score = g[hits][order], counts.scores[p[hits]][order]
         right = np.append(True, instance[1:] != instance[:-1])[: len(instance)]
-        alone = np.ones(len(pixels), bool)
-        alone[p[matched]] = False
-        wrong = alone & (excused / pixels <= threshold)
+        wrong = (predicted_class == index) & (excused / pixels <= threshold)
+        wrong[p[matched]] = False
         scores = np.concatenate([score, counts.scores[wrong]])
         right = np.concatenate([right, np.zeros(wrong.sum(), bool)])
-        yield _area_under_curve(scores, right, int(asked.sum()))
+        yield _area_under_curve(scores, right, int(to_find.sum()))
 
 
 def _area_under_curve(scores: np.ndarray, right: np.ndarray, num_instances: int) -> float:

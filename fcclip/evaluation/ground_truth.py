@@ -1,4 +1,4 @@
-"""What the runner hands to evaluators: an image with its ground truth, and the shape every evaluator has."""
+"""An image with its ground truth, and what every evaluator of such images has."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from fcclip.data import paint_classes, read_id_map, read_label_map
 from fcclip.errors import InputError
+from fcclip.files import listed
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,20 @@ class Evaluator(ABC):
 
     @abstractmethod
     def measure(self, ground_truth: GroundTruth, output: Mapping[str, Any]) -> Any:
-        """What counts of the model's output for one image."""
+        """What counts of the model's output for one image.
+
+        Args:
+            ground_truth: of the image.
+            output: what this evaluator looks at: `panoptic_seg` (id map (h, w) int, list of segments), `sem_seg` (h, w)
+                int, `instances`. Maps may be tensors or arrays.
+        """
 
     @abstractmethod
     def keep(self, image_id: int | str, measured: Any) -> None:
         """Takes in what `measure` returned."""
 
     def process(self, ground_truth: GroundTruth, output: Mapping[str, Any]) -> None:
-        """Takes in the model's output for one image.
-
-        Args:
-            image: with its ground truth.
-            output: what this evaluator looks at: `panoptic_seg` (id map (h, w) int, list of segments), `sem_seg` (h, w)
-                int, `instances`. Maps may be tensors or arrays.
-        """
+        """Measures an image and keeps what came of it."""
         self.keep(ground_truth.image_id, self.measure(ground_truth, output))
 
     @property
@@ -113,43 +114,49 @@ class Evaluator(ABC):
         """Writes files for other programs, after everything is merged."""
 
 
-def keep_once(images: dict[Hashable, Any], more: Mapping[Hashable, Any]) -> None:
-    """Adds what was found in more images.
-
-    Raises:
-        ValueError: an image that is already there.
-    """
-    twice = sorted(images.keys() & more.keys(), key=str)
-    if twice:
-        some = ", ".join(map(repr, twice[:5])) + (f" and {len(twice) - 5} more" if len(twice) > 5 else "")
-        raise InputError(f"image {some} came twice; each image may be evaluated once")
-    images.update(more)
-
-
-def check_classes(class_names: Sequence[str], chosen: Iterable[int], seen: Sequence[bool] | None) -> None:
-    """Refuses a class list that does not belong to the other things an evaluator is told about classes.
+class ClassEvaluator(Evaluator):
+    """An evaluator of K classes, which keeps what it measured of each image.
 
     Args:
-        class_names: of the K classes.
-        chosen: indices that must be among them.
-        seen: (K,), or None.
+        class_names: name of each of the K classes, by contiguous index.
+        classes: indices of those that the evaluator tells apart from the others.
+        seen: (K,) whether training knew the class; None when unknown.
 
     Raises:
-        ValueError: an index beyond the list, or as many entries in `seen` as another list has classes.
+        ValueError: an index that is not one of the K, or as many entries in `seen` as another list has classes.
     """
-    beyond = sorted(index for index in chosen if not 0 <= index < len(class_names))
-    if beyond:
-        raise InputError(
-            f"there are {len(class_names)} class names and a class {beyond[-1]}, counted from 0; the names must be "
-            "those of the data set"
-        )
-    if seen is not None and len(seen) != len(class_names):
-        raise InputError(
-            f"there are {len(class_names)} class names, and {len(seen)} entries say whether training knew the class; "
-            "expected one for each"
-        )
+
+    def __init__(
+        self, *, class_names: Sequence[str], classes: Iterable[int] = (), seen: Sequence[bool] | None = None
+    ) -> None:
+        self.class_names = tuple(class_names)
+        self.seen = None if seen is None else tuple(seen)
+        self.images: dict[Hashable, Any] = {}  # image id -> what was measured
+        beyond = sorted(index for index in classes if not 0 <= index < len(self.class_names))
+        if beyond:
+            raise InputError(
+                f"there are {len(self.class_names)} class names and a class {beyond[-1]}, counted from 0; the names "
+                "must be those of the data set"
+            )
+        if self.seen is not None and len(self.seen) != len(self.class_names):
+            raise InputError(f"there are {len(self.class_names)} class names, but `seen` has {len(self.seen)} entries")
+
+    def keep(self, image_id: int | str, measured: Any) -> None:
+        self._add_images({image_id: measured})
+
+    def state(self) -> Any:
+        return self.images
+
+    def merge(self, state: Any) -> None:
+        self._add_images(state)
+
+    def _add_images(self, images: Mapping[Hashable, Any]) -> None:
+        twice = sorted(self.images.keys() & images.keys(), key=str)
+        if twice:
+            raise InputError(f"image {listed(map(repr, twice))} came twice; each image may be evaluated once")
+        self.images.update(images)
 
 
-def in_order(image_ids: Mapping[Hashable, Any]) -> list:
+def in_order(image_ids: Iterable[Hashable]) -> list:
     """Image ids, numbers before strings, each ascending."""
     return sorted(image_ids, key=lambda image_id: (isinstance(image_id, str), image_id))

@@ -62,14 +62,14 @@ def starts_of_runs(*rows: np.ndarray) -> np.ndarray:
 
     Neighbours in a map mostly have the same value, so that a sort needs to look at few of them.
     """
-    size, found = rows[0].size, [np.zeros(1, np.int64)]
+    size, starts = rows[0].size, [np.zeros(1, np.int64)]
     for begin in range(1, size, _BLOCK):  # blocks that stay in the cache, and whose memory is not new every time
         end = min(begin + _BLOCK, size)
         changed = rows[0][begin:end] != rows[0][begin - 1 : end - 1]
         for row in rows[1:]:
             changed |= row[begin:end] != row[begin - 1 : end - 1]
-        found.append(np.flatnonzero(changed) + begin)
-    return np.concatenate(found)
+        starts.append(np.flatnonzero(changed) + begin)
+    return np.concatenate(starts)
 
 
 def compact(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -17,12 +16,12 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from fcclip.data.segmentations import compressed, fill_polygons, has_area, read_run_lengths
-from fcclip.errors import InputError, MissingFileError
+from fcclip.data.segmentations import compressed, has_area
+from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
-from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, check_classes, in_order, keep_once
-from fcclip.files import write_atomically
-from fcclip.structures import Instances, boxes_of_masks
+from fcclip.evaluation.ground_truth import ClassEvaluator, GroundTruth, in_order
+from fcclip.files import listed, read_json, write_json
+from fcclip.structures import Instances
 
 logger = logging.getLogger(__name__)
 LVIS_DETECTIONS = 300  # an image, all classes together
@@ -45,19 +44,13 @@ class InstanceTruth(NamedTuple):
             FileNotFoundError: no such file.
             ValueError: broken JSON, or one that is not in the format.
         """
+        content = read_json(path, what="instances file")
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
             images = {image["id"]: image for image in content["images"]}
             categories = {category["id"]: category for category in content["categories"]}
             return cls(str(path), images, content["annotations"], categories)
-        except FileNotFoundError:
-            raise MissingFileError(f"instances file '{path}' does not exist; it holds the ground truth of AP") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"instances file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
         except (KeyError, TypeError) as error:
-            raise InputError(
-                f"instances file '{path}' is not in the COCO instances format: {error!r} is missing"
-            ) from error
+            raise InputError(f"instances file '{path}' is not in the COCO instances format: no {error}") from error
 
     def completed(self, category_ids: Iterable[int]) -> InstanceTruth:
         """The same with what users' own files may leave out: categories that nothing belongs to, boxes and areas; and
@@ -68,14 +61,14 @@ class InstanceTruth(NamedTuple):
         """
         categories = {identifier: {"id": identifier} for identifier in category_ids} | self.categories
         annotations = []
-        for one in self.annotations:
-            if "bbox" not in one or "area" not in one:
-                code = self._code(one)
+        for annotation in self.annotations:
+            if "bbox" not in annotation or "area" not in annotation:
+                code = self._code(annotation)
                 if code is None:
                     continue
                 bounds, area = pycocotools.mask.toBbox(code).tolist(), float(pycocotools.mask.area(code))
-                one = {"bbox": bounds, "area": area, **one}
-            annotations.append(one)
+                annotation = {"bbox": bounds, "area": area, **annotation}
+            annotations.append(annotation)
         return self._replace(annotations=annotations, categories=categories)
 
     def _code(self, annotation: Mapping) -> dict | None:
@@ -83,7 +76,7 @@ class InstanceTruth(NamedTuple):
         segmentation, image = annotation["segmentation"], self.images[annotation["image_id"]]
         if isinstance(segmentation, Mapping):
             return compressed(segmentation)
-        polygons = [one for one in segmentation if has_area(one)]
+        polygons = [polygon for polygon in segmentation if has_area(polygon)]
         if not polygons:
             return None
         codes = pycocotools.mask.frPyObjects(polygons, image["height"], image["width"])
@@ -98,15 +91,14 @@ class ImageInstances(NamedTuple):
     truth: list[dict] | None  # annotations, where they do not stand in a file
 
 
-class InstanceEvaluator(Evaluator):
+class InstanceEvaluator(ClassEvaluator):
     """COCO average precision of masks (`segm`) and boxes (`bbox`) of the thing classes.
 
     Args:
         truth: the ground truth, shared by evaluators of the same data set; None: the thing segments of each image's
             panoptic annotation, for data sets that have no other.
-        class_names: name of each of the K classes, by contiguous index.
+        class_names, seen: as for `ClassEvaluator`.
         dataset_ids: contiguous index of each thing class -> the data set's category id.
-        seen: (K,) whether training knew the class; None when unknown.
         folder: where `save` writes `coco_instances_results.json`; None: nowhere.
 
     Raises:
@@ -126,53 +118,32 @@ class InstanceEvaluator(Evaluator):
         folder: str | os.PathLike | None = None,
     ) -> None:
         self.truth = truth
-        self.class_names = tuple(class_names)
         self.dataset_ids = dict(sorted(dataset_ids.items()))
-        self.seen = None if seen is None else tuple(seen)
-        check_classes(self.class_names, self.dataset_ids, self.seen)
+        super().__init__(class_names=class_names, classes=self.dataset_ids, seen=seen)
         self.folder = None if folder is None else Path(folder)
-        self.images: dict[Hashable, ImageInstances] = {}
         if truth is None:
             return
         lacking = sorted(set(self.dataset_ids.values()) - truth.categories.keys())
-        strange = sorted({one["category_id"] for one in truth.annotations} - set(self.dataset_ids.values()))
+        strange = sorted({annotation["category_id"] for annotation in truth.annotations} - {*self.dataset_ids.values()})
         if lacking or strange:
-            problem = f"has no categories {lacking[:5]}" if lacking else f"annotates unknown categories {strange[:5]}"
+            problem = f"has no categories {listed(lacking)}" if lacking else f"annotates categories {listed(strange)}"
             raise InputError(f"{truth.path} {problem}; its category ids must be those of the data set's thing classes")
 
-    def add(self, image_id: int | str, instances: Instances, *, encoded_masks: dict[bytes, dict] | None = None) -> None:
-        """Takes in the instances of one image; `encoded_masks` as for `encode_masks`.
-
-        Raises:
-            ValueError: an image the ground truth does not have or that came before, masks of another size, a stuff
-                class.
-        """
-        image = self._image(image_id)
-        self.keep(image_id, ImageInstances(self._rows(image_id, image, instances, encoded_masks), image, None))
-
     def measure(self, ground_truth: GroundTruth, output: Mapping) -> ImageInstances:
+        image_id, truth = ground_truth.image_id, None
         if self.truth is None:
             height, width = ground_truth.id_map.shape
-            image = {"id": ground_truth.image_id, "height": height, "width": width}
+            image = {"id": image_id, "height": height, "width": width}
             truth = ground_truth.once("thing segments", lambda: segment_annotations(ground_truth, self.dataset_ids))
+        elif image_id in self.truth.images:
+            image = self.truth.images[image_id]
         else:
-            image, truth = self._image(ground_truth.image_id), None
-        encoded_masks = ground_truth.once("encoded masks", dict)
-        rows = self._rows(ground_truth.image_id, image, output["instances"], encoded_masks)
-        return ImageInstances(rows, image, truth)
-
-    def keep(self, image_id: int | str, measured: ImageInstances) -> None:
-        keep_once(self.images, {image_id: measured})
-
-    def _image(self, image_id: int | str) -> dict:
-        if image_id not in self.truth.images:
             raise InputError(f"image {image_id!r} is not in {self.truth.path}, which holds the ground truth of AP")
-        return self.truth.images[image_id]
+        instances, encoded_masks = output["instances"], ground_truth.once("encoded masks", dict)
+        return ImageInstances(self._rows(image, instances, encoded_masks), image, truth)
 
-    def _rows(
-        self, image_id: int | str, image: Mapping, instances: Instances, encoded_masks: dict[bytes, dict] | None
-    ) -> list[dict]:
-        size = (image["height"], image["width"])
+    def _rows(self, image: Mapping, instances: Instances, encoded_masks: dict[bytes, dict]) -> list[dict]:
+        image_id, size = image["id"], (image["height"], image["width"])
         if tuple(instances.pred_masks.shape[1:]) != size:
             where = "its annotation" if self.truth is None else self.truth.path
             raise InputError(
@@ -183,9 +154,10 @@ class InstanceEvaluator(Evaluator):
         classes = instances.pred_classes.tolist()
         strange = sorted(set(classes) - self.dataset_ids.keys())
         if strange:
-            raise InputError(f"image {image_id!r}: instances of the classes {strange}, which are no thing classes")
+            raise InputError(f"image {image_id!r}: classes {listed(strange)} of instances are not thing classes")
         boxes = instances.pred_boxes.detach().cpu().double()
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # XYXY -> XYWH
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()  # XYXY -> XYWH
+        codes = encode_masks(instances.pred_masks, encoded_masks)
         return [
             {
                 "image_id": image_id,
@@ -194,20 +166,12 @@ class InstanceEvaluator(Evaluator):
                 "score": score,
                 "segmentation": code,
             }
-            for index, box, score, code in zip(
-                classes, boxes.tolist(), instances.scores.tolist(), encode_masks(instances.pred_masks, encoded_masks)
-            )
+            for index, box, score, code in zip(classes, boxes, instances.scores.tolist(), codes)
         ]
 
     def _chosen(self, instances: Instances) -> Instances:
         """Those of an image that count, before anything else is known."""
         return instances
-
-    def state(self) -> dict[Hashable, ImageInstances]:
-        return self.images
-
-    def merge(self, state: Mapping[Hashable, ImageInstances]) -> None:
-        keep_once(self.images, state)
 
     def results(self) -> dict[str, dict[str, float]]:
         return {task: self._average_precision(task) for task in ("bbox", "segm")}
@@ -215,8 +179,7 @@ class InstanceEvaluator(Evaluator):
     def save(self) -> None:
         if self.folder is not None:
             rows = [row for image_id in in_order(self.images) for row in self.images[image_id].rows]
-            content = json.dumps(rows).encode()
-            write_atomically(self.folder / self.file_name, lambda file: file.write(content))
+            write_json(self.folder / self.file_name, rows)
 
     def _average_precision(self, task: str) -> dict[str, float]:
         """AP over the images that were evaluated."""
@@ -251,14 +214,14 @@ class InstanceEvaluator(Evaluator):
         """
         number = {image_id: index for index, image_id in enumerate(in_order(self.images), start=1)}
         if self.truth is not None:
-            annotations = [one for one in self.truth.annotations if one["image_id"] in number]
+            annotations = [entry for entry in self.truth.annotations if entry["image_id"] in number]
         else:
-            annotations = [one for image_id in number for one in self.images[image_id].truth or ()]
+            annotations = [entry for image_id in number for entry in self.images[image_id].truth]
         truth = {
             "images": [self.images[image_id].image | {"id": index} for image_id, index in number.items()],
             "annotations": [
-                one | {"id": index, "image_id": number[one["image_id"]]}
-                for index, one in enumerate(annotations, start=1)
+                entry | {"id": index, "image_id": number[entry["image_id"]]}
+                for index, entry in enumerate(annotations, start=1)
             ],
         }
         rows = [row | {"image_id": index} for image_id, index in number.items() for row in self.images[image_id].rows]
@@ -288,7 +251,7 @@ def protocol_precision(
     Returns:
         (10 IoU thresholds, 101 recalls, classes, 4 areas), 0..1; NaN where there is no ground truth.
     """
-    categories = [{"id": one} for one in category_ids] if categories is None else list(categories)
+    categories = [{"id": identifier} for identifier in category_ids] if categories is None else list(categories)
     areas = _areas(rows, task)  # decide which of the area ranges a detection belongs to
     detections = {
         "images": truth["images"],
@@ -312,57 +275,15 @@ def protocol_precision(
     return np.where(precision < 0, np.nan, precision)
 
 
-def instances_of_rows(
-    rows: Sequence[Mapping], *, classes: Mapping[int, int], size: tuple[int, int], name: str = "the image"
-) -> Instances:
-    """The instances of one image from a file of COCO results, for any evaluator of instances.
-
-    Args:
-        rows: `category_id, score, segmentation` (run-length code or polygons), and `bbox` where the file has it.
-        classes: the data set's category id -> contiguous index, of the thing classes.
-        size: (height, width) of the image in pixels.
-        name: what errors call the image.
-
-    Raises:
-        ValueError: a category that is no thing class, a mask of another size, an entry that is missing.
-    """
-    masks = np.zeros((len(rows), *size), bool)
-    for mask, row in zip(masks, rows):
-        lacking = {"category_id", "score", "segmentation"} - row.keys()
-        if lacking:
-            raise InputError(f"{name}: a row has no {', '.join(sorted(lacking))}; expected COCO results with masks")
-        if row["category_id"] not in classes:
-            raise InputError(f"{name}: category_id {row['category_id']} is none of the data set's thing classes")
-        if isinstance(row["segmentation"], Mapping):
-            try:
-                mask[:] = read_run_lengths([row["segmentation"]], size)[0]
-            except ValueError as error:
-                raise InputError(f"{name}: {error}") from error
-        else:
-            fill_polygons([np.reshape(one, (-1, 2)) for one in row["segmentation"] if has_area(one)], mask)
-    pred_masks = torch.from_numpy(masks)
-    boxes = boxes_of_masks(pred_masks).double()
-    for box, row in zip(boxes, rows):
-        if "bbox" in row:
-            left, top, width, height = row["bbox"]
-            box[:] = torch.tensor([left, top, left + width, top + height], dtype=torch.float64)
-    return Instances(
-        scores=torch.tensor([float(row["score"]) for row in rows], dtype=torch.float64),
-        pred_classes=torch.tensor([classes[row["category_id"]] for row in rows], dtype=torch.int64),
-        pred_masks=pred_masks,
-        pred_boxes=boxes,
-    )
-
-
 def segment_annotations(ground_truth: GroundTruth, dataset_ids: Mapping[int, int]) -> list[dict]:
     """COCO annotations of the thing segments of a panoptic image.
 
     Args:
-        image: with an id map.
+        ground_truth: of an image with an id map.
         dataset_ids: contiguous index of each thing class -> the data set's category id.
     """
-    segments = [one for one in ground_truth.segments if one["category_id"] in dataset_ids]
-    masks = [torch.from_numpy(ground_truth.id_map == one["id"]) for one in segments]
+    segments = [segment for segment in ground_truth.segments if segment["category_id"] in dataset_ids]
+    masks = [torch.from_numpy(ground_truth.id_map == segment["id"]) for segment in segments]
     codes = encode_masks(torch.stack(masks)) if masks else []
     return [
         {

@@ -44,17 +44,13 @@ class LvisEvaluator(InstanceEvaluator):
                     f"{truth.path}: image {lacking[0]!r} has no '{name}', which the federated rule of LVIS needs. "
                     "Expected LVIS v1 annotations, e.g. lvis_v1_val.json."
                 )
-        strange = {key: one.get("frequency") for key, one in truth.categories.items() if key in self._wanted()}
-        strange = {key: value for key, value in strange.items() if value not in _FREQUENCIES}
-        if strange:
-            key, value = next(iter(strange.items()))
-            raise InputError(
-                f"{truth.path}: category {key} has the frequency {value!r}, expected one of {', '.join(_FREQUENCIES)}. "
-                "Expected LVIS v1 annotations, e.g. lvis_v1_val.json."
-            )
-
-    def _wanted(self) -> set[int]:
-        return set(self.dataset_ids.values())
+        for category in self.dataset_ids.values():
+            frequency = truth.categories[category].get("frequency")
+            if frequency not in _FREQUENCIES:
+                raise InputError(
+                    f"{truth.path}: category {category} has the frequency {frequency!r}, expected one of "
+                    f"{', '.join(_FREQUENCIES)}. Expected LVIS v1 annotations, e.g. lvis_v1_val.json."
+                )
 
     def _chosen(self, instances: Instances) -> Instances:
         """The 300 with the highest scores; of equal ones those that come first."""
@@ -73,19 +69,19 @@ class LvisEvaluator(InstanceEvaluator):
         for position, category in enumerate(self.dataset_ids.values()):
             if category not in annotations:
                 continue  # without ground truth a class has no AP
-            present = {one["image_id"] for one in annotations[category]}
-            found = [
+            present = {entry["image_id"] for entry in annotations[category]}
+            counted = [
                 row
                 for row in detections.get(category, ())
                 if row["image_id"] in present or category in images[row["image_id"]]["neg_category_ids"]
             ]
-            shown = sorted(present | {row["image_id"] for row in found})
+            shown = sorted(present | {row["image_id"] for row in counted})
             part = {
                 "images": [images[index] for index in shown],
-                "annotations": [one | {"id": index} for index, one in enumerate(annotations[category], start=1)],
+                "annotations": [entry | {"id": index} for index, entry in enumerate(annotations[category], start=1)],
             }
             precision[:, :, position : position + 1] = protocol_precision(
-                part, found, [category], task, federated=True, categories=[self.truth.categories[category]]
+                part, counted, [category], task, federated=True, categories=[self.truth.categories[category]]
             )
         return precision
 

@@ -12,21 +12,21 @@ before things are pasted over it), and the published numbers depend on it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from fcclip.data import read_id_map
-from fcclip.errors import InputError, MissingFileError
+from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
-from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, check_classes, in_order, keep_once
-from fcclip.evaluation.histograms import JointHistogram, as_array, joint_histogram
+from fcclip.evaluation.ground_truth import ClassEvaluator, GroundTruth, in_order
+from fcclip.evaluation.histograms import as_array, joint_histogram
+from fcclip.files import listed, read_json
 
 
 class ClassCounts(NamedTuple):
@@ -52,7 +52,7 @@ def compare_segments(
     predicted_map: np.ndarray,
     predicted_segments: Sequence[Mapping],
     *,
-    categories: Container[int],
+    categories: Collection[int],
     name: str = "the image",
 ) -> dict[int, ClassCounts]:
     """Matches the segments of one image.
@@ -74,7 +74,8 @@ def compare_segments(
     """
     truth = {segment["id"]: segment for segment in truth_segments}  # a repeated id: the last entry counts
     predicted = {segment["id"]: segment for segment in predicted_segments}
-    histogram = _joint_histogram(truth_map, predicted_map, name)
+    _check_sizes(truth_map, predicted_map, name)
+    histogram = joint_histogram(truth_map, predicted_map, what=f"{name}: predicted ids")
     g_row, p_row = _rows(histogram.first, list(truth)), _rows(histogram.second, list(predicted))
     pixels = histogram.pixels
 
@@ -110,16 +111,12 @@ def compare_segments(
     wrong = 2 * excused <= area
     wrong[p[match]] = False
 
-    columns = (
-        np.bincount(truth_class[g[match]], minlength=len(classes)),
-        np.bincount(predicted_class[wrong], minlength=len(classes)),
-        np.bincount(truth_class[missed], minlength=len(classes)),
-        np.bincount(truth_class[g[match]], iou, len(classes)),
-    )
-    return {
-        category: ClassCounts(*counts)
-        for category, *counts in zip(classes.tolist(), *(column.tolist() for column in columns))
-    }
+    tp = np.bincount(truth_class[g[match]], minlength=len(classes))
+    fp = np.bincount(predicted_class[wrong], minlength=len(classes))
+    fn = np.bincount(truth_class[missed], minlength=len(classes))
+    iou_sum = np.bincount(truth_class[g[match]], iou, len(classes))
+    columns = (column.tolist() for column in (classes, tp, fp, fn, iou_sum))
+    return {category: ClassCounts(*counts) for category, *counts in zip(*columns)}
 
 
 def sum_counts(images: Mapping[Hashable, Mapping[int, ClassCounts]]) -> dict[int, ClassCounts]:
@@ -128,7 +125,7 @@ def sum_counts(images: Mapping[Hashable, Mapping[int, ClassCounts]]) -> dict[int
     for image_id in in_order(images):
         for category, counts in images[image_id].items():
             before = total.get(category, ClassCounts())
-            total[category] = ClassCounts(*(one + other for one, other in zip(before, counts)))
+            total[category] = ClassCounts(*(sum(pair) for pair in zip(before, counts)))
     return total
 
 
@@ -171,21 +168,22 @@ def panoptic_quality(
         ValueError: a file that is not in the format, no ground truth, an image without prediction, and what
             `compare_segments` refuses.
     """
-    truth, predictions = _read_json(gt_json, ("categories", "annotations")), _read_json(pred_json, ("annotations",))
-    gt_dir, pred_dir = _png_dir(gt_json, gt_dir), _png_dir(pred_json, pred_dir)
+    truth, gt_dir = read_panoptic_file(gt_json, gt_dir, keys=("categories", "annotations"))
+    predictions, pred_dir = read_panoptic_file(pred_json, pred_dir)
     if not truth["annotations"]:
         raise InputError(f"{gt_json} has no annotations; there is nothing to evaluate")
     categories = {category["id"]: category.get("isthing") == 1 for category in truth["categories"]}
     prediction_of = {annotation["image_id"]: annotation for annotation in predictions["annotations"]}
-    missing = [one["image_id"] for one in truth["annotations"] if one["image_id"] not in prediction_of]
+    image_ids = [annotation["image_id"] for annotation in truth["annotations"]]
+    missing = [image_id for image_id in image_ids if image_id not in prediction_of]
     if missing:
         raise InputError(
-            f"{pred_json} has no prediction for {len(missing)} of {len(truth['annotations'])} images of {gt_json}: "
-            f"image_id {_some(missing)}. Ids are compared with their JSON type: the string '7' is not the number 7."
+            f"{pred_json} has no prediction for {len(missing)} of {len(image_ids)} images of {gt_json}: "
+            f"image_id {listed(map(repr, missing))}. Ids are compared with their JSON type: the string '7' is "
+            "not the number 7."
         )
     images = {}
-    for number, annotation in enumerate(truth["annotations"]):
-        image_id = annotation["image_id"]
+    for number, (image_id, annotation) in enumerate(zip(image_ids, truth["annotations"])):
         prediction = prediction_of[image_id]
         # The number keeps the images apart should the file list one twice.
         images[isinstance(image_id, str), image_id, number] = compare_segments(
@@ -203,84 +201,83 @@ def panoptic_quality(
         "Things": _group(quality[category] for category, isthing in categories.items() if isthing),
         "Stuff": _group(quality[category] for category, isthing in categories.items() if not isthing),
         "per_class": {
-            category: {key: 0.0 if math.isnan(value) else value for key, value in one._asdict().items()}
-            for category, one in quality.items()
+            category: {key: 0.0 if math.isnan(value) else value for key, value in of_class._asdict().items()}
+            for category, of_class in quality.items()
         },
     }
 
 
-class PanopticEvaluator(Evaluator):
+def read_panoptic_file(
+    path: str | os.PathLike, folder: str | os.PathLike | None = None, *, keys: Sequence[str] = ("annotations",)
+) -> tuple[dict, Path]:
+    """The content of a COCO panoptic JSON, and the folder of its id PNGs: the path without `.json` if not given.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: one of `keys` is missing, or an entry of an annotation.
+    """
+    content = read_json(path, what="panoptic file")
+    for key in keys:
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InputError(f"panoptic file '{path}' has no '{key}'; expected the COCO panoptic format")
+    for number, annotation in enumerate(content["annotations"]):
+        lacking = {"image_id", "file_name", "segments_info"} - annotation.keys()
+        if lacking:
+            raise InputError(f"panoptic file '{path}': annotation {number} has no {', '.join(sorted(lacking))}")
+    return content, Path(path).with_suffix("") if folder is None else Path(folder)
+
+
+class PanopticEvaluator(ClassEvaluator):
     """Panoptic quality of id maps as they come, the same numbers as `panoptic_quality` of the files.
 
     Keeps counts per image, so several processes merge to exactly what one would have found.
 
     Args:
-        class_names: name of each of the K classes, by contiguous index.
+        class_names, seen: as for `ClassEvaluator`.
         thing_classes: contiguous indices of the countable ones.
-        seen: (K,) whether training knew the class; None when unknown.
     """
 
     def __init__(
         self, *, class_names: Sequence[str], thing_classes: Iterable[int], seen: Sequence[bool] | None = None
     ) -> None:
-        self.class_names = tuple(class_names)
         self.thing_classes = frozenset(thing_classes)
-        self.seen = None if seen is None else tuple(seen)
-        check_classes(self.class_names, self.thing_classes, self.seen)
-        self.images: dict[Hashable, dict[int, ClassCounts]] = {}  # image id -> category -> counts
-
-    def add(
-        self,
-        image_id: int | str,
-        truth_map: np.ndarray,
-        truth_segments: Sequence[Mapping],
-        predicted_map: np.ndarray,
-        predicted_segments: Sequence[Mapping],
-    ) -> None:
-        """Counts one image; arguments as for `compare_segments`, categories as contiguous indices."""
-        self.keep(image_id, self._counts(image_id, truth_map, truth_segments, predicted_map, predicted_segments))
+        super().__init__(class_names=class_names, classes=self.thing_classes, seen=seen)
 
     def measure(self, ground_truth: GroundTruth, output: Mapping) -> dict[int, ClassCounts]:
         predicted_map, segments = output["panoptic_seg"]
-        return self._counts(
-            ground_truth.image_id, ground_truth.id_map, ground_truth.segments, as_array(predicted_map), segments
+        return compare_segments(
+            ground_truth.id_map,
+            ground_truth.segments,
+            as_array(predicted_map),
+            segments,
+            categories=range(len(self.class_names)),
+            name=f"image {ground_truth.image_id!r}",
         )
-
-    def _counts(self, image_id: int | str, *maps_and_segments: Any) -> dict[int, ClassCounts]:
-        categories = range(len(self.class_names))
-        return compare_segments(*maps_and_segments, categories=categories, name=f"image {image_id!r}")
-
-    def keep(self, image_id: int | str, measured: dict[int, ClassCounts]) -> None:
-        keep_once(self.images, {image_id: measured})
 
     @property
     def per_image(self) -> dict[Hashable, float]:
         """Image id -> PQ of the image alone: the mean over the classes in its ground truth or prediction."""
         return {
-            image_id: 100 * mean_of_defined(class_quality(one).pq for one in counts.values())
-            for image_id, counts in self.images.items()
+            image_id: 100 * mean_of_defined(class_quality(counts).pq for counts in classes.values())
+            for image_id, classes in self.images.items()
         }
-
-    def state(self) -> dict[Hashable, dict[int, ClassCounts]]:
-        return self.images
-
-    def merge(self, state: Mapping[Hashable, dict[int, ClassCounts]]) -> None:
-        keep_once(self.images, state)
 
     def results(self) -> dict[str, dict[str, float]]:
         total = sum_counts(self.images)
         quality = [class_quality(total.get(index, ClassCounts())) for index in range(len(self.class_names))]
+        is_thing = [index in self.thing_classes for index in range(len(quality))]
         groups = {
             "": _group(quality),
-            "_th": _group(one for index, one in enumerate(quality) if index in self.thing_classes),
-            "_st": _group(one for index, one in enumerate(quality) if index not in self.thing_classes),
+            "_th": _group(of_class for of_class, thing in zip(quality, is_thing) if thing),
+            "_st": _group(of_class for of_class, thing in zip(quality, is_thing) if not thing),
         }
+        keys = {"PQ": "pq", "SQ": "sq", "RQ": "rq"}
         metrics = {
-            f"{key}{suffix}": 100 * group[key.lower()] for suffix, group in groups.items() for key in ("PQ", "SQ", "RQ")
+            f"{name}{suffix}": 100 * group[key] for suffix, group in groups.items() for name, key in keys.items()
         }
-        for key in ("PQ", "SQ", "RQ"):
-            metrics |= seen_and_unseen(key, [100 * getattr(one, key.lower()) for one in quality], self.seen)
-        metrics |= {f"PQ-{name}": 100 * one.pq for name, one in zip(self.class_names, quality)}
+        for name, key in keys.items():
+            metrics |= seen_and_unseen(name, [100 * getattr(of_class, key) for of_class in quality], self.seen)
+        metrics |= {f"PQ-{name}": 100 * of_class.pq for name, of_class in zip(self.class_names, quality)}
         return {"panoptic_seg": metrics}
 
 
@@ -290,20 +287,11 @@ def write_id_map(path: str | os.PathLike, ids: np.ndarray) -> None:
     Image.fromarray(np.ascontiguousarray(planes[..., :3])).save(path)
 
 
-def _joint_histogram(truth_map: np.ndarray, predicted_map: np.ndarray, name: str) -> JointHistogram:
-    if truth_map.ndim != 2 or truth_map.shape != predicted_map.shape or not truth_map.size:
-        raise InputError(
-            f"{name}: the prediction is {_size(predicted_map)} (height x width), the ground truth {_size(truth_map)}; "
-            "predict at the size of the ground truth"
-        )
-    return joint_histogram(truth_map, predicted_map, what=f"{name}: predicted ids")
-
-
-def _rows(ids: np.ndarray, listed: Sequence[int]) -> np.ndarray:
-    """Position of each id in `listed`, -1 where it is not listed."""
-    if not listed:
+def _rows(ids: np.ndarray, known: Sequence[int]) -> np.ndarray:
+    """Position of each id in `known`, -1 where it is not there."""
+    if not known:
         return np.full(len(ids), -1)
-    known = np.asarray(listed)
+    known = np.asarray(known)
     order = np.argsort(known)
     row = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
     return np.where(known[row] == ids, row, -1)
@@ -314,56 +302,38 @@ def _field(segments: Mapping[int, Mapping], key: str, name: str) -> np.ndarray:
         return np.asarray([segment[key] for segment in segments.values()])
     except KeyError:
         lacking = [identifier for identifier, segment in segments.items() if key not in segment]
-        raise InputError(f"{name}: ground-truth segments {_some(lacking)} have no '{key}'") from None
+        raise InputError(f"{name}: ground-truth segments {listed(lacking)} have no '{key}'") from None
 
 
 def _check_prediction(
-    segments: Mapping[int, Mapping], area: np.ndarray, unlisted: np.ndarray, categories: Container[int], name: str
+    segments: Mapping[int, Mapping], area: np.ndarray, unlisted: np.ndarray, categories: Collection[int], name: str
 ) -> None:
     unlisted = sorted(set(unlisted.tolist()) - {0})
     if unlisted:
-        raise InputError(f"{name}: ids {_some(unlisted)} are in the predicted map but not in its segments_info")
+        raise InputError(f"{name}: ids {listed(unlisted)} are in the predicted map but not in its segments_info")
     absent = [identifier for identifier, pixels in zip(segments, area.tolist()) if pixels == 0]
     if absent:
         raise InputError(
-            f"{name}: ids {_some(absent)} are in the prediction's segments_info but not in its map; remove them"
+            f"{name}: ids {listed(absent)} are in the prediction's segments_info but not in its map; remove them"
         )
-    unknown = sorted({one["category_id"] for one in segments.values() if one["category_id"] not in categories})
+    unknown = sorted({segment["category_id"] for segment in segments.values()} - set(categories))
     if unknown:
-        raise InputError(f"{name}: predicted category ids {_some(unknown)} are not among the data set's categories")
+        raise InputError(f"{name}: predicted category ids {listed(unknown)} are not among the data set's categories")
 
 
 def _group(quality: Iterable[ClassQuality]) -> dict[str, float]:
-    averaged = [one for one in quality if not math.isnan(one.pq)]
-    means = {key: mean_of_defined(getattr(one, key) for one in averaged) for key in ClassQuality._fields}
+    averaged = [of_class for of_class in quality if not math.isnan(of_class.pq)]
+    means = {key: mean_of_defined(getattr(of_class, key) for of_class in averaged) for key in ClassQuality._fields}
     return means | {"n": len(averaged)}
 
 
-def _read_json(path: str | os.PathLike, keys: Sequence[str]) -> dict:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFileError(f"panoptic file '{path}' does not exist") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"panoptic file '{path}' is broken JSON at line {error.lineno}: {error.msg}") from error
-    for key in keys:
-        if not isinstance(content, dict) or key not in content:
-            raise InputError(f"panoptic file '{path}' has no '{key}'; expected the COCO panoptic format")
-    for number, annotation in enumerate(content["annotations"]):
-        lacking = {"image_id", "file_name", "segments_info"} - annotation.keys()
-        if lacking:
-            raise InputError(f"panoptic file '{path}': annotation {number} has no {', '.join(sorted(lacking))}")
-    return content
-
-
-def _png_dir(json_path: str | os.PathLike, folder: str | os.PathLike | None) -> Path:
-    return Path(json_path).with_suffix("") if folder is None else Path(folder)
+def _check_sizes(truth_map: np.ndarray, predicted_map: np.ndarray, name: str) -> None:
+    if truth_map.ndim != 2 or truth_map.shape != predicted_map.shape or not truth_map.size:
+        raise InputError(
+            f"{name}: the prediction is {_size(predicted_map)} (height x width), the ground truth {_size(truth_map)}; "
+            "predict at the size of the ground truth"
+        )
 
 
 def _size(array: np.ndarray) -> str:
     return " x ".join(map(str, array.shape))
-
-
-def _some(items: Iterable) -> str:
-    items = list(items)
-    return ", ".join(map(repr, items[:5])) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -2,8 +2,8 @@
 
 A folder `predictions` holds what one mode found in one data set:
 
-    header.json           what the predictions depend on: data set, mode, words, weights, config
-    images.<rank>.jsonl a line an image, appended when its files are complete
+    header.json           what the predictions depend on: data set, mode, vocabulary, weights, config
+    images.<rank>.jsonl   a line an image, appended when its files are complete
     <image>.png         segment ids, as in COCO panoptic files
     semantic/<image>.png  classes, 8 bit, or 16 where there are 256 or more
 
@@ -13,14 +13,13 @@ written with every digit, so evaluating the files gives the bits that evaluating
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +29,13 @@ import pycocotools.mask
 import torch
 from torch import nn
 
+from fcclip.comm import get_rank
+from fcclip.config import affects, flatten, keys_that
 from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
 from fcclip.evaluation.histograms import as_array
 from fcclip.evaluation.instances import encode_masks
-from fcclip.files import write_atomically
+from fcclip.files import listed, read_json, write_atomically, write_json
 from fcclip.modeling.augmentation import AugmentedModel
 from fcclip.structures import Instances
 from fcclip.vocabulary import Vocabulary
@@ -44,20 +45,6 @@ FORMAT = 1
 _HEADER = "header.json"
 _LINES = "images.{}.jsonl"
 _SEMANTIC = "semantic"
-# Config keys that decide what is predicted; of those below MODEL all but the ones that choose where and how fast.
-_DECIDING = ("MODEL.", "INPUT.FORMAT", "INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST", "TEST.DETECTIONS_PER_IMAGE")
-_NOT_DECIDING = (
-    "MODEL.WEIGHTS",  # a path; the header has the hash of what was loaded
-    "MODEL.DEVICE",
-    "MODEL.COMPILE",
-    "MODEL.MSDA_ENGINE",
-    "MODEL.FC_CLIP.VOCABULARIES",
-    "MODEL.FC_CLIP.TEXT_CACHE_DIR",
-    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS",  # the same: hashed
-    "MODEL.RESNETS.",
-    "MODEL.SWIN.",
-)
-_SHOWN = 6  # differences that a message names
 
 
 class _Line(NamedTuple):
@@ -69,7 +56,7 @@ class _Line(NamedTuple):
 
 
 class PredictionWriter(Evaluator):
-    """Writes what a model predicts, image by image, so that a kill loses at most the last one.
+    """Writes what a model predicts, image by image, so that a kill loses at most the last image.
 
     The files of an image are complete before its line is appended, in one piece. Each process has a file of lines of
     its own.
@@ -81,7 +68,6 @@ class PredictionWriter(Evaluator):
         dataset_ids: contiguous index -> the data set's category id, for `predictions.json`.
         panoptic_header: what `predictions.json` says besides its annotations, the ground truth's `images` and
             `categories`; None: it is not written.
-        rank: of this process.
     """
 
     def __init__(
@@ -92,14 +78,13 @@ class PredictionWriter(Evaluator):
         num_classes: int,
         dataset_ids: Mapping[int, int],
         panoptic_header: Mapping | None = None,
-        rank: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.names = image_names(records)
         self.label_type = np.uint8 if num_classes < 256 else np.uint16  # K stands for no class
         self.dataset_ids = dict(dataset_ids)
         self.panoptic_header = None if panoptic_header is None else dict(panoptic_header)
-        self.path = self.folder / _LINES.format(rank)
+        self.path = self.folder / _LINES.format(get_rank())
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def measure(self, ground_truth: GroundTruth, output: Mapping) -> bytes:
@@ -152,19 +137,16 @@ class PredictionWriter(Evaluator):
         """Writes `predictions.json`, which other programs read."""
         if self.panoptic_header is None:
             return
-        saved = SavedPredictions(self.folder)
-        chosen = [image_id for image_id in in_order(saved.image_ids) if image_id in self.names]
-        annotations = []
-        for image_id in chosen:
+        saved, annotations = SavedPredictions(self.folder), []
+        for image_id in in_order(saved.image_ids & self.names.keys()):
             record = saved.record(image_id)
-            rows = [
+            segments = [
                 {key: value for key, value in segment.items() if key != "isthing"}
                 | {"category_id": self.dataset_ids[segment["category_id"]]}
                 for segment in record["segments_info"]
             ]
-            annotations.append({"image_id": image_id, "file_name": f"{record['name']}.png", "segments_info": rows})
-        content = json.dumps(self.panoptic_header | {"annotations": annotations}).encode()
-        write_atomically(self.folder.with_suffix(".json"), lambda file: file.write(content))
+            annotations.append({"image_id": image_id, "file_name": f"{record['name']}.png", "segments_info": segments})
+        write_json(self.folder.with_suffix(".json"), self.panoptic_header | {"annotations": annotations})
 
 
 class SavedPredictions:
@@ -184,13 +166,20 @@ class SavedPredictions:
             folder = folder / "predictions"
         self.folder = folder
         self.header = read_header(folder)
-        self._lines: dict[Hashable, _Line] = {}
-        for path in sorted(folder.glob(_LINES.format("*"))):
-            for start, line in _whole_lines(path):
-                self._lines[_parsed(line, path, start)["image_id"]] = _Line(path, start, len(line))
+        self._lines = self._find_lines()
+
+    def _find_lines(self) -> dict[Hashable, _Line]:
+        return {
+            _parsed(line, path, start)["image_id"]: _Line(path, start, len(line))
+            for path in self._line_files()
+            for start, line in _whole_lines(path)
+        }
+
+    def _line_files(self) -> list[Path]:
+        return sorted(self.folder.glob(_LINES.format("*")))
 
     @property
-    def image_ids(self) -> Collection[Hashable]:
+    def image_ids(self) -> KeysView[Hashable]:
         """The images that are there."""
         return self._lines.keys()
 
@@ -204,12 +193,8 @@ class SavedPredictions:
     def is_complete(self, image_id: Hashable) -> bool:
         """Whether the image's PNGs have the size that its line says; their content is checked when they are read."""
         record = self.record(image_id)
-        for path, (size, _) in self._pngs(record):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_size == size:
-                    continue
-            return False
-        return True
+        paths = {self._png(record, kind): record[kind][0] for kind in ("panoptic", "semantic") if kind in record}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
 
     def read(self, image_id: Hashable) -> dict[str, Any]:
         """What the model gave for an image, as evaluators take it.
@@ -218,32 +203,28 @@ class SavedPredictions:
             ValueError: a PNG is damaged.
         """
         record = self.record(image_id)
-        pixels = {path.parent.name == _SEMANTIC: _decoded(path, *told) for path, told in self._pngs(record)}
         output: dict[str, Any] = {}
         if "panoptic" in record:
-            planes = cv2.cvtColor(pixels[False], cv2.COLOR_BGR2RGBA)
-            id_map = planes.view("<i4")[..., 0] & 0xFFFFFF
-            output["panoptic_seg"] = id_map, record["segments_info"]
+            planes = cv2.cvtColor(_decoded(self._png(record, "panoptic"), *record["panoptic"]), cv2.COLOR_BGR2RGBA)
+            output["panoptic_seg"] = planes.view("<i4")[..., 0] & 0xFFFFFF, record["segments_info"]
         if "semantic" in record:
-            output["sem_seg"] = pixels[True].astype(np.int32)
+            labels = _decoded(self._png(record, "semantic"), *record["semantic"])
+            output["sem_seg"] = labels.astype(np.int32)
         if "masks" in record:
             output["instances"] = _instances(record)
         return output
 
     def keep_only(self, image_ids: Collection[Hashable]) -> None:
         """Takes every other line out of the files, those that were cut off too."""
-        kept = {(one.path, one.start) for image_id, one in self._lines.items() if image_id in image_ids}
-        for path in sorted(self.folder.glob(_LINES.format("*"))):
+        kept = {(line.path, line.start) for image_id, line in self._lines.items() if image_id in image_ids}
+        for path in self._line_files():
             lines = [line for start, line in _whole_lines(path) if (path, start) in kept]
             if sum(map(len, lines)) != path.stat().st_size:
                 write_atomically(path, lambda file, lines=lines: file.writelines(lines))
-        self.__init__(self.folder)
+        self._lines = self._find_lines()
 
-    def _pngs(self, record: Mapping) -> Iterator[tuple[Path, Sequence[int]]]:
-        if "panoptic" in record:
-            yield self.folder / f"{record['name']}.png", record["panoptic"]
-        if "semantic" in record:
-            yield self.folder / _SEMANTIC / f"{record['name']}.png", record["semantic"]
+    def _png(self, record: Mapping, kind: str) -> Path:
+        return self.folder / ("" if kind == "panoptic" else _SEMANTIC) / f"{record['name']}.png"
 
 
 def begin_predictions(
@@ -263,26 +244,27 @@ def begin_predictions(
     Raises:
         ValueError: the predictions that are there depend on something else.
     """
-    saved = {}
+    saved: dict[str, SavedPredictions] = {}
     for mode, folder in folders.items():
-        if (folder / _HEADER).is_file():
-            if not resume:
-                shutil.rmtree(folder)
-                continue
-            check_header(read_header(folder), headers[mode], folder)
+        if (folder / _HEADER).is_file() and resume:
             saved[mode] = SavedPredictions(folder)
-    present = set.intersection(*(set(one.image_ids) for one in saved.values())) if len(saved) == len(folders) else set()
-    complete = {image_id for image_id in present if all(one.is_complete(image_id) for one in saved.values())}
-    for one in saved.values():
-        one.keep_only(complete)
-    for mode, folder in folders.items():
-        if mode not in saved:
-            folder.mkdir(parents=True, exist_ok=True)
-            for stray in folder.glob(_LINES.format("*")):  # lines without a header belong to nothing
-                stray.unlink()
-            content = json.dumps(dict(headers[mode]), indent=1).encode()
-            write_atomically(folder / _HEADER, lambda file, content=content: file.write(content))
-    return [image_id for image_id in in_order(dict.fromkeys(image_ids)) if image_id in complete]
+            check_header(saved[mode].header, headers[mode], folder)
+        elif (folder / _HEADER).is_file():
+            shutil.rmtree(folder)
+    present = [set(predictions.image_ids) for predictions in saved.values()] if len(saved) == len(folders) else [set()]
+    complete = {
+        image_id
+        for image_id in set.intersection(*present)
+        if all(predictions.is_complete(image_id) for predictions in saved.values())
+    }
+    for predictions in saved.values():
+        predictions.keep_only(complete)
+    for mode in folders.keys() - saved.keys():
+        folders[mode].mkdir(parents=True, exist_ok=True)
+        for stray in folders[mode].glob(_LINES.format("*")):  # lines without a header belong to nothing
+            stray.unlink()
+        write_json(folders[mode] / _HEADER, dict(headers[mode]), indent=1)
+    return in_order(complete.intersection(image_ids))
 
 
 def prediction_header(
@@ -301,7 +283,7 @@ def prediction_header(
         model: its weights are hashed, those of the CLIP included.
         cfg: keys that decide what is predicted are kept.
         dataset: its name.
-        vocabulary: the words.
+        vocabulary: the classes to look for.
         mode: its name.
         ensemble: (alpha, beta); None: as the config says.
         oracle: "masks" where these are not the model's.
@@ -334,24 +316,13 @@ def _augmentation(model: Any) -> dict[str, Any] | None:
     return {"min_sizes": list(variants.min_sizes), "max_size": variants.max_size, "flip": variants.flip}
 
 
-def deciding_settings(cfg: Any) -> dict[str, Any]:
-    """The keys of a config that decide what is predicted, with plain values.
+def deciding_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a config that decide what is predicted, sorted.
 
     Batch sizes, devices and engines are not among them: they change no more than rounding.
     """
-    return {
-        key: value
-        for key, value in sorted(_leaves(cfg))
-        if key.startswith(_DECIDING) and not key.startswith(_NOT_DECIDING)
-    }
-
-
-def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", json.loads(json.dumps(value, default=str))
+    settings = flatten(cfg)
+    return {key: settings[key] for key in sorted(keys_that("decides_predictions"))}
 
 
 def read_header(folder: str | os.PathLike) -> dict[str, Any]:
@@ -361,39 +332,39 @@ def read_header(folder: str | os.PathLike) -> dict[str, Any]:
         FileNotFoundError, ValueError: it is missing or broken.
     """
     path = Path(folder) / _HEADER
-    try:
-        header = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise MissingFileError(
             f"'{folder}' holds no saved predictions: there is no {_HEADER}. Expected a folder that an evaluation "
             "wrote, <output>/<data set> or its folder predictions."
-        ) from None
-    except ValueError as error:
-        raise InputError(f"'{path}' is broken ({error}); remove the folder and evaluate again") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        )
+    header = read_json(path)
+    version = header.get("format") if isinstance(header, dict) else None
+    if version != FORMAT:
         raise InputError(
-            f"'{path}' has format {header.get('format') if isinstance(header, dict) else None!r}, this version of "
-            f"fcclip reads {FORMAT}; remove the folder and evaluate again"
+            f"'{path}' has format {version!r}, this version of fcclip reads {FORMAT}; remove the folder and evaluate "
+            "again"
         )
     return header
 
 
-def check_header(there: Mapping[str, Any], here: Mapping[str, Any], folder: str | os.PathLike) -> None:
-    """Refuses to mix predictions.
+def check_header(stored: Mapping[str, Any], new: Mapping[str, Any], folder: str | os.PathLike) -> None:
+    """Refuses to mix predictions. Config keys that decide nothing, which earlier versions stored too, may differ.
 
     Raises:
         ValueError: names what differs, and what to do.
     """
-    old, new = ({**one, **one.get("config", {})} for one in (there, here))
-    keys = [key for key in dict.fromkeys([*new, *old]) if key != "config" and old.get(key) != new.get(key)]
-    if not keys:
-        return
-    told = [f"{key} was {_short(old.get(key))}, now {_short(new.get(key))}" for key in keys]
-    more = f" and {len(told) - _SHOWN} more" if len(told) > _SHOWN else ""
-    raise InputError(
-        f"the predictions in '{folder}' were made with something else: {'; '.join(told[:_SHOWN])}{more}. Give the same "
-        "as then to go on with them; else choose another output folder, or remove this one to begin anew."
-    )
+    stored, new = ({**header, **header.get("config", {})} for header in (stored, new))
+    changes = [
+        f"{key} was {_short(stored.get(key))}, now {_short(new.get(key))}"
+        for key in dict.fromkeys([*new, *stored])
+        if key != "config" and stored.get(key) != new.get(key) and affects(key) != "nothing"
+    ]
+    if changes:
+        raise InputError(
+            f"the predictions in '{folder}' were made with something else: {listed(changes, 6, separator='; ')}. "
+            "Give the same as then to go on with them; else choose another output folder, or remove this one to begin "
+            "anew."
+        )
 
 
 def _short(value: Any) -> str:
@@ -489,7 +460,7 @@ def saved_modes(folder: str | os.PathLike) -> dict[str, Path]:
         FileNotFoundError: there are none.
     """
     folder = Path(folder)
-    places = [one for one in (folder, folder / "predictions") if (one / _HEADER).is_file()]
+    places = [place for place in (folder, folder / "predictions") if (place / _HEADER).is_file()]
     places = places[:1] or sorted(path.parent for path in folder.glob(f"*/predictions/{_HEADER}"))
     if not places:
         read_header(folder)  # says what was expected

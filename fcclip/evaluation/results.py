@@ -6,7 +6,6 @@ Everywhere `sets` is data set -> mode -> task -> metric -> percent, that is one 
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import subprocess
@@ -17,11 +16,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fcclip.files import write_atomically
+from fcclip.files import write_json
 
 SCHEMA = 1
 # Name in tables -> task and metric it comes from.
-_HEADLINES = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
+HEADLINES = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
 _GROUPS = {"all": "", "seen": "_seen", "unseen": "_unseen"}
 
 Tasks = Mapping[str, Mapping[str, float]]  # task -> metric -> percent
@@ -31,7 +30,7 @@ def headlines(tasks: Tasks) -> dict[str, dict[str, float]]:
     """PQ, AP and mIoU over all, seen and unseen classes; NaN where not evaluated or undefined."""
     return {
         name: {group: tasks.get(task, {}).get(metric + suffix, math.nan) for group, suffix in _GROUPS.items()}
-        for name, (task, metric) in _HEADLINES.items()
+        for name, (task, metric) in HEADLINES.items()
     }
 
 
@@ -40,7 +39,7 @@ def format_table(sets: Mapping[str, Mapping[str, Tasks]], *, title: str | None =
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("data set")
     table.add_column("mode")
-    for name in _HEADLINES:
+    for name in HEADLINES:
         for group in _GROUPS:
             table.add_column(f"{name}\n{group}", justify="right")
     for set_name, modes in sets.items():
@@ -83,11 +82,11 @@ def unmet_expectations(tasks: Tasks, expected: Sequence[tuple[str, str, float, f
     """
     failures = []
     for task, metric, value, tolerance in expected:
-        found = tasks.get(task, {}).get(metric)
-        if found is None:
+        result = tasks.get(task, {}).get(metric)
+        if result is None:
             failures.append(f"{task}/{metric} was not evaluated; expected {value}")
-        elif not math.isfinite(found) or abs(found - value) > tolerance:
-            failures.append(f"{task}/{metric} is {found:.4f}; expected {value} within {tolerance}")
+        elif not math.isfinite(result) or abs(result - value) > tolerance:
+            failures.append(f"{task}/{metric} is {result:.4f}; expected {value} within {tolerance}")
     return failures
 
 
@@ -112,21 +111,13 @@ def write_results(
         "schema": SCHEMA,
         "commit": current_commit() if commit is None else commit,
         "sets": {
-            set_name: {
-                mode: {
-                    name: {group: None if math.isnan(value) else value for group, value in groups.items()}
-                    for name, groups in headlines(tasks).items()
-                }
-                for mode, tasks in modes.items()
-            }
-            for set_name, modes in sets.items()
+            set_name: {mode: headlines(tasks) for mode, tasks in modes.items()} for set_name, modes in sets.items()
         },
         "seconds": dict(seconds),
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_json(path, content, indent=2)
 
 
 def current_commit() -> str:

@@ -25,7 +25,7 @@ from fcclip.evaluation.evaluators import build_evaluators, mode_folders
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
 from fcclip.evaluation.meter import Meter
 from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, begin_predictions, prediction_header
-from fcclip.evaluation.thread_pool import Background
+from fcclip.evaluation.thread_pool import EvaluationThreads
 from fcclip.files import write_json
 from fcclip.modeling import Architecture, AugmentedModel, Ensemble, build_augmented, enabled_heads
 from fcclip.modeling.build import build_output_settings
@@ -197,9 +197,9 @@ def evaluate_saved(
         evaluators: mode -> the evaluators.
         advance: is told the number of images that are done.
     """
-    with Background(evaluators) as background:
+    with EvaluationThreads(evaluators) as threads:
         for image_id in image_ids:
-            background.process(ground_truth_of(image_id), _ReadLater(saved, image_id))
+            threads.process(ground_truth_of(image_id), _ReadLater(saved, image_id))
             advance(1)
 
 
@@ -288,7 +288,7 @@ def _predict_and_evaluate(
     evaluators: Mapping[str, Sequence[Evaluator]],
     meter: Meter,
 ) -> None:
-    with Background(evaluators) as background:
+    with EvaluationThreads(evaluators) as threads:
         for samples in meter.timed("data", loader):
             with meter.time("network"), torch.no_grad():
                 outputs = predict(samples)
@@ -296,10 +296,10 @@ def _predict_and_evaluate(
                     torch.cuda.synchronize()
             with meter.time("evaluation"):
                 for sample, by_mode in zip(samples, outputs):
-                    background.process(ground_truth_of(sample["image_id"]), by_mode)
+                    threads.process(ground_truth_of(sample["image_id"]), by_mode)
             meter.advance(len(samples))
         with meter.time("evaluation"):
-            background.finish()
+            threads.finish()
 
 
 def _results(task: _Task) -> Results:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
-from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, check_classes, keep_once
+from fcclip.evaluation.ground_truth import ClassEvaluator, GroundTruth
 from fcclip.evaluation.histograms import JointHistogram, as_array, joint_histogram
 
 
-class SemanticEvaluator(Evaluator):
+class SemanticEvaluator(ClassEvaluator):
     """Counts pixels by true and predicted class, on the device of the predictions; only the counts leave it.
 
     `mIoU` is the mean over the classes with ground truth, `mIoU_union` over the classes with ground truth or
@@ -26,9 +26,8 @@ class SemanticEvaluator(Evaluator):
     is blamed.
 
     Args:
-        class_names: name of each of the K classes, by index.
+        class_names, seen: as for `ClassEvaluator`.
         ignore_label: value of ground-truth pixels that do not count.
-        seen: (K,) whether training knew the class; None when unknown.
     """
 
     gaps = False  # whether a prediction may leave pixels without a class, as value K; a model here never does
@@ -36,17 +35,14 @@ class SemanticEvaluator(Evaluator):
     def __init__(
         self, *, class_names: Sequence[str], ignore_label: int = 255, seen: Sequence[bool] | None = None
     ) -> None:
-        self.class_names = tuple(class_names)
+        super().__init__(class_names=class_names, seen=seen)  # which keeps the mIoU of each image alone
         self.ignore_label = ignore_label
-        self.seen = None if seen is None else tuple(seen)
-        check_classes(self.class_names, (), self.seen)
         num_classes = len(self.class_names)
         self.confusion = np.zeros((num_classes, num_classes), np.int64)  # [true class, predicted class]
         self.gap_pixels = np.zeros(num_classes, np.int64)  # [true class], where nothing is predicted
-        self.mean_ious: dict[Hashable, float] = {}  # image id -> mIoU of the image alone
 
-    def add(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str = "the image") -> None:
-        """Counts one image.
+    def count(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str) -> JointHistogram:
+        """Pixels of an image by (true class, predicted class), without the ignored ones.
 
         Args:
             truth: (h, w) int, class of each pixel or `ignore_label`.
@@ -56,22 +52,18 @@ class SemanticEvaluator(Evaluator):
         Raises:
             ValueError: sizes that differ, a value that is no class.
         """
-        self._add(self.count(truth, predicted, name=name))
-
-    def count(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str) -> JointHistogram:
-        """Pixels by (true class, predicted class) without the ignored ones; arguments and errors as for `add`."""
         self.check(truth, predicted, name=name)
         if isinstance(predicted, Tensor) and predicted.is_cuda:
-            found = _histogram_on_device(truth, predicted)
+            histogram = _histogram_on_device(truth, predicted)
         else:
-            found = joint_histogram(as_array(truth), as_array(predicted))
-        counted = found.first != self.ignore_label
-        found = JointHistogram(*(column[counted] for column in found))
-        strange = found.first[(found.first < 0) | (found.first >= len(self.class_names))]
+            histogram = joint_histogram(as_array(truth), as_array(predicted))
+        counted = histogram.first != self.ignore_label
+        histogram = JointHistogram(*(column[counted] for column in histogram))
+        strange = histogram.first[(histogram.first < 0) | (histogram.first >= len(self.class_names))]
         if strange.size:
             advice = f". If {strange[-1]} means unlabelled, set ignore_label: {strange[-1]}."
             self._refuse(f"{name}: ground-truth class {strange[-1]}", advice)
-        return found
+        return histogram
 
     def check(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str) -> None:
         """Refuses a prediction of another size than the ground truth, or with a value that is no class."""
@@ -94,27 +86,24 @@ class SemanticEvaluator(Evaluator):
         return self.count(ground_truth.labels, output["sem_seg"], name=ground_truth.label_source)
 
     def keep(self, image_id: int | str, measured: JointHistogram) -> None:
-        keep_once(self.mean_ious, {image_id: _mean_iou(measured)})
-        self._add(measured)
-
-    def _add(self, found: JointHistogram) -> None:
-        gap = found.second == len(self.class_names)
-        self.gap_pixels[found.first[gap]] += found.pixels[gap]  # every pair stands once in a histogram
-        self.confusion[found.first[~gap], found.second[~gap]] += found.pixels[~gap]
+        super().keep(image_id, _mean_iou(measured))
+        gap = measured.second == len(self.class_names)
+        self.gap_pixels[measured.first[gap]] += measured.pixels[gap]  # every pair stands once in a histogram
+        self.confusion[measured.first[~gap], measured.second[~gap]] += measured.pixels[~gap]
 
     @property
     def per_image(self) -> dict[Hashable, float]:
         """Image id -> mIoU of the image alone, over the classes in its ground truth."""
-        return self.mean_ious
+        return self.images
 
-    def state(self) -> tuple[np.ndarray, np.ndarray, dict[Hashable, float]]:
-        return self.confusion, self.gap_pixels, self.mean_ious
+    def state(self) -> tuple[dict[Hashable, float], np.ndarray, np.ndarray]:
+        return self.images, self.confusion, self.gap_pixels
 
-    def merge(self, state: tuple[np.ndarray, np.ndarray, Mapping[Hashable, float]]) -> None:
-        confusion, gap_pixels, mean_ious = state
-        keep_once(self.mean_ious, mean_ious)
-        self.confusion = self.confusion + confusion
-        self.gap_pixels = self.gap_pixels + gap_pixels
+    def merge(self, state: tuple[Mapping[Hashable, float], np.ndarray, np.ndarray]) -> None:
+        mean_ious, confusion, gap_pixels = state
+        super().merge(mean_ious)
+        self.confusion += confusion
+        self.gap_pixels += gap_pixels
 
     def results(self) -> dict[str, dict[str, float]]:
         confusion = self.confusion
@@ -153,9 +142,9 @@ def _histogram_on_device(truth: Tensor | np.ndarray, predicted: Tensor) -> Joint
     return JointHistogram(pair >> 24, pair & ((1 << 24) - 1), pixels.cpu().numpy())
 
 
-def _mean_iou(found: JointHistogram) -> float:
+def _mean_iou(histogram: JointHistogram) -> float:
     true, predicted, hits = ({} for _ in range(3))
-    for g, p, pixels in zip(*(column.tolist() for column in found)):
+    for g, p, pixels in zip(*(column.tolist() for column in histogram)):
         true[g] = true.get(g, 0) + pixels
         predicted[p] = predicted.get(p, 0) + pixels
         if g == p:

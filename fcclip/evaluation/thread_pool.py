@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from fcclip.errors import InputError
+from fcclip.errors import InputError, is_users
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
 
-_FOR_THE_USER = (ValueError, OSError)  # keep their kind; everything else is a fault of ours or of the machine
 
-
-class Background:
+class EvaluationThreads:
     """Hands images to evaluators in threads.
 
     Decoding, counting and encoding happen in the threads and mostly without Python's global lock, so that the next
@@ -27,9 +25,9 @@ class Background:
         num_waiting: how many may be under way while the network works on the next; their outputs stay in memory.
 
     Example:
-        with Background(evaluators) as background:
+        with EvaluationThreads(evaluators) as threads:
             for record, outputs in ...:
-                background.process(Image(record), outputs)
+                threads.process(GroundTruth(record), outputs)
     """
 
     def __init__(
@@ -47,7 +45,7 @@ class Background:
         """Takes in mode -> the model's output for one image; waits while too many are under way.
 
         Raises:
-            ValueError, OSError: what the evaluators refuse in this image or in one before it, which is named.
+            UserError, OSError: what the evaluators refuse in this image or in one before it, which is named.
             RuntimeError: any other failure there.
         """
         self._waiting.append((ground_truth, self._pool.submit(self._measure, ground_truth, outputs)))
@@ -59,7 +57,7 @@ class Background:
         while self._waiting:
             self._keep_first()
 
-    def __enter__(self) -> Background:
+    def __enter__(self) -> EvaluationThreads:
         return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
@@ -85,13 +83,10 @@ class Background:
             for evaluator, measured in future.result():
                 evaluator.keep(ground_truth.image_id, measured)
         except Exception as error:
-            message = str(error)
-            named = repr(ground_truth.image_id) in message or any(
-                str(value) in message for key, value in ground_truth.record.items() if key.endswith("file_name")
-            )
-            if isinstance(error, _FOR_THE_USER) and named:
+            where, message = f"image {ground_truth.image_id!r} ({ground_truth.file_name})", str(error)
+            if not is_users(error):
+                raise RuntimeError(f"{where} could not be evaluated: {type(error).__name__}: {message}") from error
+            files = [str(value) for key, value in ground_truth.record.items() if key.endswith("file_name")]
+            if any(name in message for name in (repr(ground_truth.image_id), *files)):
                 raise
-            where = f"image {ground_truth.image_id!r} ({ground_truth.file_name})"
-            if isinstance(error, ValueError):
-                raise InputError(f"{where}: {message}") from error
-            raise RuntimeError(f"{where} could not be evaluated: {type(error).__name__}: {message}") from error
+            raise InputError(f"{where}: {message}") from error

@@ -1,33 +1,24 @@
 """What is made of results.
 
-zero_shot.py  the table of the model zoo: published settings and figures, Report
+zero_shot.py  the table of the model zoo: published settings and figures, report_of
 page.py       write_page: the best, median and worst images as HTML
 external.py   evaluate_predictions: without a model, also predictions of other programs
 oracle.py     true masks with predicted classes, and the other way round
 """
 
-from fcclip.reports.external import (
-    LabelSource,
-    PanopticSource,
-    ResultsSource,
-    SavedSource,
-    evaluate_predictions,
-)
+from fcclip.reports.external import LabelSource, PanopticSource, ResultsSource, SavedSource, evaluate_predictions
 from fcclip.reports.oracle import ORACLES
 from fcclip.reports.page import PageSet, write_page
 from fcclip.reports.zero_shot import (
     FAIL,
     MIOU_RULE,
+    Outcome,
     Plan,
     Report,
-    backbone_of,
     backbone_of_weights,
-    cells_of,
-    default_sets,
-    differences,
-    logged_figures,
     plan_sets,
     published_results,
+    report_of,
 )
 
 __all__ = [
@@ -35,20 +26,17 @@ __all__ = [
     "MIOU_RULE",
     "ORACLES",
     "LabelSource",
+    "Outcome",
     "PageSet",
     "PanopticSource",
     "Plan",
     "Report",
     "ResultsSource",
     "SavedSource",
-    "backbone_of",
     "backbone_of_weights",
-    "cells_of",
-    "default_sets",
-    "differences",
     "evaluate_predictions",
-    "logged_figures",
     "plan_sets",
     "published_results",
+    "report_of",
     "write_page",
 ]

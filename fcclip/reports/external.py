@@ -5,36 +5,35 @@ Whatever they come from, evaluators get what a model would have given: `panoptic
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import pycocotools.mask
 import torch
 
 from fcclip.config import get_cfg
 from fcclip.data import Dataset, read_id_map, read_label_map
-from fcclip.data.segmentations import check_code
+from fcclip.data.segmentations import fill_polygons, has_area, read_run_lengths
 from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
-from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
+from fcclip.evaluation.ground_truth import GroundTruth, in_order
+from fcclip.evaluation.panoptic import read_panoptic_file
 from fcclip.evaluation.predictions import SavedPredictions
 from fcclip.evaluation.runner import write_per_image
 from fcclip.evaluation.semantic import SemanticEvaluator
-from fcclip.evaluation.thread_pool import Background
-from fcclip.structures import Instances
+from fcclip.evaluation.thread_pool import EvaluationThreads
+from fcclip.files import listed, read_json
+from fcclip.structures import Instances, boxes_of_masks
 
 HEADS = {"panoptic_seg": "panoptic", "sem_seg": "semantic", "instances": "instance"}  # output -> switch of the config
 LABEL_FILES = (".png", ".tif", ".tiff", ".bmp")
-_SHOWN = 5
 
 
 class Source(Protocol):
-    """Predictions of one kind or several.
+    """Predictions for the images of a data set.
 
     Attributes:
         outputs: keys of `HEADS` that `read` gives.
@@ -44,9 +43,7 @@ class Source(Protocol):
 
     outputs: tuple[str, ...]
     tasks: tuple[str, ...] | None
-
-    @property
-    def image_ids(self) -> Collection[Hashable]: ...
+    image_ids: Collection[Hashable]
 
     def read(self, image_id: Hashable) -> dict[str, Any]: ...
 
@@ -62,25 +59,16 @@ class SavedSource:
 
     def __init__(self, folder: str | os.PathLike, *, dataset: Dataset) -> None:
         self.saved = SavedPredictions(folder)
-        there = self.saved.header["data_set"]
-        if there != dataset.name:
-            raise InputError(f"the predictions in '{folder}' are of data set '{there}', not of '{dataset.name}'")
-        switches = {
-            "panoptic_seg": "MODEL.MASK_FORMER.TEST.PANOPTIC_ON",
-            "sem_seg": "MODEL.MASK_FORMER.TEST.SEMANTIC_ON",
-            "instances": "MODEL.MASK_FORMER.TEST.INSTANCE_ON",
-        }
-        kind = EVALUATORS[dataset.metadata["evaluator_type"]]
+        name, settings = self.saved.header["data_set"], self.saved.header["config"]
+        if name != dataset.name:
+            raise InputError(f"the predictions in '{folder}' are of data set '{name}', not of '{dataset.name}'")
+        heads = EVALUATORS[dataset.metadata["evaluator_type"]]
         self.outputs = tuple(
-            output for output, key in switches.items() if self.saved.header["config"][key] and HEADS[output] in kind
+            output
+            for output, head in HEADS.items()
+            if head in heads and settings[f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON"]
         )
-
-    @property
-    def image_ids(self) -> Collection[Hashable]:
-        return self.saved.image_ids
-
-    def read(self, image_id: Hashable) -> dict[str, Any]:
-        return self.saved.read(image_id)
+        self.image_ids, self.read = self.saved.image_ids, self.saved.read
 
 
 class PanopticSource:
@@ -99,45 +87,31 @@ class PanopticSource:
     outputs, tasks = ("panoptic_seg",), None
 
     def __init__(self, path: str | os.PathLike, folder: str | os.PathLike | None = None, *, dataset: Dataset) -> None:
-        self.path = Path(path)
-        self.folder = self.path.with_suffix("") if folder is None else Path(folder)
+        content, folder = read_panoptic_file(path, folder)
         metadata = dataset.metadata
-        class_of = {
-            **metadata.get("stuff_dataset_id_to_contiguous_id", {}),
-            **metadata.get("thing_dataset_id_to_contiguous_id", {}),
-        }
-        things = set(metadata.get("thing_dataset_id_to_contiguous_id", {}).values())
-        self._annotations: dict[Hashable, dict] = {}
-        content = read_json(path, "panoptic file")
-        if not isinstance(content, Mapping) or not isinstance(content.get("annotations"), list):
-            raise InputError(f"{path} has no 'annotations'; expected the COCO panoptic format")
-        for number, annotation in enumerate(content["annotations"]):
-            lacking = [key for key in ("image_id", "file_name", "segments_info") if key not in annotation]
-            if lacking:
-                raise InputError(
-                    f"{path}: annotation {number} has no '{lacking[0]}'; expected the COCO panoptic format"
-                )
+        things = metadata.get("thing_dataset_id_to_contiguous_id", {})
+        class_of = {**metadata.get("stuff_dataset_id_to_contiguous_id", {}), **things}
+        self._segments: dict[Hashable, list[dict]] = {}
+        self.image_ids = self._segments.keys()
+        self._files: dict[Hashable, Path] = {}
+        for annotation in content["annotations"]:
             image_id = annotation["image_id"]
-            if image_id in self._annotations:
-                raise InputError(f"{path}: image {image_id!r} has two predictions; expected one for each image")
-            segments = []
+            where = f"{path}: image {image_id!r}"
+            if image_id in self._segments:
+                raise InputError(f"{where} has two predictions; expected one for each image")
+            self._segments[image_id] = segments = []
+            self._files[image_id] = folder / annotation["file_name"]
             for segment in annotation["segments_info"]:
-                index = _class_of(segment, class_of, f"{path}: image {image_id!r}", dataset.name)
+                index = _class_of(segment, class_of, where, dataset.name)
                 if "id" not in segment:
-                    raise InputError(f"{path}: image {image_id!r}: a segment has no 'id'")
-                segments.append({**segment, "category_id": index, "isthing": index in things})
-            self._annotations[image_id] = annotation | {"segments_info": segments}
-
-    @property
-    def image_ids(self) -> Collection[Hashable]:
-        return self._annotations.keys()
+                    raise InputError(f"{where}: a segment has no 'id'")
+                segments.append({**segment, "category_id": index, "isthing": index in things.values()})
 
     def read(self, image_id: Hashable) -> dict[str, Any]:
-        annotation = self._annotations[image_id]
-        path = self.folder / annotation["file_name"]
+        path = self._files[image_id]
         if not path.is_file():
-            raise MissingFileError(f"{path}: no such file, though {self.path} lists it for image {image_id!r}")
-        return {"panoptic_seg": (read_id_map(path), annotation["segments_info"])}
+            raise MissingFileError(f"{path}: no such file, though it is listed for image {image_id!r}")
+        return {"panoptic_seg": (read_id_map(path), self._segments[image_id])}
 
 
 class ResultsSource:
@@ -157,63 +131,56 @@ class ResultsSource:
 
     def __init__(self, path: str | os.PathLike, *, dataset: Dataset, records: Sequence[Mapping]) -> None:
         self.path = Path(path)
-        rows = read_json(path, "COCO results file")
+        rows = read_json(path, what="COCO results file")
         if not isinstance(rows, list):
-            raise InputError(f"{path} is no list of instances; expected the COCO results format")
+            raise InputError(f"{path} is not a list of instances; expected the COCO results format")
         class_of = dataset.metadata.get("thing_dataset_id_to_contiguous_id", {})
         self._sizes = {record["image_id"]: (record["height"], record["width"]) for record in records}
         self._rows: dict[Hashable, list[dict]] = {}
+        self.image_ids = self._rows.keys()
         with_masks = bool(rows) and isinstance(rows[0], Mapping) and "segmentation" in rows[0]
         self.tasks = None if with_masks else ("bbox",)
-        wanted = ("image_id", "category_id", "score", "segmentation" if with_masks else "bbox")
+        keys = ("image_id", "category_id", "score", "segmentation" if with_masks else "bbox")
         for number, row in enumerate(rows):
-            lacking = [key for key in wanted if not isinstance(row, Mapping) or key not in row]
+            lacking = [key for key in keys if not isinstance(row, Mapping) or key not in row]
             if lacking:
                 raise InputError(f"{path}: row {number} has no '{lacking[0]}'; expected the COCO results format")
             where = f"{path}: row {number} (image {row['image_id']!r})"
             if not isinstance(row["score"], (int, float)) or not math.isfinite(row["score"]):
                 raise InputError(f"{where} has the score {row['score']!r}; expected a finite number")
             index = _class_of(row, class_of, where, dataset.name)
-            self._rows.setdefault(row["image_id"], []).append(dict(row) | {"class": index, "number": number})
-
-    @property
-    def image_ids(self) -> Collection[Hashable]:
-        return self._rows.keys()
+            self._rows.setdefault(row["image_id"], []).append({**row, "class": index, "where": where})
 
     def read(self, image_id: Hashable) -> dict[str, Any]:
-        rows, (height, width) = self._rows[image_id], self._sizes[image_id]
-        masks, boxes = np.zeros((len(rows), height, width), bool), []
+        rows, size = self._rows[image_id], self._sizes[image_id]
+        masks = np.zeros((len(rows), *size), bool)
         for mask, row in zip(masks, rows):
             if "segmentation" in row:
-                code = self._code(row, height, width)
-                mask[:] = pycocotools.mask.decode(code).astype(bool)
-            left, top, wide, high = row["bbox"] if "bbox" in row else pycocotools.mask.toBbox(code).tolist()
-            boxes.append([left, top, left + wide, top + high])
+                _fill(mask, row["segmentation"], row["where"])
+        pred_masks = torch.from_numpy(masks)
+        boxes = boxes_of_masks(pred_masks).double()
+        for box, row in zip(boxes, rows):
+            if "bbox" in row:
+                left, top, width, height = row["bbox"]
+                box[:] = torch.tensor([left, top, left + width, top + height], dtype=torch.float64)
         instances = Instances(
             scores=torch.tensor([row["score"] for row in rows], dtype=torch.float64),
             pred_classes=torch.tensor([row["class"] for row in rows], dtype=torch.int64),
-            pred_masks=torch.from_numpy(masks),
-            pred_boxes=torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4),
+            pred_masks=pred_masks,
+            pred_boxes=boxes,
         )
         return {"instances": instances}
 
-    def _code(self, row: Mapping, height: int, width: int) -> dict:
-        segmentation, where = row["segmentation"], f"{self.path}: row {row['number']} (image {row['image_id']!r})"
-        try:
-            if isinstance(segmentation, list):
-                return pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, height, width))
-            size, counts = list(segmentation["size"]), segmentation["counts"]
-            if isinstance(counts, list):
-                segmentation = pycocotools.mask.frPyObjects(segmentation, *size)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise InputError(f"{where}: its segmentation cannot be read: {error!r}") from error
-        if size != [height, width]:
-            raise InputError(f"{where}: its mask is {size} (height, width), the image is {[height, width]}")
-        try:
-            check_code(segmentation)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{where}: {error}") from error
-        return segmentation
+
+def _fill(mask: np.ndarray, segmentation: Mapping | Sequence, where: str) -> None:
+    """Sets the pixels of a run-length code or of polygons in a (h, w) bool mask."""
+    try:
+        if isinstance(segmentation, Mapping):
+            mask[:] = read_run_lengths([segmentation], mask.shape)[0]
+        else:
+            fill_polygons([np.reshape(polygon, (-1, 2)) for polygon in segmentation if has_area(polygon)], mask)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{where}: its segmentation cannot be read: {error}") from error
 
 
 class LabelSource:
@@ -256,6 +223,7 @@ class LabelSource:
         self.class_of = ids or {offset + index: index for index in range(self.num_classes)}
         self.ignore = ignore
         self._files: dict[Hashable, Path] = {}
+        self.image_ids = self._files.keys()
         known = _ids_by_name(records)
         unknown = []
         for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in LABEL_FILES):
@@ -268,13 +236,9 @@ class LabelSource:
                 self._files[image_id] = path
         if unknown:
             raise InputError(
-                f"{folder}: {len(unknown)} files belong to no image of '{dataset.name}': {_some(unknown)}; expected "
-                f"names like {_some(list(known)[:2])}{f' + {suffix}' if suffix else ''}"
+                f"{folder}: {len(unknown)} files belong to no image of '{dataset.name}': {listed(unknown)}; expected "
+                f"names like {', '.join(list(known)[:2])}{f' + {suffix}' if suffix else ''}"
             )
-
-    @property
-    def image_ids(self) -> Collection[Hashable]:
-        return self._files.keys()
 
     def read(self, image_id: Hashable) -> dict[str, Any]:
         path = self._files[image_id]
@@ -282,11 +246,11 @@ class LabelSource:
         classes = [
             self.num_classes if value == self.ignore else self.class_of.get(value, -1) for value in values.tolist()
         ]
-        if -1 in classes:
-            strange = [value for value, index in zip(values.tolist(), classes) if index == -1]
+        strange = [value for value, index in zip(values.tolist(), classes) if index == -1]
+        if strange:
             expected = f"{min(self.class_of)}..{max(self.class_of)}"
             raise InputError(
-                f"{path}: the values {_some(strange)} are no class of '{self.name}' ({self.num_classes} classes, "
+                f"{path}: the values {listed(strange)} are not classes of '{self.name}' ({self.num_classes} classes, "
                 f"{expected}). --label-offset says which value class 0 has, --label-ignore which one means no class."
             )
         return {"sem_seg": np.array(classes, np.int32)[position].reshape(position.shape)}
@@ -323,21 +287,10 @@ def evaluate_predictions(
     records = dataset.records()
     if not records[:max_images]:
         raise InputError(f"data set '{dataset.name}' has no images to evaluate (max_images: {max_images})")
-    by_id = {record["image_id"]: record for record in records}
     outputs = [output for source in sources for output in source.outputs]
-    twice = sorted({output for output in outputs if outputs.count(output) > 1})
-    if twice or not outputs:
-        what = f"two sources give '{twice[0]}'; leave one out" if twice else "there are no predictions to evaluate"
-        raise InputError(f"data set '{dataset.name}': {what}")
-    kind = EVALUATORS.get(dataset.metadata["evaluator_type"], ())
-    useless = [output for output in outputs if HEADS[output] not in kind]
-    if useless:
-        raise InputError(
-            f"data set '{dataset.name}' ({dataset.metadata['evaluator_type']}) is evaluated for {', '.join(kind)}; it "
-            f"has no ground truth for {', '.join(HEADS[one] for one in useless)} predictions"
-        )
+    _check_outputs(outputs, dataset)
     for source in sources:
-        _check_images(source, by_id, dataset.name, missing, records[:max_images])
+        _check_images(source, records, dataset.name, records[:max_images] if missing == "error" else ())
     cfg = get_cfg()
     for output, head in HEADS.items():
         cfg.MODEL.MASK_FORMER.TEST[f"{head.upper()}_ON"] = output in outputs
@@ -347,14 +300,23 @@ def evaluate_predictions(
         if isinstance(evaluator, SemanticEvaluator):
             evaluator.gaps = True
     ignore_label = dataset.metadata.get("ignore_label", 255)
-    with Background({"": evaluators}) as background:
+    with EvaluationThreads({"": evaluators}) as threads:
         for record in records[:max_images]:
-            output: dict[str, Any] = {}
+            output, image_id = {}, record["image_id"]
             for source in sources:
-                there = record["image_id"] in source.image_ids
-                output |= source.read(record["image_id"]) if there else nothing_found(record, source, dataset)
-            background.process(GroundTruth(record, ignore_label), {"": output})
-    return _results(evaluators, sources, folder)
+                is_missing = image_id not in source.image_ids
+                output |= nothing_found(record, source, dataset) if is_missing else source.read(image_id)
+            threads.process(GroundTruth(record, ignore_label), {"": output})
+    results: dict[str, dict[str, float]] = {}
+    for evaluator in evaluators:
+        results |= evaluator.results()
+        evaluator.save()
+    if folder is not None:
+        write_per_image(folder, evaluators)
+    for source in sources:
+        if source.tasks is not None:
+            del results["segm"]
+    return results
 
 
 def nothing_found(record: Mapping, source: Source, dataset: Dataset) -> dict[str, Any]:
@@ -374,57 +336,38 @@ def nothing_found(record: Mapping, source: Source, dataset: Dataset) -> dict[str
     return {output: empty[output] for output in source.outputs}
 
 
-def read_json(path: str | os.PathLike, what: str) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: broken JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFileError(f"{what} '{path}' does not exist") from None
-    except ValueError as error:
-        where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise InputError(
-            f"{what} '{path}' is broken JSON{where} ({error}); was it cut off while it was written?"
-        ) from None
+def _check_outputs(outputs: Sequence[str], dataset: Dataset) -> None:
+    if not outputs:
+        raise InputError(f"data set '{dataset.name}': there are no predictions to evaluate")
+    kind = dataset.metadata["evaluator_type"]
+    heads = EVALUATORS.get(kind, ())
+    for output in outputs:
+        if outputs.count(output) > 1:
+            raise InputError(f"data set '{dataset.name}': two sources give '{output}'; leave one out")
+        if HEADS[output] not in heads:
+            raise InputError(
+                f"data set '{dataset.name}' ({kind}) is evaluated for {', '.join(heads)}; it has no ground truth for "
+                f"{HEADS[output]} predictions"
+            )
 
 
-def _results(
-    evaluators: Iterable[Evaluator], sources: Sequence[Source], folder: Path | None
-) -> dict[str, dict[str, float]]:
-    results: dict[str, dict[str, float]] = {}
-    evaluators = list(evaluators)
-    for evaluator in evaluators:
-        results |= evaluator.results()
-        evaluator.save()
-    if folder is not None:
-        write_per_image(folder, evaluators)
-    for source in sources:
-        if source.tasks is not None and "instances" in source.outputs:
-            results = {task: found for task, found in results.items() if task != "segm" or task in source.tasks}
-    return results
-
-
-def _check_images(
-    source: Source, by_id: Mapping[Hashable, Mapping], name: str, missing: str, wanted: Sequence[Mapping]
-) -> None:
-    unknown = in_order({one: None for one in source.image_ids if one not in by_id})
+def _check_images(source: Source, records: Sequence[Mapping], name: str, needed: Sequence[Mapping]) -> None:
+    """Refuses predictions for images that are not in `records`, and the lack of one for an image in `needed`."""
+    known = {record["image_id"] for record in records}
+    unknown = in_order(set(source.image_ids) - known)
     if unknown:
-        known = next(iter(by_id))
-        hint = ""
-        if type(unknown[0]) is not type(known):
-            hint = f" Its ids are like {known!r}: the string '7' is not the number 7."
+        example, hint = records[0]["image_id"], ""
+        if type(unknown[0]) is not type(example):
+            hint = f" Its ids are like {example!r}: the string '7' is not the number 7."
         raise InputError(
-            f"{len(unknown)} predictions are for images that '{name}' does not have: image_id {_some(unknown)}.{hint}"
+            f"{len(unknown)} predictions are for images that '{name}' does not have: image_id "
+            f"{listed(map(repr, unknown))}.{hint}"
         )
-    lacking = [one["image_id"] for one in wanted if one["image_id"] not in source.image_ids]
-    if lacking and missing == "error":
+    missing = [record["image_id"] for record in needed if record["image_id"] not in source.image_ids]
+    if missing:
         raise InputError(
-            f"{len(lacking)} of {len(wanted)} images of '{name}' have no {' or '.join(source.outputs)} prediction: "
-            f"image_id {_some(lacking)}. --missing empty counts them as images in which nothing was found."
+            f"{len(missing)} of {len(needed)} images of '{name}' have no {' or '.join(source.outputs)} prediction: "
+            f"image_id {listed(map(repr, missing))}. --missing empty counts them as images in which nothing was found."
         )
 
 
@@ -439,16 +382,11 @@ def _class_of(entry: Mapping, class_of: Mapping[int, int], where: str, name: str
 
 def _ids_by_name(records: Sequence[Mapping]) -> dict[str, Hashable]:
     """Names that an image's label map may have -> image id."""
-    known: dict[str, Hashable] = {}
-    for key in ("file_name", "sem_seg_file_name", "pan_seg_file_name", "image_id"):
+    names: dict[str, Hashable] = {}
+    for key in ("file_name", "sem_seg_file_name", "pan_seg_file_name"):
         for record in records:
             if record.get(key) is not None:
-                known.setdefault(
-                    Path(str(record[key])).stem if key != "image_id" else str(record[key]), record["image_id"]
-                )
-    return known
-
-
-def _some(items: Iterable) -> str:
-    items = list(items)
-    return ", ".join(map(repr, items[:_SHOWN])) + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
+                names.setdefault(Path(record[key]).stem, record["image_id"])
+    for record in records:
+        names.setdefault(str(record["image_id"]), record["image_id"])
+    return names

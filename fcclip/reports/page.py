@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import math
 import os
 import re
@@ -23,8 +22,8 @@ from fcclip.errors import InputError
 from fcclip.evaluation.ground_truth import GroundTruth
 from fcclip.evaluation.predictions import SavedPredictions
 from fcclip.evaluation.results import format_value, headlines
-from fcclip.files import write_atomically
-from fcclip.reports.zero_shot import Report
+from fcclip.files import read_json, write_atomically
+from fcclip.reports.zero_shot import FAIL, PASS, Report, columns_of_sets
 from fcclip.structures import Segment
 from fcclip.visualization import draw_labels, draw_panoptic
 
@@ -100,14 +99,16 @@ def write_page(
         raise InputError(f"--images must be 1 or more, got {images}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    body = [f"<h1>{_text(title)}</h1>", f'<p class="soft">{_text(report.notes.get("weights", ""))}</p>']
-    body.append(
-        "<nav>" + "".join(f'<a href="#{_anchor(one)}">{_text(one.dataset.name)}</a>' for one in sets) + "</nav>"
-    )
-    body += [_table(report), *(_section(one, folder, images) for one in sets)]
-    body += ["<h2>With what it was evaluated</h2>", "<dl>"]
-    body += [f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in report.notes.items()]
-    body.append("</dl>")
+    anchors = (f'<a href="#{_anchor(shown)}">{_text(shown.dataset.name)}</a>' for shown in sets)
+    notes = (f"<dt>{_text(name)}</dt><dd>{_text(text)}</dd>" for name, text in report.notes.items())
+    body = [
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="soft">{_text(report.notes.get("weights", ""))}</p>',
+        f"<nav>{''.join(anchors)}</nav>",
+        _table(report),
+        *(_section(shown, folder, images) for shown in sets),
+        f"<h2>With what it was evaluated</h2>\n<dl>{''.join(notes)}</dl>",
+    ]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -136,72 +137,68 @@ def choose_cases(values: Mapping[Hashable, float], number: int) -> dict[str, lis
     number = min(number, max(1, len(ranked) // 3))
     start = max(number, (len(ranked) - number) // 2)
     best, worst = ranked[:number], ranked[number:][-number:][::-1]
-    median = [one for one in ranked[start : start + number] if one not in worst]
+    median = [image_id for image_id in ranked[start : start + number] if image_id not in worst]
     return {"best": best, "median": median, "worst": worst}
 
 
-def _section(one: PageSet, folder: Path, number: int) -> str:
-    judged = json.loads((one.folder / "per_image.json").read_text(encoding="utf-8"))
+def _section(shown: PageSet, folder: Path, number: int) -> str:
+    judged = {
+        task: {image_id: math.nan if value is None else value for image_id, value in values}
+        for task, values in read_json(shown.folder / "per_image.json").items()
+    }
     task = next((task for task in _NAMES if judged.get(task)), None)
-    parts = [f'<h2 id="{_anchor(one)}">{_text(one.dataset.name)}</h2>']
+    parts = [f'<h2 id="{_anchor(shown)}">{_text(shown.dataset.name)}</h2>']
     if task is None:
         return "\n".join([*parts, "<p>Its metrics say nothing about a single image.</p>"])
-    values = {image_id: math.nan if value is None else value for image_id, value in judged[task]}
-    parts.append(_facts(one, task, values))
-    saved, records = SavedPredictions(one.folder), {r["image_id"]: r for r in one.dataset.records()}
-    place = folder / _anchor(one)
-    place.mkdir(exist_ok=True)
-    others = {name: dict(map(tuple, judged[name])) for name in judged if name != task}
-    for kind, image_ids in choose_cases(values, number).items():
-        if not image_ids:
-            continue
-        parts.append(f'<h3 class="{kind}">{kind.capitalize()}</h3>')
+    parts.append(_facts(shown, task, judged[task]))
+    saved = SavedPredictions(shown.folder)
+    records = {record["image_id"]: record for record in shown.dataset.records()}
+    (folder / _anchor(shown)).mkdir(exist_ok=True)
+    for kind, image_ids in choose_cases(judged[task], number).items():
+        parts += [f'<h3 class="{kind}">{kind.capitalize()}</h3>'] if image_ids else []
         for rank, image_id in enumerate(image_ids, start=1):
-            record = records[image_id]
-            drawn = _drawings(record, saved.read(image_id), one.dataset, panoptic=task == "panoptic_seg")
-            figures = [f"{_NAMES[task]} <b>{format_value(values[image_id])}</b>"]
-            for name, found in others.items():
-                value = found.get(image_id)
-                figures.append(f"{_NAMES[name]} <b>{format_value(math.nan if value is None else value)}</b>")
+            drawings = _drawings(
+                records[image_id], saved.read(image_id), shown.dataset, panoptic=task == "panoptic_seg"
+            )
+            figures = [
+                f"{_NAMES[name]} <b>{format_value(judged[name].get(image_id, math.nan))}</b>"
+                for name in sorted(judged, key=lambda name: name != task)
+            ]
+            caption = " &middot; ".join([_text(image_id), *figures])
+            file_name = Path(records[image_id]["file_name"]).name
             images = []
-            for what, pixels in drawn.items():
-                name = f"{_anchor(one)}/{kind}{rank}_{what.replace(' ', '_')}.jpg"
-                height, width = _save(folder / name, pixels)
-                label = f"{what}: {Path(record['file_name']).name}"
+            for what, pixels in drawings.items():
+                link = f"{_anchor(shown)}/{kind}{rank}_{what.replace(' ', '_')}.jpg"
+                height, width = _save(folder / link, pixels)
                 images.append(
-                    f'<a href="{name}"><img src="{name}" width="{width}" height="{height}" loading="lazy" '
-                    f'alt="{_text(label)}">{what}</a>'
+                    f'<a href="{link}"><img src="{link}" width="{width}" height="{height}" loading="lazy" '
+                    f'alt="{_text(f"{what}: {file_name}")}">{what}</a>'
                 )
-            caption = f"{_text(str(image_id))} &middot; {' &middot; '.join(figures)}"
             parts.append(f"<figure><figcaption>{caption}</figcaption><div>{''.join(images)}</div></figure>")
     return "\n".join(parts)
 
 
-def _facts(one: PageSet, task: str, values: Mapping[Hashable, float]) -> str:
+def _facts(shown: PageSet, task: str, values: Mapping[Hashable, float]) -> str:
     """Headline figures, how the images are distributed, the weakest and the strongest classes."""
-    found = headlines(one.results)
-    shown = {name: groups for name, groups in found.items() if not math.isnan(groups["all"])}
-    head = "".join(f"<th>{name}</th>" for name in shown)
-    rows = [("all", "all classes"), ("seen", "seen"), ("unseen", "unseen")]
-    lines = []
-    for group, label in rows:
-        cells = [format_value(groups[group]) for groups in shown.values()]
+    metrics = {name: groups for name, groups in headlines(shown.results).items() if not math.isnan(groups["all"])}
+    rows = ["".join(f"<th>{name}</th>" for name in ("", *metrics))]
+    for group, label in (("all", "all classes"), ("seen", "seen"), ("unseen", "unseen")):
+        cells = [format_value(groups[group]) for groups in metrics.values()]
         if any(cell != "-" for cell in cells):
-            lines.append(f"<tr><td>{label}</td>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+            rows.append("".join(f"<td>{cell}</td>" for cell in (label, *cells)))
+    table = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
     prefix = _CLASSES[task]
-    classes = [
+    classes = sorted(
         (value, name.removeprefix(prefix))
-        for name, value in one.results.get(task, {}).items()
+        for name, value in shown.results.get(task, {}).items()
         if name.startswith(prefix) and not math.isnan(value)
-    ]
-    classes.sort(key=lambda pair: (pair[0], pair[1]))
+    )
     number = min(_NUM_CLASSES, len(classes) // 2)
-    told = []
+    lines = []
     for what, chosen in (("weakest classes", classes[:number]), ("strongest classes", classes[::-1][:number])):
-        named = ", ".join(f"{_text(name)} {value:.0f}" for value, name in chosen)
-        told.append(f'<div><span class="soft">{what} ({_NAMES[task]}):</span> {named}</div>' if chosen else "")
-    table = f"<table><tr><th></th>{head}</tr>{''.join(lines)}</table>"
-    return f'<div class="facts">{table}{_histogram(values.values(), _NAMES[task])}</div>{"".join(told)}'
+        names = ", ".join(f"{_text(name)} {value:.0f}" for value, name in chosen)
+        lines += [f'<div><span class="soft">{what} ({_NAMES[task]}):</span> {names}</div>'] if chosen else []
+    return f'<div class="facts">{table}{_histogram(values.values(), _NAMES[task])}</div>{"".join(lines)}'
 
 
 def _histogram(values: Iterable[float], name: str) -> str:
@@ -217,46 +214,37 @@ def _histogram(values: Iterable[float], name: str) -> str:
             f'<rect x="{index * wide + 1}" y="{high - size}" width="{wide - 2}" height="{size}">'
             f"<title>{name} {low} to {up}: {count} images</title></rect>"
         )
-    axis = "".join(
-        f'<text x="{x}" y="{high + 14}" font-size="11" fill="currentColor" text-anchor="{anchor}">{text}</text>'
-        for x, anchor, text in (
-            (0, "start", "0"),
-            (BINS * wide / 2, "middle", f"{name} of an image"),
-            (BINS * wide, "end", "100"),
+    for x, anchor, text in ((0, "start", "0"), (0.5, "middle", f"{name} of an image"), (1, "end", "100")):
+        bars.append(
+            f'<text x="{x * BINS * wide}" y="{high + 14}" font-size="11" fill="currentColor" text-anchor="{anchor}">'
+            f"{text}</text>"
         )
-    )
     label = f"{len(defined)} images by {name}"
-    return (
-        f'<svg role="img" aria-label="{label}" width="{BINS * wide}" height="{high + 18}">{"".join(bars)}{axis}</svg>'
-    )
+    return f'<svg role="img" aria-label="{label}" width="{BINS * wide}" height="{high + 18}">{"".join(bars)}</svg>'
 
 
 def _table(report: Report) -> str:
     """The row with the published one."""
-    groups: dict[str, list[int]] = {}
-    for index, cell in enumerate(report.cells):
-        groups.setdefault(cell.data_set, []).append(index)
-    first = {members[0] for members in groups.values()}
+    columns = columns_of_sets(report.cells)
+    first = {members[0] for members in columns}
     top = "".join(
         f'<th class="first" colspan="{len(members)}">{_text(report.cells[members[0]].label)}</th>'
-        for members in groups.values()
+        for members in columns
     )
-    head = "".join(f"<th{_first(index in first)}>{_text(cell.column)}</th>" for index, cell in enumerate(report.cells))
-    lines = []
+    head = "".join(_cell("th", cell.column, index in first) for index, cell in enumerate(report.cells))
+    lines = [f"<th></th>{top}", f"<th></th>{head}"]
     for name, values in report.rows():
         cells = []
-        for index, value in enumerate(values):
-            verdict = report.cells[index].verdict.lower() if name == "difference" else ""
-            classes = [
-                word for word in ("first" if index in first else "", verdict) if word in ("first", "pass", "fail")
-            ]
-            cells.append(f'<td class="{" ".join(classes)}">{value}</td>' if classes else f"<td>{value}</td>")
-        lines.append(f"<tr><td>{_text(name)}</td>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table><tr><th></th>{top}</tr><tr><th></th>{head}</tr>{"".join(lines)}</table></div>'
+        for index, (cell, value) in enumerate(zip(report.cells, values)):
+            verdict = cell.verdict.lower() if name == "difference" and cell.verdict in (PASS, FAIL) else ""
+            cells.append(_cell("td", value, index in first, verdict))
+        lines.append(f"<td>{_text(name)}</td>{''.join(cells)}")
+    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'
 
 
-def _first(is_first: bool) -> str:
-    return ' class="first"' if is_first else ""
+def _cell(tag: str, text: str, is_first: bool, verdict: str = "") -> str:
+    classes = " ".join(filter(None, ["first" if is_first else "", verdict]))
+    return f'<{tag} class="{classes}">{_text(text)}</{tag}>' if classes else f"<{tag}>{_text(text)}</{tag}>"
 
 
 def _drawings(record: Mapping, output: Mapping[str, Any], dataset: Dataset, *, panoptic: bool) -> dict[str, np.ndarray]:
@@ -264,17 +252,14 @@ def _drawings(record: Mapping, output: Mapping[str, Any], dataset: Dataset, *, p
     image, names = read_image(record["file_name"]), dataset.metadata["stuff_classes"]
     ground_truth = GroundTruth(record, dataset.metadata.get("ignore_label", 255))
     if panoptic:
-        truth = [
-            Segment(one["id"], one["category_id"], one["isthing"], 1.0, one["area"]) for one in ground_truth.segments
-        ]
         id_map, segments = output["panoptic_seg"]
-        found = [
-            Segment(**{key: one[key] for key in ("id", "category_id", "isthing", "score", "area")}) for one in segments
-        ]
+        keys = ("id", "category_id", "isthing", "score", "area")
+        truth = [Segment(**{key: {"score": 1.0, **segment}[key] for key in keys}) for segment in ground_truth.segments]
+        predicted = [Segment(**{key: segment[key] for key in keys}) for segment in segments]
         return {
             "image": image,
             "ground truth": draw_panoptic(image, ground_truth.id_map, truth, names, scores=False),
-            "prediction": draw_panoptic(image, id_map, found, names),
+            "prediction": draw_panoptic(image, id_map, predicted, names),
         }
     ignore_label = ground_truth.ignore_label
     labels = np.where(output["sem_seg"] == len(names), ignore_label, output["sem_seg"])
@@ -297,9 +282,9 @@ def _save(path: Path, pixels: np.ndarray) -> tuple[int, int]:
     return height, width
 
 
-def _anchor(one: PageSet) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", one.dataset.name)
+def _anchor(shown: PageSet) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", shown.dataset.name)
 
 
-def _text(text: str) -> str:
+def _text(text: object) -> str:
     return html.escape(str(text), quote=True)

@@ -7,11 +7,10 @@ and the tolerances.
 from __future__ import annotations
 
 import functools
-import json
-import logging
 import math
+import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from fcclip.data import Dataset, get_dataset
 from fcclip.errors import InputError
 from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
 from fcclip.evaluation.predictions import deciding_settings
-from fcclip.evaluation.results import format_value
+from fcclip.evaluation.results import HEADLINES, format_value
+from fcclip.files import listed, read_json, without_nan
 from fcclip.vocabulary import Vocabulary
 
 WIDTH = 100  # columns of text
@@ -31,41 +31,29 @@ MIOU_RULE = (
     "mIoU is the mean over classes with ground truth (detectron2 since 2022-07-06); mIoU_union in results.json counts "
     "classes that are only predicted as 0 (before). Cityscapes: class IoU and AP of cityscapesScripts."
 )
-# Columns of data sets of which nothing was published: label -> task and metric.
-_COLUMNS = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
-_SWITCHES = {
-    "panoptic": "MODEL.MASK_FORMER.TEST.PANOPTIC_ON",
-    "instance": "MODEL.MASK_FORMER.TEST.INSTANCE_ON",
-    "semantic": "MODEL.MASK_FORMER.TEST.SEMANTIC_ON",
-}
 _QUICK_GELU = "MODEL.FC_CLIP.QUICK_GELU"
-_SHOWN = 4  # reasons for which something is not comparable
+
+Modes = Mapping[str, Mapping[str, Mapping[str, float]]]  # mode -> task -> metric -> percent
 
 
 @functools.lru_cache(maxsize=1)
 def published_results() -> dict[str, Any]:
     """The content of `published_results.json`."""
-    return json.loads(Path(__file__).with_name("published_results.json").read_text(encoding="utf-8"))
+    return read_json(Path(__file__).with_name("published_results.json"))
 
 
 def benchmark(name: str) -> dict[str, Any] | None:
     """What was published about a data set; None: nothing."""
-    return next((one for one in published_results()["benchmarks"] if one["data_set"] == name), None)
+    return next((entry for entry in published_results()["benchmarks"] if entry["data_set"] == name), None)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A data set and what it is evaluated with.
-
-    Args:
-        dataset: the data set.
-        cfg: the config with the settings of the data set.
-        num_images: all that it has.
-    """
+    """A data set and what it is evaluated with."""
 
     dataset: Dataset
-    cfg: CfgNode
-    num_images: int
+    cfg: CfgNode  # with the settings of the data set
+    num_images: int  # all that it has
 
 
 def plan_sets(
@@ -86,9 +74,8 @@ def plan_sets(
         FileNotFoundError: a data set that was asked for is not there, or one lacks some of its files.
         ValueError: an unknown name, a broken file, twice the same name.
     """
-    wanted = default_sets(cfg) if names is None else list(names)
     plans, missing = [], {}
-    for name in wanted:
+    for name in default_sets(cfg) if names is None else names:
         dataset = get_dataset(name)
         if dataset.name in [plan.dataset.name for plan in plans]:
             raise InputError(f"data set '{dataset.name}' is asked for twice; leave one out")
@@ -96,17 +83,15 @@ def plan_sets(
         if names is None and place and not Path(place).exists():
             missing[dataset.name] = place
             continue
-        settings = set_config(cfg, dataset, given=given)
-        plan = Plan(dataset, settings, len(dataset.records()))
-        build_evaluators(settings, dataset, modes=["check"])  # says now what it would say after an hour
-        plans.append(plan)
+        plans.append(Plan(dataset, set_config(cfg, dataset, given=given), len(dataset.records())))
+        build_evaluators(plans[-1].cfg, dataset, modes=["check"])  # says now what it would say after an hour
     return plans, missing
 
 
 def default_sets(cfg: CfgNode) -> list[str]:
     """The benchmarks of a model trained on COCO, in the order of the table; else the config's DATASETS.TEST."""
     if not cfg.DATASETS.TRAIN or cfg.DATASETS.TRAIN[0] == published_results()["training_set"]:
-        return [one["data_set"] for one in published_results()["benchmarks"]]
+        return [entry["data_set"] for entry in published_results()["benchmarks"]]
     return list(cfg.DATASETS.TEST)
 
 
@@ -122,13 +107,18 @@ def set_config(cfg: CfgNode, dataset: Dataset, *, given: Collection[str] = ()) -
     """
     known = benchmark(dataset.name)
     if known is not None:
-        settings = dict(known["settings"])
+        settings = known["settings"]
     else:
-        kind = EVALUATORS.get(dataset.metadata["evaluator_type"], ())
-        settings = {key: False for head, key in _SWITCHES.items() if head not in kind}
+        heads = EVALUATORS.get(dataset.metadata["evaluator_type"], ())
+        others = [head for head in ("panoptic", "instance", "semantic") if head not in heads]
+        settings = {f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON": False for head in others}
+    return _merged(cfg, {key: value for key, value in settings.items() if key not in given})
+
+
+def _merged(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.merge_from_list([word for key, value in settings.items() if key not in given for word in (key, value)])
+    cfg.merge_from_list([item for setting in settings.items() for item in setting])
     cfg.freeze()
     return cfg
 
@@ -144,22 +134,11 @@ def _place(dataset: Dataset) -> str:
 
 def backbone_of(cfg: CfgNode) -> dict[str, Any] | None:
     """The published backbone that a config builds; None: none of them."""
-    for one in published_results()["backbones"]:
-        if one["clip"] == cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME:
-            return one
-    return None
+    backbones = published_results()["backbones"]
+    return next((entry for entry in backbones if entry["clip"] == cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME), None)
 
 
-@functools.cache
-def _published_config(name: str) -> CfgNode:
-    """A shipped config, without the log telling of keys in it that do nothing: nobody asked for it."""
-    told = logging.getLogger("fcclip.config")
-    level = told.level
-    told.setLevel(logging.WARNING)
-    try:
-        return load_config(name)
-    finally:
-        told.setLevel(level)
+_published_config = functools.cache(load_config)
 
 
 def backbone_of_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any] | None:
@@ -168,15 +147,11 @@ def backbone_of_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any] |
     Args:
         shapes: key -> shape of the tensor.
     """
-    channels = [
-        shape[1]
-        for key, shape in shapes.items()
-        if key.startswith("sem_seg_head.pixel_decoder.input_proj.0.0.") and len(shape) == 4
-    ]
-    embed_dim = [shape[-1] for key, shape in shapes.items() if key == "void_embedding.weight"]
-    for one in published_results()["backbones"]:
-        if channels == [one["res5_channels"]] and embed_dim == [one["embed_dim"]]:
-            return one
+    projection = shapes.get("sem_seg_head.pixel_decoder.input_proj.0.0.weight", ())
+    void = shapes.get("void_embedding.weight", ())
+    for backbone in published_results()["backbones"]:
+        if list(projection[1:2]) == [backbone["res5_channels"]] and list(void[-1:]) == [backbone["embed_dim"]]:
+            return backbone
     return None
 
 
@@ -187,8 +162,8 @@ def differences(
 
     Args:
         plan: the data set and its config.
-        vocabulary: the words that were looked for.
-        training: the words that the model was trained on.
+        vocabulary: what was looked for.
+        training: what the model was trained on.
         num_images: that were evaluated.
         extra: further reasons.
     """
@@ -205,15 +180,12 @@ def differences(
     if backbone is None:
         reasons.append(f"no published figures for the CLIP '{plan.cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
     else:
-        published = _published_config(backbone["config"]).clone()
-        published.defrost()
-        published.merge_from_list([word for pair in known["settings"].items() for word in pair])
-        there, here = deciding_settings(published), deciding_settings(plan.cfg)
+        published = _merged(_published_config(backbone["config"]), known["settings"])
+        settings, here = deciding_settings(published), deciding_settings(plan.cfg)
         if published.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS == "openai":
-            there[_QUICK_GELU] = "on"  # what "auto" makes of that tag; weights from a file need it to be said
+            settings[_QUICK_GELU] = "on"  # what "auto" makes of that tag; weights from a file need it to be said
             here[_QUICK_GELU] = "on" if here[_QUICK_GELU] == "auto" else here[_QUICK_GELU]
-        different = [key for key in here if here[key] != there.get(key)]
-        reasons += [f"{key} {here[key]}, published {there.get(key)}" for key in different]
+        reasons += [f"{key} {here[key]}, published {settings[key]}" for key in here if here[key] != settings[key]]
     if plan.cfg.TEST.MODE != "ensemble":
         reasons.append(f"TEST.MODE {plan.cfg.TEST.MODE}, published ensemble")
     return [*reasons, *extra]
@@ -221,72 +193,66 @@ def differences(
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure of the table.
-
-    Args:
-        data_set, label: of the data set, and what the table calls it.
-        column: PQ, AP or mIoU.
-        task, metric: where it stands in the results.
-        values: mode -> percent, NaN where it was not evaluated.
-        published: percent, NaN where nothing was.
-        tolerance: in points.
-        verdict: of the first mode.
-    """
+    """One figure of the table."""
 
     data_set: str
-    label: str
-    column: str
-    task: str
+    label: str  # what the table calls the data set
+    column: str  # PQ, AP or mIoU
+    task: str  # and metric: where it stands in the results
     metric: str
-    values: Mapping[str, float]
-    published: float = math.nan
-    tolerance: float = math.nan
-    verdict: str = NOT_PUBLISHED
+    values: Mapping[str, float]  # mode -> percent, NaN where it was not evaluated
+    published: float = math.nan  # percent, NaN where nothing was
+    tolerance: float = math.nan  # in points
+    verdict: str = NOT_PUBLISHED  # of the first mode
+
+    @property
+    def here(self) -> float:
+        """The value of the first mode."""
+        return next(iter(self.values.values()), math.nan)
 
     @property
     def difference(self) -> float:
         """Of the first mode to the published figure, in points."""
-        return next(iter(self.values.values()), math.nan) - self.published
+        return self.here - self.published
 
 
 def cells_of(
     name: str,
-    modes: Mapping[str, Mapping[str, Mapping[str, float]]],
+    modes: Modes,
     *,
     backbone: Mapping[str, Any] | None,
     reasons: Sequence[str],
 ) -> list[Cell]:
-    """The figures of one data set.
+    """The figures of one data set; without `modes` it was not evaluated.
 
     Args:
         name: of the data set.
-        modes: mode -> task -> metric -> percent; empty: it was not evaluated.
-        backbone: whose published figures are meant; None: nobody's.
+        modes: its results.
+        backbone: that the published figures are of; None: of none.
         reasons: why they cannot be compared.
     """
     known = benchmark(name)
     if known is None:
-        present = [
-            (column, *place) for column, place in _COLUMNS.items() if any(place[0] in one for one in modes.values())
-        ]
         return [
-            Cell(name, name, column, task, metric, _values(modes, task, metric)) for column, task, metric in present
+            Cell(name, name, column, task, metric, _values(modes, task, metric))
+            for column, (task, metric) in HEADLINES.items()
+            if any(task in tasks for tasks in modes.values())
         ]
     cells = []
     for column, place in known["columns"].items():
-        task, metric = place["task"], place["metric"]
-        values, published, tolerance = _values(modes, task, metric), math.nan, place["tolerance"]
+        task, metric, tolerance = place["task"], place["metric"], place["tolerance"]
+        published = math.nan
         if backbone is not None:
             rounded = backbone["table"][name][column]
             published = backbone["log"].get(name, {}).get(task, {}).get(metric, rounded)
-        value = next(iter(values.values()), math.nan)
+        cell = Cell(name, known["label"], column, task, metric, _values(modes, task, metric), published, tolerance)
         if not modes:
             verdict = "missing"
         elif reasons or math.isnan(published):
             verdict = NOT_COMPARABLE
         else:
-            verdict = PASS if abs(value - published) <= tolerance else FAIL  # NaN fails
-        cells.append(Cell(name, known["label"], column, task, metric, values, published, tolerance, verdict))
+            verdict = PASS if abs(cell.difference) <= tolerance else FAIL  # NaN fails
+        cells.append(replace(cell, verdict=verdict))
     return cells
 
 
@@ -298,7 +264,7 @@ def logged_figures(
     Args:
         name: of the data set.
         results: task -> metric -> percent.
-        backbone: whose log is meant; None: nobody's.
+        backbone: that the log is of; None: of none.
     """
     log = backbone["log"].get(name, {}) if backbone else {}
     figures = []
@@ -306,18 +272,12 @@ def logged_figures(
         for metric, published in metrics.items():
             here = results.get(task, {}).get(metric, math.nan)
             figure = {"task": task, "metric": metric, "here": here, "published": published}
-            figures.append({**figure, "difference": here - published})
+            figures.append(figure | {"difference": here - published})
     return figures
 
 
-def _values(modes: Mapping[str, Mapping[str, Mapping[str, float]]], task: str, metric: str) -> dict[str, float]:
+def _values(modes: Modes, task: str, metric: str) -> dict[str, float]:
     return {mode: tasks.get(task, {}).get(metric, math.nan) for mode, tasks in modes.items()}
-
-
-def verdict_of(cells: Sequence[Cell]) -> str:
-    """FAIL if any figure fails, else pass if any passes, else not comparable."""
-    found = {cell.verdict for cell in cells}
-    return FAIL if FAIL in found else PASS if PASS in found else NOT_COMPARABLE
 
 
 # ---- text ----
@@ -325,28 +285,20 @@ def verdict_of(cells: Sequence[Cell]) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is told about an evaluation.
+    """All that is told about an evaluation."""
 
-    Args:
-        cells: every figure, sets in the order of the table.
-        reasons: data set -> why it cannot be compared.
-        missing: data set -> where it was looked for.
-        notes: name -> text, what was evaluated and with what.
-        backbone: whose published figures stand beside; "": nobody's.
-        sets: data set -> what results.json says of it.
-    """
-
-    cells: Sequence[Cell]
-    reasons: Mapping[str, Sequence[str]]
-    missing: Mapping[str, str]
-    notes: Mapping[str, str]
-    backbone: str
-    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    cells: Sequence[Cell]  # every figure, sets in the order of the table
+    reasons: Mapping[str, Sequence[str]]  # data set -> why it cannot be compared
+    missing: Mapping[str, str]  # data set -> where it was looked for
+    notes: Mapping[str, str]  # name -> text, what was evaluated and with what
+    backbone: str  # that the published figures beside are of; "": of none
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # data set -> what results.json says of it
 
     @property
     def verdict(self) -> str:
-        """See `verdict_of`."""
-        return verdict_of(self.cells)
+        """FAIL if any figure fails, else pass if any passes, else not comparable."""
+        verdicts = {cell.verdict for cell in self.cells}
+        return FAIL if FAIL in verdicts else PASS if PASS in verdicts else NOT_COMPARABLE
 
     def rows(self) -> list[tuple[str, list[str]]]:
         """(name, text of each cell): one row a mode, then the published figures and the difference."""
@@ -367,80 +319,137 @@ class Report:
         """What a terminal of 100 columns shows."""
         lines = [*format_row(self.cells, self.rows()), ""]
         judged = [cell for cell in self.cells if cell.verdict in (PASS, FAIL)]
-        for cell in judged:
-            if cell.verdict == FAIL:
-                here = next(iter(cell.values.values()), math.nan)
-                lines.append(
-                    f"FAIL  {cell.label} {cell.column}: {here:.2f}, published {cell.published:.2f}, difference "
-                    f"{_signed(cell.difference, 2)}, tolerance {cell.tolerance}"
-                )
+        lines += [
+            f"FAIL  {cell.label} {cell.column}: {cell.here:.2f}, published {cell.published:.2f}, difference "
+            f"{_signed(cell.difference, 2)}, tolerance {cell.tolerance}"
+            for cell in judged
+            if cell.verdict == FAIL
+        ]
         if judged:
             passed = sum(cell.verdict == PASS for cell in judged)
             lines.append(f"{passed} of {len(judged)} comparable figures are those of {self.backbone} within tolerance")
-        for name, reasons in self.reasons.items():
-            if reasons and benchmark(name) is not None:
-                more = [f"and {len(reasons) - _SHOWN} more"] if len(reasons) > _SHOWN else []
-                lines += _wrapped(f"not comparable: {name}", "; ".join([*reasons[:_SHOWN], *more]))
-        for name, path in self.missing.items():
-            lines += _wrapped(f"missing: {name}", f"there is no {path}")
-        for name, text in self.notes.items():
-            lines += _wrapped(name, text)
+        paragraphs = {
+            f"not comparable: {name}": listed(reasons, 4, separator="; ")
+            for name, reasons in self.reasons.items()
+            if reasons and benchmark(name) is not None
+        }
+        for name, text in (paragraphs | self._missing_and_notes()).items():
+            lines += textwrap.wrap(
+                f"{name}: {text}", WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+            )
         return "\n".join(lines)
+
+    def _missing_and_notes(self) -> dict[str, str]:
+        return {f"missing: {name}": f"there is no {path}" for name, path in self.missing.items()} | dict(self.notes)
 
     def markdown(self) -> str:
         """The same as a Markdown file, with a line for each figure."""
         head = [f"{cell.label} {cell.column}" for cell in self.cells]
+        figures = [
+            [
+                *_figure(cell.data_set, cell.task, cell.metric, cell.here, cell.published),
+                _number(cell.tolerance),
+                cell.verdict,
+            ]
+            for cell in self.cells
+        ]
+        logged = [
+            _figure(name, figure["task"], figure["metric"], figure["here"], figure["published"])
+            for name, content in self.sets.items()
+            for figure in content.get("log", ())
+        ]
+        columns = ["data set", "figure", "here", "published", "difference", "tolerance", "verdict"]
         lines = ["# Zero-shot evaluation", "", f"Verdict: **{self.verdict}**", ""]
-        lines += [_markdown_row(["", *head]), _markdown_row(["---"] * (len(head) + 1))]
-        lines += [_markdown_row([name, *values]) for name, values in self.rows()]
-        lines += ["", "| data set | figure | here | published | difference | tolerance | verdict |"]
-        lines.append(_markdown_row(["---"] * 7))
-        for cell in self.cells:
-            here = next(iter(cell.values.values()), math.nan)
-            figures = [_number(value) for value in (here, cell.published)]
-            row = [cell.data_set, f"{cell.task}/{cell.metric}", *figures, _signed(cell.difference, 2)]
-            lines.append(_markdown_row([*row, _number(cell.tolerance), cell.verdict]))
-        logged = [(name, figure) for name, one in self.sets.items() for figure in one.get("log", ())]
+        lines += _markdown_table(["", *head], [[name, *values] for name, values in self.rows()])
+        lines += ["", *_markdown_table(columns, figures)]
         if logged:
-            lines += ["", "All figures of the published log:", ""]
-            lines += ["| data set | figure | here | published | difference |", _markdown_row(["---"] * 5)]
-        for name, figure in logged:
-            numbers = [_number(figure[key]) for key in ("here", "published")]
-            place = f"{figure['task']}/{figure['metric']}"
-            lines.append(_markdown_row([name, place, *numbers, _signed(figure["difference"], 2)]))
-        listed = {f"not comparable: {name}": "; ".join(why) for name, why in self.reasons.items() if why}
-        listed |= {f"missing: {name}": f"there is no {path}" for name, path in self.missing.items()}
-        lines += ["", *(f"- **{name}**: {text}" for name, text in {**listed, **self.notes}.items()), ""]
+            lines += ["", "All figures of the published log:", "", *_markdown_table(columns[:5], logged)]
+        notes = {f"not comparable: {name}": "; ".join(why) for name, why in self.reasons.items() if why}
+        lines += ["", *(f"- **{name}**: {text}" for name, text in (notes | self._missing_and_notes()).items()), ""]
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, null where undefined."""
-        return _without_nan(
+        return without_nan(
             {
                 "schema": 1,
                 "verdict": self.verdict,
                 "backbone": self.backbone,
-                "row": [
-                    {
-                        "data_set": cell.data_set,
-                        "label": cell.label,
-                        "column": cell.column,
-                        "task": cell.task,
-                        "metric": cell.metric,
-                        "values": dict(cell.values),
-                        "published": cell.published,
-                        "difference": cell.difference,
-                        "tolerance": cell.tolerance,
-                        "verdict": cell.verdict,
-                    }
-                    for cell in self.cells
-                ],
-                "sets": {name: dict(one) for name, one in self.sets.items()},
-                "not_comparable": {name: list(why) for name, why in self.reasons.items() if why},
-                "missing": dict(self.missing),
-                "notes": dict(self.notes),
+                "row": [asdict(cell) | {"difference": cell.difference} for cell in self.cells],
+                "sets": self.sets,
+                "not_comparable": {name: why for name, why in self.reasons.items() if why},
+                "missing": self.missing,
+                "notes": self.notes,
             }
         )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the evaluation of a data set."""
+
+    plan: Plan
+    vocabulary: Vocabulary  # what was looked for
+    num_images: int  # that were evaluated
+    results: Modes
+
+
+def report_of(
+    outcomes: Sequence[Outcome],
+    *,
+    training: Vocabulary | None,
+    missing: Mapping[str, str],
+    notes: Mapping[str, str],
+    changes: Sequence[str] = (),
+) -> Report:
+    """The table of what was evaluated, with a place for what is missing.
+
+    Args:
+        outcomes: one or more, in the order of the table.
+        training: what the model was trained on.
+        missing: data set -> where it was looked for.
+        notes: name -> text.
+        changes: what makes every figure incomparable.
+    """
+    cfg = outcomes[0].plan.cfg
+    backbone = backbone_of(cfg)
+    cells, reasons, sets, vocabularies = {}, {}, {}, {}
+    for outcome in outcomes:
+        name, vocabulary, results = outcome.plan.dataset.name, outcome.vocabulary, outcome.results
+        reasons[name] = differences(
+            outcome.plan, vocabulary=vocabulary, training=training, num_images=outcome.num_images, extra=changes
+        )
+        cells[name] = cells_of(name, results, backbone=backbone, reasons=reasons[name])
+        sets[name] = {
+            "images": outcome.num_images,
+            "vocabulary": vocabulary.name,
+            "vocabulary_sha256": vocabulary.hash,
+            "published_vocabulary": vocabulary.is_published,
+            "results": results,
+            "log": logged_figures(name, next(iter(results.values())), backbone),
+        }
+        source = "published" if vocabulary.is_published else "fcclip (not the published one)"
+        note = f"{source} '{vocabulary.name}', {len(vocabulary)} classes, sha256 {vocabulary.hash[:12]}"
+        vocabularies.setdefault(note, []).append(name)
+    cells |= {name: cells_of(name, {}, backbone=backbone, reasons=["it is missing"]) for name in missing}
+    order = [name for name in default_sets(cfg) if name in cells] if missing else cells
+    vocabulary_note = "; ".join(f"{note} ({', '.join(names)})" for note, names in vocabularies.items())
+    return Report(
+        cells=[cell for name in order for cell in cells[name]],
+        reasons=reasons,
+        missing=missing,
+        notes={**notes, "vocabulary": vocabulary_note},
+        backbone=backbone["name"] if backbone else "",
+        sets=sets,
+    )
+
+
+def columns_of_sets(cells: Sequence[Cell]) -> list[list[int]]:
+    """The indices of the cells of each data set."""
+    columns: dict[str, list[int]] = {}
+    for index, cell in enumerate(cells):
+        columns.setdefault(cell.data_set, []).append(index)
+    return list(columns.values())
 
 
 def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]], *, width: int = WIDTH) -> list[str]:
@@ -452,18 +461,15 @@ def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]],
         width: columns of the text; a single data set may take more.
     """
     names = max(len(name) for name, _ in rows) if rows else 0
-    groups: dict[str, list[int]] = {}
-    for index, cell in enumerate(cells):
-        groups.setdefault(cell.data_set, []).append(index)
     blocks: list[list[list[str]]] = [[]]
-    for members in groups.values():
-        widths = [max(len(cells[one].column), *(len(values[one]) for _, values in rows)) for one in members]
+    for members in columns_of_sets(cells):
+        widths = [max(len(cells[index].column), *(len(values[index]) for _, values in rows)) for index in members]
         label = cells[members[0]].label
         total = max(len(label), sum(widths) + len(widths) - 1)
         column = [label.center(total)]
         for texts in ([cell.column for cell in cells], *(values for _, values in rows)):
-            column.append(" ".join(texts[one].rjust(wide) for one, wide in zip(members, widths)).center(total))
-        taken = names + sum(len(one[0]) + 1 for one in blocks[-1])
+            column.append(" ".join(texts[index].rjust(wide) for index, wide in zip(members, widths)).center(total))
+        taken = names + sum(len(other[0]) + 1 for other in blocks[-1])
         if blocks[-1] and taken + 1 + total > width:
             blocks.append([])
         blocks[-1].append(column)
@@ -477,17 +483,6 @@ def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]],
     return lines
 
 
-def _wrapped(name: str, text: str) -> list[str]:
-    """`name  text`, broken at spaces and indented where it goes on."""
-    lines, line = [], f"{name}: "
-    for word in text.split(" "):
-        if len(line) + len(word) > WIDTH and line.strip():
-            lines.append(line.rstrip())
-            line = "    "
-        line += f"{word} "
-    return [*lines, line.rstrip()]
-
-
 def _signed(value: float, digits: int = 1) -> str:
     return "-" if math.isnan(value) else f"{value:+.{digits}f}"
 
@@ -496,13 +491,9 @@ def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}".rstrip("0").rstrip(".")
 
 
-def _markdown_row(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(texts)} |"
+def _figure(data_set: str, task: str, metric: str, here: float, published: float) -> list[str]:
+    return [data_set, f"{task}/{metric}", _number(here), _number(published), _signed(here - published, 2)]
 
 
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(texts)} |" for texts in (head, ["---"] * len(head), *rows)]

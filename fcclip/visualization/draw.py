@@ -170,19 +170,19 @@ def _write_labels(canvas: np.ndarray, labels: Sequence[_Label], cell_px: int) ->
     pen = ImageDraw.Draw(image, "RGBA")
     line_px = sum(font.getmetrics()) + padding
     taken = np.zeros_like(labels[0].mask) if labels else None
-    homeless = []
-    for label in sorted(labels, key=lambda one: one.area):  # small segments have the least choice
+    unplaced = []
+    for label in sorted(labels, key=lambda label: label.area):  # small segments have the least choice
         box = round(font.getlength(label.text)) + 2 * padding, line_px
         corner = _place(label.mask, taken, tuple(-(-side // cell_px) for side in box))
         if corner is None:
-            homeless.append(label)
+            unplaced.append(label)
             continue
         row, column = corner
         taken[row : row + -(-box[1] // cell_px), column : column + -(-box[0] // cell_px)] = True
         left, top = column * cell_px, row * cell_px
         pen.rounded_rectangle((left, top, left + box[0], top + box[1]), radius=padding, fill=(0, 0, 0, 190))
         pen.text((left + padding, top + padding / 2), label.text, font=font, fill=_lighter(label.color))
-    return _with_strip(np.asarray(image), homeless, font, padding, line_px)
+    return _with_strip(np.asarray(image), unplaced, font, padding, line_px)
 
 
 def _place(mask: np.ndarray, taken: np.ndarray, box: tuple[int, int]) -> tuple[int, int] | None:

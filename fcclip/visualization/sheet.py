@@ -54,11 +54,11 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, titles: Sequence[str]
     (columns,) = lengths
     if titles and len(titles) != columns:
         raise InputError(f"{len(titles)} titles for {columns} columns")
-    width = max(one.shape[1] for row in rows for one in row)
-    scaled = [[_to_width(one, width) for one in row] for row in rows]
+    width = max(image.shape[1] for row in rows for image in row)
+    scaled = [[_to_width(image, width) for image in row] for row in rows]
     size_px = max(14, width // 32)
     head_px = round(1.8 * size_px) if titles else 0
-    heights = [max(one.shape[0] for one in row) for row in scaled]
+    heights = [max(image.shape[0] for image in row) for row in scaled]
     sheet = Image.new(
         "RGB", (columns * (width + GAP_PX) + GAP_PX, head_px + sum(heights) + GAP_PX * (len(rows) + 1)), PAPER
     )
@@ -68,8 +68,8 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, titles: Sequence[str]
         pen.text((centre, GAP_PX + head_px // 2), title, font=_font(size_px), fill=(0, 0, 0), anchor="mm")
     top = head_px + GAP_PX
     for row, height in zip(scaled, heights):
-        for column, one in enumerate(row):
-            sheet.paste(Image.fromarray(one), (GAP_PX + column * (width + GAP_PX), top))
+        for column, image in enumerate(row):
+            sheet.paste(Image.fromarray(image), (GAP_PX + column * (width + GAP_PX), top))
         top += height + GAP_PX
     return np.asarray(sheet)
 

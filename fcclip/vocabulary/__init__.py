@@ -1,4 +1,4 @@
-"""Words: classes, their synonyms and the prompts made of them. Names are data: one JSON a label set in `names/`.
+"""Classes, their synonyms and the prompts made of them. Names are data: one JSON a label set in `names/`.
 
 vocabulary.py  Vocabulary and ClassEntry: reading, parsing, comparing
 templates.py   TEMPLATES and prompts: the sentences that CLIP's text tower reads

@@ -22,6 +22,6 @@ TEMPLATES = (
 )
 
 
-def prompts(words: Iterable[str]) -> list[str]:
-    """Every template filled with every word, templates fastest: len(words) * 14 sentences."""
-    return [template.format(word) for word in words for template in TEMPLATES]
+def prompts(synonyms: Iterable[str]) -> list[str]:
+    """Every template filled with every synonym, templates fastest: 14 sentences a synonym."""
+    return [template.format(synonym) for synonym in synonyms for template in TEMPLATES]

@@ -1,4 +1,4 @@
-"""Classes and their synonyms, from words, from our JSON or from the published text files."""
+"""Classes and their synonyms, from names, from our JSON or from the published text files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ClassEntry:
         id: the data set's own id of the class (a COCO category id, a Cityscapes label id); the position where there is
             none.
         name: the canonical name, used in tables and images.
-        synonyms: every word that stands for the class, the best first; never empty. The name is the first of them,
+        synonyms: every name that stands for the class, the best first; never empty. The name is the first of them,
             unless it is a label only: no plain English ("wall-other-merged"), misleading alone ("crane"), or the name
             of another class too.
         thing: countable, in contrast to stuff.
@@ -58,7 +58,7 @@ class Vocabulary:
     """K classes in order; a class's position is its contiguous index.
 
     Raises:
-        ValueError: no class at all, or a class without a word.
+        ValueError: no class at all, or a class without a synonym.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Vocabulary:
             )
         for index, entry in enumerate(self.classes):
             if not entry.synonyms:
-                raise InputError(f"vocabulary '{self.name}': class {index} has no word")
+                raise InputError(f"vocabulary '{self.name}': class {index} has no synonym")
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -85,7 +85,7 @@ class Vocabulary:
 
     @property
     def synonyms(self) -> tuple[tuple[str, ...], ...]:
-        """The words of each class, the best first."""
+        """The synonyms of each class, the best first."""
         return tuple(entry.synonyms for entry in self.classes)
 
     @property
@@ -95,7 +95,7 @@ class Vocabulary:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of the words and thing marks, independent of the file they came from."""
+        """SHA-256 of the synonyms and thing marks, independent of the file they came from."""
         content = json.dumps([[list(entry.synonyms), entry.thing] for entry in self.classes], ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -105,12 +105,12 @@ class Vocabulary:
         return self.source_sha256 in _PUBLISHED
 
     def seen_by(self, training: Vocabulary) -> Tensor:
-        """(K,) bool: the class shares a word with any class of `training` (exact, case-sensitive comparison)."""
-        known = {word for words in training.synonyms for word in words}
-        return torch.tensor([not known.isdisjoint(words) for words in self.synonyms])
+        """(K,) bool: the class shares a synonym with any class of `training` (exact, case-sensitive comparison)."""
+        known = {synonym for synonyms in training.synonyms for synonym in synonyms}
+        return torch.tensor([not known.isdisjoint(synonyms) for synonyms in self.synonyms])
 
     def joined(self, other: Vocabulary) -> Vocabulary:
-        """Both lists as one. A class of `other` that shares a word with a class here adds its words to that class; the
+        """Both lists as one. A class of `other` that shares a synonym with a class here adds its own to that class; the
         others follow in their order, with their position as id.
 
         Example:
@@ -119,25 +119,25 @@ class Vocabulary:
             (('cat',), ('dog', 'hound'), ('cow',))
         """
         classes: list[ClassEntry] = list(self.classes)
-        owner: dict[str, int] = {}  # of each word, the first class that has it
+        owner: dict[str, int] = {}  # of each synonym, the first class that has it
         for index, entry in enumerate(classes):
-            for word in entry.synonyms:
-                owner.setdefault(word, index)
+            for synonym in entry.synonyms:
+                owner.setdefault(synonym, index)
         for entry in other.classes:
-            index = next((owner[word] for word in entry.synonyms if word in owner), len(classes))
+            index = next((owner[synonym] for synonym in entry.synonyms if synonym in owner), len(classes))
             if index == len(classes):
                 classes.append(dataclasses.replace(entry, id=index))
             mine = classes[index].synonyms
-            words = (*mine, *(word for word in entry.synonyms if word not in mine))
-            classes[index] = dataclasses.replace(classes[index], synonyms=words)
-            for word in words:
-                owner.setdefault(word, index)
+            synonyms = (*mine, *(synonym for synonym in entry.synonyms if synonym not in mine))
+            classes[index] = dataclasses.replace(classes[index], synonyms=synonyms)
+            for synonym in synonyms:
+                owner.setdefault(synonym, index)
         if tuple(classes) == self.classes:
             return self
         return Vocabulary(f"{self.name}+{other.name}", tuple(classes))
 
     def with_things(self, things: Iterable[int]) -> Vocabulary:
-        """The same words with the thing classes given by contiguous index."""
+        """The same classes with the thing classes given by contiguous index."""
         wanted = _check_things(things, len(self), self.name)
         classes = tuple(
             ClassEntry(entry.id, entry.name, entry.synonyms, index in wanted)
@@ -149,7 +149,7 @@ class Vocabulary:
     def from_names(
         cls, entries: str | Sequence[str], things: Iterable[int] | None = None, *, name: str = "words"
     ) -> Vocabulary:
-        """A vocabulary of the user's own words.
+        """A vocabulary of the user's own class names.
 
         Args:
             entries: one entry a class, or one string in which `;` separates entries. An entry is `"class, synonym, …"`,
@@ -157,7 +157,7 @@ class Vocabulary:
             things: contiguous indices of the thing classes; None: every unmarked class is a thing.
 
         Raises:
-            ValueError: no entries, an entry without a word, an index in `things` that is no class.
+            ValueError: no entries, an entry without a name, an index in `things` that is no class.
 
         Example:
             >>> Vocabulary.from_names("surfboard, surf board; sand:stuff").thing_classes
@@ -167,7 +167,7 @@ class Vocabulary:
         if isinstance(entries, str):
             parts = [part for part in parts if part.strip()]
         if not parts:
-            raise InputError('no words given; give at least one class, e.g. "cat; dog, puppy; grass:stuff"')
+            raise InputError('no class names given; give at least one, e.g. "cat; dog, puppy; grass:stuff"')
         marked = None if things is None else _check_things(things, len(parts), name)
         classes = []
         for index, part in enumerate(parts):
@@ -175,10 +175,10 @@ class Vocabulary:
             for mark, value in ((":thing", True), (":stuff", False)):
                 if text.endswith(mark):
                     text, thing = text[: -len(mark)], value
-            words = _split(text)
-            if not words:
-                raise InputError(f'entry {index} ({part!r}) has no word; write it as "class, synonym" or remove it')
-            classes.append(ClassEntry(index, words[0], words, thing))
+            synonyms = _split(text)
+            if not synonyms:
+                raise InputError(f'entry {index} ({part!r}) has no name; write it as "class, synonym" or remove it')
+            classes.append(ClassEntry(index, synonyms[0], synonyms, thing))
         return cls(name, tuple(classes))
 
     @classmethod
@@ -186,7 +186,7 @@ class Vocabulary:
         """A vocabulary from our JSON, or from the published text format (`id:name,synonym,…`, one class a line).
 
         The JSON is {"name", "version", "classes": [{"id", "name", "synonyms", "thing"}, …]}. A class with
-        `"label_only": true` is shown by its name, and only its synonyms are words that CLIP's text tower reads.
+        `"label_only": true` is shown by its name, and CLIP's text tower reads only its synonyms.
 
         The text format is split at the first colon; lines named `invalid_class_id` are dropped; the order of the lines
         is the order of the classes. It does not know things: they come from `things`, and without it every class is a
@@ -222,7 +222,7 @@ class Vocabulary:
 
 @functools.lru_cache(maxsize=32)
 def _builtin(name: str) -> Vocabulary:
-    return Vocabulary.from_file(lookup("vocabulary", name, {one: _NAMES / f"{one}.json" for one in builtin_names()}))
+    return Vocabulary.from_file(lookup("vocabulary", name, {key: _NAMES / f"{key}.json" for key in builtin_names()}))
 
 
 def builtin_names() -> tuple[str, ...]:
@@ -231,7 +231,7 @@ def builtin_names() -> tuple[str, ...]:
 
 
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(synonym.strip() for synonym in text.split(",") if synonym.strip())
 
 
 def _check_things(things: Iterable[int], num_classes: int, name: str) -> set[int]:
@@ -259,16 +259,16 @@ def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
             raise InputError(
                 f"vocabulary file '{path}': class {index} must be an object whose synonyms are a list, got {entry!r}"
             )
-        words = (str(entry.get("name", "")).strip(), *(word.strip() for word in entry.get("synonyms", ())))
-        words = tuple(word for word in words if word)
-        if not words:
+        synonyms = (str(entry.get("name", "")).strip(), *(synonym.strip() for synonym in entry.get("synonyms", ())))
+        synonyms = tuple(synonym for synonym in synonyms if synonym)
+        if not synonyms:
             raise InputError(f"vocabulary file '{path}': class {index} has no name")
-        name = words[0]
+        name = synonyms[0]
         if entry.get("label_only", False):  # the name is shown, but CLIP is asked for the synonyms alone
-            words = words[1:]
-        if not words:
+            synonyms = synonyms[1:]
+        if not synonyms:
             raise InputError(f"vocabulary file '{path}': '{name}' is label_only, so it needs at least one synonym")
-        classes.append(ClassEntry(int(entry.get("id", index)), name, words, bool(entry.get("thing", True))))
+        classes.append(ClassEntry(int(entry.get("id", index)), name, synonyms, bool(entry.get("thing", True))))
     return str(data.get("name", path.stem)), str(data.get("version", "1")), classes
 
 
@@ -277,11 +277,11 @@ def _parse_text(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
-        identifier, colon, words_text = line.partition(":")
-        words = _split(words_text)
-        if words == (_PLACEHOLDER,):
+        identifier, colon, names_text = line.partition(":")
+        synonyms = _split(names_text)
+        if synonyms == (_PLACEHOLDER,):
             continue
-        if not colon or not identifier.strip().isdigit() or not words:
+        if not colon or not identifier.strip().isdigit() or not synonyms:
             raise InputError(f"vocabulary file '{path}', line {number}: expected 'id:name,synonym,…', got {line!r}")
-        classes.append(ClassEntry(int(identifier), words[0], words))
+        classes.append(ClassEntry(int(identifier), synonyms[0], synonyms))
     return path.stem, "1", classes

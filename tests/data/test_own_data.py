@@ -253,8 +253,8 @@ def test_more_classes_than_an_8_bit_map_holds_move_the_ignore_label(own):
         ({"images": 3}, r"'images': expected a path, the folder of the images; got 3"),
         ({"masks": []}, r"'masks': expected a path, the folder of the id PNGs, with type panoptic; got a list"),
         ({"classes": {"car": 0}}, r"'classes': expected a list of names or the path of a file, got a mapping \(car\)"),
-        ({"classes": []}, r"'classes': no words given"),
-        ({"classes": ["car", " , "]}, r"'classes': entry 1 \(' , '\) has no word"),
+        ({"classes": []}, r"'classes': no class names given"),
+        ({"classes": ["car", " , "]}, r"'classes': entry 1 \(' , '\) has no name"),
         (
             {"classes": ["car", False]},
             r"'classes': entry 1 is False for YAML, not a text\. Put it into quotes: - \"no\"",

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from fcclip.evaluation import GroundTruth, write_id_map
-from fcclip.evaluation.ground_truth import in_order, keep_once
+from fcclip.evaluation.ground_truth import ClassEvaluator, in_order
 
 IDS = np.array([[0, 7, 7], [70_000, 5, 7]])
 SEGMENTS = [
@@ -49,12 +49,32 @@ def test_what_is_asked_for_once_is_made_once(record):
 
 
 def test_image_ids_have_one_order_whatever_came_first():
-    assert in_order({"b": 0, 10: 0, "a": 0, 9: 0}) == [9, 10, "a", "b"]
+    assert in_order(["b", 10, "a", 9]) == [9, 10, "a", "b"]
+
+
+class Kept(ClassEvaluator):
+    def measure(self, ground_truth, output):
+        return output
+
+    def results(self):
+        return {}
 
 
 def test_images_that_come_twice_are_named():
-    kept = dict.fromkeys(range(9))
-    with pytest.raises(ValueError, match=r"image 0, 1, 2, 3, 4 and 2 more came twice"):
-        keep_once(kept, dict.fromkeys(range(7)))
-    keep_once(kept, {"0": None})
-    assert len(kept) == 10
+    first, second = Kept(class_names="ab"), Kept(class_names="ab")
+    for image_id in range(7):
+        first.keep(image_id, None)
+        second.keep(image_id + 3, None)
+    with pytest.raises(ValueError, match=r"image 3, 4, 5 and 1 more came twice"):
+        first.merge(second.state())
+    with pytest.raises(ValueError, match="image 0 came twice"):
+        first.keep(0, None)
+    first.keep("0", None)
+    assert len(first.images) == 8
+
+
+def test_a_list_of_classes_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="2 class names and a class 4"):
+        Kept(class_names="ab", classes=[0, 4])
+    with pytest.raises(ValueError, match="2 class names, but `seen` has 3"):
+        Kept(class_names="ab", seen=[True] * 3)

@@ -16,7 +16,6 @@ from fcclip.evaluation import (
     InstanceEvaluator,
     InstanceTruth,
     encode_masks,
-    instances_of_rows,
     write_id_map,
 )
 from fcclip.structures import Instances
@@ -96,6 +95,10 @@ def random_world(seed, num_images=9, string_ids=False):
     return {"images": images, "annotations": annotations, "categories": categories}, detections
 
 
+def add(evaluator, image_id, found):
+    evaluator.process(GroundTruth({"image_id": image_id}), {"instances": found})
+
+
 def evaluator_for(tmp_path, content, **options):
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(content))
@@ -148,7 +151,7 @@ def test_average_precision_equals_pycocotools(tmp_path, seed):
     content, detections = random_world(seed, string_ids=seed % 2 == 1)
     evaluator = evaluator_for(tmp_path, content)
     for image_id, found in detections.items():
-        evaluator.add(image_id, found)
+        add(evaluator, image_id, found)
     results = evaluator.results()
     assert results.keys() == {"segm", "bbox"}
     worst = 0.0
@@ -168,14 +171,14 @@ def test_merged_shares_equal_one_process(tmp_path):
     content, detections = random_world(3)
     alone, first, second = (evaluator_for(tmp_path, content, seen=[True, False] * 3) for _ in range(3))
     for index, (image_id, found) in enumerate(detections.items()):
-        alone.add(image_id, found)
-        (second, first)[index % 2].add(image_id, found)
+        add(alone, image_id, found)
+        add((second, first)[index % 2], image_id, found)
     first.merge(second.state())
     assert repr(first.results()) == repr(alone.results())
     with pytest.raises(ValueError, match="came twice"):
         first.merge(second.state())
     with pytest.raises(ValueError, match="came twice"):
-        first.add(image_id, found)
+        add(first, image_id, found)
 
 
 def test_only_images_that_were_evaluated_count(tmp_path):
@@ -187,7 +190,7 @@ def test_only_images_that_were_evaluated_count(tmp_path):
     }
     everything = evaluator_for(tmp_path, content)
     for image_id, found in some.items():
-        everything.add(image_id, found)
+        add(everything, image_id, found)
     limited = pycocotools_metrics({**content, **part}, some, "segm")
     assert everything.results()["segm"]["AP"] == pytest.approx(limited["AP"], abs=1e-9)
 
@@ -254,7 +257,7 @@ def test_without_an_instances_file_the_thing_segments_are_the_ground_truth(tmp_p
         InstanceEvaluator(truth=None, class_names=NAMES, dataset_ids=DATASET_IDS, seen=None) for _ in range(3)
     )
     for index, (ground_truth, found) in enumerate(from_segments):
-        from_file.add(ground_truth.image_id, found)
+        add(from_file, ground_truth.image_id, found)
         alone.process(ground_truth, {"instances": found})
         (second, first)[index % 2].process(ground_truth, {"instances": found})
     first.merge(second.state())
@@ -275,14 +278,14 @@ def test_ground_truth_without_an_instance_leaves_every_score_undefined(tmp_path)
     content, detections = random_world(4)
     evaluator = evaluator_for(tmp_path, content | {"annotations": []}, seen=[True] * 6)
     for image_id, found in detections.items():
-        evaluator.add(image_id, found)
+        add(evaluator, image_id, found)
     for metrics in evaluator.results().values():
         assert all(math.isnan(value) for value in metrics.values())
 
 
 def test_seen_and_unseen_average_the_classes_with_ground_truth(tmp_path):
     evaluator = two_squares(tmp_path, seen=[True, True, False, True, True, False])
-    evaluator.add(1, instances_of([square(2, 3, 10), square(0, 0, 5)], [1, 2], [0.9, 0.8]))
+    add(evaluator, 1, instances_of([square(2, 3, 10), square(0, 0, 5)], [1, 2], [0.9, 0.8]))
     metrics = evaluator.results()["segm"]
     assert metrics["AP_seen"] == metrics["AP-cup"] == pytest.approx(100.0)
     assert metrics["AP_unseen"] == metrics["AP-ball"] == 0.0
@@ -292,14 +295,14 @@ def test_seen_and_unseen_average_the_classes_with_ground_truth(tmp_path):
 
 def test_without_a_detection_every_score_is_undefined(tmp_path):
     evaluator = two_squares(tmp_path, seen=[True] * 6)
-    evaluator.add(1, instances_of(np.zeros((0, 40, 60)), [], []))
+    add(evaluator, 1, instances_of(np.zeros((0, 40, 60)), [], []))
     for metrics in evaluator.results().values():
         assert all(math.isnan(value) for value in metrics.values())
 
 
 def test_results_are_written_with_the_ids_of_the_data_set(tmp_path):
     evaluator = two_squares(tmp_path, folder=tmp_path)
-    evaluator.add(1, instances_of([square(2, 3, 10)], [2], [0.5]))
+    add(evaluator, 1, instances_of([square(2, 3, 10)], [2], [0.5]))
     evaluator.save()
     (saved,) = json.loads((tmp_path / "coco_instances_results.json").read_text())
     assert saved["category_id"] == DATASET_IDS[2]
@@ -308,81 +311,26 @@ def test_results_are_written_with_the_ids_of_the_data_set(tmp_path):
     np.testing.assert_array_equal(decode(saved["segmentation"]), square(2, 3, 10))
 
 
-@pytest.mark.parametrize("boxes", [True, False])
-def test_a_file_of_results_gives_the_numbers_of_the_run_that_wrote_it(tmp_path, boxes):
-    content, detections = random_world(5)
-    run, again = evaluator_for(tmp_path, content, folder=tmp_path), evaluator_for(tmp_path, content)
-    for image_id, found in detections.items():
-        run.add(image_id, found)
-    run.save()
-    rows = json.loads((tmp_path / "coco_instances_results.json").read_text())
-    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
-    classes = {identifier: index for index, identifier in DATASET_IDS.items()}
-    for image_id, size in sizes.items():
-        own = [row for row in rows if row["image_id"] == image_id]
-        if not boxes:
-            own = [{key: value for key, value in row.items() if key != "bbox"} for row in own]
-        ground_truth = GroundTruth({"image_id": image_id, "file_name": "-"})
-        again.process(ground_truth, {"instances": instances_of_rows(own, classes=classes, size=size)})
-    assert repr(again.results()) == repr(run.results())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"category_id": 3}, "photo: category_id 3 is none of the data set's thing classes"),
-        ({"segmentation": {"size": [60, 40], "counts": [2400]}}, r"photo: a run-length code is 60 x 40 .* 40 x 60"),
-        ({"segmentation": {"size": [40, 60]}}, "photo: a run-length code needs .* 'counts'"),
-        ({"score": None}, "photo: a row has no score; expected COCO results with masks"),
-    ],
-)
-def test_rows_of_results_that_do_not_fit_are_refused(change, message):
-    row = {"category_id": 7, "score": 0.5, "segmentation": [[0, 0, 9, 0, 9, 9]]} | change
-    row = {key: value for key, value in row.items() if value is not None}
-    with pytest.raises(ValueError, match=message):
-        instances_of_rows([row], classes={7: 2}, size=(40, 60), name="photo")
-
-
-def test_a_polygon_in_a_row_of_results_is_filled():
-    found = instances_of_rows(
-        [{"category_id": 7, "score": 0.5, "segmentation": [[5, 2, 15, 2, 15, 12, 5, 12], [1, 1]]}],
-        classes={7: 2},
-        size=(40, 60),
-    )
-    np.testing.assert_array_equal(found.pred_masks[0], square(2, 5, 10))
-    assert found.pred_boxes.tolist() == [[5, 2, 15, 12]] and found.pred_classes.tolist() == [2]
-
-
-def test_class_names_of_another_data_set_are_refused_at_once(tmp_path):
-    content, _ = random_world(0)
-    (tmp_path / "gt.json").write_text(json.dumps(content))
-    options = {"truth": InstanceTruth.read(tmp_path / "gt.json"), "dataset_ids": DATASET_IDS}
-    with pytest.raises(ValueError, match="there are 4 class names and a class 5, counted from 0"):
-        InstanceEvaluator(class_names=NAMES[:4], **options)
-    with pytest.raises(ValueError, match="there are 6 class names, and 5 entries say whether training knew"):
-        InstanceEvaluator(class_names=NAMES, seen=[True] * 5, **options)
-
-
 @pytest.mark.parametrize(
     ("image_id", "masks", "label", "message"),
     [
         (2, np.zeros((1, 40, 60)), 1, r"image 2 is not in .*instances\.json"),
         ("1", np.zeros((1, 40, 60)), 1, "image '1' is not in"),
         (1, np.zeros((1, 60, 40)), 1, r"masks are \(60, 40\) .* is \(40, 60\)"),
-        (1, np.zeros((1, 40, 60)), 0, r"instances of the classes \[0\], which are no thing classes"),
+        (1, np.zeros((1, 40, 60)), 0, "classes 0 of instances are not thing classes"),
     ],
 )
 def test_instances_that_do_not_fit_the_image_are_refused(tmp_path, image_id, masks, label, message):
     with pytest.raises(ValueError, match=message):
-        two_squares(tmp_path).add(image_id, instances_of(masks, [label], [0.5]))
+        add(two_squares(tmp_path), image_id, instances_of(masks, [label], [0.5]))
 
 
 def test_ground_truth_with_other_categories_is_refused(tmp_path):
     content, _ = random_world(0)
-    with pytest.raises(ValueError, match=r"instances\.json has no categories \[9\]"):
+    with pytest.raises(ValueError, match=r"instances\.json has no categories 9"):
         evaluator_for(tmp_path, {**content, "categories": content["categories"][:3]})
     content["annotations"][0]["category_id"] = 3
-    with pytest.raises(ValueError, match=r"annotates unknown categories \[3\]"):
+    with pytest.raises(ValueError, match="annotates categories 3"):
         evaluator_for(tmp_path, content)
 
 
@@ -391,7 +339,7 @@ def test_a_file_that_is_not_instance_ground_truth_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"instances\.json' does not exist"):
         InstanceTruth.read(path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="broken JSON at line 1"):
+    with pytest.raises(ValueError, match="is not JSON"):
         InstanceTruth.read(path)
     path.write_text('{"images": []}')
     with pytest.raises(ValueError, match="not in the COCO instances format"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fcclip.evaluation import InstanceEvaluator, InstanceTruth, LvisEvaluator, encode_masks
+from fcclip.evaluation import GroundTruth, InstanceEvaluator, InstanceTruth, LvisEvaluator, encode_masks
 from fcclip.structures import Instances
 
 NAMES = ("aerosol can", "air conditioner", "bow", "zucchini", "yacht")
@@ -74,6 +74,10 @@ def index_of(category):
 def box_of(mask):
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return [int(columns[0]), int(rows[0]), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
+
+
+def add(evaluator, image_id, found):
+    evaluator.process(GroundTruth({"image_id": image_id}), {"instances": found})
 
 
 def evaluator_for(tmp_path, content, kind=LvisEvaluator, **options):
@@ -169,7 +173,7 @@ def test_average_precision_equals_the_federated_rule_written_out(tmp_path, seed)
     content, detections, truth_masks = random_world(seed)
     evaluator = evaluator_for(tmp_path, content)
     for image_id, found in detections.items():
-        evaluator.add(image_id, found)
+        add(evaluator, image_id, found)
     worst = 0.0
     for task, metrics in evaluator.results().items():
         expected = slow_metrics(content, detections, truth_masks, task)
@@ -182,7 +186,7 @@ def test_average_precision_equals_the_federated_rule_written_out(tmp_path, seed)
     assert worst < 1e-9
     plain = evaluator_for(tmp_path, content, InstanceEvaluator)
     for image_id, found in detections.items():
-        plain.add(image_id, found)
+        add(plain, image_id, found)
     assert plain.results()["segm"]["AP"] < metrics["AP"]  # it punishes what nobody has looked for
 
 
@@ -206,7 +210,7 @@ def one_image(tmp_path, *, negative=(), partial=(), extra_class=None, **options)
     evaluator = evaluator_for(tmp_path, content, **options)
     masks = torch.as_tensor(np.array([square(0, 0), square(50, 50)]))
     classes = torch.tensor([2, 2 if extra_class is None else extra_class])
-    evaluator.add(5, Instances(torch.tensor([0.5, 0.9]), classes, masks, torch.zeros(2, 4)))
+    add(evaluator, 5, Instances(torch.tensor([0.5, 0.9]), classes, masks, torch.zeros(2, 4)))
     return evaluator.results()["segm"]
 
 
@@ -236,7 +240,7 @@ def test_a_detection_in_another_image_counts_only_where_the_class_is_denied(tmp_
         evaluator = evaluator_for(tmp_path, content)
         for image_id, score in ((5, 0.5), (6, 0.9)):
             masks = torch.as_tensor(square(0, 0))[None]
-            evaluator.add(image_id, Instances(torch.tensor([score]), torch.tensor([2]), masks, torch.zeros(1, 4)))
+            add(evaluator, image_id, Instances(torch.tensor([score]), torch.tensor([2]), masks, torch.zeros(1, 4)))
         assert evaluator.results()["segm"]["AP"] == pytest.approx(expected)
 
 
@@ -247,7 +251,7 @@ def test_the_three_hundred_best_of_a_image_count(tmp_path):
     )  # the right one is the last
     content, _, _ = random_world(0, num_images=1)
     evaluator = evaluator_for(tmp_path, content, folder=tmp_path)
-    evaluator.add(0, found)
+    add(evaluator, 0, found)
     evaluator.save()
     rows = json.loads((tmp_path / "lvis_instances_results.json").read_text())
     assert len(rows) == 300 and rows[0]["score"] == pytest.approx(0.9)
@@ -258,8 +262,8 @@ def test_merged_shares_equal_one_process_to_the_bit(tmp_path):
     content, detections, _ = random_world(3)
     alone, first, second = (evaluator_for(tmp_path, content, seen=[True, False] * 2 + [True]) for _ in range(3))
     for index, (image_id, found) in enumerate(detections.items()):
-        alone.add(image_id, found)
-        (second, first)[index % 2].add(image_id, found)
+        add(alone, image_id, found)
+        add((second, first)[index % 2], image_id, found)
     first.merge(second.state())
     assert repr(first.results()) == repr(alone.results())
     assert {"AP_seen", "AP_unseen"} <= alone.results()["bbox"].keys()

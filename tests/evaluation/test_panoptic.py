@@ -242,6 +242,10 @@ def test_published_numbers_are_met():
 CATEGORIES = [{"id": index, "name": f"class {index}", "isthing": int(index < 3)} for index in range(6)]
 
 
+def add(quality, image_id, image):
+    quality.keep(image_id, compare_segments(*image, categories=range(len(quality.class_names))))
+
+
 def evaluator(seen=None):
     return PanopticEvaluator(
         class_names=[category["name"] for category in CATEGORIES], thing_classes=range(3), seen=seen
@@ -254,7 +258,7 @@ def test_streaming_gives_the_numbers_of_the_files(tmp_path):
     quality = panoptic_quality(*write_files(tmp_path, images, CATEGORIES, image_ids))
     streaming = evaluator()
     for image_id, ground_truth in zip(reversed(image_ids), reversed(images)):
-        streaming.add(image_id, *ground_truth)
+        add(streaming, image_id, ground_truth)
     metrics = streaming.results()["panoptic_seg"]
     for suffix, group in (("", "All"), ("_th", "Things"), ("_st", "Stuff")):
         for key in ("PQ", "SQ", "RQ"):
@@ -269,11 +273,11 @@ def test_merged_shares_equal_one_process_to_the_bit(shares):
     images = [random_image(seed) for seed in range(8)]
     alone = evaluator(seen=[True, False, True, False, True, False])
     for image_id, ground_truth in enumerate(images):
-        alone.add(image_id, *ground_truth)
+        add(alone, image_id, ground_truth)
     parts = [evaluator(seen=alone.seen) for _ in shares]
     for part, share in zip(parts, shares):
         for image_id in share:
-            part.add(image_id, *images[image_id])
+            add(part, image_id, images[image_id])
     for part in reversed(parts[1:]):
         parts[0].merge(part.state())
     assert repr(parts[0].results()) == repr(alone.results())  # exact, and NaN equals NaN
@@ -282,7 +286,7 @@ def test_merged_shares_equal_one_process_to_the_bit(shares):
 def test_seen_and_unseen_average_the_classes_that_all_averages():
     quality = evaluator(seen=[True, False, True, False, False, True])
     for seed in range(8):
-        quality.add(seed, *random_image(seed))
+        add(quality, seed, random_image(seed))
     metrics = quality.results()["panoptic_seg"]
     per_class = [metrics[f"PQ-class {index}"] for index in range(6)]
     assert metrics["PQ_seen"] == pytest.approx((per_class[0] + per_class[2]) / 2)  # class 5 never occurs
@@ -292,7 +296,7 @@ def test_seen_and_unseen_average_the_classes_that_all_averages():
 
 def test_classes_without_any_segment_make_empty_groups_not_errors():
     quality = PanopticEvaluator(class_names=["cup", "sand"], thing_classes=[0], seen=[True, True])
-    quality.add(1, row((1, 4)), [truth_segment(1, 0, 4)], row((9, 4)), [{"id": 9, "category_id": 0}])
+    add(quality, 1, (row((1, 4)), [truth_segment(1, 0, 4)], row((9, 4)), [{"id": 9, "category_id": 0}]))
     metrics = quality.results()["panoptic_seg"]
     assert metrics["PQ"] == metrics["PQ_th"] == metrics["PQ_seen"] == 100.0
     assert math.isnan(metrics["PQ_st"]) and math.isnan(metrics["PQ_unseen"])
@@ -300,11 +304,6 @@ def test_classes_without_any_segment_make_empty_groups_not_errors():
 
 def test_no_image_at_all_leaves_every_score_undefined():
     assert all(math.isnan(value) for value in evaluator(seen=[True] * 6).results()["panoptic_seg"].values())
-
-
-def test_a_thing_class_beyond_the_names_is_refused_at_once():
-    with pytest.raises(ValueError, match="there are 2 class names and a class 4, counted from 0"):
-        PanopticEvaluator(class_names=["cup", "sand"], thing_classes=[0, 4])
 
 
 def test_a_class_that_is_only_missed_counts_as_zero():
@@ -323,23 +322,12 @@ def test_each_image_has_a_quality_of_its_own():
     images = {seed: random_image(seed) for seed in range(4)}
     quality = evaluator()
     for image_id, ground_truth in images.items():
-        quality.add(image_id, *ground_truth)
+        add(quality, image_id, ground_truth)
     assert quality.per_image.keys() == images.keys()
     for image_id, ground_truth in images.items():
         alone = evaluator()
-        alone.add(image_id, *ground_truth)
+        add(alone, image_id, ground_truth)
         assert quality.per_image[image_id] == pytest.approx(alone.results()["panoptic_seg"]["PQ"])
-
-
-def test_a_image_may_come_once():
-    ground_truth = random_image(0)
-    first, second = evaluator(), evaluator()
-    first.add("a", *ground_truth)
-    second.add("a", *ground_truth)
-    with pytest.raises(ValueError, match="'a' came twice"):
-        first.add("a", *ground_truth)
-    with pytest.raises(ValueError, match="'a' came twice"):
-        first.merge(second.state())
 
 
 def test_a_missing_prediction_is_named(tmp_path):
@@ -374,7 +362,7 @@ def test_files_that_are_not_panoptic_ground_truth_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"0\.png"):
         panoptic_quality(gt, pred, pred_dir=tmp_path / "nowhere")
     for text, message in (
-        ("{", "broken JSON at line 1"),
+        ("{", "is not JSON"),
         ('{"annotations": []}', "has no 'categories'"),
         ('{"categories": [], "annotations": []}', "nothing to evaluate"),
         ('{"categories": [], "annotations": [{"image_id": 1}]}', "annotation 0 has no file_name, segments_info"),

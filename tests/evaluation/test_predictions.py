@@ -152,7 +152,7 @@ def test_a_line_that_a_kill_cut_off_is_evaluated_again(folder, tmp_path, cut):
     assert path.read_bytes().splitlines(keepends=True) == lines
 
 
-def test_a_image_that_only_one_mode_has_is_evaluated_again(folder, tmp_path):
+def test_an_image_that_only_one_mode_has_is_evaluated_again(folder, tmp_path):
     whole = evaluate(folder, tiny_world.GreyModel(), tmp_path)
     path = tmp_path / "tiny_val" / "in_vocabulary" / "predictions" / "images.0.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))
@@ -164,7 +164,7 @@ def test_a_image_that_only_one_mode_has_is_evaluated_again(folder, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_image_whose_file_is_not_whole_is_evaluated_again(folder, tmp_path, damage):
+def test_an_image_whose_file_is_not_whole_is_evaluated_again(folder, tmp_path, damage):
     whole = evaluate(folder, tiny_world.GreyModel(), tmp_path, **SINGLE)
     path = tmp_path / "tiny_val" / "predictions" / "semantic" / "3.png"
     path.write_bytes(path.read_bytes()[:20])

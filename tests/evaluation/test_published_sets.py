@@ -8,7 +8,7 @@ import torch
 from fcclip.config import get_cfg
 from fcclip.data import DATASETS, get_dataset
 from fcclip.data.segmentations import fill_polygons, read_run_lengths
-from fcclip.evaluation import EVALUATORS, Background, GroundTruth, build_evaluators
+from fcclip.evaluation import EVALUATORS, EvaluationThreads, GroundTruth, build_evaluators
 from fcclip.structures import Instances, boxes_of_masks
 from tests.data.published_trees import write_tree
 
@@ -51,7 +51,7 @@ def test_its_own_ground_truth_scores_a_hundred(tmp_path, name):
     (evaluators,) = build_evaluators(cfg, dataset, modes=["ensemble"]).values()
     things = set(dataset.metadata.get("thing_dataset_id_to_contiguous_id", {}).values())
     ignore_label = dataset.metadata.get("ignore_label", 255)
-    with Background({"": evaluators}) as background:
+    with EvaluationThreads({"": evaluators}) as threads:
         for record in dataset.records():
             ground_truth, output = GroundTruth(record, ignore_label), {}
             if "segments_info" in record:
@@ -60,7 +60,7 @@ def test_its_own_ground_truth_scores_a_hundred(tmp_path, name):
                 output["sem_seg"] = np.where(ground_truth.labels == ignore_label, 0, ground_truth.labels)
             if things:
                 output["instances"] = instances_of(ground_truth, things)
-            background.process(ground_truth, {"": output})
+            threads.process(ground_truth, {"": output})
     results = {task: metrics for one in evaluators for task, metrics in one.results().items()}
     tasks = {"panoptic": {"panoptic_seg"}, "instance": {"segm", "bbox"}, "semantic": {"sem_seg"}}
     wanted = set().union(*(tasks[head] for head in EVALUATORS[dataset.metadata["evaluator_type"]]))

@@ -10,9 +10,13 @@ from fcclip.evaluation import GroundTruth, SemanticEvaluator
 NAMES = ("cup", "sand", "sea", "sky", "walkie-talkie")
 
 
+def add(evaluator, image_id, truth, predicted):
+    evaluator.keep(image_id, evaluator.count(truth, predicted, name="val/7.png"))
+
+
 def metrics(truth, predicted, **options):
     evaluator = SemanticEvaluator(class_names=NAMES, **options)
-    evaluator.add(np.asarray(truth), torch.as_tensor(predicted))
+    add(evaluator, 0, np.asarray(truth), torch.as_tensor(predicted))
     return evaluator.results()["sem_seg"]
 
 
@@ -81,9 +85,9 @@ def test_merged_shares_equal_one_process():
     rng = np.random.default_rng(1)
     images = [(rng.integers(0, 5, (6, 7)), torch.as_tensor(rng.integers(0, 5, (6, 7)))) for _ in range(4)]
     alone, first, second = (SemanticEvaluator(class_names=NAMES) for _ in range(3))
-    for index, ground_truth in enumerate(images):
-        alone.add(*ground_truth)
-        (first, second)[index % 2].add(*ground_truth)
+    for index, image in enumerate(images):
+        add(alone, index, *image)
+        add((first, second)[index % 2], index, *image)
     first.merge(second.state())
     assert repr(first.results()) == repr(alone.results())
 
@@ -108,8 +112,8 @@ def test_counts_on_a_gpu_equal_those_in_main_memory():
     rng = np.random.default_rng(3)
     truth, predicted = rng.choice([0, 1, 3, 255], (60, 70)), torch.as_tensor(rng.integers(0, 5, (60, 70)))
     on_gpu, here = (SemanticEvaluator(class_names=NAMES) for _ in range(2))
-    on_gpu.add(truth, predicted.cuda())
-    here.add(truth, predicted)
+    add(on_gpu, 0, truth, predicted.cuda())
+    add(here, 0, truth, predicted)
     np.testing.assert_array_equal(on_gpu.confusion, here.confusion)
 
 
@@ -125,4 +129,4 @@ def test_counts_on_a_gpu_equal_those_in_main_memory():
 def test_a_map_that_does_not_fit_is_refused(truth, predicted, message):
     evaluator = SemanticEvaluator(class_names=NAMES)
     with pytest.raises(ValueError, match=f"val/7.png: .*{message}"):
-        evaluator.add(np.array(truth), torch.tensor(predicted), name="val/7.png")
+        add(evaluator, 0, np.array(truth), torch.tensor(predicted))

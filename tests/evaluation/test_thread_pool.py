@@ -5,7 +5,8 @@ import time
 
 import pytest
 
-from fcclip.evaluation import Background, Evaluator, GroundTruth
+from fcclip.errors import InputError
+from fcclip.evaluation import EvaluationThreads, Evaluator, GroundTruth
 
 
 class Slow(Evaluator):
@@ -47,9 +48,9 @@ def ground_truth(number):
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_images_are_kept_in_the_order_they_came_whatever_takes_longest(num_threads):
     first, second = Slow(), Slow()
-    with Background({"a": [first], "b": [second]}, num_threads=num_threads) as background:
+    with EvaluationThreads({"a": [first], "b": [second]}, num_threads=num_threads) as threads:
         for number in range(20):
-            background.process(ground_truth(number), {"a": number, "b": -number})
+            threads.process(ground_truth(number), {"a": number, "b": -number})
     assert first.kept == [(number, number) for number in range(20)]
     assert second.kept == [(number, -number) for number in range(20)]
     assert first.most <= num_threads
@@ -58,10 +59,10 @@ def test_images_are_kept_in_the_order_they_came_whatever_takes_longest(num_threa
 def test_no_more_images_wait_than_may():
     evaluator, started, release = Slow(), [], threading.Event()
     evaluator.measure = lambda ground_truth, output: (started.append(ground_truth.image_id), release.wait(5))
-    with Background({"": [evaluator]}, num_threads=1, num_waiting=2) as background:
+    with EvaluationThreads({"": [evaluator]}, num_threads=1, num_waiting=2) as threads:
         for number in range(2):
-            background.process(ground_truth(number), {"": None})
-        third = threading.Thread(target=background.process, args=(ground_truth(2), {"": None}), daemon=True)
+            threads.process(ground_truth(number), {"": None})
+        third = threading.Thread(target=threads.process, args=(ground_truth(2), {"": None}), daemon=True)
         evaluator.keep = lambda *_: None
         third.start()
         third.join(0.1)
@@ -74,17 +75,18 @@ def test_no_more_images_wait_than_may():
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (ValueError("photos/3.jpg: no map"), ValueError, r"^photos/3\.jpg: no map$"),
-        (ValueError("too large"), ValueError, r"^image 3 \(photos/3\.jpg\): too large$"),
+        (InputError("photos/3.jpg: no map"), InputError, r"^photos/3\.jpg: no map$"),
+        (InputError("too large"), InputError, r"^image 3 \(photos/3\.jpg\): too large$"),
         (FileNotFoundError("image 3: no file"), FileNotFoundError, "^image 3: no file$"),
+        (ValueError("shapes"), RuntimeError, "^image 3 .* could not be evaluated: ValueError: shapes$"),
         (KeyError("area"), RuntimeError, r"^image 3 \(photos/3\.jpg\) could not be evaluated: KeyError: 'area'$"),
     ],
 )
 def test_a_failure_names_the_image_and_stops_everything(error, kind, message):
     evaluator = Slow()
-    with pytest.raises(kind, match=message), Background({"": [evaluator]}, num_threads=2) as background:
+    with pytest.raises(kind, match=message), EvaluationThreads({"": [evaluator]}, num_threads=2) as threads:
         for number in range(50):
-            background.process(ground_truth(number), {"": error if number == 3 else None})
+            threads.process(ground_truth(number), {"": error if number == 3 else None})
     assert [number for number, _ in evaluator.kept] == [0, 1, 2]
     assert not any(thread.name.startswith("evaluation") for thread in threading.enumerate())
 
@@ -94,16 +96,16 @@ def test_a_failure_is_told_with_the_next_image_not_when_the_queue_is_full():
 
     def measure(ground_truth, output):
         if ground_truth.image_id == 0:
-            raise ValueError("bad")
+            raise InputError("bad")
         second_begun.set()
 
     evaluator.measure = measure
     options = {"num_threads": 1, "num_waiting": 99}
-    with pytest.raises(ValueError, match="image 0"), Background({"": [evaluator]}, **options) as background:
+    with pytest.raises(ValueError, match="image 0"), EvaluationThreads({"": [evaluator]}, **options) as threads:
         for number in range(2):
-            background.process(ground_truth(number), {"": None})
+            threads.process(ground_truth(number), {"": None})
         second_begun.wait(5)
-        background.process(ground_truth(2), {"": None})
+        threads.process(ground_truth(2), {"": None})
         pytest.fail("told too late")
 
 
@@ -111,14 +113,14 @@ def test_a_failure_elsewhere_ends_the_threads_without_looking_at_what_waits():
     evaluator, begun = Slow(), []
     evaluator.measure = lambda ground_truth, output: (begun.append(ground_truth.image_id), time.sleep(0.05))
     options = {"num_threads": 1, "num_waiting": 99}
-    with pytest.raises(KeyboardInterrupt), Background({"": [evaluator]}, **options) as background:
+    with pytest.raises(KeyboardInterrupt), EvaluationThreads({"": [evaluator]}, **options) as threads:
         for number in range(20):
-            background.process(ground_truth(number), {"": None})
+            threads.process(ground_truth(number), {"": None})
         raise KeyboardInterrupt
     assert len(begun) < 5 and evaluator.kept == []
     assert not any(thread.name.startswith("evaluation") for thread in threading.enumerate())
 
 
 def test_a_pool_without_threads_is_refused():
-    with pytest.raises(ValueError, match="num_threads and num_waiting must be 1 or more, got 0 and 2"):
-        Background({}, num_threads=0)
+    with pytest.raises(ValueError, match="num_threads .* got 0 and 2"):
+        EvaluationThreads({}, num_threads=0)

@@ -12,9 +12,9 @@ from PIL import Image
 
 from fcclip.data import get_dataset
 from fcclip.evaluation import evaluate
-from fcclip.reports import PageSet, Report, cells_of, write_page
+from fcclip.reports import PageSet, Report, write_page
 from fcclip.reports.page import choose_cases
-from fcclip.reports.zero_shot import set_config
+from fcclip.reports.zero_shot import cells_of, set_config
 from tests.data.published_trees import write_tree
 from tests.evaluation import tiny_world
 

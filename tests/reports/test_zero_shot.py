@@ -9,19 +9,8 @@ import torch
 from fcclip.config import configs_dir, load_config
 from fcclip.data import DATASETS, dataset_vocabulary, get_dataset
 from fcclip.modeling import build_model
-from fcclip.reports import (
-    Plan,
-    Report,
-    backbone_of,
-    backbone_of_weights,
-    cells_of,
-    default_sets,
-    differences,
-    logged_figures,
-    plan_sets,
-    published_results,
-)
-from fcclip.reports.zero_shot import set_config
+from fcclip.reports import Plan, Report, backbone_of_weights, plan_sets, published_results
+from fcclip.reports.zero_shot import backbone_of, cells_of, default_sets, differences, logged_figures, set_config
 from tests.data.published_trees import write_tree
 
 FOLDER = "coco/panoptic-segmentation/fcclip"
@@ -34,7 +23,7 @@ def cfg():
     return load_config(f"{FOLDER}/fcclip_convnext_large_eval_ade20k.yaml")
 
 
-class PublishedWords:
+class PublishedVocabulary:
     """All that the comparison asks of a vocabulary."""
 
     is_published = True
@@ -108,12 +97,12 @@ def plan_of(name, root, cfg):
     return Plan(dataset, set_config(cfg, dataset), 4)
 
 
-def why(plan, words, training=PublishedWords(), num_images=2000):  # noqa: B008
+def why(plan, words, training=PublishedVocabulary(), num_images=2000):  # noqa: B008
     return differences(plan, vocabulary=words, training=training, num_images=num_images)
 
 
 def test_with_published_words_and_settings_the_figures_can_be_compared(cfg, tmp_path):
-    assert why(plan_of(ADE20K, tmp_path, cfg), PublishedWords()) == []
+    assert why(plan_of(ADE20K, tmp_path, cfg), PublishedVocabulary()) == []
 
 
 def test_every_reason_against_a_comparison_is_named(cfg, tmp_path):
@@ -137,7 +126,7 @@ def test_every_reason_against_a_comparison_is_named(cfg, tmp_path):
 def test_where_and_how_fast_it_runs_does_not_matter_for_the_comparison(tmp_path):
     keys = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "w.pth", "TEST.BATCH_SIZE", "4", "MODEL.MSDA_ENGINE", "torch"]
     cfg = load_config(f"{FOLDER}/fcclip_convnext_large_eval_ade20k.yaml", keys)
-    assert why(plan_of(ADE20K, tmp_path, cfg), PublishedWords()) == []
+    assert why(plan_of(ADE20K, tmp_path, cfg), PublishedVocabulary()) == []
 
 
 @pytest.mark.parametrize(
@@ -146,7 +135,7 @@ def test_where_and_how_fast_it_runs_does_not_matter_for_the_comparison(tmp_path)
 def test_openais_activation_may_be_said(tmp_path, value, told):
     keys = ["MODEL.FC_CLIP.QUICK_GELU", value, "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "RN50.pt"]
     cfg = load_config(f"{FOLDER}/fcclip_convnext_large_eval_ade20k_r50.yaml", keys)
-    assert why(plan_of(ADE20K, tmp_path, cfg), PublishedWords()) == told
+    assert why(plan_of(ADE20K, tmp_path, cfg), PublishedVocabulary()) == told
 
 
 def logged_results(shift=0.0):
@@ -243,7 +232,7 @@ def test_a_set_that_is_asked_for_must_be_there_and_whole(cfg, tmp_path, monkeypa
         plan_sets(cfg, [ADE20K])
     write_tree(ADE20K, tmp_path)
     (tmp_path / "ADEChallengeData2016" / "ade20k_instance_val.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"ade20k_instance_val\.json' does not exist; it holds .* AP"):
+    with pytest.raises(FileNotFoundError, match=r"ade20k_instance_val\.json' does not exist"):
         plan_sets(cfg)
     with pytest.raises(ValueError, match="'openvocab_pascal20_sem_seg_val' is asked for twice"):
         write_tree("openvocab_pascal20_sem_seg_val", tmp_path)

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from fcclip.data import get_dataset, read_label_map
+from fcclip.errors import run_program
 from tests.data.published_trees import write_tree
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "evaluate_predictions.py"
@@ -16,6 +17,11 @@ SPEC = importlib.util.spec_from_file_location("evaluate_predictions", PROGRAM)
 tool = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tool)
 ADE20K = "openvocab_ade20k_panoptic_val"
+
+
+def run(words):
+    """The exit code of a command line."""
+    return run_program(lambda: tool.main(words))
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def test_predictions_of_another_program_in_all_three_formats(root, capsys):
         Image.fromarray((read_label_map(path) % 255).astype(np.uint8)).save(labels / path.name)
     words = ["--dataset", ADE20K, "--panoptic", str(ade / "ade20k_panoptic_val.json"), "--semantic", str(labels)]
     words += ["--instances", str(results_file(root)), "--output", str(root / "out")]
-    code = tool.main([*words, "--training-set", "shapes_train"])
+    code = run([*words, "--training-set", "shapes_train"])
     printed = capsys.readouterr().out
     assert code == 0
     assert "copypaste: Task: panoptic_seg" in printed and "predictions" in printed
@@ -71,10 +77,10 @@ def test_label_ids_of_cityscapes_with_a_suffix(root, capsys):
         "--label-suffix",
         "_pred",
     ]
-    assert tool.main([*words, "--label-ids", "dataset"]) == 0
+    assert run([*words, "--label-ids", "dataset"]) == 0
     assert "IoU,iIoU,IoU_sup,iIoU_sup" in capsys.readouterr().out
-    assert tool.main(words) == 1
-    assert "are no class of 'openvocab_cityscapes_fine_panoptic_val' (19 classes, 0..18)" in capsys.readouterr().err
+    assert run(words) == 1
+    assert "are not classes of 'openvocab_cityscapes_fine_panoptic_val' (19 classes, 0..18)" in capsys.readouterr().err
 
 
 def test_missing_predictions_stop_it_unless_they_are_to_count_as_empty(root, capsys):
@@ -82,10 +88,10 @@ def test_missing_predictions_stop_it_unless_they_are_to_count_as_empty(root, cap
     first = get_dataset(ADE20K).records()[0]["image_id"]
     path.write_text(json.dumps([row for row in json.loads(path.read_text()) if row["image_id"] != first]))
     words = ["--dataset", ADE20K, "--instances", str(path)]
-    assert tool.main(words) == 1
+    assert run(words) == 1
     assert f"1 of 4 images of '{ADE20K}' have no instances prediction: image_id '{first}'" in capsys.readouterr().err
-    assert tool.main([*words, "--missing", "empty"]) == 0
-    assert tool.main([*words, "--first", "0"]) == 1
+    assert run([*words, "--missing", "empty"]) == 0
+    assert run([*words, "--first", "0"]) == 1
 
 
 def test_saved_predictions_of_several_modes_have_a_line_each(root, tmp_path, capsys):
@@ -103,16 +109,16 @@ def test_saved_predictions_of_several_modes_have_a_line_each(root, tmp_path, cap
     modelled = json.loads((tmp_path / "run" / "results.json").read_text())["row"]
     capsys.readouterr()
     words = ["--dataset", ADE20K, "--output", str(tmp_path / "out")]
-    assert tool.main([*words, "--saved", str(tmp_path / "run" / ADE20K)]) == 0
+    assert run([*words, "--saved", str(tmp_path / "run" / ADE20K)]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["sets"][ADE20K]
     assert found.keys() == {"ensemble", "in_vocabulary"}
     for cell in modelled:
         assert {mode: one[cell["column"]]["all"] for mode, one in found.items()} == cell["values"]
-    assert tool.main([*words, "--saved", str(tmp_path / "run" / ADE20K / "in_vocabulary")]) == 0
+    assert run([*words, "--saved", str(tmp_path / "run" / ADE20K / "in_vocabulary")]) == 0
 
 
 def test_a_folder_without_saved_predictions_is_named(root, capsys):
-    assert tool.main(["--dataset", ADE20K, "--saved", str(root)]) == 1
+    assert run(["--dataset", ADE20K, "--saved", str(root)]) == 1
     assert f"'{root}' holds no saved predictions: there is no header.json" in capsys.readouterr().err
 
 

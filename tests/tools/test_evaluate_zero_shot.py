@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from fcclip.data import DATASETS
+from fcclip.errors import run_program
 from fcclip.modeling import build_model
-from fcclip.reports import published_results
+from fcclip.reports import published_results, zero_shot
 from fcclip.weights import save_weights
 from tests.conftest import tiny_config
 from tests.data.own_world import write_own
@@ -45,6 +46,7 @@ def tiny(tmp_path_factory):
     cfg = tiny_config()
     cfg.INPUT.MIN_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST = 64
     cfg.SOLVER.BEST.DATASET = ""
+    torch.manual_seed(0)
     weights = folder / "tiny.safetensors"
     save_weights(build_model(cfg), weights, full=True, dtype=None)
     config = folder / "tiny.yaml"
@@ -57,9 +59,8 @@ def run(tiny, output, *arguments):
     config, weights = tiny
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-        code = tool.main(
-            ["--weights", str(weights), "--config-file", str(config), "--output", str(output), *map(str, arguments)]
-        )
+        words = ["--weights", weights, "--config-file", config, "--output", output, *arguments]
+        code = run_program(lambda: tool.main([str(word) for word in words]))
     results = output / "results.json"
     return code, printed.getvalue(), json.loads(results.read_text()) if results.is_file() else None
 
@@ -134,8 +135,8 @@ def test_without_any_data_it_says_where_it_looked(tiny, tmp_path, monkeypatch):
 
 def test_a_figure_out_of_tolerance_makes_the_exit_code_one(tiny, trees, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(trees))
-    monkeypatch.setattr(tool, "differences", lambda *_, **__: [])
-    monkeypatch.setattr(tool, "backbone_of", lambda cfg: published_results()["backbones"][0])
+    monkeypatch.setattr(zero_shot, "differences", lambda *_, **__: [])
+    monkeypatch.setattr(zero_shot, "backbone_of", lambda cfg: published_results()["backbones"][0])
     code, printed, results = run(tiny, tmp_path, "--datasets", "openvocab_pascal20_sem_seg_val", *SMALL)
     assert code == 1 and results["verdict"] == "FAIL"
     assert "FAIL  PAS-20 mIoU: " in printed and "published 89.50" in printed

@@ -21,8 +21,8 @@ def test_a_mark_wins_over_the_given_things():
 
 
 @pytest.mark.parametrize("words", ["", " ; ;", [], ["cat", " , "], ["cat", ":stuff"]])
-def test_entries_without_a_word_are_refused(words):
-    with pytest.raises(ValueError, match="word"):
+def test_entries_without_a_name_are_refused(words):
+    with pytest.raises(ValueError, match="name"):
         Vocabulary.from_names(words)
 
 
@@ -56,7 +56,7 @@ def test_our_json_is_read(tmp_path):
     assert vocabulary.thing_classes == (0,)
 
 
-def test_a_label_only_name_is_shown_but_is_no_word(tmp_path):
+def test_a_label_only_name_is_shown_but_is_not_a_synonym(tmp_path):
     path = tmp_path / "birds.json"
     classes = [
         {"id": 1, "name": "crane", "label_only": True, "synonyms": ["grey crane", "wading bird"]},
@@ -99,24 +99,24 @@ def test_a_broken_file_is_refused_by_name_and_line(tmp_path, text, message):
         Vocabulary.from_file(tmp_path / "gone.json")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_words(tmp_path):
+def test_a_byte_order_mark_is_not_part_of_a_name(tmp_path):
     (tmp_path / "words.txt").write_bytes(b"\xef\xbb\xbf0:cat\n")
     assert Vocabulary.from_file(tmp_path / "words.txt").class_names == ("cat",)
 
 
-def test_a_class_is_seen_if_any_synonym_is_a_training_word_exactly():
+def test_a_class_is_seen_if_any_synonym_is_one_of_the_training_exactly():
     training = Vocabulary.from_names("person, child; sky")
     test = Vocabulary.from_names("man, child; Sky; skyline; clouds, sky")
     assert test.seen_by(training).tolist() == [True, False, False, True]
 
 
-def test_the_hash_knows_words_order_and_things_but_not_the_file():
+def test_the_hash_knows_synonyms_order_and_things_but_not_the_file():
     one, same = Vocabulary.from_names("a, b; c"), Vocabulary.from_names("a,b;c", name="other")
     assert one.hash == same.hash
     assert len({one.hash, Vocabulary.from_names("c; a, b").hash, Vocabulary.from_names("a, b; c:stuff").hash}) == 3
 
 
-def test_there_are_fourteen_templates_filled_word_by_word():
+def test_there_are_fourteen_templates_filled_synonym_by_synonym():
     assert len(TEMPLATES) == 14
     filled = prompts(["cat", "dog"])
     assert (filled[0], filled[1], filled[14]) == ("a photo of a cat.", "This is a photo of a cat", "a photo of a dog.")
@@ -154,7 +154,7 @@ def test_the_published_files_give_the_published_counts(name):
     assert vocabulary.is_published
 
 
-def test_joined_lists_keep_every_word_once_and_classes_that_share_a_word_are_one():
+def test_joined_lists_keep_every_synonym_once_and_classes_that_share_one_are_one():
     one = Vocabulary.from_names("cat; dog, hound; sand:stuff", name="one")
     other = Vocabulary.from_names("cow; puppy, hound; beach, sand:stuff; lake, cow", name="other")
     both = one.joined(other)
