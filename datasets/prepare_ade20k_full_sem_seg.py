@@ -119,7 +119,7 @@ def smaller_size(height: int, width: int) -> tuple[int, int]:
 
 def inspect(task: Task) -> Iterator[str]:
     path, labels = task.outputs
-    yield from label_findings(labels, num_classes=len(FULL_IDS), ignore_label=IGNORE_LABEL, path=path)
+    yield from label_findings(labels, num_classes=len(FULL_IDS), ignore_label=IGNORE_LABEL, image=path)
 
 
 PREPARATION = Preparation(

@@ -50,7 +50,7 @@ def instance_dataset(
     def image_file(image: dict) -> dict[str, Any]:
         return {"file_name": f"{image_root}/{image['file_name']}", "image_id": image_id(image["id"])}
 
-    how = {"vocabulary": words, "image": image_file}
+    how = {"vocabulary": words, "image_file": image_file}
     load = partial(read_instance_json, name, json_file, **how)
     parse = partial(instance_records, f"data set '{name}': {json_file}", **how)
     return Dataset(name=name, metadata=metadata, load=load, parse=parse, vocabulary=words.name, words=lambda: words)
