@@ -13,7 +13,7 @@ from typing import Any
 
 from fcclip.checks.findings import PUBLISHED_SO, Findings, plural, some
 from fcclip.data.dataset import Dataset
-from fcclip.data.own_data import class_of
+from fcclip.data.own_categories import class_of
 from fcclip.data.segmentations import compressed, has_area
 from fcclip.vocabulary import Vocabulary
 

@@ -31,9 +31,9 @@ from fcclip.checks.annotations import (
 from fcclip.checks.findings import KINDS, SEVERITIES, Finding, Findings, some
 from fcclip.checks.images import Looked, Rules, look
 from fcclip.checks.processes import Death, map_in_processes
-from fcclip.data.dataset import Dataset, _garbage_left_alone
+from fcclip.data.dataset import Dataset, collector_paused
 from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
-from fcclip.data.datasets.files import read_json
+from fcclip.data.datasets.files import AnnotationFile
 from fcclip.data.datasets.instances import NOT_INSTANCES
 from fcclip.data.datasets.panoptic import NOT_PANOPTIC
 from fcclip.data.transport import CompactRecords
@@ -299,7 +299,7 @@ def _from_json(report: Report, dataset: Dataset) -> list[dict] | None:
     """The records of an annotation file, without the entries that its reader refuses."""
     say, path = report.findings, Path(report.source)
     is_panoptic = report.kind == "panoptic"
-    with _garbage_left_alone():
+    with collector_paused():
         content = _content(say, path, dataset, is_panoptic)
         if content is None:
             return None
@@ -328,7 +328,7 @@ def _content(say: Findings, path: Path, dataset: Dataset, is_panoptic: bool) -> 
     lists, expected = (("annotations",), NOT_PANOPTIC) if is_panoptic else (("images", "annotations"), NOT_INSTANCES)
     where = f"data set '{dataset.name}': {path}"
     try:
-        content = read_json(where, path, lists, expected)
+        content = AnnotationFile(f"data set '{dataset.name}'", path, lists, expected).read()
     except (ValueError, OSError) as error:
         reason = str(error).removeprefix(where).removeprefix(": ").strip()
         first, _, remedy = reason.partition(". ")
@@ -356,7 +356,7 @@ def _check_instances_file(report: Report, dataset: Dataset, records: Sequence[di
     if not path.is_file():
         say.say("no-instances-file", path, "no such file")
         return
-    with _garbage_left_alone():
+    with collector_paused():
         content = _content(say, path, dataset, is_panoptic=False)
         if content is None:
             return

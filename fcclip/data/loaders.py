@@ -26,7 +26,7 @@ from fcclip.data.mappers import (
 )
 from fcclip.data.samplers import Draw, TrainingBatches, build_stream, inference_batches, inference_share
 from fcclip.data.transport import CompactRecords, PackedBatch
-from fcclip.errors import InputError
+from fcclip.errors import InputError, UserError
 
 __all__ = ["LoaderError", "TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
 
@@ -36,7 +36,7 @@ WorkerInit = Callable[[int], None]
 TIMEOUT_S = 600  # without a batch from the loading processes before they count as hung
 
 
-class LoaderError(RuntimeError):
+class LoaderError(UserError, RuntimeError):
     """A process that loads images died or hangs."""
 
 
@@ -97,8 +97,8 @@ class TrainLoader:
             why = f"DATALOADER.MAX_BAD_IMAGES allows {self.max_bad}"
             if len(self.bad_images) <= self.max_bad:
                 why = "there is no good one to take their place"
-            listed = "".join(f"\n  {problem}" for problem in self.bad_images.values())
-            raise InputError(f"{len(self.bad_images)} images are bad, and {why}:{listed}")
+            lines = [f"{len(self.bad_images)} images are bad, and {why}:", *self.bad_images.values()]
+            raise InputError("\n  ".join(lines))
         return replaced.sample
 
 
@@ -229,18 +229,14 @@ def training_records(cfg, dataset: Dataset, mapper: JitterMapper) -> list[dict]:
         FileNotFoundError, ValueError: a broken data set, or one without the ground truth that the mapper reads.
     """
     records = dataset.records()
-    kinds = _one_of_each_kind(records)
+    # the first record with each set of fields: data sets of different types may stand one after the other
+    kinds = list({tuple(record): record for record in reversed(records)}.values())
     for record in kinds:
         where = f"data set '{dataset.name}'"
         check_ground_truth(record, mapper, where=where if len(kinds) == 1 else f"{where}: {record['file_name']}")
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         records = _with_instances(records, dataset.name)
     return records
-
-
-def _one_of_each_kind(records: list[dict]) -> list[dict]:
-    """The first record with each set of fields: data sets of different types may stand one after the other."""
-    return list({tuple(record): record for record in reversed(records)}.values())
 
 
 def _agreed_seed(seed: int, world_size: int) -> int:
@@ -263,11 +259,11 @@ def _with_instances(records: list[dict], name: str) -> list[dict]:
     kept = [
         record
         for record in records
-        if "annotations" not in record or any(not one.get("iscrowd", 0) for one in record["annotations"])
+        if "annotations" not in record or any(not instance.get("iscrowd", 0) for instance in record["annotations"])
     ]
     if not kept:
         raise InputError(
-            f"data set '{name}': none of its {len(records)} images has an annotation that is no crowd, so there is "
+            f"data set '{name}': none of its {len(records)} images has an annotation that is not a crowd, so there is "
             "nothing to learn. DATALOADER.FILTER_EMPTY_ANNOTATIONS False would train on empty images."
         )
     if len(kept) < len(records):

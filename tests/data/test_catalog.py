@@ -5,6 +5,7 @@ import pytest
 
 from fcclip.config import configs_dir, load_config
 from fcclip.data import DATASETS, Dataset, get_dataset, root_folder
+from fcclip.data.dataset import EVALUATORS
 
 # name without split: (classes, things, ignore label, evaluator type), as published
 PUBLISHED = {
@@ -157,3 +158,14 @@ def test_reading_annotations_pauses_the_garbage_collector_and_leaves_it_as_it_wa
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if was_enabled else gc.disable)()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_record_says_what_was_published_of_the_data_set(name):
+    dataset = get_dataset(name)
+    if name.startswith("shapes"):
+        assert dataset.published_count is None and dataset.published_vocabulary is None
+    else:
+        assert dataset.published_count > 0 and dataset.published_vocabulary.endswith("_with_prompt_eng.txt")
+    assert dataset.evaluators == EVALUATORS[dataset.metadata["evaluator_type"]]
+    assert dataset.test_size == ((1024, 2560) if "cityscapes" in name or "mapillary" in name else (800, 1333))

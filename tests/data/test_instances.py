@@ -113,7 +113,7 @@ def test_a_broken_file_is_named_with_what_is_wrong(coco_instances, edit, change,
 def test_a_json_cut_in_half_is_named(coco_instances, tmp_path):
     path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"instances_val2017\.json is not valid JSON \(500 bytes\).*cut off"):
+    with pytest.raises(ValueError, match=r"instances_val2017\.json' is not JSON"):
         coco_instances.records()
 
 

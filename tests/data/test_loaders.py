@@ -311,7 +311,7 @@ def test_a_data_set_of_crowds_is_refused(cfg, instances):
         for annotation in record["annotations"]:
             annotation["iscrowd"] = 1
     crowds = dataclasses.replace(instances, load=lambda: records)
-    with pytest.raises(ValueError, match="none of its 5 images has an annotation that is no crowd"):
+    with pytest.raises(ValueError, match="none of its 5 images has an annotation that is not a crowd"):
         build_train_loader(cfg, dataset=crowds)
 
 

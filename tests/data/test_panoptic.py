@@ -90,9 +90,7 @@ def test_a_missing_json_is_named_with_the_variable_to_set(coco_val, coco_root):
 def test_a_json_cut_in_half_is_named(coco_val, coco_root):
     path = coco_root / "coco" / "annotations" / "panoptic_val2017.json"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        ValueError, match=r"panoptic_val2017\.json is not valid JSON \(\d+ bytes\).*may have been cut off"
-    ):
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json' is not JSON"):
         coco_val.records()
 
 

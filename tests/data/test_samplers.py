@@ -83,12 +83,12 @@ def test_a_image_is_repeated_as_its_rarest_category_asks():
     torch.testing.assert_close(plain[[2, 3, 0]], torch.tensor([2.0, 4.0, 1.0]))
 
 
-def test_classes_of_different_former_data_sets_are_counted_apart():
+def test_classes_of_records_of_different_sources_are_counted_apart():
     cfg = get_cfg()
     cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.5
-    first = [{"replayed_from": 0, "segments_info": [{"category_id": 0}]}] * 9
-    rare = [{"replayed_from": 1, "annotations": [{"category_id": 0}]}]  # another class 0, in 1 of 10 images
-    factors = build_stream(cfg, first + rare).keywords["factors"]
+    first = [{"source": 0, "segments_info": [{"category_id": 0}]}] * 9
+    rare = [{"source": 1, "annotations": [{"category_id": 0}]}]  # another class 0, in 1 of 10 images
+    factors = build_stream(cfg, first + rare, source="source").keywords["factors"]
     torch.testing.assert_close(factors, torch.tensor([1.0] * 9 + [(0.5 / 0.1) ** 0.5]))
 
 

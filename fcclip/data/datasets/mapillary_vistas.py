@@ -25,4 +25,8 @@ def mapillary_vistas_panoptic(root: Path, *, name: str, split: str) -> Dataset:
         sem_seg_root=folder / "labels",
         json_file=None,
         ignore_label=65,
+        published_count={"train": 18_000, "val": 2_000}[split],
+        published_vocabulary="mapillary_vistas_with_prompt_eng.txt",
+        benchmark="Mapillary",
+        test_size=(1024, 2560),
     )

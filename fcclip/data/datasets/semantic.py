@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.files import WHERE_DATA_IS
@@ -26,6 +27,7 @@ def semantic_dataset(
     ignore_label: int = 255,
     image_ext: str = "jpg",
     gt_ext: str = "png",
+    **facts: Any,
 ) -> Dataset:
     """A data set whose label maps hold contiguous class ids; they do not tell things from stuff.
 
@@ -35,6 +37,7 @@ def semantic_dataset(
         image_root, sem_seg_root: the two folders; sub-folders are not entered.
         ignore_label: value of unlabelled pixels.
         image_ext, gt_ext: file-name endings without the dot.
+        facts: further fields of `Dataset`.
     """
     metadata = {
         **class_metadata(Vocabulary.builtin(vocabulary), things=False),
@@ -45,13 +48,13 @@ def semantic_dataset(
         "gt_ext": gt_ext,
     }
     load = partial(read_folder_pair, name, image_root, sem_seg_root, image_ext=image_ext, gt_ext=gt_ext)
-    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary)
+    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary, **facts)
 
 
 def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_ext: str, gt_ext: str) -> list[dict]:
     """Records `file_name, sem_seg_file_name, image_id` (the stem), sorted by stem.
 
-    Hidden files are none. A file without a partner is left out, and a warning says how many there are.
+    Hidden files are skipped. A file without a partner is left out, and a warning says how many there are.
 
     Raises:
         FileNotFoundError: a folder does not exist.
