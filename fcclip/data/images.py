@@ -17,6 +17,7 @@ from fcclip.errors import InputError, MissingFileError
 __all__ = [
     "Header",
     "image_size",
+    "opened",
     "read_header",
     "read_id_map",
     "read_image",
@@ -51,9 +52,9 @@ def read_pil_image(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is cut off, or has pixels without a fixed black and white.
+        ValueError: the file is not an image, is cut off, or has pixels without a fixed black and white.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         upright = _TO_UPRIGHT.get(_orientation(image))
         image = _three_channels(image)
         return image if upright is None else image.transpose(upright)
@@ -88,9 +89,9 @@ def read_header(path: str | Path) -> Header:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image.
+        ValueError: the file is not an image.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         is_deep = _is_deep(image)  # before anything may decode pixels
         orientation = _orientation(image)
         turned = orientation if orientation in _TO_UPRIGHT else 1
@@ -102,7 +103,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image.
+        ValueError: the file is not an image.
     """
     return read_header(path).upright
 
@@ -112,9 +113,9 @@ def read_id_map(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is cut off, or has more than 8 bits a channel.
+        ValueError: the file is not an image, is cut off, or has more than 8 bits a channel.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if _is_deep(image):
             raise InputError("an id PNG has 8 bits a channel, this one 16 or more, of which half would be lost")
         colours, order = None, cv2.COLOR_BGR2RGBA
@@ -132,9 +133,9 @@ def read_label_map(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is cut off, or does not have one whole number a pixel.
+        ValueError: the file is not an image, is cut off, or does not have one whole number a pixel.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if image.mode not in ("L", "P", "I") and not image.mode.startswith("I;16"):
             raise InputError(
                 f"a label map has one whole number a pixel (grey of 8 or 16 bit, or palette indices), this file has "
@@ -144,25 +145,36 @@ def read_label_map(path: str | Path) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(
+    path: str | Path,
+    *,
+    if_missing: str = "though the data set lists it. Restore the file, or check that the root folder "
+    "($DETECTRON2_DATASETS) is the one you mean.",
+    if_broken: str = "Copy or prepare the file again.",
+) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet; what goes wrong in the block is told of the file too.
+
+    Args:
+        path: the file.
+        if_missing, if_broken: ends of messages, what to do.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image, or is broken.
+    """
     path = Path(path)
     try:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{path}: no such image, though the data set lists it. Restore the file, or check that the root folder "
-            "($DETECTRON2_DATASETS) is the one you mean."
-        ) from error
+        raise MissingFileError(f"{path}: no such image, {if_missing}") from error
     except PermissionError:
         raise
     except _UNREADABLE as error:
-        found = str(error)
-        if isinstance(error, UnidentifiedImageError):
-            found = "the file has no known image format"
+        problem = "it has no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
         if path.is_file() and path.stat().st_size == 0:
-            found = "the file is empty (0 bytes)"
-        raise InputError(f"{path}: cannot be read as an image: {found}. Copy or prepare the file again.") from error
+            problem = "the file is empty (0 bytes)"
+        raise InputError(f"{path}: cannot be read as an image: {problem}. {if_broken}") from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -194,8 +206,8 @@ def _three_channels(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise InputError(
-            f"its pixels are {_described(image.mode)}, of which nothing says what is black and what is white; store "
-            "it with 8 or 16 bits a channel"
+            f"its pixels are {_described(image.mode)}, and nothing says what is black and what is white; store it with "
+            "8 or 16 bits a channel"
         )
     if image.mode == "RGB":
         image.load()

@@ -119,7 +119,7 @@ def test_a_grey_image_of_instances_is_refused(downloads, prepare, capsys, tmp_pa
     assert "pixels are of mode L, expected RGB or RGBA" in capsys.readouterr().err
 
 
-def test_a_image_without_instances_file_is_named(downloads, prepare, capsys, tmp_path):
+def test_an_image_without_instances_file_is_named(downloads, prepare, capsys, tmp_path):
     downloads.ade20k(tmp_path)
     (tmp_path / ADE / "annotations_instance" / "validation" / "ADE_val_00000002.png").unlink()
     assert prepare("ade20k_ins_seg") == 1
@@ -310,7 +310,7 @@ def test_a_json_file_cut_in_half_is_made_anew_with_its_pngs(downloads, prepare, 
     path.write_bytes(path.read_bytes()[:100])
     (tmp_path / ADE / "ade20k_panoptic_val" / "ADE_val_00000001.png").unlink()
     assert prepare("ade20k_pan_seg") == 0
-    assert "no valid JSON" in capsys.readouterr().err
+    assert "is not JSON" in capsys.readouterr().err
     assert {name: content for name, (_, content) in files().items()} == before
 
 

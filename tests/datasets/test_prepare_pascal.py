@@ -93,7 +93,7 @@ def test_a_category_that_is_none_of_the_59_is_named_unless_it_is_painted_over(do
     assert prepare("pascal_ctx_sem_seg", "--splits", "val") == 0
 
 
-def test_a_image_without_annotations_has_no_class(downloads, prepare, values, tmp_path):
+def test_an_image_without_annotations_has_no_class(downloads, prepare, values, tmp_path):
     downloads.pascal_context(tmp_path)
     change_context(
         tmp_path,
@@ -118,7 +118,7 @@ def test_another_json_file_is_no_pascal_in_detail(downloads, prepare, capsys, tm
     downloads.pascal_context(tmp_path)
     change_context(tmp_path, lambda content: content.pop("annos_segmentation"))
     assert prepare("pascal_ctx_sem_seg") == 1
-    assert "these are no annotations of PASCAL in Detail: KeyError('annos_segmentation')" in capsys.readouterr().err
+    assert "these are not annotations of PASCAL in Detail: KeyError('annos_segmentation')" in capsys.readouterr().err
 
 
 def test_the_60_categories_are_the_published_ones(program):

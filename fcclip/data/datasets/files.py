@@ -1,7 +1,8 @@
-"""Annotation files; every failure says where the data are looked for."""
+"""Annotation files, whose failures say where the data are looked for; files of a folder."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import read_json
 
-__all__ = ["WHERE_DATA_IS", "AnnotationFile"]
+__all__ = ["WHERE_DATA_IS", "AnnotationFile", "files_by_stem"]
 
 WHERE_DATA_IS = (
     "Data sets are looked for below $DETECTRON2_DATASETS, else below the folder 'datasets'; "
@@ -85,3 +86,9 @@ class AnnotationFile:
                         f"{self.where} lists the {kind} {record[key]}, which does not exist. {self.remedy}"
                     )
         return records
+
+
+def files_by_stem(folder: Path, ending: str) -> dict[str, Path]:
+    """Name without `ending` -> file of a folder, sorted; hidden files are skipped."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(ending) and not name.startswith("."))
+    return {name.removesuffix(ending): folder / name for name in names}

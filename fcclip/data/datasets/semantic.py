@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import WHERE_DATA_IS
+from fcclip.data.datasets.files import WHERE_DATA_IS, files_by_stem
 from fcclip.data.datasets.metadata import class_metadata
 from fcclip.errors import MissingFileError
 from fcclip.vocabulary import Vocabulary
@@ -59,7 +59,10 @@ def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_e
     Raises:
         FileNotFoundError: a folder does not exist.
     """
-    images, labels = _files_by_stem(name, image_root, image_ext), _files_by_stem(name, sem_seg_root, gt_ext)
+    for folder in (image_root, sem_seg_root):
+        if not folder.is_dir():
+            raise MissingFileError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
+    images, labels = files_by_stem(image_root, f".{image_ext}"), files_by_stem(sem_seg_root, f".{gt_ext}")
     stems = sorted(images.keys() & labels.keys())
     alone = len(images) + len(labels) - 2 * len(stems)
     if alone:
@@ -70,11 +73,3 @@ def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_e
     return [
         {"file_name": str(images[stem]), "sem_seg_file_name": str(labels[stem]), "image_id": stem} for stem in stems
     ]
-
-
-def _files_by_stem(name: str, folder: Path, extension: str) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise MissingFileError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
-    ending = f".{extension}"
-    files = (path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
-    return {path.name.removesuffix(ending): path for path in files}
