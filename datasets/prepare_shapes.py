@@ -172,11 +172,8 @@ def write_set(folder: Path, set_name: str, *, seed: int, num_images: int, run_ea
     instances = [{"image_id": i + 1, **shape} for i, (_, shapes, _) in enumerate(written) for shape in shapes]
     instances = [{"id": number, **instance} for number, instance in enumerate(instances, start=1)]
     thing_categories = [{k: v for k, v in c.items() if k != "isthing"} for c in categories if c["isthing"]]
-    for kind, annotations, of_them in (
-        ("panoptic", panoptic, categories),
-        ("instances", instances, thing_categories),
-    ):
-        content = {**head, "annotations": annotations, "categories": of_them}
+    for kind, labels, classes in (("panoptic", panoptic, categories), ("instances", instances, thing_categories)):
+        content = {**head, "annotations": labels, "categories": classes}
         write_json(folder / "annotations" / f"{kind}_{set_name}.json", content)
     measured = np.array([numbers for _, _, numbers in written], dtype=float)
     names = (

@@ -41,7 +41,7 @@ from fcclip.checks.dataset import Finding, Report, check_dataset, choose_images
 from fcclip.checks.findings import KINDS
 from fcclip.data import dataset_vocabulary, get_dataset, read_id_map, read_image, read_label_map, root_folder
 from fcclip.data.dataset import Dataset
-from fcclip.data.own_data import is_own_data
+from fcclip.data.own_description import is_own_data
 from fcclip.data.segmentations import fill_polygons
 from fcclip.structures import Segment
 from fcclip.visualization import contact_sheet, draw_labels, draw_panoptic

@@ -16,10 +16,9 @@ from fcclip.data.datasets.lvis import lvis_instances
 from fcclip.data.datasets.mapillary_vistas import mapillary_vistas_panoptic
 from fcclip.data.datasets.pascal import pascal_context_59, pascal_context_459, pascal_voc_20, pascal_voc_21
 from fcclip.data.datasets.shapes import shapes_panoptic
-from fcclip.data.own_data import is_own_data, own_dataset
+from fcclip.data.own_data import own_dataset
+from fcclip.data.own_description import is_own_data
 from fcclip.errors import InputError
-
-__all__ = ["DATASETS", "Dataset", "distinct_datasets", "get_dataset", "root_folder"]
 
 
 def _splits(template: str, build: Callable[..., Dataset], *splits: str) -> dict[str, Callable[[Path], Dataset]]:

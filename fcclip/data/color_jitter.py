@@ -9,8 +9,6 @@ import numpy as np
 
 from fcclip.data.transforms import RandomNumbers, draw_integer
 
-__all__ = ["ColorJitter"]
-
 
 @dataclass(frozen=True)
 class ColorJitter:

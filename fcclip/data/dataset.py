@@ -15,8 +15,6 @@ from fcclip.data.images import image_size
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["EVALUATORS", "Dataset", "collector_paused", "joined"]
-
 # detectron2's `evaluator_type` -> what such a data set has ground truth for, as far as {PANOPTIC,INSTANCE,SEMANTIC}_ON
 # of a config ask for it.
 EVALUATORS: dict[str, tuple[str, ...]] = {

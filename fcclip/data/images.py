@@ -14,17 +14,6 @@ from PIL import Image, UnidentifiedImageError
 
 from fcclip.errors import InputError, MissingFileError
 
-__all__ = [
-    "Header",
-    "image_size",
-    "opened",
-    "read_header",
-    "read_id_map",
-    "read_image",
-    "read_label_map",
-    "read_pil_image",
-]
-
 _ORIENTATION_TAG = 0x0112
 _TO_UPRIGHT = {  # value of the EXIF orientation tag: what turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

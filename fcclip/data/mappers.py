@@ -40,18 +40,6 @@ from fcclip.errors import InputError
 from fcclip.files import listed
 from fcclip.structures import Targets
 
-__all__ = [
-    "MAPPERS",
-    "InstanceJitterMapper",
-    "JitterMapper",
-    "PanopticJitterMapper",
-    "SemanticJitterMapper",
-    "ShortestEdgeMapper",
-    "build_test_mapper",
-    "build_train_mapper",
-    "check_ground_truth",
-]
-
 VOID_ID = 0  # of pixels without a segment in an id PNG
 CHANNEL_ORDERS = ("RGB", "BGR")
 _KEPT = ("file_name", "image_id", "pan_seg_file_name", "sem_seg_file_name")

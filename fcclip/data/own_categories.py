@@ -16,8 +16,6 @@ from fcclip.errors import InputError
 from fcclip.files import listed
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["CategoryMatch", "class_of"]
-
 logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # names in a message

@@ -13,9 +13,9 @@ ignore_label: 255          # of unlabelled pixels
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,12 +25,10 @@ from fcclip.data.datasets.instances import NOT_INSTANCES, instance_records
 from fcclip.data.datasets.metadata import LateMetadata, class_metadata
 from fcclip.data.datasets.panoptic import NOT_PANOPTIC, panoptic_records
 from fcclip.data.own_categories import CategoryMatch
-from fcclip.data.own_description import Description, is_own_data
+from fcclip.data.own_description import Description
 from fcclip.errors import InputError
 from fcclip.files import listed
 from fcclip.vocabulary import Vocabulary
-
-__all__ = ["is_own_data", "own_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,19 +60,17 @@ def _panoptic(description: Description, classes: Vocabulary) -> Dataset:
     masks = description.place("masks") if "masks" in description.content else default
 
     def parse(match: CategoryMatch, content: dict) -> list[dict]:
-        image_files = _ImageFiles(images, content.get("images") or ())
+        listed_images = [image for image in content.get("images") or () if isinstance(image, dict)]
+        name_of = _image_names(images, listed_images)
 
         def files(annotation: dict) -> dict[str, str]:
-            mask = annotation["file_name"]
-            image = image_files.of(annotation["image_id"], mask)
-            return {"file_name": str(images / image), "pan_seg_file_name": str(masks / mask)}
+            mask = str(masks / annotation["file_name"])
+            return {"file_name": str(images / name_of(annotation)), "pan_seg_file_name": mask}
 
         records = panoptic_records(source.where, content, vocabulary=match.vocabulary(content), files=files)
-        if image_files.num_listed > len(records):
-            logger.info(
-                "%s: %d of %d images have no annotation; left out",
-                *(source.where, image_files.num_listed - len(records), image_files.num_listed),
-            )
+        total = len({str(image.get("id")) for image in listed_images})
+        if total > len(records):
+            logger.info("%s: %d of %d images have no annotation; left out", source.where, total - len(records), total)
         return records
 
     metadata = {
@@ -138,7 +134,7 @@ def _coco_dataset(
     def load() -> list[dict]:
         for key, folder in folders.items():
             description.check_folder(key, folder)
-        return source.records(partial(parse, match))
+        return source.records(functools.partial(parse, match))
 
     names = classes.class_names
     known = {
@@ -148,7 +144,7 @@ def _coco_dataset(
         **metadata,
         "yaml_file": str(description.path),
     }
-    return _dataset(description, classes, LateMetadata(known, match.vocabulary), load, partial(parse, match))
+    return _dataset(description, classes, LateMetadata(known, match.vocabulary), load, functools.partial(parse, match))
 
 
 def _check_instances(description: Description, where: str, vocabulary: Vocabulary, records: Iterable[dict]) -> None:
@@ -218,31 +214,20 @@ def _dataset(
 # ---- files ----
 
 
-class _ImageFiles:
-    """Where the images of a panoptic JSON are: as its `images` say, else the file of the same stem as the PNG.
+def _image_names(folder: Path, images: Iterable[dict]) -> Callable[[dict], str]:
+    """From a panoptic annotation to its image below the folder: as `images` of the JSON say, else the file of the same
+    stem as the PNG."""
+    names = {str(i.get("id")): i["file_name"] for i in images if isinstance(i.get("file_name"), str)}
 
-    Args:
-        folder: of the images.
-        images: entries `id, file_name`.
-    """
+    @functools.cache
+    def by_stem() -> dict[str, str]:
+        return {file.stem: file.relative_to(folder).as_posix() for file in _files(folder, IMAGE_ENDINGS)}
 
-    def __init__(self, folder: Path, images: Iterable[dict]) -> None:
-        images = [image for image in images if isinstance(image, dict)]
-        self.num_listed = len({str(image.get("id")) for image in images})
-        self._folder = folder
-        self._names = {str(i.get("id")): i["file_name"] for i in images if isinstance(i.get("file_name"), str)}
-        self._by_stem: dict[str, str] | None = None
+    def name_of(annotation: dict) -> str:
+        image_id, stem = annotation["image_id"], PurePosixPath(annotation["file_name"]).stem
+        return names[str(image_id)] if str(image_id) in names else by_stem().get(stem, f"{stem}.jpg")
 
-    def of(self, image_id: Any, mask: str) -> str:
-        """The path below the folder of the image that belongs to an id PNG."""
-        name = self._names.get(str(image_id))
-        if name is not None:
-            return name
-        if self._by_stem is None:
-            files = _files(self._folder, IMAGE_ENDINGS)
-            self._by_stem = {file.stem: file.relative_to(self._folder).as_posix() for file in files}
-        stem = PurePosixPath(mask).stem
-        return self._by_stem.get(stem, f"{stem}.jpg")
+    return name_of
 
 
 def _paired(description: Description, images: Path, labels: Path) -> list[dict]:

@@ -16,8 +16,6 @@ from fcclip.errors import InputError, MissingFileError
 from fcclip.files import listed
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["Description", "is_own_data"]
-
 KINDS = ("panoptic", "instances", "semantic")
 _MEANINGS = {
     "type": "panoptic, instances or semantic",

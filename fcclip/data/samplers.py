@@ -20,19 +20,6 @@ from torch import Tensor
 from fcclip.config import lookup
 from fcclip.errors import InputError
 
-__all__ = [
-    "SAMPLERS",
-    "Draw",
-    "Stream",
-    "TrainingBatches",
-    "build_stream",
-    "inference_batches",
-    "inference_share",
-    "permutation_stream",
-    "repeat_factors",
-    "repeated_stream",
-]
-
 Stream = Callable[[int, int], Iterator[int]]  # (number of records, seed) -> endless record indices
 
 

@@ -10,10 +10,6 @@ import pycocotools.mask
 
 from fcclip.errors import InputError
 
-__all__ = [
-    "check_code", "compressed", "fill_polygons", "has_area", "paint_classes", "read_run_lengths", "run_lengths",
-]  # fmt: skip
-
 
 def has_area(polygon: Sequence[float]) -> bool:
     """Whether a list x0, y0, x1, y1, ... is a polygon at all: three corners or more, and none without its y."""

@@ -16,20 +16,6 @@ from PIL import Image
 
 from fcclip.errors import InputError
 
-__all__ = [
-    "CROP_TYPES",
-    "PADDING_ID",
-    "PADDING_VALUE",
-    "Geometry",
-    "LargeScaleJitter",
-    "RandomCrop",
-    "RandomNumbers",
-    "ShortestEdgeJitter",
-    "draw_integer",
-    "resize_image",
-    "shortest_edge_size",
-]
-
 PADDING_VALUE = 128  # of an image, in each channel
 PADDING_ID = 0xFFFFFF  # of an id map after large-scale jitter: the published code pads the id PNG with 255
 FLIPS = ("none", "horizontal", "vertical")

@@ -10,8 +10,6 @@ from fcclip.data.catalog import Dataset, get_dataset, root_folder
 from fcclip.errors import InputError, MissingFileError
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["dataset_vocabulary"]
-
 logger = logging.getLogger(__name__)
 
 

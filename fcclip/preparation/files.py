@@ -22,26 +22,6 @@ from fcclip.data.dataset import collector_paused
 from fcclip.data.images import opened
 from fcclip.errors import InputError, MissingFileError
 
-__all__ = [
-    "COLOUR_MODES",
-    "LABEL_MODES",
-    "atomically",
-    "box_and_area",
-    "check_size",
-    "copy_file",
-    "has_content",
-    "id_colours",
-    "is_running",
-    "pair_by_stem",
-    "read_json",
-    "read_pixels",
-    "remap",
-    "remove_leftovers",
-    "stored_size",
-    "write_image",
-    "write_json",
-]
-
 LABEL_MODES = ("L", "P", "I;16", "I")  # one value a pixel: grey, palette index, 16 bits
 COLOUR_MODES = ("RGB", "RGBA")
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".tif": "TIFF"}

@@ -40,19 +40,6 @@ from fcclip.data.images import read_id_map
 from fcclip.errors import InputError, MissingFileError
 from fcclip.preparation.files import check_size, has_content, read_json, read_pixels, remove_leftovers, write_json
 
-__all__ = [
-    "FOLDERS",
-    "AnnotationFile",
-    "Download",
-    "Preparation",
-    "Task",
-    "build_parser",
-    "panoptic_content",
-    "panoptic_problems",
-    "processes",
-    "run",
-]
-
 SPLITS = ("train", "val")
 FOLDERS = {"train": "training", "val": "validation"}  # what ADE20K and the Pascal trees call the splits
 MOST_FAILURES = 20  # after so many bad images it is not the images

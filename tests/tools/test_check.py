@@ -494,7 +494,7 @@ def test_half_an_annotation_file_is_named(root):
     path = root / "shapes" / "annotations" / "panoptic_val_seen.json"
     path.write_text(path.read_text()[:500])
     error = the_error(checked())
-    assert "panoptic_val_seen.json is not valid JSON" in error.text
+    assert "panoptic_val_seen.json' is not JSON" in error.text
 
 
 def test_a_class_id_that_is_not_in_the_vocabulary_is_named(root):

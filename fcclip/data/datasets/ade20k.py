@@ -9,8 +9,6 @@ from fcclip.data.datasets.instances import instance_dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 from fcclip.data.datasets.semantic import semantic_dataset
 
-__all__ = ["ade20k_full_sem_seg", "ade20k_instances", "ade20k_panoptic", "ade20k_sem_seg"]
-
 FOLDERS = {"train": "training", "val": "validation"}
 COUNTS = {"train": 20_210, "val": 2_000}
 PUBLISHED_VOCABULARY = "ade20k_150_with_prompt_eng.txt"

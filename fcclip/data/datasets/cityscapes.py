@@ -9,8 +9,6 @@ from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 from fcclip.errors import InputError
 
-__all__ = ["CITYSCAPES", "cityscapes_panoptic", "instance_ids_file"]
-
 CITYSCAPES = "cityscapes_panoptic_seg"  # evaluator type
 
 

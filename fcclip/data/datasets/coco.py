@@ -9,8 +9,6 @@ from fcclip.data.datasets.instances import instance_dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 from fcclip.data.datasets.semantic import semantic_dataset
 
-__all__ = ["coco_instances", "coco_panoptic", "coco_stuff_sem_seg"]
-
 COUNTS = {"train": 118_287, "val": 5_000, "test": 5_000}
 PUBLISHED_VOCABULARY = "coco_panoptic_with_prompt_eng.txt"
 

@@ -11,8 +11,6 @@ from typing import Any
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import read_json
 
-__all__ = ["WHERE_DATA_IS", "AnnotationFile", "files_by_stem"]
-
 WHERE_DATA_IS = (
     "Data sets are looked for below $DETECTRON2_DATASETS, else below the folder 'datasets'; "
     "datasets/README.md shows the layout."

@@ -14,8 +14,6 @@ from fcclip.data.segmentations import compressed, has_area
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["BOX_MODE", "NOT_INSTANCES", "instance_dataset", "instance_records"]
-
 BOX_MODE = 1  # detectron2's number for boxes [x, y, width, height] in pixels
 NOT_INSTANCES = (
     "Expected COCO instance annotations: lists 'images' (id, file_name, height, width) and 'annotations' (image_id, "

@@ -15,8 +15,6 @@ from fcclip.data.datasets.metadata import LateMetadata
 from fcclip.errors import InputError
 from fcclip.vocabulary import ClassEntry, Vocabulary
 
-__all__ = ["lvis_instances", "lvis_vocabulary"]
-
 VOCABULARY = "lvis_1203"
 _EXPECTED = "Expected LVIS v1 annotations, e.g. lvis_v1_val.json: lists 'images', 'annotations' and 'categories'."
 _ENOUGH = 16 * 2**20  # bytes; the categories of LVIS v1 take 0.5 MB

@@ -7,8 +7,6 @@ from pathlib import Path
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 
-__all__ = ["mapillary_vistas_panoptic"]
-
 FOLDERS = {"train": "training", "val": "validation"}
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["LateMetadata", "class_metadata", "thing_vocabulary"]
-
 
 def class_metadata(vocabulary: Vocabulary, *, things: bool = True) -> dict[str, Any]:
     """What a data set with these classes says about them; a contiguous id is a position in the vocabulary.

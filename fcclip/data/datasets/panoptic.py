@@ -13,8 +13,6 @@ from fcclip.data.datasets.metadata import class_metadata
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["NOT_PANOPTIC", "panoptic_dataset", "panoptic_records"]
-
 NOT_PANOPTIC = "Expected COCO panoptic annotations: image_id, file_name and segments_info with id and category_id."
 
 

@@ -8,8 +8,6 @@ from typing import Any
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.semantic import semantic_dataset
 
-__all__ = ["pascal_context_59", "pascal_context_459", "pascal_voc_20", "pascal_voc_21"]
-
 FOLDERS = {"train": "training", "val": "validation"}
 
 

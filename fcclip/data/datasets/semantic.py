@@ -13,8 +13,6 @@ from fcclip.data.datasets.metadata import class_metadata
 from fcclip.errors import MissingFileError
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["read_folder_pair", "semantic_dataset"]
-
 logger = logging.getLogger(__name__)
 
 
