@@ -182,5 +182,5 @@ def test_masks_of_ade20k_are_run_lengths_with_text_counts(tmp_path):
     write_tree("openvocab_ade20k_instance_val", tmp_path)
     record = get_dataset("openvocab_ade20k_instance_val", tmp_path).records()[0]
     assert record["image_id"] == "ADE_val_00000001"
-    masks = [pycocotools.mask.decode(one["segmentation"]) for one in record["annotations"]]
+    masks = [pycocotools.mask.decode(instance["segmentation"]) for instance in record["annotations"]]
     assert np.sum(masks, axis=0).max() == 1

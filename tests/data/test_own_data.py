@@ -93,8 +93,8 @@ def test_category_ids_are_matched_by_name_and_a_class_that_the_json_lacks_gets_a
 
 def test_panoptic_records_have_the_ids_of_the_classes_and_no_label_map(own):
     records = get_dataset(own("panoptic")).records()
-    found = [(one["id"], one["category_id"], one["isthing"]) for one in records[0]["segments_info"]]
-    assert found == [(512, GRASS, False), (513, CAR, True), (515, PERSON, True)]
+    segments = [(segment["id"], segment["category_id"], segment["isthing"]) for segment in records[0]["segments_info"]]
+    assert segments == [(512, GRASS, False), (513, CAR, True), (515, PERSON, True)]
     assert records[-1]["segments_info"] == [] and "sem_seg_file_name" not in records[0]
     assert records[0]["image_id"] == 0 and records[0]["pan_seg_file_name"].endswith("meine Bäume/labels/0.png")
 
@@ -223,7 +223,9 @@ def test_a_disagreement_with_the_json_about_things_is_said(own, tmp_path, caplog
     path = own("panoptic")
     edit_json(
         tmp_path / "meine Bäume" / "labels.json",
-        lambda content: [one.update(isthing=int(one["name"] != "person")) for one in content["categories"]],
+        lambda content: [
+            category.update(isthing=int(category["name"] != "person")) for category in content["categories"]
+        ],
     )
     get_dataset(path).records()
     assert "do not agree what is a thing: grass (thing there), person (stuff there); the YAML counts" in caplog.text
@@ -397,25 +399,34 @@ def _with_a_list_as_category(content):
     ("change", "message"),
     [
         (
-            lambda one: one["categories"][1].update(name="truck"),
+            lambda content: content["categories"][1].update(name="truck"),
             r"of categories that are not a class: 'truck' \(4 annotations\)\. Names are compared letter by letter",
         ),
         (
-            lambda one: one["categories"][1].update(name="Car"),
+            lambda content: content["categories"][1].update(name="Car"),
             r"'Car' \(4 annotations\)\. 'car' differs only by case\.",
         ),
-        (lambda one: one["categories"][1].update(name="cars"), r"'cars' \(4 annotations\)\. Did you mean 'car'\?"),
-        (lambda one: one["categories"].pop(1), r"4 annotations have category_id 7, which is not in its 'categories'"),
-        (lambda one: one["annotations"].insert(0, "car"), r"Expected COCO (panoptic|instance) annotations"),
-        (lambda one: one.pop("categories"), r"has no list 'categories'\. Expected COCO"),
-        (_with_a_list_as_category, r"a category_id is neither a number nor a text: .*list"),
-        (lambda one: one["categories"].append({"id": 7, "name": "x"}), r"'automobile' and 'x' have the same id 7"),
         (
-            lambda one: one["categories"].append({"id": "8", "name": "x"}),
+            lambda content: content["categories"][1].update(name="cars"),
+            r"'cars' \(4 annotations\)\. Did you mean 'car'\?",
+        ),
+        (
+            lambda content: content["categories"].pop(1),
+            r"4 annotations have category_id 7, which is not in its 'categories'",
+        ),
+        (lambda content: content["annotations"].insert(0, "car"), r"Expected COCO (panoptic|instance) annotations"),
+        (lambda content: content.pop("categories"), r"has no list 'categories'\. Expected COCO"),
+        (_with_a_list_as_category, r"a category_id is neither a number nor a text: .*list"),
+        (
+            lambda content: content["categories"].append({"id": 7, "name": "x"}),
+            r"'automobile' and 'x' have the same id 7",
+        ),
+        (
+            lambda content: content["categories"].append({"id": "8", "name": "x"}),
             r"'id': '8', 'name': 'x'} has no whole number",
         ),
         (
-            lambda one: one["categories"][3].update(name="car"),
+            lambda content: content["categories"][3].update(name="car"),
             r"the categories 'automobile' \(7\) and 'car' \(3\) both belong to the class 'car'",
         ),
     ],
@@ -450,9 +461,15 @@ def test_instances_of_stuff_are_refused(own):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda one: one["images"][1].pop("height"), "does not say the size of image 10: it needs height and width"),
-        (lambda one: one["annotations"][2].pop("segmentation"), "image 10 ("),
-        (lambda one: one["annotations"][2].update(segmentation=[]), "has no segmentation, and its box alone gives no"),
+        (
+            lambda content: content["images"][1].pop("height"),
+            "does not say the size of image 10: it needs height and width",
+        ),
+        (lambda content: content["annotations"][2].pop("segmentation"), "image 10 ("),
+        (
+            lambda content: content["annotations"][2].update(segmentation=[]),
+            "has no segmentation, and its box alone gives no",
+        ),
     ],
 )
 def test_instances_without_a_size_or_a_mask_are_refused(own, tmp_path, change, message):
@@ -495,9 +512,9 @@ def test_the_mapper_knows_the_ignore_label_of_the_yaml(own, cfg):
 def test_panoptic_labels_painted_for_a_semantic_training_are_the_label_maps(own, cfg):
     cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
     painted, stored = (get_dataset(own(kind)) for kind in ("panoptic", "semantic"))
-    for number, (one, other) in enumerate(zip(painted.records(), stored.records())):
+    for number, (record, other) in enumerate(zip(painted.records(), stored.records())):
         size = classes_of(number).shape
-        labels = build_train_mapper(cfg, painted.metadata).read(one, size)
+        labels = build_train_mapper(cfg, painted.metadata).read(record, size)
         np.testing.assert_array_equal(labels, classes_of(number))
         np.testing.assert_array_equal(labels, build_train_mapper(cfg, stored.metadata).read(other, size))
 

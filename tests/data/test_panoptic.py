@@ -77,7 +77,10 @@ def test_images_of_cityscapes_lie_in_folders_of_cities(tmp_path):
     (record,) = get_dataset("openvocab_cityscapes_fine_panoptic_val", city.parent).records()
     assert record["image_id"] == stem
     assert record["sem_seg_file_name"] == f"{city}/gtFine/val/bonn/{stem}_gtFine_labelTrainIds.png"
-    assert [(one["category_id"], one["isthing"]) for one in record["segments_info"]] == [(13, True), (0, False)]
+    assert [(segment["category_id"], segment["isthing"]) for segment in record["segments_info"]] == [
+        (13, True),
+        (0, False),
+    ]
     assert (record["height"], record["width"]) == (6, 8)
 
 

@@ -213,8 +213,10 @@ def test_resize_crop_flip_and_pad_equal_the_steps_one_by_one(seed, target):
     )
     expected = finished(resized[0, 0].long().numpy(), 65535)
     np.testing.assert_array_equal(drawn.apply_label_map(labels, padding=65535), expected)
-    for mask, found in zip(masks, drawn.apply_masks(masks)):
-        np.testing.assert_array_equal(found, finished(pillow(mask.view(np.uint8), Image.Resampling.NEAREST), 0) > 0)
+    for mask, transformed in zip(masks, drawn.apply_masks(masks)):
+        np.testing.assert_array_equal(
+            transformed, finished(pillow(mask.view(np.uint8), Image.Resampling.NEAREST), 0) > 0
+        )
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 48), (31, 97), (100, 100)])
@@ -222,8 +224,8 @@ def test_resize_crop_flip_and_pad_equal_the_steps_one_by_one(seed, target):
 def test_labels_are_resized_as_torch_resizes_numbers(height, width, new):
     labels = np.random.default_rng(0).integers(0, 9, (height, width))
     drawn = cropped_geometry(height, width, *new, 0, 0, *new, "none")
-    wanted = torch.nn.functional.interpolate(torch.from_numpy(labels).double()[None, None], new, mode="nearest")
-    np.testing.assert_array_equal(drawn.apply_label_map(labels, padding=0), wanted[0, 0].long().numpy())
+    expected = torch.nn.functional.interpolate(torch.from_numpy(labels).double()[None, None], new, mode="nearest")
+    np.testing.assert_array_equal(drawn.apply_label_map(labels, padding=0), expected[0, 0].long().numpy())
 
 
 def test_numbers_are_drawn_in_the_published_order():
@@ -250,19 +252,19 @@ def test_a_size_of_zero_keeps_the_image_and_both_flips_come():
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "wanted"),
+    ("kind", "size", "sizes"),
     [
         ("absolute", (32, 400), {(32, 80)}),
         ("relative", (0.5, 0.25), {(30, 20)}),
         ("absolute_range", (58, 62), {(rows, columns) for rows in (58, 59, 60) for columns in range(58, 63)}),
     ],
 )
-def test_windows_have_the_wanted_sizes_and_lie_inside(kind, size, wanted):
+def test_windows_have_the_expected_sizes_and_lie_inside(kind, size, sizes):
     rng, crop = np.random.default_rng(0), RandomCrop(kind, size)
     drawn = [crop.draw(60, 80, rng) for _ in range(300)]
-    assert {(rows, columns) for _, _, rows, columns in drawn} == wanted
+    assert {(rows, columns) for _, _, rows, columns in drawn} == sizes
     assert all(0 <= top <= 60 - rows and 0 <= left <= 80 - columns for top, left, rows, columns in drawn)
-    rows = max(wanted)[0]
+    rows = max(sizes)[0]
     tops = {top for top, _, height, _ in drawn if height == rows}
     assert (min(tops), max(tops)) == (0, 60 - rows)
 
@@ -390,9 +392,9 @@ def test_a_clipped_polygon_covers_the_pixels_that_the_whole_one_covers_in_the_cr
         top, left = rng.integers(0, 60, 2).tolist()
         drawn = cropped_geometry(100, 100, 100, 100, top, left, 40, 40, "none")
         clipped = drawn.apply_polygon(points)
-        found = filled([clipped] if len(clipped) else [], 40, 40)
-        wanted = filled([points], 100, 100)[top : top + 40, left : left + 40]
-        assert (found != wanted).mean() < 0.01  # an edge that is cut at the border turns by a fraction of a pixel
+        covered = filled([clipped] if len(clipped) else [], 40, 40)
+        expected = filled([points], 100, 100)[top : top + 40, left : left + 40]
+        assert (covered != expected).mean() < 0.01  # an edge that is cut at the border turns by a fraction of a pixel
 
 
 def test_clipping_covers_the_pixels_that_shapely_would_keep():
@@ -405,8 +407,8 @@ def test_clipping_covers_the_pixels_that_shapely_would_keep():
             continue
         parts = getattr(polygon.intersection(window), "geoms", [polygon.intersection(window)])
         parts = [
-            np.asarray(one.exterior.coords)[:-1] for one in parts if one.geom_type == "Polygon" and not one.is_empty
+            np.asarray(part.exterior.coords)[:-1] for part in parts if part.geom_type == "Polygon" and not part.is_empty
         ]
         clipped = cropped_geometry(50, 60, 50, 60, 0, 0, 50, 60, "none").apply_polygon(points)
-        found = filled([clipped] if len(clipped) else [], 50, 60)
-        np.testing.assert_array_equal(found, filled(parts, 50, 60))
+        covered = filled([clipped] if len(clipped) else [], 50, 60)
+        np.testing.assert_array_equal(covered, filled(parts, 50, 60))
