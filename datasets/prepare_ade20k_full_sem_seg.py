@@ -18,18 +18,16 @@ of quality 75: published numbers were measured on such images. The comment in ea
 from __future__ import annotations
 
 import functools
-import mmap
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
 from ade20k_tables import FULL_IDS
 
-from fcclip.errors import InputError
+from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import COLOUR_MODES, check_size, read_pixels, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
 
 SHORT_SIDE = 512  # pixels, at most
 JPEG_QUALITY = 75
@@ -38,7 +36,6 @@ IGNORE_LABEL = 65535
 TABLE = np.full(1 << 16, IGNORE_LABEL, np.uint16)  # from ADE20K's number of an object to the class
 TABLE[list(FULL_IDS)] = range(len(FULL_IDS))
 IMAGE_MODES = (*COLOUR_MODES, "L", "CMYK", "P")
-COUNTS = {"train": 25574, "val": 2000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,22 +74,22 @@ def read_index(path: Path) -> list[tuple[str, str]]:
     """(folder, file name) of each image, the folder below that of all data sets; no code of the pickle is run.
 
     Raises:
-        ValueError: it is no such index.
+        ValueError: it is not such an index.
     """
-    from fcclip.weights.pickles import PickleReader  # not in every process: it imports torch
+    from fcclip.weights.plain_pickle import PICKLE_CALLS, run_pickle  # not in every process: it imports the models
 
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
-            index = PickleReader(stream).load()
+        with open(path, "rb") as stream:
+            index = run_pickle(stream, PICKLE_CALLS)
         rows = list(zip(index["folder"], index["filename"], strict=True))
     except Exception as error:  # damaged pickles raise anything
         raise InputError(
             f"{path}: cannot be read as the index of ADE20K: {error!r}. Download it again from "
             "https://ade20k.csail.mit.edu/toolkit/index_ade20k.pkl."
         ) from error
-    wrong = [row for row in rows if not all(isinstance(one, str) for one in row) or ".." in row[0] or "/" in row[1]]
+    wrong = [row for row in rows if not all(isinstance(text, str) for text in row) or ".." in row[0] or "/" in row[1]]
     if wrong:
-        raise InputError(f"{path}: {wrong[0]!r} is no folder and file name. Download the index again.")
+        raise InputError(f"{path}: {wrong[0]!r} is not a folder and a file name. Download the index again.")
     return rows
 
 
@@ -118,19 +115,15 @@ def smaller_size(height: int, width: int) -> tuple[int, int]:
     return round(height * SHORT_SIDE / shorter), round(width * SHORT_SIDE / shorter)
 
 
-def inspect(task: Task) -> Iterator[str]:
-    path, labels = task.outputs
-    yield from label_findings(labels, num_classes=len(FULL_IDS), ignore_label=IGNORE_LABEL, image=path)
-
-
 PREPARATION = Preparation(
     title="ADE20K-Full semantic",
+    dataset="openvocab_ade20k_full_sem_seg_{split}",
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
-    inspect=inspect,
+    image=lambda task: task.outputs[0],  # made smaller
+    label_maps={1: "openvocab_ade20k_full_sem_seg_val"},
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

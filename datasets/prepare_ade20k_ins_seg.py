@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from fcclip.errors import InputError
+from fcclip.data.datasets.files import files_by_stem
+from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import (
     COLOUR_MODES,
     box_and_area,
     check_size,
-    files_by_stem,
     pair_by_stem,
     read_pixels,
 )
@@ -36,7 +36,6 @@ from fcclip.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.builtin("ade20k_150")
 THINGS = VOCABULARY.thing_classes  # the k-th thing of the instance annotations, counted from 1, is the k-th of these
-COUNTS = {"train": 20210, "val": 2000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,7 +74,7 @@ def read_instances(path: Path, image: Path) -> tuple[tuple[int, int], list[tuple
     pixels = read_pixels(path, modes=COLOUR_MODES)
     check_size(path, pixels, image)
     things, numbers = pixels[..., 0], pixels[..., 1]
-    found = []
+    instances = []
     for number in np.unique(numbers[numbers > 0]).tolist():
         mask = numbers == number
         (thing, *others) = np.unique(things[mask]).tolist()
@@ -83,15 +82,15 @@ def read_instances(path: Path, image: Path) -> tuple[tuple[int, int], list[tuple
             raise InputError(f"{path}: instance {number} is of two classes, {thing} and {others[0]}, expected one.")
         if not 1 <= thing <= len(THINGS):
             raise InputError(f"{path}: instance {number} has class {thing}, expected 1..{len(THINGS)}.")
-        found.append((THINGS[thing - 1], mask))
-    return numbers.shape, found
+        instances.append((THINGS[thing - 1], mask))
+    return numbers.shape, instances
 
 
 def make(task: Task) -> dict[str, Any]:
-    image, instances = task.inputs
-    (height, width), found = read_instances(instances, image)
+    image, path = task.inputs
+    (height, width), instances = read_instances(path, image)
     annotations = []
-    for category, mask in found:
+    for category, mask in instances:
         box, area = box_and_area(mask)
         rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
         segmentation = {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
@@ -104,42 +103,43 @@ def assemble(tasks: Sequence[Task], parts: Sequence[Any]) -> dict[str, Any]:
     for task, part in zip(tasks, parts, strict=True):
         size = {"width": part["width"], "height": part["height"]}
         images.append({"id": task.name, "file_name": task.inputs[0].name, **size})
-        for one in part["annotations"]:
-            annotations.append({"id": len(annotations) + 1, "image_id": task.name, "iscrowd": 0, **one})
+        for annotation in part["annotations"]:
+            annotations.append({"id": len(annotations) + 1, "image_id": task.name, "iscrowd": 0, **annotation})
     categories = [{"id": index, "name": VOCABULARY.class_names[index]} for index in THINGS]
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
 def inspect_annotations(content: Mapping[str, Any], tasks: Sequence[Task]) -> Iterator[str]:
     """Makes these images again and compares."""
-    found: dict[str, list] = {task.name: [] for task in tasks}
-    for one in content["annotations"]:
-        if one["image_id"] in found:
-            found[one["image_id"]].append(one)
+    annotations: dict[str, list] = {task.name: [] for task in tasks}
+    for annotation in content["annotations"]:
+        if annotation["image_id"] in annotations:
+            annotations[annotation["image_id"]].append(annotation)
     for task in tasks:
         try:
             expected = make(task)["annotations"]
         except (ValueError, OSError) as error:
             yield str(error)
             continue
+        stored = annotations[task.name]
         wrong = [
-            one["id"]
-            for one, other in zip(found[task.name], expected)
-            if any(one[key] != other[key] for key in ("category_id", "bbox", "area"))
+            annotation["id"]
+            for annotation, other in zip(stored, expected)
+            if any(annotation[key] != other[key] for key in ("category_id", "bbox", "area"))
         ]
-        if wrong or len(found[task.name]) != len(expected):
+        if wrong or len(stored) != len(expected):
             yield (
-                f"{task.inputs[1]} has {len(expected)} instances, the JSON file {len(found[task.name])}, and "
+                f"{task.inputs[1]} has {len(expected)} instances, the JSON file {len(stored)}, and "
                 f"{len(wrong)} differ in class, box or area; delete the JSON file and run without --check"
             )
 
 
 PREPARATION = Preparation(
     title="ADE20K-150 instances",
+    dataset="openvocab_ade20k_instance_{split}",
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
     annotations=AnnotationFile(
         path="ADEChallengeData2016/ade20k_instance_{split}.json",
         info={"description": "ADE20K-150 instances", "version": "1", "prepared_by": "fcclip prepare_ade20k_ins_seg.py"},
@@ -149,4 +149,4 @@ PREPARATION = Preparation(
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -37,10 +37,11 @@ from prepare_ade20k_ins_seg import downloads as instance_downloads
 from prepare_ade20k_sem_seg import IGNORE_LABEL, NO_CLASS, TABLE
 from prepare_ade20k_sem_seg import downloads as semantic_downloads
 
+from fcclip.data.datasets.files import files_by_stem
+from fcclip.errors import run_program
 from fcclip.preparation.files import (
     box_and_area,
     check_size,
-    files_by_stem,
     id_colours,
     pair_by_stem,
     read_pixels,
@@ -55,12 +56,11 @@ from fcclip.preparation.programs import (
     Task,
     build_parser,
     panoptic_content,
-    panoptic_findings,
+    panoptic_problems,
     run,
 )
 
 COLOUR_DISTANCE = 30  # a channel, of later instances of a class from its colour
-COUNTS = {"train": 20210, "val": 2000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -148,10 +148,10 @@ def categories() -> list[dict[str, Any]]:
 def preparation(*, corrected: bool) -> Preparation:
     return Preparation(
         title="ADE20K-150 panoptic",
+        dataset="openvocab_ade20k_panoptic_{split}",
         downloads=downloads,
         plan=plan,
         make=partial(make, corrected=corrected),
-        counts=COUNTS,
         annotations=AnnotationFile(
             path="ADEChallengeData2016/ade20k_panoptic_{split}.json",
             info={
@@ -161,10 +161,10 @@ def preparation(*, corrected: bool) -> Preparation:
                 "corrected": corrected,
             },
             assemble=partial(panoptic_content, categories=categories()),
-            inspect=panoptic_findings,
+            inspect=panoptic_problems,
         ),
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

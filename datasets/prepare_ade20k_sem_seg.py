@@ -13,20 +13,20 @@ Download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu/.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from fcclip.preparation.files import files_by_stem, read_pixels, remap, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.data.datasets.files import files_by_stem
+from fcclip.errors import run_program
+from fcclip.preparation.files import read_pixels, remap, write_image
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
 
 NUM_CLASSES = 150
 IGNORE_LABEL = 255
 NO_CLASS = 254  # in TABLE, of values that should not occur
 TABLE = np.full(256, NO_CLASS, np.uint8)  # from a value of the download to the class
 TABLE[: NUM_CLASSES + 1] = [IGNORE_LABEL, *range(NUM_CLASSES)]
-COUNTS = {"train": 20210, "val": 2000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,18 +50,14 @@ def make(task: Task) -> None:
     write_image(task.outputs[0], remap(read_pixels(path), TABLE, path, invalid=NO_CLASS))
 
 
-def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=task.inputs[0])
-
-
 PREPARATION = Preparation(
     title="ADE20K-150 semantic",
+    dataset="openvocab_ade20k_sem_seg_{split}",
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
-    inspect=inspect,
+    label_maps={0: "openvocab_ade20k_sem_seg_val"},
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

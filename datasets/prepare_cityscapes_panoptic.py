@@ -19,24 +19,23 @@ that they have prepared is complete.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fcclip.errors import InputError
-from fcclip.preparation.files import box_and_area, check_size, files_by_stem, id_colours, read_pixels, write_image
+from fcclip.data.datasets.files import files_by_stem
+from fcclip.errors import InputError, run_program
+from fcclip.preparation.files import box_and_area, check_size, id_colours, read_pixels, write_image
 from fcclip.preparation.programs import (
     AnnotationFile,
     Download,
     Preparation,
     Task,
     build_parser,
-    label_findings,
     panoptic_content,
-    panoptic_findings,
+    panoptic_problems,
     run,
 )
 from fcclip.vocabulary import Vocabulary
@@ -65,7 +64,6 @@ CATEGORIES = (  # label id, official name, group, colour
     (32, "motorcycle", "vehicle", (0, 0, 230)),
     (33, "bicycle", "vehicle", (119, 11, 32)),
 )
-COUNTS = {"train": 2975, "val": 500}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,19 +139,13 @@ def categories() -> list[dict[str, Any]]:
     ]
 
 
-def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(
-        task.outputs[1], num_classes=len(CLASSES), ignore_label=IGNORE_LABEL, image=task.inputs[0]
-    )
-
-
 PREPARATION = Preparation(
     title="Cityscapes panoptic",
+    dataset="openvocab_cityscapes_fine_panoptic_{split}",
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
-    inspect=inspect,
+    label_maps={1: "openvocab_cityscapes_fine_panoptic_val"},
     annotations=AnnotationFile(
         path="cityscapes/gtFine/cityscapes_panoptic_{split}.json",
         info={
@@ -162,9 +154,9 @@ PREPARATION = Preparation(
             "prepared_by": "fcclip prepare_cityscapes_panoptic.py",
         },
         assemble=partial(panoptic_content, categories=categories()),
-        inspect=panoptic_findings,
+        inspect=panoptic_problems,
     ),
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

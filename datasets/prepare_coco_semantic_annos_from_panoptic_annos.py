@@ -19,20 +19,17 @@ painted like any other.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from fcclip.data.images import read_id_map
-from fcclip.errors import InputError
+from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import read_json, write_image
-from fcclip.preparation.programs import Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.preparation.programs import Download, Preparation, Task, build_parser, run
 from fcclip.vocabulary import Vocabulary
 
-NUM_CLASSES = 133
 IGNORE_LABEL = 255
-COUNTS = {"train": 118287, "val": 5000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,16 +51,18 @@ def plan(root: Path, split: str) -> list[Task]:
     index_of = {entry.id: index for index, entry in enumerate(Vocabulary.builtin("coco_panoptic").classes)}
     try:
         listed = [
-            (one["file_name"], [(segment["id"], segment["category_id"]) for segment in one["segments_info"]])
-            for one in read_json(path)["annotations"]
+            (image["file_name"], [(segment["id"], segment["category_id"]) for segment in image["segments_info"]])
+            for image in read_json(path)["annotations"]
         ]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: these are no panoptic annotations: {error!r}. Unpack the download again.") from error
+        raise InputError(
+            f"{path}: these are not panoptic annotations: {error!r}. Unpack the download again."
+        ) from error
     tasks = []
     for name, segments in listed:
         unknown = [category for _, category in segments if category not in index_of]
         if unknown:
-            raise InputError(f"{path}: {name} has category {unknown[0]}, which is none of COCO's 133 panoptic ones.")
+            raise InputError(f"{path}: {name} has category {unknown[0]}, which is not one of COCO's 133 panoptic ones.")
         tasks.append(
             Task(
                 name=name.removesuffix(".png"),
@@ -83,18 +82,14 @@ def make(task: Task) -> None:
     write_image(task.outputs[0], labels)
 
 
-def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=task.inputs[0])
-
-
 PREPARATION = Preparation(
     title="COCO semantic from panoptic",
+    dataset="openvocab_coco_2017_{split}_panoptic_with_sem_seg",
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
-    inspect=inspect,
+    label_maps={0: "openvocab_coco_2017_val_panoptic_with_sem_seg"},
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

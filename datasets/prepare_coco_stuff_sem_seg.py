@@ -16,19 +16,18 @@ Eleven of the ids 1..182 belong to no class and do not occur.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from fcclip.preparation.files import files_by_stem, read_pixels, remap, write_image
-from fcclip.preparation.programs import Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.data.datasets.files import files_by_stem
+from fcclip.errors import run_program
+from fcclip.preparation.files import read_pixels, remap, write_image
+from fcclip.preparation.programs import Download, Preparation, Task, build_parser, run
 from fcclip.vocabulary import Vocabulary
 
-NUM_CLASSES = 171
 IGNORE_LABEL = 255
 NO_CLASS = 254  # in TABLE, of values that should not occur
-COUNTS = {"train": 118287, "val": 5000}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,18 +64,14 @@ def make(task: Task) -> None:
     write_image(task.outputs[0], remap(read_pixels(path), TABLE, path, invalid=NO_CLASS))
 
 
-def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=task.inputs[0])
-
-
 PREPARATION = Preparation(
     title="COCO-Stuff",
+    dataset="openvocab_coco_2017_{split}",  # its images
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
-    inspect=inspect,
+    label_maps={0: "openvocab_coco_2017_test_stuff_sem_seg"},
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -8,26 +8,25 @@ https://www.cs.stanford.edu/~roozbeh/pascal-context/, and unpack it into VOCdevk
     VOCdevkit/VOC2010/
       trainval/*.mat                                    10,103 label maps: 0 none, 1..459 the class
     pascal_ctx_d2/
-      images/{training,validation}/*.jpg                made by prepare_pascal_ctx_sem_seg.py: about 5,000 and 5,104
+      images/{training,validation}/*.jpg                made by prepare_pascal_ctx_sem_seg.py: 4,998 and 5,104
       annotations_ctx459/{training,validation}/*.tif    made here: 16 bits, 0..458 the class, 65535 none
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import scipy.io
 
-from fcclip.errors import InputError, MissingFileError
-from fcclip.preparation.files import check_size, files_by_stem, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.data.datasets.files import files_by_stem
+from fcclip.errors import InputError, MissingFileError, run_program
+from fcclip.preparation.files import check_size, write_image
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
 
 NUM_CLASSES = 459
 IGNORE_LABEL = 65535
-COUNTS = {"val": 5104}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +72,7 @@ def read_label_map(path: Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no .mat file, or has no such variable.
+        ValueError: it is not a .mat file, or has no such variable.
     """
     if not path.is_file():
         raise MissingFileError(f"{path}: no such file. Unpack the download again.")
@@ -86,18 +85,14 @@ def read_label_map(path: Path) -> np.ndarray:
     return labels.astype(np.uint16)
 
 
-def inspect(task: Task) -> Iterator[str]:
-    yield from label_findings(task.outputs[0], num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=task.inputs[0])
-
-
 PREPARATION = Preparation(
     title="Pascal Context 459",
+    dataset="openvocab_pascal_ctx459_sem_seg_{split}",
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
-    inspect=inspect,
+    label_maps={0: "openvocab_pascal_ctx459_sem_seg_val"},
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -10,7 +10,7 @@ challenge (https://sites.google.com/view/pasd/dataset), which belong into VOCdev
       JPEGImages/*.jpg
       trainval_merged.json
     pascal_ctx_d2/                                     made here
-      images/{training,validation}/*.jpg               about 5,000 (4,998 by the challenge) and 5,104 images
+      images/{training,validation}/*.jpg               4,998 (by the challenge) and 5,104 images
       annotations_ctx59/{training,validation}/*.png    8 bits, 0..58 the class, 255 none
 """
 
@@ -18,15 +18,15 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from fcclip.errors import InputError
+from fcclip.data.segmentations import compressed
+from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import check_size, copy_file, read_json, stored_size, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
 
 IGNORE_LABEL = 255
 CATEGORIES = (  # of the JSON file; none, then the 59 classes in their order
@@ -35,7 +35,6 @@ CATEGORIES = (  # of the JSON file; none, then the 59 classes in their order
     415, 416, 420, 424, 427, 440, 445, 454, 458,
 )  # fmt: skip
 NUM_CLASSES = len(CATEGORIES) - 1
-COUNTS = {"val": 5104}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,14 +62,14 @@ def plan(root: Path, split: str) -> list[Task]:
     path = voc / "trainval_merged.json"
     content = read_json(path)
     try:
-        names = {one["image_id"]: one["file_name"] for one in content["images"] if one["phase"] == split}
+        names = {image["image_id"]: image["file_name"] for image in content["images"] if image["phase"] == split}
         painted = defaultdict(list)
-        for one in content["annos_segmentation"]:
-            if one["image_id"] in names:
-                painted[one["image_id"]].append((one["category_id"], one["segmentation"]))
+        for mask in content["annos_segmentation"]:
+            if mask["image_id"] in names:
+                painted[mask["image_id"]].append((mask["category_id"], mask["segmentation"]))
     except (KeyError, TypeError) as error:
         raise InputError(
-            f"{path}: these are no annotations of PASCAL in Detail: {error!r}. Download the file again."
+            f"{path}: these are not annotations of PASCAL in Detail: {error!r}. Download the file again."
         ) from error
     tasks = []
     for image_id, file_name in names.items():
@@ -87,7 +86,7 @@ def make(task: Task) -> None:
     (image,) = task.inputs
     categories = np.zeros(stored_size(image), np.int64)
     for category, segmentation in task.details:
-        mask = decode(segmentation)
+        mask = coco_mask.decode(compressed(segmentation)).astype(bool)
         check_size(Path(f"trainval_merged.json, {task.name}"), mask, image)
         categories[mask] = category
     labels = np.searchsorted(CATEGORIES, categories)
@@ -100,26 +99,14 @@ def make(task: Task) -> None:
     copy_file(image, task.outputs[0])
 
 
-def decode(segmentation: dict) -> np.ndarray:
-    """(H, W) bool mask of a run-length code, compressed or not."""
-    if isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
-    return coco_mask.decode(segmentation).astype(bool)
-
-
-def inspect(task: Task) -> Iterator[str]:
-    image, labels = task.outputs
-    yield from label_findings(labels, num_classes=NUM_CLASSES, ignore_label=IGNORE_LABEL, image=image)
-
-
 PREPARATION = Preparation(
     title="Pascal Context 59",
+    dataset="openvocab_pascal_ctx59_sem_seg_{split}",
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
-    inspect=inspect,
+    label_maps={1: "openvocab_pascal_ctx59_sem_seg_val"},
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

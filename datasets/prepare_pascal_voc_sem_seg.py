@@ -17,13 +17,13 @@ Download VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from fcclip.errors import run_program
 from fcclip.preparation.files import check_size, copy_file, read_pixels, remap, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, label_findings, run
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
 
 NUM_CLASSES = 20
 IGNORE_LABEL = 255
@@ -32,7 +32,6 @@ WITH_BACKGROUND = np.full(256, NO_CLASS, np.uint8)
 WITH_BACKGROUND[[*range(NUM_CLASSES + 1), IGNORE_LABEL]] = [*range(NUM_CLASSES + 1), IGNORE_LABEL]
 WITHOUT_BACKGROUND = np.full(256, NO_CLASS, np.uint8)
 WITHOUT_BACKGROUND[[*range(NUM_CLASSES + 1), IGNORE_LABEL]] = [IGNORE_LABEL, *range(NUM_CLASSES), IGNORE_LABEL]
-COUNTS = {"train": 1464, "val": 1449}  # images of the published set
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,20 +71,14 @@ def make(task: Task) -> None:
     copy_file(image, task.outputs[0])
 
 
-def inspect(task: Task) -> Iterator[str]:
-    image, with_background, without = task.outputs
-    for path, num_classes in ((with_background, NUM_CLASSES + 1), (without, NUM_CLASSES)):
-        yield from label_findings(path, num_classes=num_classes, ignore_label=IGNORE_LABEL, image=image)
-
-
 PREPARATION = Preparation(
     title="Pascal VOC semantic",
+    dataset="openvocab_pascal21_sem_seg_{split}",
     downloads=downloads,
     plan=plan,
     make=make,
-    counts=COUNTS,
-    inspect=inspect,
+    label_maps={1: "openvocab_pascal21_sem_seg_val", 2: "openvocab_pascal20_sem_seg_val"},
 )
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -24,7 +23,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from fcclip.errors import InputError
+from fcclip.errors import InputError, run_program
+from fcclip.preparation.files import id_colours, is_running, read_json, write_json
+from fcclip.preparation.programs import processes
 from fcclip.preparation.shapes_world import IMAGE_SIZE, SETS, WORLD_VERSION, WorldClass, render_image, world_classes
 
 IMAGES_PER_EVALUATION_SET = 200
@@ -34,11 +35,7 @@ IGNORE_LABEL = 255
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        prepare(out=options.out, seed=options.seed, num_images=options.images, num_workers=options.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    prepare(out=options.out, seed=options.seed, num_images=options.images, num_workers=options.workers)
     return 0
 
 
@@ -90,13 +87,11 @@ def prepare(
     try:
         start = time.time()
         statistics = {}
-        with (
-            multiprocessing.get_context("spawn").Pool(num_workers) if num_workers > 1 else InThisProcess() as processes
-        ):
+        with processes(num_workers) as run_each:
             for set_name in SETS:
                 count = num_images if set_name == "train" else num_evaluation
                 statistics[set_name] = write_set(
-                    partial_folder, set_name, seed=seed, num_images=count, processes=processes
+                    partial_folder, set_name, seed=seed, num_images=count, run_each=run_each
                 )
                 print(f"{target}: {format_statistics(set_name, statistics[set_name])}", flush=True)
         (partial_folder / "world.json").write_text(
@@ -107,19 +102,6 @@ def prepare(
         shutil.rmtree(partial_folder, ignore_errors=True)
     print(f"wrote {target} in {time.time() - start:.0f} s")
     return target
-
-
-class InThisProcess:
-    """Stands in for a pool of one process."""
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def imap(self, function, tasks, chunksize=1):
-        return map(function, tasks)
 
 
 def is_complete(target: Path, recipe: dict) -> bool:
@@ -133,15 +115,15 @@ def is_complete(target: Path, recipe: dict) -> bool:
             "Delete it or choose another folder with --out."
         )
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        found = {key: found[key] for key in recipe}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        content = read_json(record)
+        made_with = {key: content[key] for key in recipe}
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{record} cannot be read ({error!r}). Delete {target} or choose another folder with --out."
         ) from error
-    if found != recipe:
+    if made_with != recipe:
         raise InputError(
-            f"{target} holds another world: expected {recipe}, got {found}. "
+            f"{target} holds another world: expected {recipe}, got {made_with}. "
             "Delete it or choose another folder with --out."
         )
     return True
@@ -151,19 +133,9 @@ def remove_leftovers(out: Path) -> None:
     """Removes what interrupted runs left behind; folders of running processes stay."""
     for folder in out.glob(".shapes.partial-*") if out.is_dir() else ():
         pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
+        if pid.isdigit() and not is_running(int(pid)):
             shutil.rmtree(folder)
             print(f"removed {folder}, left by an interrupted run")
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return pid != os.getpid()
 
 
 # ----------------------------------------------------------------------------------------------------------------- sets
@@ -174,11 +146,11 @@ def set_classes(set_name: str) -> tuple[WorldClass, ...]:
     return tuple(c for c in world_classes() if c.seen or set_name != "train")
 
 
-def write_set(folder: Path, set_name: str, *, seed: int, num_images: int, processes) -> dict[str, float]:
+def write_set(folder: Path, set_name: str, *, seed: int, num_images: int, run_each) -> dict[str, float]:
     """Writes one set below `folder`; returns its statistics."""
     for name in (set_name, f"panoptic_{set_name}", f"panoptic_semseg_{set_name}", "annotations"):
         (folder / name).mkdir(exist_ok=True)
-    written = list(processes.imap(partial(write_image, folder, set_name, seed), range(num_images), chunksize=8))
+    written = list(run_each(partial(write_image, folder, set_name, seed), range(num_images)))
     classes = set_classes(set_name)
     images = [
         {"id": i + 1, "file_name": f"{stem(i)}.jpg", "height": IMAGE_SIZE, "width": IMAGE_SIZE, "license": 1}
@@ -197,17 +169,12 @@ def write_set(folder: Path, set_name: str, *, seed: int, num_images: int, proces
         {"image_id": i + 1, "file_name": f"{stem(i)}.png", "segments_info": segments}
         for i, (segments, _, _) in enumerate(written)
     ]
-    instances = [{"image_id": i + 1, **instance} for i, (_, found, _) in enumerate(written) for instance in found]
+    instances = [{"image_id": i + 1, **shape} for i, (_, shapes, _) in enumerate(written) for shape in shapes]
     instances = [{"id": number, **instance} for number, instance in enumerate(instances, start=1)]
     thing_categories = [{k: v for k, v in c.items() if k != "isthing"} for c in categories if c["isthing"]]
-    _write_json(
-        folder / "annotations" / f"panoptic_{set_name}.json",
-        {**head, "annotations": panoptic, "categories": categories},
-    )
-    _write_json(
-        folder / "annotations" / f"instances_{set_name}.json",
-        {**head, "annotations": instances, "categories": thing_categories},
-    )
+    for kind, labels, classes in (("panoptic", panoptic, categories), ("instances", instances, thing_categories)):
+        content = {**head, "annotations": labels, "categories": classes}
+        write_json(folder / "annotations" / f"{kind}_{set_name}.json", content)
     measured = np.array([numbers for _, _, numbers in written], dtype=float)
     names = (
         "shapes_per_image",
@@ -230,11 +197,10 @@ def write_image(folder: Path, set_name: str, seed: int, index: int) -> tuple[lis
     contiguous = {c.id: i for i, c in enumerate(set_classes(set_name))}
     id_map = ids[image.piece_map]
     semantic = np.array([contiguous[p.category_id] for p in image.pieces], np.uint8)[image.piece_map]
-    id_colours = np.stack([id_map % 256, id_map // 256 % 256, id_map // 65536], -1).astype(np.uint8)
     _write_image(
         folder / set_name / f"{stem(index)}.jpg", image.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
     )
-    _write_image(folder / f"panoptic_{set_name}" / f"{stem(index)}.png", id_colours[..., ::-1])
+    _write_image(folder / f"panoptic_{set_name}" / f"{stem(index)}.png", id_colours(id_map)[..., ::-1])
     _write_image(folder / f"panoptic_semseg_{set_name}" / f"{stem(index)}.png", semantic)
     segments, instances = [], []
     for number, piece in enumerate(image.pieces):
@@ -275,14 +241,10 @@ def stem(index: int) -> str:
     return f"{index + 1:012d}"
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, separators=(",", ":")), encoding="utf-8")
-
-
 def _write_image(path: Path, image: np.ndarray, parameters: list[int] | None = None) -> None:
     if not cv2.imwrite(str(path), np.ascontiguousarray(image), parameters or []):
         raise OSError(f"cannot write {path}: is the disk full, or the folder not writable?")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

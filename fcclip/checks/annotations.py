@@ -17,7 +17,7 @@ from fcclip.checks.issue import NOTE, WARNING, Issues
 from fcclip.checks.kinds import PUBLISHED_SO
 from fcclip.checks.names import spelling
 from fcclip.data.dataset import Dataset
-from fcclip.data.own_data import class_of
+from fcclip.data.own_categories import class_of
 from fcclip.data.segmentations import compressed, has_area
 from fcclip.files import listed
 from fcclip.vocabulary import Vocabulary

@@ -20,7 +20,7 @@ from fcclip.data import Dataset, build_test_mapper, build_train_mapper, get_data
 from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
 from fcclip.data.datasets.files import WHERE_DATA_IS
 from fcclip.errors import InputError
-from fcclip.evaluation import EVALUATORS, build_evaluators
+from fcclip.evaluation import build_evaluators
 from fcclip.evaluation.cityscapes import read_instance_ids
 from fcclip.evaluation.ground_truth import GroundTruth
 
@@ -51,7 +51,7 @@ def check_test_set(issues: Issues, cfg: CfgNode, name: str) -> None:
     if dataset is None:
         return
     kind, test = dataset.metadata["evaluator_type"], cfg.MODEL.MASK_FORMER.TEST
-    possible = EVALUATORS.get(kind, ())
+    possible = dataset.evaluators
     heads = {"panoptic": test.PANOPTIC_ON, "instance": test.INSTANCE_ON, "semantic": test.SEMANTIC_ON}
     tasks = [task for task in possible if heads[task]]
     idle = [task for task, is_on in heads.items() if possible and is_on and task not in possible]

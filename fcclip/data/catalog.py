@@ -16,10 +16,9 @@ from fcclip.data.datasets.lvis import lvis_instances
 from fcclip.data.datasets.mapillary_vistas import mapillary_vistas_panoptic
 from fcclip.data.datasets.pascal import pascal_context_59, pascal_context_459, pascal_voc_20, pascal_voc_21
 from fcclip.data.datasets.shapes import shapes_panoptic
-from fcclip.data.own_data import is_own_data, own_dataset
+from fcclip.data.own_data import own_dataset
+from fcclip.data.own_description import is_own_data
 from fcclip.errors import InputError
-
-__all__ = ["DATASETS", "Dataset", "distinct_datasets", "get_dataset", "root_folder"]
 
 
 def _splits(template: str, build: Callable[..., Dataset], *splits: str) -> dict[str, Callable[[Path], Dataset]]:
@@ -59,8 +58,8 @@ def get_dataset(name: str, root: str | Path | None = None) -> Dataset:
             expanded.
 
     Raises:
-        ValueError: no such name, where the message gives the nearest one; or a YAML that describes no data set.
-        FileNotFoundError: no such YAML.
+        ValueError: no such name, where the message gives the nearest one; or a YAML that does not describe a data set.
+        FileNotFoundError: the YAML does not exist.
     """
     if is_own_data(name):
         return own_dataset(name)
@@ -79,16 +78,16 @@ def distinct_datasets(names: Iterable[str]) -> list[Dataset]:
         ValueError: two have the same name; and what `get_dataset` refuses.
         FileNotFoundError: as `get_dataset`.
     """
-    found: dict[str, tuple[str, Dataset]] = {}
+    datasets: dict[str, tuple[str, Dataset]] = {}
     for name in names:
         dataset = get_dataset(name)
-        if dataset.name in found:
+        if dataset.name in datasets:
             raise InputError(
-                f"two data sets of DATASETS.TEST, '{found[dataset.name][0]}' and '{name}', are named '{dataset.name}', "
-                "the name that results are stored by. Leave one out, or rename its YAML."
+                f"two data sets of DATASETS.TEST, '{datasets[dataset.name][0]}' and '{name}', are named "
+                f"'{dataset.name}', the name that results are stored by. Leave one out, or rename its YAML."
             )
-        found[dataset.name] = (name, dataset)
-    return [dataset for _, dataset in found.values()]
+        datasets[dataset.name] = (name, dataset)
+    return [dataset for _, dataset in datasets.values()]
 
 
 def root_folder(root: str | Path | None = None) -> Path:

@@ -9,8 +9,6 @@ import numpy as np
 
 from fcclip.data.transforms import RandomNumbers, draw_integer
 
-__all__ = ["ColorJitter"]
-
 
 @dataclass(frozen=True)
 class ColorJitter:
@@ -33,35 +31,23 @@ class ColorJitter:
 
     def __call__(self, image: np.ndarray, rng: RandomNumbers) -> np.ndarray:
         """(H, W, 3) uint8 RGB -> the same, changed; the argument is left alone."""
-        steps = [self._contrast, self._saturation, self._hue]
-        image = self._brightness(image, rng)
-        if not _coin(rng):
-            steps = [*steps[1:], steps[0]]
-        for step in steps:
-            image = step(image, rng)
-        return image
-
-    def _brightness(self, image: np.ndarray, rng: RandomNumbers) -> np.ndarray:
-        if not _coin(rng):
-            return image
-        return _cut(image.astype(np.float32) + np.float32(rng.uniform(-self.brightness, self.brightness)))
+        if _coin(rng):
+            image = _cut(image.astype(np.float32) + np.float32(rng.uniform(-self.brightness, self.brightness)))
+        contrast_comes_next = _coin(rng)
+        if contrast_comes_next:
+            image = self._contrast(image, rng)
+        if _coin(rng):
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+            hsv[..., 1] = _cut(hsv[..., 1] * np.float32(rng.uniform(*self.saturation)))
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        if _coin(rng):
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + draw_integer(rng, self.hue + 1, low=-self.hue)) % 180
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        return image if contrast_comes_next else self._contrast(image, rng)
 
     def _contrast(self, image: np.ndarray, rng: RandomNumbers) -> np.ndarray:
         return _cut(image * np.float32(rng.uniform(*self.contrast))) if _coin(rng) else image
-
-    def _saturation(self, image: np.ndarray, rng: RandomNumbers) -> np.ndarray:
-        if not _coin(rng):
-            return image
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        hsv[..., 1] = _cut(hsv[..., 1] * np.float32(rng.uniform(*self.saturation)))
-        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-    def _hue(self, image: np.ndarray, rng: RandomNumbers) -> np.ndarray:
-        if not _coin(rng):
-            return image
-        hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + draw_integer(rng, self.hue + 1, low=-self.hue)) % 180
-        return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
 
 def _coin(rng: RandomNumbers) -> bool:

@@ -15,12 +15,22 @@ from fcclip.data.images import image_size
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["Dataset", "joined"]
+# detectron2's `evaluator_type` -> what such a data set has ground truth for, as far as {PANOPTIC,INSTANCE,SEMANTIC}_ON
+# of a config ask for it.
+EVALUATORS: dict[str, tuple[str, ...]] = {
+    "coco_panoptic_seg": ("panoptic", "instance", "semantic"),
+    "ade20k_panoptic_seg": ("panoptic", "instance", "semantic"),
+    "cityscapes_panoptic_seg": ("panoptic", "instance", "semantic"),
+    "mapillary_vistas_panoptic_seg": ("panoptic", "instance", "semantic"),
+    "sem_seg": ("semantic",),
+    "coco": ("instance",),
+    "lvis": ("instance",),
+}
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set: what its classes are and where its files should be; nothing is read before `records`.
+    """Everything that is known of a data set; nothing is read before `records`.
 
     Args:
         name: the name it is registered under.
@@ -31,29 +41,45 @@ class Dataset:
         load: reads the list of records from the disk.
         vocabulary: name of its vocabulary, which data sets with the same classes share; a contiguous class id is a
             position in it.
-        words: makes that vocabulary; None: it is the built-in one of that name.
+        read_vocabulary: makes that vocabulary; None: it is the built-in one of that name.
         parse: makes the same records of the content of the annotation file, looking for no file; None: they do not
             come from one file, or only `load` knows how.
+        published_count: images of the published set; None: unknown.
+        published_vocabulary: name of the published file with prompt-engineered synonyms; None: there is none.
+        part_of: name of the built-in vocabulary whose classes that file has, where they are more than those of the
+            data set; None: they are the same.
+        benchmark: what tables call it.
+        test_size: published INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST.
     """
 
     name: str
     metadata: Mapping[str, Any]
     load: Callable[[], list[dict]]
     vocabulary: str
-    words: Callable[[], Vocabulary] | None = None
+    read_vocabulary: Callable[[], Vocabulary] | None = None
     parse: Callable[[dict], list[dict]] | None = None
+    published_count: int | None = None
+    published_vocabulary: str | None = None
+    part_of: str | None = None
+    benchmark: str = ""
+    test_size: tuple[int, int] = (800, 1333)
+
+    @property
+    def evaluators(self) -> tuple[str, ...]:
+        """What it can be evaluated for: "panoptic", "instance", "semantic"; () for an unknown `evaluator_type`."""
+        return EVALUATORS.get(self.metadata["evaluator_type"], ())
 
     def own_vocabulary(self) -> Vocabulary:
-        """Its classes in order, with the words of the package or of its own files.
+        """Its classes in order, with the synonyms of the package or of its own files.
 
         Raises:
             FileNotFoundError, ValueError: its classes stand in a file of the user, which is missing or broken.
         """
-        return Vocabulary.builtin(self.vocabulary) if self.words is None else self.words()
+        return Vocabulary.builtin(self.vocabulary) if self.read_vocabulary is None else self.read_vocabulary()
 
     def annotations(self) -> list[dict]:
         """The records as the annotations give them: sizes may be missing, and there may be none."""
-        with _garbage_left_alone():
+        with collector_paused():
             return self.load()
 
     def records(self) -> list[dict]:
@@ -63,20 +89,18 @@ class Dataset:
 
         Raises:
             FileNotFoundError: a folder, file or image is not where it should be.
-            ValueError: an annotation file is broken, or there is not one record.
+            ValueError: an annotation file is broken, or there are no records.
         """
         records = self.annotations()
         if not records:
-            raise InputError(f"data set '{self.name}' has no records: {self._source()} lists no image.")
+            places = [self.metadata.get(key) for key in ("panoptic_json", "json_file", "image_root")]
+            source = next(filter(None, places), "its source")
+            raise InputError(f"data set '{self.name}' has no records: {source} lists no image.")
         unsized = [record for record in records if "height" not in record]
         with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as pool:
             for record, (height, width) in zip(unsized, pool.map(image_size, [r["file_name"] for r in unsized])):
                 record.update(height=height, width=width)
         return records
-
-    def _source(self) -> str:
-        places = (self.metadata.get(key) for key in ("panoptic_json", "json_file", "image_root"))
-        return next(filter(None, places), "its source")
 
 
 def joined(datasets: Sequence[Dataset]) -> Dataset:
@@ -86,7 +110,7 @@ def joined(datasets: Sequence[Dataset]) -> Dataset:
         datasets: one or more.
 
     Raises:
-        ValueError: they have different classes, so that a label would mean several, or other ignore labels.
+        ValueError: they have different classes, so that a label would mean several, or different ignore labels.
     """
     first = datasets[0]
     for other in datasets[1:]:
@@ -95,8 +119,8 @@ def joined(datasets: Sequence[Dataset]) -> Dataset:
                 "the data sets of DATASETS.TRAIN have different classes, so a label would mean several: "
                 f"{_difference(first, other)}. Train on data sets with the same list of classes."
             )
-        labels = [one.metadata["ignore_label"] for one in (first, other) if "ignore_label" in one.metadata]
-        if len(set(labels)) > 1:
+        labels = [dataset.metadata.get("ignore_label") for dataset in (first, other)]
+        if None not in labels and labels[0] != labels[1]:
             raise InputError(
                 f"the data sets '{first.name}' and '{other.name}' of DATASETS.TRAIN have the ignore labels {labels[0]} "
                 f"and {labels[1]}; give unlabelled pixels the same value in both"
@@ -105,27 +129,27 @@ def joined(datasets: Sequence[Dataset]) -> Dataset:
         return first
     return dataclasses.replace(
         first,
-        name="+".join(one.name for one in datasets),
-        load=lambda: [record for one in datasets for record in one.records()],
+        name="+".join(dataset.name for dataset in datasets),
+        load=lambda: [record for dataset in datasets for record in dataset.records()],
         parse=None,
+        published_count=None,
     )
 
 
-def _difference(one: Dataset, other: Dataset) -> str:
-    vocabularies = one.own_vocabulary(), other.own_vocabulary()
-    sizes = [f"'{dataset.name}' has {len(words)}" for dataset, words in zip((one, other), vocabularies)]
-    entries = zip(*(words.classes for words in vocabularies))
-    for index, (mine, theirs) in enumerate(entries):
-        if (mine.synonyms, mine.thing) != (theirs.synonyms, theirs.thing):
-            told = [f"'{', '.join(entry.synonyms)}:{'thing' if entry.thing else 'stuff'}'" for entry in (mine, theirs)]
-            return f"{' and '.join(sizes)}, and class {index} is {told[0]} there and {told[1]} here"
-    return " and ".join(sizes)
+def _difference(first: Dataset, second: Dataset) -> str:
+    vocabularies = first.own_vocabulary(), second.own_vocabulary()
+    sizes = " and ".join(f"'{dataset.name}' has {len(v)}" for dataset, v in zip((first, second), vocabularies))
+    for index, entries in enumerate(zip(*(vocabulary.classes for vocabulary in vocabularies))):
+        before, after = (f"'{', '.join(e.synonyms)}:{'thing' if e.thing else 'stuff'}'" for e in entries)
+        if before != after:
+            return f"{sizes}, and class {index} is {before} there and {after} here"
+    return sizes
 
 
 @contextlib.contextmanager
-def _garbage_left_alone() -> Iterator[None]:
-    """Millions of small objects without a cycle among them: the collector would walk them again and again, which
-    makes 22 s of the 4 that COCO's training set takes."""
+def collector_paused() -> Iterator[None]:
+    """Without garbage collection: annotations are millions of small objects without a cycle among them, which the
+    collector would walk again and again. COCO's training set takes 4 s instead of 22."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

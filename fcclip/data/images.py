@@ -14,16 +14,6 @@ from PIL import Image, UnidentifiedImageError
 
 from fcclip.errors import InputError, MissingFileError
 
-__all__ = [
-    "Header",
-    "image_size",
-    "read_header",
-    "read_id_map",
-    "read_image",
-    "read_label_map",
-    "read_pil_image",
-]
-
 _ORIENTATION_TAG = 0x0112
 _TO_UPRIGHT = {  # value of the EXIF orientation tag: what turns the stored image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,9 +41,9 @@ def read_pil_image(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is cut off, or has pixels without a fixed black and white.
+        ValueError: the file is not an image, is cut off, or has pixels without a fixed black and white.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         upright = _TO_UPRIGHT.get(_orientation(image))
         image = _three_channels(image)
         return image if upright is None else image.transpose(upright)
@@ -84,13 +74,8 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of an image; its pixels may still turn out to be broken.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image.
-    """
-    with _opened(path) as image:
+    """The header of an image; its pixels may still turn out to be broken. Fails as `opened`."""
+    with opened(path) as image:
         is_deep = _is_deep(image)  # before anything may decode pixels
         orientation = _orientation(image)
         turned = orientation if orientation in _TO_UPRIGHT else 1
@@ -98,12 +83,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of the upright image in pixels, from its header.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image.
-    """
+    """(height, width) of the upright image in pixels, from its header. Fails as `opened`."""
     return read_header(path).upright
 
 
@@ -112,9 +92,9 @@ def read_id_map(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is cut off, or has more than 8 bits a channel.
+        ValueError: the file is not an image, is cut off, or has more than 8 bits a channel.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if _is_deep(image):
             raise InputError("an id PNG has 8 bits a channel, this one 16 or more, of which half would be lost")
         colours, order = None, cv2.COLOR_BGR2RGBA
@@ -132,9 +112,9 @@ def read_label_map(path: str | Path) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no image, is cut off, or does not have one whole number a pixel.
+        ValueError: the file is not an image, is cut off, or does not have one whole number a pixel.
     """
-    with _opened(path) as image:
+    with opened(path) as image:
         if image.mode not in ("L", "P", "I") and not image.mode.startswith("I;16"):
             raise InputError(
                 f"a label map has one whole number a pixel (grey of 8 or 16 bit, or palette indices), this file has "
@@ -144,25 +124,36 @@ def read_label_map(path: str | Path) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: str | Path) -> Iterator[Image.Image]:
+def opened(
+    path: str | Path,
+    *,
+    if_missing: str = "though the data set lists it. Restore the file, or check that the root folder "
+    "($DETECTRON2_DATASETS) is the one you mean.",
+    if_broken: str = "Copy or prepare the file again.",
+) -> Iterator[Image.Image]:
+    """An image whose pixels are not decoded yet; what goes wrong in the block is told of the file too.
+
+    Args:
+        path: the file.
+        if_missing, if_broken: ends of messages, what to do.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image, or is broken.
+    """
     path = Path(path)
     try:
         with Image.open(path) as image:
             yield image
     except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{path}: no such image, though the data set lists it. Restore the file, or check that the root folder "
-            "($DETECTRON2_DATASETS) is the one you mean."
-        ) from error
+        raise MissingFileError(f"{path}: no such image, {if_missing}") from error
     except PermissionError:
         raise
     except _UNREADABLE as error:
-        found = str(error)
-        if isinstance(error, UnidentifiedImageError):
-            found = "the file has no known image format"
+        problem = "it has no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
         if path.is_file() and path.stat().st_size == 0:
-            found = "the file is empty (0 bytes)"
-        raise InputError(f"{path}: cannot be read as an image: {found}. Copy or prepare the file again.") from error
+            problem = "the file is empty (0 bytes)"
+        raise InputError(f"{path}: cannot be read as an image: {problem}. {if_broken}") from error
 
 
 def _orientation(image: Image.Image) -> int:
@@ -194,8 +185,8 @@ def _three_channels(image: Image.Image) -> Image.Image:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise InputError(
-            f"its pixels are {_described(image.mode)}, of which nothing says what is black and what is white; store "
-            "it with 8 or 16 bits a channel"
+            f"its pixels are {_described(image.mode)}, and nothing says what is black and what is white; store it with "
+            "8 or 16 bits a channel"
         )
     if image.mode == "RGB":
         image.load()

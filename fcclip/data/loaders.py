@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,8 +25,6 @@ from fcclip.data.mappers import (
 from fcclip.data.samplers import Draw, TrainingBatches, build_stream, inference_batches, inference_share
 from fcclip.data.transport import CompactRecords, PackedBatch
 from fcclip.errors import InputError, UserError
-
-__all__ = ["LoaderError", "TestLoader", "TrainLoader", "build_test_loader", "build_train_loader"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +74,12 @@ class TrainLoader:
         return self
 
     def __next__(self) -> list[dict[str, Any]]:
-        with _named_failures():
-            batch = _unpacked(next(self._batches))
-        return [self._counted(sample) if isinstance(sample, _Replaced) else sample for sample in batch]
+        batch = _next_batch(self._batches)
+        return [self._replaced(sample) if isinstance(sample, _Bad) else sample for sample in batch]
 
-    def _counted(self, replaced: _Replaced) -> dict[str, Any]:
+    def _replaced(self, bad: _Bad) -> dict[str, Any]:
         """The sample that took the place of bad ones, after these are written down and named once each."""
-        for file_name, problem in replaced.problems.items():
+        for file_name, problem in bad.problems.items():
             if file_name in self.bad_images:
                 continue
             self.bad_images[file_name] = problem
@@ -93,13 +88,13 @@ class TrainLoader:
                     "bad image %d of at most %d (DATALOADER.MAX_BAD_IMAGES), another one takes its place: %s",
                     *(len(self.bad_images), self.max_bad, problem),
                 )
-        if replaced.sample is None or len(self.bad_images) > self.max_bad:
+        if bad.sample is None or len(self.bad_images) > self.max_bad:
             why = f"DATALOADER.MAX_BAD_IMAGES allows {self.max_bad}"
             if len(self.bad_images) <= self.max_bad:
                 why = "there is no good one to take their place"
-            listed = "".join(f"\n  {problem}" for problem in self.bad_images.values())
-            raise InputError(f"{len(self.bad_images)} images are bad, and {why}:{listed}")
-        return replaced.sample
+            lines = [f"{len(self.bad_images)} images are bad, and {why}:", *self.bad_images.values()]
+            raise InputError("\n  ".join(lines))
+        return bad.sample
 
 
 class TestLoader:
@@ -135,9 +130,7 @@ class TestLoader:
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         batches = iter(self._loader)
         for _ in range(self._num_batches):
-            with _named_failures():
-                batch = _unpacked(next(batches))
-            yield batch
+            yield _next_batch(batches)
 
 
 def build_train_loader(
@@ -229,18 +222,14 @@ def training_records(cfg, dataset: Dataset, mapper: JitterMapper) -> list[dict]:
         FileNotFoundError, ValueError: a broken data set, or one without the ground truth that the mapper reads.
     """
     records = dataset.records()
-    kinds = _one_of_each_kind(records)
+    # the first record with each set of fields: data sets of different types may stand one after the other
+    kinds = list({tuple(record): record for record in reversed(records)}.values())
     for record in kinds:
         where = f"data set '{dataset.name}'"
         check_ground_truth(record, mapper, where=where if len(kinds) == 1 else f"{where}: {record['file_name']}")
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         records = _with_instances(records, dataset.name)
     return records
-
-
-def _one_of_each_kind(records: list[dict]) -> list[dict]:
-    """The first record with each set of fields: data sets of different types may stand one after the other."""
-    return list({tuple(record): record for record in reversed(records)}.values())
 
 
 def _agreed_seed(seed: int, world_size: int) -> int:
@@ -263,11 +252,11 @@ def _with_instances(records: list[dict], name: str) -> list[dict]:
     kept = [
         record
         for record in records
-        if "annotations" not in record or any(not one.get("iscrowd", 0) for one in record["annotations"])
+        if "annotations" not in record or any(not instance.get("iscrowd", 0) for instance in record["annotations"])
     ]
     if not kept:
         raise InputError(
-            f"data set '{name}': none of its {len(records)} images has an annotation that is no crowd, so there is "
+            f"data set '{name}': none of its {len(records)} images has an annotation that is not a crowd, so there is "
             "nothing to learn. DATALOADER.FILTER_EMPTY_ANNOTATIONS False would train on empty images."
         )
     if len(kept) < len(records):
@@ -277,6 +266,22 @@ def _with_instances(records: list[dict], name: str) -> list[dict]:
             *(name, len(records) - len(kept), len(records)),
         )
     return kept
+
+
+@dataclass(frozen=True)
+class _Bad:
+    """Takes the place of a sample with bad files. What is wrong travels as data and is raised where the batch is used,
+    with its own words, instead of inside a worker.
+
+    Args:
+        error: of the file; None: it may be replaced.
+        sample: that takes its place; None: there is none.
+        problems: file name -> what is wrong with it.
+    """
+
+    error: ValueError | OSError | None = None
+    sample: dict[str, Any] | None = None
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 class _TrainingSamples:
@@ -295,12 +300,11 @@ class _TrainingSamples:
         self.kinds = kinds
         self.max_bad = max_bad
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any] | _Bad | _Replaced:
+    def __getitem__(self, draw: Draw) -> dict[str, Any] | _Bad:
         problems: dict[int, tuple[str, str]] = {}
-        candidates = np.array([draw.record])
-        for attempt in itertools.count():
-            rng = np.random.default_rng((self.seed, draw.position, attempt) if attempt else (self.seed, draw.position))
-            index = int(candidates[rng.integers(len(candidates))]) if attempt else draw.record
+        index = draw.record
+        rng = np.random.default_rng((self.seed, draw.position))
+        while True:
             record = self.records[index]
             try:
                 sample = self.mapper(record, rng)
@@ -309,11 +313,12 @@ class _TrainingSamples:
                     return _Bad(error)
                 problems[index] = (record["file_name"], str(error))
             else:
-                return _Replaced(sample, dict(problems.values())) if problems else sample
+                return _Bad(sample=sample, problems=dict(problems.values())) if problems else sample
             candidates = np.setdiff1d(np.flatnonzero(self.kinds == self.kinds[draw.record]), [*problems])
             if len(problems) > self.max_bad or not len(candidates):
-                return _Replaced(None, dict(problems.values()))
-        raise AssertionError("unreachable")
+                return _Bad(problems=dict(problems.values()))
+            rng = np.random.default_rng((self.seed, draw.position, len(problems)))
+            index = int(candidates[rng.integers(len(candidates))])
 
 
 class _TestSamples:
@@ -326,22 +331,6 @@ class _TestSamples:
             return self.mapper(self.records[index])
         except (ValueError, OSError) as error:
             return _Bad(error)
-
-
-@dataclass(frozen=True)
-class _Bad:
-    """Takes the place of a sample whose files are bad: the error travels as data and is raised where the batch is used,
-    with its own words, instead of inside a worker."""
-
-    error: ValueError | OSError
-
-
-@dataclass(frozen=True)
-class _Replaced:
-    """A sample that took the place of bad ones (None: none was found), and what was wrong with them by file name."""
-
-    sample: dict[str, Any] | None
-    problems: Mapping[str, str]
 
 
 def _data_loader(
@@ -362,30 +351,19 @@ def _data_loader(
     )
 
 
-def _pack(batch: list[dict | _Bad | _Replaced]) -> list[dict | _Bad | _Replaced] | PackedBatch:
+def _pack(batch: list[dict | _Bad]) -> list[dict | _Bad] | PackedBatch:
     return batch if get_worker_info() is None else PackedBatch(batch, shared=True)
 
 
-def _unpacked(batch: list[dict | _Bad | _Replaced] | PackedBatch) -> list[dict[str, Any] | _Replaced]:
-    samples = batch.unpack() if isinstance(batch, PackedBatch) else batch
-    for sample in samples:
-        if isinstance(sample, _Bad):
-            raise sample.error
-    return samples
+def _next_batch(batches: Iterator[list[dict | _Bad] | PackedBatch]) -> list[dict[str, Any] | _Bad]:
+    """The next batch of a `DataLoader`; what torch says of a dead or silent process becomes what can be done about it.
 
-
-def _start_worker(worker_init: WorkerInit | None, worker: int) -> None:
-    """Workers share the cores already: one thread each."""
-    torch.set_num_threads(1)
-    if worker_init is not None:
-        worker_init(worker)
-
-
-@contextlib.contextmanager
-def _named_failures() -> Iterator[None]:
-    """Turns what torch says of a dead or silent loading process into what can be done about it."""
+    Raises:
+        LoaderError: a loading process died or hangs.
+        ValueError, OSError: what is wrong with the files of a sample.
+    """
     try:
-        yield
+        batch = next(batches)
     except RuntimeError as error:
         text = str(error).splitlines()[0] if str(error) else ""
         if "DataLoader timed out" in text:
@@ -400,3 +378,15 @@ def _named_failures() -> Iterator[None]:
                 "DATALOADER.NUM_WORKERS; with 0 this process loads and shows the error itself."
             ) from error
         raise
+    samples = batch.unpack() if isinstance(batch, PackedBatch) else batch
+    for sample in samples:
+        if isinstance(sample, _Bad) and sample.error is not None:
+            raise sample.error
+    return samples
+
+
+def _start_worker(worker_init: WorkerInit | None, worker: int) -> None:
+    """Workers share the cores already: one thread each."""
+    torch.set_num_threads(1)
+    if worker_init is not None:
+        worker_init(worker)

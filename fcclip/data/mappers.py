@@ -14,7 +14,7 @@ and the names of the record. The same record and the same random numbers give th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,7 +25,7 @@ from fcclip.config import lookup
 from fcclip.data.catalog import DATASETS, get_dataset
 from fcclip.data.color_jitter import ColorJitter
 from fcclip.data.images import read_id_map, read_label_map, read_pil_image
-from fcclip.data.own_data import is_own_data
+from fcclip.data.own_description import is_own_data
 from fcclip.data.segmentations import fill_polygons, has_area, paint_classes, read_run_lengths
 from fcclip.data.transforms import (
     Geometry,
@@ -37,19 +37,8 @@ from fcclip.data.transforms import (
     shortest_edge_size,
 )
 from fcclip.errors import InputError
+from fcclip.files import listed
 from fcclip.structures import Targets
-
-__all__ = [
-    "MAPPERS",
-    "InstanceJitterMapper",
-    "JitterMapper",
-    "PanopticJitterMapper",
-    "SemanticJitterMapper",
-    "ShortestEdgeMapper",
-    "build_test_mapper",
-    "build_train_mapper",
-    "check_ground_truth",
-]
 
 VOID_ID = 0  # of pixels without a segment in an id PNG
 CHANNEL_ORDERS = ("RGB", "BGR")
@@ -174,14 +163,14 @@ class SemanticJitterMapper(JitterMapper):
         if "sem_seg_file_name" not in record:
             return paint_classes(_read_id_map(record, size), record["segments_info"], self.ignore_label)
         labels = _read_labels(record, size)
-        found = _distinct(labels)
-        unknown = [] if self.num_classes is None else sorted(found - {*range(self.num_classes), self.ignore_label})
+        known = None if self.num_classes is None else {*range(self.num_classes), self.ignore_label}
+        unknown = [] if known is None else sorted(_distinct(labels) - known)
         if unknown:
             raise InputError(
-                f"{record['sem_seg_file_name']}: label {unknown[0]} ({int((labels == unknown[0]).sum())} pixels) is no "
-                f"class: the data set has the labels 0..{self.num_classes - 1}, and {self.ignore_label} for unlabelled "
-                f"pixels. Prepare the label maps again, or set the ignore_label of the data set if {unknown[0]} means "
-                "unlabelled."
+                f"{record['sem_seg_file_name']}: label {unknown[0]} ({int((labels == unknown[0]).sum())} pixels) is "
+                f"not a class: the data set has the labels 0..{self.num_classes - 1}, and {self.ignore_label} for "
+                "unlabelled pixels. Prepare the label maps again, or set the ignore_label of the data set if "
+                f"{unknown[0]} means unlabelled."
             )
         return labels
 
@@ -201,32 +190,32 @@ class InstanceJitterMapper(JitterMapper):
     decoded and then transformed.
 
     Args:
-        drops_empty: leave out an instance of which the crop shows nothing, as `coco_instance_lsj` does; else it stays
-            with an empty mask.
+        drops_empty: leave out an instance that the crop does not show, as `coco_instance_lsj` does; else it stays with
+            an empty mask.
         options: as for `JitterMapper`.
     """
 
     needs = (("annotations",),)
 
-    def __init__(self, *, drops_empty: bool, **options: Any) -> None:
+    def __init__(self, *, drops_empty: bool = True, **options: Any) -> None:
         super().__init__(**options)
         self.drops_empty = drops_empty
 
     def read(self, record: dict, size: tuple[int, int]) -> list[dict]:
         """The annotations that are no crowd, run-length codes decoded: `segmentation` is a list of polygons (k, 2)
         float64 or a mask (height, width) bool."""
-        instances = [one for one in record["annotations"] if not one.get("iscrowd", 0)]
-        if any(not one.get("segmentation") for one in instances):
+        instances = [annotation for annotation in record["annotations"] if not annotation.get("iscrowd", 0)]
+        if any(not instance.get("segmentation") for instance in instances):
             raise InputError(
                 f"{record['file_name']}: an annotation of this image has no segmentation, and its box alone gives no "
                 "mask to train on. Leave it out of the annotations, or mark it iscrowd."
             )
-        codes = [one["segmentation"] for one in instances if isinstance(one["segmentation"], Mapping)]
+        segmentations = [instance["segmentation"] for instance in instances]
         try:
-            masks = iter(read_run_lengths(codes, size))
+            masks = iter(read_run_lengths([code for code in segmentations if isinstance(code, Mapping)], size))
             return [
-                {**one, "segmentation": next(masks) if isinstance(segments, Mapping) else _polygons(segments)}
-                for one, segments in ((one, one["segmentation"]) for one in instances)
+                {**instance, "segmentation": next(masks) if isinstance(code, Mapping) else _polygons(code)}
+                for instance, code in zip(instances, segmentations)
             ]
         except ValueError as error:
             raise InputError(
@@ -234,22 +223,24 @@ class InstanceJitterMapper(JitterMapper):
             ) from error
 
     def targets(self, record: dict, truth: list[dict], geometry: Geometry) -> Targets:
-        decoded = [one["segmentation"] for one in truth if isinstance(one["segmentation"], np.ndarray)]
+        segmentations = [instance["segmentation"] for instance in truth]
+        decoded = [mask for mask in segmentations if isinstance(mask, np.ndarray)]
         transformed = iter(geometry.apply_masks(np.stack(decoded)) if decoded else ())
         masks = np.zeros((len(truth), *geometry.canvas), bool)
         shown = []
-        for one, mask in zip(truth, masks):
-            if isinstance(one["segmentation"], np.ndarray):
+        for segmentation, mask in zip(segmentations, masks):
+            if isinstance(segmentation, np.ndarray):
                 mask[:] = next(transformed)
                 shown.append(bool(mask.any()))
             else:
-                polygons = [geometry.apply_polygon(points) for points in one["segmentation"]]
+                polygons = [geometry.apply_polygon(points) for points in segmentation]
                 polygons = [points for points in polygons if len(points)]
                 fill_polygons(polygons, mask)
                 shown.append(_has_box(polygons))
         kept = np.array(shown, bool) if self.drops_empty else np.ones(len(truth), bool)
+        labels = torch.tensor([instance["category_id"] for instance in truth], dtype=torch.int64)
         return Targets(
-            labels=torch.tensor([one["category_id"] for one in truth], dtype=torch.int64)[torch.from_numpy(kept)],
+            labels=labels[torch.from_numpy(kept)],
             masks=torch.from_numpy(masks if kept.all() else masks[kept]),
         )
 
@@ -296,11 +287,27 @@ def build_train_mapper(cfg, metadata: Mapping[str, Any] | None = None) -> Jitter
     Raises:
         ValueError: an unknown mapper, or values of INPUT that cannot work.
     """
-    build = lookup("INPUT.DATASET_MAPPER_NAME", cfg.INPUT.DATASET_MAPPER_NAME, MAPPERS)
+    name = cfg.INPUT.DATASET_MAPPER_NAME
+    kind, augmentation = lookup("INPUT.DATASET_MAPPER_NAME", name, MAPPERS)
     if metadata is None:
         first = next(iter(cfg.DATASETS.TRAIN), "")
         metadata = get_dataset(first).metadata if first in DATASETS or is_own_data(first) else {}
-    return build(cfg, metadata)
+    options: dict[str, Any] = {"name": name, "channel_order": cfg.INPUT.FORMAT}
+    ignore_value = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if kind is PanopticJitterMapper:
+        options["ignored_label"] = ignore_value
+    if kind is SemanticJitterMapper:
+        options["ignore_label"] = metadata.get("ignore_label", ignore_value)
+        options["num_classes"] = len(metadata["stuff_classes"]) if "ignore_label" in metadata else None
+    if augmentation is LargeScaleJitter:
+        inputs = cfg.INPUT
+        scales = {"min_scale": inputs.MIN_SCALE, "max_scale": inputs.MAX_SCALE}
+        jitter = LargeScaleJitter(size=inputs.IMAGE_SIZE, flip=inputs.RANDOM_FLIP, **scales)
+        return kind(augmentation=jitter, **options)
+    if kind is InstanceJitterMapper:
+        options["drops_empty"] = False
+    augmentation = _shortest_edge_jitter(cfg, judges_crops=kind is not InstanceJitterMapper)
+    return kind(augmentation=augmentation, colors=ColorJitter() if cfg.INPUT.COLOR_AUG_SSD else None, **options)
 
 
 def build_test_mapper(cfg) -> ShortestEdgeMapper:
@@ -309,52 +316,13 @@ def build_test_mapper(cfg) -> ShortestEdgeMapper:
     return ShortestEdgeMapper(min_size=inputs.MIN_SIZE_TEST, max_size=inputs.MAX_SIZE_TEST, channel_order=inputs.FORMAT)
 
 
-def _build_panoptic_lsj(cfg, metadata: Mapping[str, Any]) -> PanopticJitterMapper:
-    return PanopticJitterMapper(augmentation=_large_scale_jitter(cfg), **_named(cfg))
-
-
-def _build_instance_lsj(cfg, metadata: Mapping[str, Any]) -> InstanceJitterMapper:
-    return InstanceJitterMapper(augmentation=_large_scale_jitter(cfg), drops_empty=True, **_named(cfg))
-
-
-def _build_semantic(cfg, metadata: Mapping[str, Any]) -> SemanticJitterMapper:
-    known = "ignore_label" in metadata
-    return SemanticJitterMapper(
-        augmentation=_shortest_edge_jitter(cfg, judges_crops=True),
-        colors=_colors(cfg),
-        ignore_label=metadata["ignore_label"] if known else cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
-        num_classes=len(metadata["stuff_classes"]) if known else None,
-        **_named(cfg),
-    )
-
-
-def _build_panoptic(cfg, metadata: Mapping[str, Any]) -> PanopticJitterMapper:
-    return PanopticJitterMapper(
-        augmentation=_shortest_edge_jitter(cfg, judges_crops=True),
-        colors=_colors(cfg),
-        ignored_label=cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
-        **_named(cfg),
-    )
-
-
-def _build_instance(cfg, metadata: Mapping[str, Any]) -> InstanceJitterMapper:
-    augmentation = _shortest_edge_jitter(cfg, judges_crops=False)
-    return InstanceJitterMapper(augmentation=augmentation, colors=_colors(cfg), drops_empty=False, **_named(cfg))
-
-
-MAPPERS: dict[str, Callable[..., JitterMapper]] = {
-    "coco_panoptic_lsj": _build_panoptic_lsj,
-    "coco_instance_lsj": _build_instance_lsj,
-    "mask_former_semantic": _build_semantic,
-    "mask_former_panoptic": _build_panoptic,
-    "mask_former_instance": _build_instance,
-}
-_READERS: dict[str, type[JitterMapper]] = {  # what a record must have for each of them
-    "coco_panoptic_lsj": PanopticJitterMapper,
-    "coco_instance_lsj": InstanceJitterMapper,
-    "mask_former_semantic": SemanticJitterMapper,
-    "mask_former_panoptic": PanopticJitterMapper,
-    "mask_former_instance": InstanceJitterMapper,
+# INPUT.DATASET_MAPPER_NAME -> what reads the ground truth, and what draws the geometry.
+MAPPERS: dict[str, tuple[type[JitterMapper], type[LargeScaleJitter] | type[ShortestEdgeJitter]]] = {
+    "coco_panoptic_lsj": (PanopticJitterMapper, LargeScaleJitter),
+    "coco_instance_lsj": (InstanceJitterMapper, LargeScaleJitter),
+    "mask_former_semantic": (SemanticJitterMapper, ShortestEdgeJitter),
+    "mask_former_panoptic": (PanopticJitterMapper, ShortestEdgeJitter),
+    "mask_former_instance": (InstanceJitterMapper, ShortestEdgeJitter),
 }
 
 
@@ -372,7 +340,7 @@ def check_ground_truth(record: Mapping[str, Any], mapper: JitterMapper, *, where
     if _can_read(mapper, record):
         return
     missing = [key for key in mapper.needs[0] if key not in record]
-    others = [name for name, kind in _READERS.items() if _can_read(kind, record)]
+    others = [name for name, (kind, _) in MAPPERS.items() if _can_read(kind, record)]
     remedy = f"set INPUT.DATASET_MAPPER_NAME to {' or '.join(others)}" if others else "no mapper can read it"
     raise InputError(
         f"{where}: the ground truth has no {' and no '.join(missing)}, which INPUT.DATASET_MAPPER_NAME '{mapper.name}' "
@@ -382,17 +350,6 @@ def check_ground_truth(record: Mapping[str, Any], mapper: JitterMapper, *, where
 
 def _can_read(mapper: JitterMapper | type[JitterMapper], record: Mapping[str, Any]) -> bool:
     return any(all(key in record for key in fields) for fields in mapper.needs)
-
-
-def _named(cfg) -> dict[str, str]:
-    return {"name": cfg.INPUT.DATASET_MAPPER_NAME, "channel_order": cfg.INPUT.FORMAT}
-
-
-def _large_scale_jitter(cfg) -> LargeScaleJitter:
-    inputs = cfg.INPUT
-    return LargeScaleJitter(
-        size=inputs.IMAGE_SIZE, min_scale=inputs.MIN_SCALE, max_scale=inputs.MAX_SCALE, flip=inputs.RANDOM_FLIP
-    )
 
 
 def _shortest_edge_jitter(cfg, *, judges_crops: bool) -> ShortestEdgeJitter:
@@ -412,10 +369,6 @@ def _shortest_edge_jitter(cfg, *, judges_crops: bool) -> ShortestEdgeJitter:
         crop=crop,
         target_size=inputs.SIZE_DIVISIBILITY,
     )
-
-
-def _colors(cfg) -> ColorJitter | None:
-    return ColorJitter() if cfg.INPUT.COLOR_AUG_SSD else None
 
 
 def _read_pil_image(record: dict) -> Image.Image:
@@ -442,8 +395,8 @@ def _read_id_map(record: dict, image_size: tuple[int, int]) -> np.ndarray:
         others = f" (and {len(unknown) - 1} more ids)" if len(unknown) > 1 else ""
         raise InputError(
             f"{path}: id {unknown[0]} ({pixels} pixels){others} is not in the segments_info of this image, which has "
-            f"{len(known)} ids: {_few(sorted(known))}. PNG and JSON come from different runs: prepare both again "
-            "together, or paint unlabelled pixels black."
+            f"{len(known)} ids: {listed(sorted(known), 8) or 'none'}. PNG and JSON come from different runs: prepare "
+            "both again together, or paint unlabelled pixels black."
         )
     return id_map
 
@@ -466,7 +419,7 @@ def _check_size(record: dict, path: str, kind: str, size: tuple[int, ...], image
 
 
 def _polygons(segmentation: Iterable[Sequence[float]]) -> list[np.ndarray]:
-    return [np.asarray(one, np.float64).reshape(-1, 2) for one in segmentation if has_area(one)]
+    return [np.asarray(corners, np.float64).reshape(-1, 2) for corners in segmentation if has_area(corners)]
 
 
 def _has_box(polygons: Sequence[np.ndarray]) -> bool:
@@ -483,11 +436,6 @@ def _distinct(values: np.ndarray) -> set[int]:
     flat = values.ravel()
     starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
     return {*np.unique(flat[starts]).tolist(), *flat[:1].tolist()}
-
-
-def _few(values: list[int], limit: int = 8) -> str:
-    shown = ", ".join(str(value) for value in values[:limit])
-    return f"{shown}, ..." if len(values) > limit else shown or "none"
 
 
 def _kept(record: dict, size: tuple[int, int]) -> dict[str, Any]:

@@ -20,21 +20,6 @@ from torch import Tensor
 from fcclip.config import lookup
 from fcclip.errors import InputError
 
-REPLAYED_FROM = "replayed_from"  # field of a record and of a sample: number of the former data set
-
-__all__ = [
-    "SAMPLERS",
-    "Draw",
-    "Stream",
-    "TrainingBatches",
-    "build_stream",
-    "inference_batches",
-    "inference_share",
-    "permutation_stream",
-    "repeat_factors",
-    "repeated_stream",
-]
-
 Stream = Callable[[int, int], Iterator[int]]  # (number of records, seed) -> endless record indices
 
 
@@ -96,33 +81,38 @@ def repeat_factors(categories: Iterable[Iterable[Hashable]], *, threshold: float
     """
     if threshold < 0:
         raise InputError(f"DATALOADER.REPEAT_THRESHOLD must be a share of images, 0 or more, got {threshold}")
-    images = [frozenset(one) for one in categories]
+    images = [frozenset(shown) for shown in categories]
     shares = {category: count / len(images) for category, count in Counter(itertools.chain(*images)).items()}
     ratios = {category: threshold / share for category, share in shares.items()}
-    factors = {one: max(1.0, math.sqrt(ratio) if square_root else ratio) for one, ratio in ratios.items()}
-    return torch.tensor([max((factors[category] for category in one), default=1.0) for one in images])
+    factors = {category: max(1.0, math.sqrt(ratio) if square_root else ratio) for category, ratio in ratios.items()}
+    return torch.tensor([max((factors[category] for category in shown), default=1.0) for shown in images])
 
 
-def build_stream(cfg, records: Sequence[Mapping[str, Any]]) -> Stream:
+def build_stream(cfg, records: Sequence[Mapping[str, Any]], *, source: str | None = None) -> Stream:
     """The order of the training images that `DATALOADER.SAMPLER_TRAIN` names.
+
+    Args:
+        cfg: reads DATALOADER.
+        records: the training images.
+        source: field of the records that tells data sets with different classes apart; None: all have the same ones.
 
     Raises:
         ValueError: an unknown name, or records that do not say which categories an image shows.
     """
-    return lookup("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)(cfg.DATALOADER, records)
+    return lookup("DATALOADER.SAMPLER_TRAIN", cfg.DATALOADER.SAMPLER_TRAIN, SAMPLERS)(cfg.DATALOADER, records, source)
 
 
-def _build_repeated(settings, records: Sequence[Mapping[str, Any]]) -> Stream:
-    categories = [_categories(record) for record in records]
+def _build_repeated(settings, records: Sequence[Mapping[str, Any]], source: str | None) -> Stream:
+    categories = [[(record.get(source), category) for category in _categories(record)] for record in records]
     factors = repeat_factors(categories, threshold=settings.REPEAT_THRESHOLD, square_root=settings.REPEAT_SQRT)
     return partial(repeated_stream, factors=factors)
 
 
-def _categories(record: Mapping[str, Any]) -> list[Hashable]:
-    """The classes an image shows; those of different former data sets are not the same."""
+def _categories(record: Mapping[str, Any]) -> list[int]:
+    """The classes an image shows."""
     for key in ("annotations", "segments_info"):
         if key in record:
-            return [(record.get(REPLAYED_FROM), one["category_id"]) for one in record[key]]
+            return [annotation["category_id"] for annotation in record[key]]
     raise InputError(
         "DATALOADER.SAMPLER_TRAIN 'RepeatFactorTrainingSampler' needs to know the categories of each image, but the "
         f"record of {record.get('file_name', 'an image')} has no annotations and no segments_info. Use "
@@ -131,7 +121,7 @@ def _categories(record: Mapping[str, Any]) -> list[Hashable]:
 
 
 SAMPLERS: dict[str, Callable[..., Stream]] = {
-    "TrainingSampler": lambda settings, records: permutation_stream,
+    "TrainingSampler": lambda settings, records, source: permutation_stream,
     "RepeatFactorTrainingSampler": _build_repeated,
 }
 

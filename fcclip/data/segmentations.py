@@ -10,10 +10,6 @@ import pycocotools.mask
 
 from fcclip.errors import InputError
 
-__all__ = [
-    "check_code", "compressed", "fill_polygons", "has_area", "paint_classes", "read_run_lengths", "run_lengths",
-]  # fmt: skip
-
 
 def has_area(polygon: Sequence[float]) -> bool:
     """Whether a list x0, y0, x1, y1, ... is a polygon at all: three corners or more, and none without its y."""
@@ -59,7 +55,7 @@ def check_code(code: dict[str, Any]) -> None:
     rest.
 
     Raises:
-        ValueError: they do not, or it is no code.
+        ValueError: they do not, or it is not a code.
     """
     height, width = code["size"]
     lengths = run_lengths(code["counts"])
@@ -84,11 +80,11 @@ def run_lengths(counts: str | bytes) -> np.ndarray:
     )
     last = (digits & 32) == 0
     if not len(digits) or not last[-1] or digits.min() < 0 or digits.max() > 63:
-        raise InputError("the 'counts' are no run-length code")
+        raise InputError("the 'counts' are not a run-length code")
     starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
     places = np.arange(len(digits)) - np.repeat(starts, np.diff(starts, append=len(digits)))
     if places.max() > 6:
-        raise InputError("the 'counts' are no run-length code")
+        raise InputError("the 'counts' are not a run-length code")
     runs = np.add.reduceat((digits & 31) << 5 * places, starts)
     sign = (digits[last] & 16) > 0
     runs -= np.where(sign, np.int64(1) << 5 * (places[last] + 1), 0)
@@ -106,7 +102,7 @@ def fill_polygons(polygons: Sequence[np.ndarray], canvas: np.ndarray) -> None:
     """
     if not polygons:
         return
-    codes = pycocotools.mask.frPyObjects([one.ravel().tolist() for one in polygons], *canvas.shape)
+    codes = pycocotools.mask.frPyObjects([corners.ravel().tolist() for corners in polygons], *canvas.shape)
     mask = pycocotools.mask.decode(pycocotools.mask.merge(codes))
     corners = np.concatenate(polygons)  # the tools store columns, so only the part that can be set is turned
     left, top = np.maximum(np.floor(corners.min(axis=0)).astype(int) - 1, 0)
@@ -115,7 +111,7 @@ def fill_polygons(polygons: Sequence[np.ndarray], canvas: np.ndarray) -> None:
 
 
 def paint_classes(id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], ignore_label: int) -> np.ndarray:
-    """(h, w) int segment ids, not empty -> (h, w) int32 classes; `ignore_label` where the id is that of no segment.
+    """(h, w) int segment ids, not empty -> (h, w) int32 classes; `ignore_label` where no segment has the id.
 
     Example:
         >>> paint_classes(np.array([[0, 7, 9]]), [{"id": 7, "category_id": 2}], 255).tolist()
@@ -125,5 +121,5 @@ def paint_classes(id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], ign
     row = id_map.ravel()
     starts = np.flatnonzero(np.concatenate(([True], row[1:] != row[:-1])))  # of runs, which are few and long
     ids, which = np.unique(row[starts], return_inverse=True)
-    classes = np.array([class_of.get(one, ignore_label) for one in ids.tolist()], np.int32)
+    classes = np.array([class_of.get(segment_id, ignore_label) for segment_id in ids.tolist()], np.int32)
     return np.repeat(classes[which], np.diff(starts, append=row.size)).reshape(id_map.shape)

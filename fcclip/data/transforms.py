@@ -16,22 +16,6 @@ from PIL import Image
 
 from fcclip.errors import InputError
 
-__all__ = [
-    "CROP_TYPES",
-    "PADDING_ID",
-    "PADDING_VALUE",
-    "CropGeometry",
-    "Geometry",
-    "JitterGeometry",
-    "LargeScaleJitter",
-    "RandomCrop",
-    "RandomNumbers",
-    "ShortestEdgeJitter",
-    "draw_integer",
-    "resize_image",
-    "shortest_edge_size",
-]
-
 PADDING_VALUE = 128  # of an image, in each channel
 PADDING_ID = 0xFFFFFF  # of an id map after large-scale jitter: the published code pads the id PNG with 255
 FLIPS = ("none", "horizontal", "vertical")
@@ -40,12 +24,19 @@ CROP_ATTEMPTS = 10  # windows tried before one is taken that a single category f
 RandomNumbers = np.random.Generator | np.random.RandomState
 
 
+@dataclass(frozen=True)
 class Geometry:
     """One drawn transform: resize, crop and pad at the right and the bottom, with a flip before or after.
 
-    Subclasses are records of what was drawn. They have `height, width` (of the image it was drawn for, pixels),
-    `resized_height, resized_width`, `top, left` (first row and column of the crop, in pixels of the resized image)
-    and `flip`, one of `FLIPS`.
+    Args:
+        height, width: size of the image it was drawn for, pixels.
+        resized_height, resized_width: size after the resize, pixels.
+        top, left: first row and column of the crop, in pixels of the resized image.
+        visible: (height, width) of the part of the resized image that is kept.
+        canvas: (height, width) of what comes out.
+        flip: "none", "horizontal" or "vertical".
+        flips_first: before the resize, else after the crop.
+        id_padding: of id maps.
     """
 
     height: int
@@ -54,19 +45,11 @@ class Geometry:
     resized_width: int
     top: int
     left: int
+    visible: tuple[int, int]
+    canvas: tuple[int, int]
     flip: str
-    flips_first = True  # before the resize, else after the crop
-    id_padding = PADDING_ID
-
-    @property
-    def visible(self) -> tuple[int, int]:
-        """(height, width) of the part of the resized image that is kept."""
-        raise NotImplementedError
-
-    @property
-    def canvas(self) -> tuple[int, int]:
-        """(height, width) of what comes out."""
-        raise NotImplementedError
+    flips_first: bool
+    id_padding: int
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
         """(height, width, 3) uint8 -> (*canvas, 3) uint8: bilinear with antialiasing, padded with 128."""
@@ -92,20 +75,15 @@ class Geometry:
     def apply_id_map(self, id_map: np.ndarray, *, padding: int | None = None) -> np.ndarray:
         """(height, width) integer -> canvas of the same type: Pillow's nearest neighbour, padded with `padding`
         (default: with an id that no segment has)."""
-        self._check(id_map.shape)
-        padding = self.id_padding if padding is None else padding
-        return self._gathered(id_map, _nearest(self.height, self.resized_height), self._columns(_nearest), padding)
+        return self._gathered(id_map, _nearest, self.id_padding if padding is None else padding)
 
     def apply_label_map(self, labels: np.ndarray, *, padding: int) -> np.ndarray:
         """The same for a semantic label map, which the published code resizes by torch's nearest neighbour instead."""
-        self._check(labels.shape)
-        rows = _torch_nearest(self.height, self.resized_height)
-        return self._gathered(labels, rows, self._columns(_torch_nearest), padding)
+        return self._gathered(labels, _torch_nearest, padding)
 
     def apply_masks(self, masks: np.ndarray) -> np.ndarray:
         """(n, height, width) -> (n, *canvas) of the same type: Pillow's nearest neighbour, padded with 0."""
-        self._check(masks.shape[1:])
-        return self._gathered(masks, _nearest(self.height, self.resized_height), self._columns(_nearest), 0)
+        return self._gathered(masks, _nearest, 0)
 
     def apply_polygon(self, points: np.ndarray) -> np.ndarray:
         """(k, 2) float, (x, y) corners in pixels -> (m, 2) corners on the canvas, clipped by the crop; m is 0 for a
@@ -114,44 +92,37 @@ class Geometry:
         if self.flips_first:
             self._flip_points(points, self.height, self.width)
         points *= (self.resized_width / self.width, self.resized_height / self.height)
-        points = _clipped(points - (self.left, self.top), *self._window)
+        window = self.canvas if self.flips_first else self.visible  # large-scale jitter crops beyond the resized image
+        points = _clipped(points - (self.left, self.top), *window)
         if not self.flips_first:
             self._flip_points(points, *self.visible)
         return points
 
-    @property
-    def _window(self) -> tuple[int, int]:
-        """(height, width) of the crop, which may reach beyond the resized image."""
-        return self.visible
-
-    def _gathered(self, array: np.ndarray, rows: np.ndarray, columns: np.ndarray, padding: int) -> np.ndarray:
-        """Source pixel of each resized row and column -> canvas; each pixel is read once, whatever the flip."""
-        flips_rows = self.flip == "vertical"
-        if flips_rows and self.flips_first:
-            rows = self.height - 1 - rows
-        rows = rows[self.top : self.top + self.visible[0]]
-        if flips_rows and not self.flips_first:
-            rows = rows[::-1]
+    def _gathered(self, array: np.ndarray, nearest: Callable[[int, int], np.ndarray], padding: int) -> np.ndarray:
+        """(..., height, width) -> (..., *canvas); each source pixel is read once, whatever the flip."""
+        self._check(array.shape[-2:])
+        rows = self._sources(nearest(self.height, self.resized_height), self.top, self.visible[0], "vertical")
+        columns = self._sources(nearest(self.width, self.resized_width), self.left, self.visible[1], "horizontal")
         if len(rows) < array.shape[-2]:
-            found = array.take(rows, axis=-2).take(columns, axis=-1)
+            view = array.take(rows, axis=-2).take(columns, axis=-1)
         else:
-            found = array.take(columns, axis=-1).take(rows, axis=-2)
-        if found.shape[-2:] == self.canvas:
-            return found
-        height, width = found.shape[-2:]
+            view = array.take(columns, axis=-1).take(rows, axis=-2)
+        if self.visible == self.canvas:
+            return view
+        height, width = self.visible
         canvas = np.empty((*array.shape[:-2], *self.canvas), array.dtype)
-        canvas[..., :height, :width] = found
+        canvas[..., :height, :width] = view
         canvas[..., height:, :] = padding
         canvas[..., :height, width:] = padding
         return canvas
 
-    def _columns(self, nearest: Callable[[int, int], np.ndarray]) -> np.ndarray:
-        columns = nearest(self.width, self.resized_width)
-        flips = self.flip == "horizontal"
+    def _sources(self, pixels: np.ndarray, start: int, length: int, flip: str) -> np.ndarray:
+        """Source pixel of each pixel of a resized axis -> that of each pixel in the crop."""
+        flips = self.flip == flip
         if flips and self.flips_first:
-            columns = self.width - 1 - columns
-        columns = columns[self.left : self.left + self.visible[1]]
-        return columns[::-1] if flips and not self.flips_first else columns
+            pixels = (self.height if flip == "vertical" else self.width) - 1 - pixels
+        pixels = pixels[start : start + length]
+        return pixels[::-1] if flips and not self.flips_first else pixels
 
     def _resized_and_cropped(self, image: Image.Image) -> Image.Image:
         """The visible part of the resized image.
@@ -160,12 +131,9 @@ class Geometry:
         pixel (a test compares) and saves a quarter of the time at scale 2. When it reduces, Pillow chooses the order.
         """
         rows, columns = self.visible
-        size, box = (
-            (self.resized_width, self.resized_height),
-            (self.left, self.top, self.left + columns, self.top + rows),
-        )
         if self.resized_height < self.height or self.resized_width <= columns:
-            resized = image.resize(size, Image.Resampling.BILINEAR)
+            resized = image.resize((self.resized_width, self.resized_height), Image.Resampling.BILINEAR)
+            box = (self.left, self.top, self.left + columns, self.top + rows)
             return resized if resized.size == (columns, rows) else resized.crop(box)
         image = image.resize((self.resized_width, self.height), Image.Resampling.BILINEAR)
         image = image.crop((self.left, 0, self.left + columns, self.height))
@@ -187,82 +155,6 @@ class Geometry:
     def _check(self, size: tuple[int, ...]) -> None:
         if tuple(size) != (self.height, self.width):
             raise InputError(f"jitter drawn for {self.height} x {self.width} pixels, applied to {tuple(size)}")
-
-
-@dataclass(frozen=True)
-class JitterGeometry(Geometry):
-    """One drawn large-scale jitter: flip, then resize, then crop, then pad at the right and the bottom.
-
-    Args:
-        height, width: size of the image it was drawn for, pixels.
-        flip: "none", "horizontal" or "vertical".
-        resized_height, resized_width: size after the resize, pixels.
-        top, left: first row and column of the crop, in pixels of the resized image.
-        size: side of the square that comes out, pixels.
-    """
-
-    height: int
-    width: int
-    flip: str
-    resized_height: int
-    resized_width: int
-    top: int
-    left: int
-    size: int
-
-    @property
-    def visible(self) -> tuple[int, int]:
-        return min(self.resized_height - self.top, self.size), min(self.resized_width - self.left, self.size)
-
-    @property
-    def canvas(self) -> tuple[int, int]:
-        return self.size, self.size
-
-    @property
-    def _window(self) -> tuple[int, int]:
-        return self.canvas
-
-
-@dataclass(frozen=True)
-class CropGeometry(Geometry):
-    """One drawn augmentation of the `mask_former_*` mappers: resize, then crop, then flip, then pad.
-
-    Args:
-        height, width: size of the image it was drawn for, pixels.
-        resized_height, resized_width: size after the resize, pixels.
-        top, left, crop_height, crop_width: the crop, in pixels of the resized image.
-        flip: "none" or "horizontal".
-        target_size: side of the square that it is padded to, pixels; below 1: no padding.
-    """
-
-    height: int
-    width: int
-    resized_height: int
-    resized_width: int
-    top: int
-    left: int
-    crop_height: int
-    crop_width: int
-    flip: str
-    target_size: int = -1
-
-    flips_first = False
-    id_padding = 0
-
-    def __post_init__(self) -> None:
-        if 0 < self.target_size < max(self.visible):
-            raise InputError(
-                f"INPUT.SIZE_DIVISIBILITY is {self.target_size}, the side of the square that images are padded to, "
-                f"but after resize and crop this one is {self.crop_height} x {self.crop_width} (height x width)"
-            )
-
-    @property
-    def visible(self) -> tuple[int, int]:
-        return self.crop_height, self.crop_width
-
-    @property
-    def canvas(self) -> tuple[int, int]:
-        return self.visible if self.target_size < 1 else (self.target_size, self.target_size)
 
 
 @dataclass(frozen=True)
@@ -293,7 +185,7 @@ class LargeScaleJitter:
         if self.flip not in FLIPS:
             raise InputError(f"INPUT.RANDOM_FLIP must be one of {', '.join(FLIPS)}, got '{self.flip}'")
 
-    def draw(self, height: int, width: int, rng: RandomNumbers, labels: np.ndarray | None = None) -> JitterGeometry:
+    def draw(self, height: int, width: int, rng: RandomNumbers, labels: np.ndarray | None = None) -> Geometry:
         """Draws, in the published order: whether to flip, the scale, one number for both crop offsets.
 
         The same number for both axes is the published behaviour: the crop lies on the diagonal of the possible ones.
@@ -304,7 +196,14 @@ class LargeScaleJitter:
         resized_height, resized_width = (max(int(np.round(side * ratio)), 1) for side in (height, width))
         offset = rng.uniform(0.0, 1.0)
         top, left = (int(np.round(max(side - self.size, 0) * offset)) for side in (resized_height, resized_width))
-        return JitterGeometry(height, width, flip, resized_height, resized_width, top, left, self.size)
+        return Geometry(
+            *(height, width, resized_height, resized_width, top, left),
+            visible=(min(resized_height - top, self.size), min(resized_width - left, self.size)),
+            canvas=(self.size, self.size),
+            flip=flip,
+            flips_first=True,
+            id_padding=PADDING_ID,
+        )
 
 
 @dataclass(frozen=True)
@@ -416,7 +315,7 @@ class ShortestEdgeJitter:
         """Whether `draw` needs the label map."""
         return self.crop is not None and self.crop.reads_labels
 
-    def draw(self, height: int, width: int, rng: RandomNumbers, labels: np.ndarray | None = None) -> CropGeometry:
+    def draw(self, height: int, width: int, rng: RandomNumbers, labels: np.ndarray | None = None) -> Geometry:
         """Draws, in the published order: the shorter side, the crop, whether to flip.
 
         Args:
@@ -435,7 +334,21 @@ class ShortestEdgeJitter:
 
             place = self.crop.draw(*resized, rng, window)
         flip = "horizontal" if rng.uniform(0.0, 1.0) < 0.5 else "none"
-        return CropGeometry(height, width, *resized, *place, flip, self.target_size)
+        top, left, *visible = place
+        canvas = tuple(visible) if self.target_size < 1 else (self.target_size, self.target_size)
+        if max(visible) > max(canvas):
+            raise InputError(
+                f"INPUT.SIZE_DIVISIBILITY is {self.target_size}, the side of the square that images are padded to, but "
+                f"after resize and crop this one is {visible[0]} x {visible[1]} (height x width)"
+            )
+        return Geometry(
+            *(height, width, *resized, top, left),
+            visible=tuple(visible),
+            canvas=canvas,
+            flip=flip,
+            flips_first=False,
+            id_padding=0,
+        )
 
     def _draw_size(self, height: int, width: int, rng: RandomNumbers) -> tuple[int, int]:
         if self.sampling == "range":

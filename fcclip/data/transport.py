@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CompactRecords", "PackedBatch"]
-
 _ALIGNMENT = 16  # bytes; every dtype may start there
 
 

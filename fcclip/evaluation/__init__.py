@@ -1,7 +1,7 @@
 """Numbers that say how good a model is.
 
 runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation
-evaluators.py build_evaluators: which evaluators a data set gets; EVALUATORS: by kind of data set
+evaluators.py build_evaluators: which evaluators a data set gets
 ground_truth.py  GroundTruth and Evaluator: what the runner hands over and expects
 panoptic.py   panoptic_quality of files, PanopticEvaluator of id maps
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
@@ -19,7 +19,7 @@ averages.py   unweighted means over classes, over seen and unseen ones
 """
 
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
-from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
+from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth, encode_masks
 from fcclip.evaluation.lvis import LvisEvaluator
@@ -45,7 +45,6 @@ from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import EvaluationThreads
 
 __all__ = [
-    "EVALUATORS",
     "CityscapesInstanceEvaluator",
     "CityscapesSemanticEvaluator",
     "ClassCounts",

@@ -14,7 +14,7 @@ from fcclip.config import resolve_device
 from fcclip.data.catalog import Dataset
 from fcclip.data.loaders import TrainLoader, WorkerInit, training_records
 from fcclip.data.mappers import JitterMapper, build_train_mapper
-from fcclip.data.samplers import REPLAYED_FROM, Draw, TrainingBatches, build_stream
+from fcclip.data.samplers import Draw, TrainingBatches, build_stream
 from fcclip.data.transforms import RandomNumbers
 from fcclip.data.transport import CompactRecords
 from fcclip.errors import InputError
@@ -24,6 +24,7 @@ __all__ = ["MixedBatches", "ReplayLoader", "build_replay_loader", "replayed_imag
 
 logger = logging.getLogger(__name__)
 
+REPLAYED_FROM = "replayed_from"  # field of a record and of a sample: number of the former data set
 _FORMER_POSITIONS = 1 << 62  # where the positions of former images begin, so that no two images share a draw
 
 
@@ -149,7 +150,7 @@ def build_replay_loader(
 
     def batches(chosen: Sequence[Mapping[str, Any]], batch_size: int, seed: int) -> TrainingBatches:
         return TrainingBatches(
-            stream=build_stream(cfg, chosen),
+            stream=build_stream(cfg, chosen, source=REPLAYED_FROM),
             num_records=len(chosen),
             seed=seed,
             batch_size=batch_size,

@@ -1,6 +1,6 @@
 """What the programs `datasets/prepare_*.py` share.
 
 programs.py      Preparation, run: downloads to check, parts to make, files to collect; resumes after a kill
-files.py         files by stem, pixels, id colours, atomic writing
+files.py         pixels, id colours, atomic writing
 shapes_world.py  renderer of the shapes world
 """

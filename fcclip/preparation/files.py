@@ -6,7 +6,6 @@ Pixels are taken as they are stored; whatever is not as expected is an error tha
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import os
 import shutil
@@ -18,42 +17,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fcclip import files
+from fcclip.data.dataset import collector_paused
+from fcclip.data.images import opened
 from fcclip.errors import InputError, MissingFileError
-
-__all__ = [
-    "COLOUR_MODES",
-    "LABEL_MODES",
-    "atomically",
-    "box_and_area",
-    "check_size",
-    "copy_file",
-    "files_by_stem",
-    "has_content",
-    "id_colours",
-    "pair_by_stem",
-    "read_json",
-    "read_pixels",
-    "remap",
-    "remove_leftovers",
-    "stored_size",
-    "write_image",
-    "write_json",
-]
 
 LABEL_MODES = ("L", "P", "I;16", "I")  # one value a pixel: grey, palette index, 16 bits
 COLOUR_MODES = ("RGB", "RGBA")
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".tif": "TIFF"}
-_READING = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_REMEDY = "Unpack the download again."
 _HOST = socket.gethostname().replace(os.sep, "_")
 
 
 # ---- images ----
-
-
-def files_by_stem(folder: Path, ending: str) -> dict[str, Path]:
-    """Name without `ending` -> file, sorted; hidden files are none."""
-    names = sorted(name for name in os.listdir(folder) if name.endswith(ending) and not name.startswith("."))
-    return {name.removesuffix(ending): folder / name for name in names}
 
 
 def pair_by_stem(images: Mapping[str, Path], *others: Mapping[str, Path]) -> list[tuple[str, tuple[Path, ...]]]:
@@ -63,12 +39,11 @@ def pair_by_stem(images: Mapping[str, Path], *others: Mapping[str, Path]) -> lis
         ValueError: an image or companion is alone; names the first ones.
     """
     for other in others:
-        alone = [*(images.keys() - other.keys()), *(other.keys() - images.keys())]
+        alone = sorted(images.keys() ^ other.keys())
         if alone:
-            folders = " and ".join(str(next(iter(files.values())).parent) for files in (images, other) if files)
+            folders = " and ".join(str(next(iter(paths.values())).parent) for paths in (images, other) if paths)
             raise InputError(
-                f"{folders}: images that are in one of them only: {len(alone)}, e.g. {', '.join(sorted(alone)[:3])}. "
-                "Unpack the download again."
+                f"{folders}: images that are in one of them only: {len(alone)}, e.g. {files.listed(alone)}. {_REMEDY}"
             )
     return [(stem, (path, *(other[stem] for other in others))) for stem, path in images.items()]
 
@@ -79,22 +54,14 @@ def read_pixels(path: Path, *, modes: Sequence[str] = LABEL_MODES, convert: str 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image, is cut off, or of another mode than those.
+        ValueError: it is not an image, is cut off, or of another mode than those.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode in modes:
-                return np.array(image if convert is None else image.convert(convert))
-            found = image.mode
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{path}: no such file. Unpack the download again.") from error
-    except _READING as error:
-        size = path.stat().st_size if path.is_file() else 0
-        raise InputError(
-            f"{path}: cannot be read as an image ({size} bytes): {error}. Unpack the download again."
-        ) from error
+    with opened(path, if_missing=_REMEDY, if_broken=_REMEDY) as image:
+        if image.mode in modes:
+            return np.array(image if convert is None else image.convert(convert))
+        mode = image.mode
     raise InputError(
-        f"{path}: pixels are of mode {found}, expected {' or '.join(modes)}. Was the file converted by another program?"
+        f"{path}: pixels are of mode {mode}, expected {' or '.join(modes)}. Was the file converted by another program?"
     )
 
 
@@ -102,7 +69,7 @@ def check_size(path: Path, pixels: np.ndarray, of: Path) -> None:
     """Compares the size of the pixels of `path` with that of the image `of`.
 
     Raises:
-        ValueError: they differ, or `of` is no image.
+        ValueError: they differ, or `of` is not an image.
         FileNotFoundError: there is no such image.
     """
     height, width = stored_size(of)
@@ -118,31 +85,23 @@ def stored_size(path: Path) -> tuple[int, int]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image.
+        ValueError: it is not an image.
     """
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{path}: no such image. Unpack the download again.") from error
-    except _READING as error:
-        raise InputError(f"{path}: cannot be read as an image: {error}. Unpack the download again.") from error
+    with opened(path, if_missing=_REMEDY, if_broken=_REMEDY) as image:
+        return image.height, image.width
 
 
 def remap(values: np.ndarray, table: np.ndarray, path: Path, *, invalid: int) -> np.ndarray:
     """table[values]; a value that the table calls `invalid` or does not reach is an error that names the file."""
-    reached = values < len(table)
-    if not reached.all():
-        raise InputError(_unexpected(path, int(values[~reached][0])))
-    mapped = table[values]
-    wrong = mapped == invalid
+    known = values < len(table)
+    mapped = table[np.where(known, values, 0)]
+    wrong = ~known | (mapped == invalid)
     if wrong.any():
-        raise InputError(_unexpected(path, int(values[wrong][0])))
+        raise InputError(
+            f"{path}: value {int(values[wrong][0])} stands for no class. This is not the file that is expected here, "
+            "or is damaged."
+        )
     return mapped
-
-
-def _unexpected(path: Path, value: int) -> str:
-    return f"{path}: value {value} stands for no class. This is not the file that is expected here, or is damaged."
 
 
 def id_colours(id_map: np.ndarray) -> np.ndarray:
@@ -162,7 +121,11 @@ def box_and_area(mask: np.ndarray) -> tuple[list[int], int]:
 
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """A file to write, in the same folder, which becomes `path` when the block ends without an error."""
+    """A file to write, in the same folder, which becomes `path` when the block ends without an error.
+
+    Unlike those of `fcclip.files.write_atomically`, hundreds of thousands of files are not flushed to the disk one by
+    one, and several processes may write the same one.
+    """
     partial_file = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,29 +158,15 @@ def copy_file(source: Path, target: Path) -> None:
         FileNotFoundError: there is no such source.
     """
     if not source.is_file():
-        raise MissingFileError(f"{source}: no such file. Unpack the download again.")
+        raise MissingFileError(f"{source}: no such file. {_REMEDY}")
     with atomically(target) as file:
         shutil.copyfile(source, file)
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no JSON, or is cut off.
-    """
-    was_enabled = gc.isenabled()
-    gc.disable()  # millions of small objects without a cycle: the collector would walk them again and again
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise InputError(
-            f"{path}: no valid JSON ({path.stat().st_size} bytes): {error}. It may have been cut off."
-        ) from error
-    finally:
-        if was_enabled:
-            gc.enable()
+    """The content of a JSON file of millions of objects; fails as `fcclip.files.read_json`."""
+    with collector_paused():
+        return files.read_json(path)
 
 
 def has_content(path: Path) -> bool:
@@ -233,11 +182,12 @@ def remove_leftovers(folders: Iterable[Path]) -> None:
     for folder in folders:
         for file in folder.glob(f".*.{_HOST}-*.partial"):
             pid = file.name.removesuffix(".partial").rpartition("-")[2]
-            if pid.isdigit() and not _is_running(int(pid)):
+            if pid.isdigit() and not is_running(int(pid)):
                 file.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Whether another process of this number is running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -35,31 +35,10 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fcclip.data.catalog import root_folder
+from fcclip.data.catalog import get_dataset, root_folder
 from fcclip.data.images import read_id_map
 from fcclip.errors import InputError, MissingFileError
-from fcclip.preparation.files import (
-    LABEL_MODES,
-    check_size,
-    has_content,
-    read_json,
-    read_pixels,
-    remove_leftovers,
-    write_json,
-)
-
-__all__ = [
-    "FOLDERS",
-    "AnnotationFile",
-    "Download",
-    "Preparation",
-    "Task",
-    "build_parser",
-    "label_findings",
-    "panoptic_content",
-    "panoptic_findings",
-    "run",
-]
+from fcclip.preparation.files import check_size, has_content, read_json, read_pixels, remove_leftovers, write_json
 
 SPLITS = ("train", "val")
 FOLDERS = {"train": "training", "val": "validation"}  # what ADE20K and the Pascal trees call the splits
@@ -126,22 +105,28 @@ class Preparation:
 
     Args:
         title: of what is made, for the log.
+        dataset: name of a registered data set of these images, {split} for the split; it knows how many there are.
         downloads: split -> what is needed.
         plan: (folder of all data sets, split) -> one task an image, in the order of the result.
         make: writes the outputs of one task whether or not they are there; returns what `annotations` needs.
             Deterministic. A function of a module, which processes find by its name.
-        counts: split -> images of the published set.
-        inspect: task -> what is wrong with its outputs, which exist.
+        label_maps: number of an output that is a label map -> a registered data set that has it.
+        image: task -> the image that label maps have the size of.
         annotations: the JSON file that comes of it; None: there is none.
     """
 
     title: str
+    dataset: str
     downloads: Callable[[str], Sequence[Download]]
     plan: Callable[[Path, str], list[Task]]
     make: Callable[[Task], Any]
-    counts: Mapping[str, int] = field(default_factory=dict)
-    inspect: Callable[[Task], Iterable[str]] = lambda task: ()
+    label_maps: Mapping[int, str] = field(default_factory=dict)
+    image: Callable[[Task], Path] = lambda task: task.inputs[0]
     annotations: AnnotationFile | None = None
+
+    def published_count(self, split: str) -> int:
+        """Images of the published set."""
+        return get_dataset(self.dataset.format(split=split)).published_count
 
 
 # ---- the command line ----
@@ -154,8 +139,12 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--splits", nargs="+", choices=SPLITS, default=SPLITS, help="which splits (default train and val)"
     )
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument(
-        "--workers", type=int, default=_default_workers(), help="processes; they change nothing but the time"
+        "--workers",
+        type=int,
+        default=min(MOST_PROCESSES, available),
+        help="processes; they change nothing but the time",
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing: count the files, open some; leave with 1 if any is missing"
@@ -164,29 +153,25 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(preparation: Preparation, options: argparse.Namespace) -> int:
-    """Prepares, or checks, what the command line asks for; returns the exit status."""
+    """Prepares, or checks, what the command line asks for; returns the exit status.
+
+    Raises:
+        ValueError, OSError: something is not downloaded, broken or cannot be written; see `fcclip.errors.run_program`.
+    """
+    if options.workers < 1:
+        raise InputError(f"--workers must be at least 1, got {options.workers}")
+    root = root_folder(options.root)
+    splits = [split for split in SPLITS if split in options.splits]
+    _check_downloads(preparation, root, splits)
+    if options.check:
+        return 1 if sum(_check(preparation, root, split) for split in splits) else 0
     try:
-        if options.workers < 1:
-            raise InputError(f"--workers must be at least 1, got {options.workers}")
-        root = root_folder(options.root)
-        splits = [split for split in SPLITS if split in options.splits]
-        _check_downloads(preparation, root, splits)
-        if options.check:
-            return 1 if sum(_check(preparation, root, split) for split in splits) else 0
         for split in splits:
             _prepare(preparation, root, split, workers=options.workers)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print("interrupted: what is finished is kept, the same command goes on from there", file=sys.stderr)
         return 130
     return 0
-
-
-def _default_workers() -> int:
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MOST_PROCESSES, available)
 
 
 def _check_downloads(preparation: Preparation, root: Path, splits: Sequence[str]) -> None:
@@ -195,14 +180,20 @@ def _check_downloads(preparation: Preparation, root: Path, splits: Sequence[str]
             f"the folder of all data sets, {root.absolute()}, does not exist. Make it, or name the right one with "
             "--root or $DETECTRON2_DATASETS."
         )
-    missing = {split: [one for one in preparation.downloads(split) if _is_missing(root / one.path)] for split in splits}
-    every = dict.fromkeys(one for ones in missing.values() for one in ones)
+    missing = {
+        split: [download for download in preparation.downloads(split) if _is_missing(root / download.path)]
+        for split in splits
+    }
+    every = dict.fromkeys(download for downloads in missing.values() for download in downloads)
     if not every:
         return
-    lines = [f"  {root / one.path}\n    is not there or empty: {one.what}. Get it from {one.source}." for one in every]
-    there = [split for split, ones in missing.items() if not ones]
-    if there:
-        lines.append(f"For what is there alone: --splits {there[0]}")
+    lines = [
+        f"  {root / download.path}\n    is not there or empty: {download.what}. Get it from {download.source}."
+        for download in every
+    ]
+    complete = [split for split, downloads in missing.items() if not downloads]
+    if complete:
+        lines.append(f"For what is there alone: --splits {complete[0]}")
     raise MissingFileError(
         "\n".join([f"{preparation.title}: not everything is downloaded.", *lines, "--help shows the whole tree."])
     )
@@ -238,7 +229,7 @@ def _prepare(preparation: Preparation, root: Path, split: str, *, workers: int) 
     seconds = time.monotonic() - start
     done = f"made {len(jobs)} in {seconds:.0f} s" if jobs or not complete else "all there already"
     print(f"{title}: {len(tasks)} images, {done}", flush=True)
-    published = preparation.counts.get(split, len(tasks))
+    published = preparation.published_count(split)
     if len(tasks) != published:
         print(
             f"warning: {title} has {len(tasks)} images, the published set {published}; "
@@ -256,8 +247,8 @@ def _planned(preparation: Preparation, root: Path, split: str) -> list[Task]:
             "Unpack the download again."
         )
     if not tasks:
-        folders = ", ".join(str(root / one.path) for one in preparation.downloads(split))
-        raise InputError(f"{preparation.title}, {split}: there is no image in {folders}. Unpack the download again.")
+        folders = ", ".join(str(root / download.path) for download in preparation.downloads(split))
+        raise InputError(f"{preparation.title}, {split}: no images in {folders}. Unpack the download again.")
     return tasks
 
 
@@ -300,16 +291,16 @@ class _Parts:
         try:
             content = read_json(self.target)
             listed = [image["id"] for image in content["images"]]
-            self.found = content.get("info")
+            self.info_there = content.get("info")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             print(f"{self.target} cannot be used ({error}); it is made anew", file=sys.stderr)
             return False
         fits = sorted(map(str, listed)) == sorted(task.name for task in tasks)
-        if self.found == self.info:
+        if self.info_there == self.info:
             return fits
-        if isinstance(self.found, dict) and self.found.get("prepared_by") == self.info["prepared_by"]:
+        if isinstance(self.info_there, dict) and self.info_there.get("prepared_by") == self.info["prepared_by"]:
             raise InputError(
-                f"{self.target} was made with other options: it says {self.found}, asked for is {self.info}. "
+                f"{self.target} was made with other options: expected {self.info}, got {self.info_there}. "
                 "Delete it to have it and its PNGs made anew."
             )
         if not fits:
@@ -321,7 +312,7 @@ class _Parts:
 
     def check_maker(self, pending: Sequence[Task]) -> None:
         """Refuses to add images to what another program made: its segment ids are others."""
-        if self.annotations is not None and pending and self.found != self.info:
+        if self.annotations is not None and pending and self.info_there != self.info:
             raise InputError(
                 f"{self.target} was not made by this program, and files of images that it lists are missing: "
                 f"{len(pending)}, the first of {pending[0].name}. Delete it to have it and its PNGs made anew."
@@ -349,7 +340,7 @@ def _make_all(
     console = Console(stderr=True)
     with (
         Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress,
-        _processes(min(workers, len(jobs))) as run_each,
+        processes(min(workers, len(jobs))) as run_each,
     ):
         for failure in progress.track(run_each(attempt, jobs), total=len(jobs), description=title):
             if failure is not None:
@@ -361,7 +352,7 @@ def _make_all(
         raise InputError(
             "\n".join([
                 f"{title}: {len(failures)} of {len(jobs)} images failed{stopped}.",
-                *_listed(failures),
+                *_shown(failures),
                 "Put this right and start again: what is finished is kept.",
             ])
         )  # fmt: skip
@@ -380,7 +371,7 @@ def _attempt(make: Callable[[Task], Any], job: tuple[Task, Path | None]) -> str 
 
 
 @contextlib.contextmanager
-def _processes(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
+def processes(workers: int) -> Iterator[Callable[..., Iterable[Any]]]:
     """A `map` over so many processes, in the order of its arguments; one: this process."""
     if workers == 1:
         yield map
@@ -426,28 +417,29 @@ def _check(preparation: Preparation, root: Path, split: str) -> int:
     """Prints what is wrong with a split; returns the number of lines."""
     title = f"{preparation.title}, {split}"
     tasks = _planned(preparation, root, split)
-    findings = []
+    problems = []
     missing = [str(path) for task in tasks for path in task.outputs if not has_content(path)]
     if missing:
-        findings.append(f"missing or empty files: {len(missing)}; run without --check to make them")
-        findings += _listed(missing)
-    published = preparation.counts.get(split, 0)
+        problems.append(f"missing or empty files: {len(missing)}; run without --check to make them")
+        problems += _shown(missing)
+    published = preparation.published_count(split)
     if len(tasks) < published:
-        findings.append(f"the download has {len(tasks)} images, the published set {published}")
+        problems.append(f"the download has {len(tasks)} images, the published set {published}")
     complete = [task for task in tasks if _is_finished(task)]
     samples = complete[:: -(-len(complete) // SAMPLES) or 1]
     for task in samples:
-        findings += preparation.inspect(task)
+        for number, dataset in preparation.label_maps.items():
+            problems += _label_problems(task.outputs[number], preparation.image(task), dataset)
     if preparation.annotations is not None:
-        findings += _annotation_findings(preparation.annotations, root, split, tasks, samples)
-    if findings:
-        print("\n".join([f"{title}: not in order", *(f"  {finding}" for finding in findings)]), file=sys.stderr)
+        problems += _annotation_problems(preparation.annotations, root, split, tasks, samples)
+    if problems:
+        print("\n".join([f"{title}: not in order", *(f"  {problem}" for problem in problems)]), file=sys.stderr)
     else:
         print(f"{title}: {len(tasks)} images, all there; {len(samples)} opened and in order")
-    return len(findings)
+    return len(problems)
 
 
-def _annotation_findings(
+def _annotation_problems(
     annotations: AnnotationFile, root: Path, split: str, tasks: Sequence[Task], samples: Sequence[Task]
 ) -> list[str]:
     path = root / annotations.path.format(split=split)
@@ -464,12 +456,13 @@ def _annotation_findings(
         return [f"{path}: {error!r}; delete it and run without --check"]
 
 
-def label_findings(path: Path, *, num_classes: int, ignore_label: int, image: Path | None = None) -> Iterator[str]:
-    """What is wrong with a label map of classes 0..num_classes - 1; `image`: the one whose size it should have."""
+def _label_problems(path: Path, image: Path, dataset: str) -> Iterator[str]:
+    """What is wrong with a label map of a registered data set."""
+    metadata = get_dataset(dataset).metadata
+    num_classes, ignore_label = len(metadata["stuff_classes"]), metadata["ignore_label"]
     try:
-        labels = read_pixels(path, modes=LABEL_MODES)
-        if image is not None:
-            check_size(path, labels, image)
+        labels = read_pixels(path)
+        check_size(path, labels, image)
     except (ValueError, OSError) as error:
         yield str(error)
         return
@@ -492,7 +485,7 @@ def panoptic_content(
     return {"images": images, "annotations": annotations, "categories": list(categories)}
 
 
-def panoptic_findings(content: Mapping[str, Any], tasks: Sequence[Task]) -> Iterator[str]:
+def panoptic_problems(content: Mapping[str, Any], tasks: Sequence[Task]) -> Iterator[str]:
     """Compares the id PNG of each task, its first output, with its annotation."""
     annotations = {annotation["image_id"]: annotation for annotation in content["annotations"]}
     for task in tasks:
@@ -510,6 +503,6 @@ def panoptic_findings(content: Mapping[str, Any], tasks: Sequence[Task]) -> Iter
             yield f"{path}: id {unknown[0]} is not in the JSON file; they come from different runs, delete the JSON"
 
 
-def _listed(lines: Sequence[str]) -> list[str]:
+def _shown(lines: Sequence[str]) -> list[str]:
     more = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     return [f"  {line}" for line in lines[:SHOWN]] + more

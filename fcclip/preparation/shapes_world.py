@@ -18,23 +18,6 @@ import numpy as np
 
 from fcclip.errors import InputError
 
-__all__ = [
-    "COLOURS",
-    "GROUNDS",
-    "IMAGE_SIZE",
-    "RULES",
-    "SETS",
-    "SHAPES",
-    "WORLD_VERSION",
-    "Piece",
-    "RenderedImage",
-    "Rule",
-    "WorldClass",
-    "render_image",
-    "vocabulary_json",
-    "world_classes",
-]
-
 WORLD_VERSION = 1  # another number means other images for the same seed
 IMAGE_SIZE = 256
 MIN_AREA_SHARE, MAX_AREA_SHARE = (

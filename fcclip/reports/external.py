@@ -18,7 +18,7 @@ from fcclip.config import get_cfg
 from fcclip.data import Dataset, read_id_map, read_label_map
 from fcclip.data.segmentations import fill_polygons, has_area, read_run_lengths
 from fcclip.errors import InputError, MissingFileError
-from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
+from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.ground_truth import GroundTruth, in_order
 from fcclip.evaluation.panoptic import read_panoptic_file
 from fcclip.evaluation.predictions import SavedPredictions
@@ -62,7 +62,7 @@ class SavedSource:
         name, settings = self.saved.header["data_set"], self.saved.header["config"]
         if name != dataset.name:
             raise InputError(f"the predictions in '{folder}' are of data set '{name}', not of '{dataset.name}'")
-        heads = EVALUATORS[dataset.metadata["evaluator_type"]]
+        heads = dataset.evaluators
         self.outputs = tuple(
             output
             for output, head in HEADS.items()
@@ -340,7 +340,7 @@ def _check_outputs(outputs: Sequence[str], dataset: Dataset) -> None:
     if not outputs:
         raise InputError(f"data set '{dataset.name}': there are no predictions to evaluate")
     kind = dataset.metadata["evaluator_type"]
-    heads = EVALUATORS.get(kind, ())
+    heads = dataset.evaluators
     for output in outputs:
         if outputs.count(output) > 1:
             raise InputError(f"data set '{dataset.name}': two sources give '{output}'; leave one out")

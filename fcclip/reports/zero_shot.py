@@ -1,7 +1,7 @@
 """The table of the model zoo: what each benchmark is evaluated with, what was published, and how far apart they are.
 
-Everything that was published stands in `published_results.json`: settings of each data set, figures of each backbone,
-and the tolerances.
+Published figures of each backbone and their tolerances stand in `published_results.json`; sizes of a data set's images,
+their number and what tables call it stand in its `Dataset`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 from fcclip.config import load_config
 from fcclip.data import Dataset, get_dataset
 from fcclip.errors import InputError
-from fcclip.evaluation.evaluators import EVALUATORS, build_evaluators
+from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.predictions import deciding_settings
 from fcclip.evaluation.results import HEADLINES, format_value
 from fcclip.files import listed, read_json, without_nan
@@ -105,12 +105,10 @@ def set_config(cfg: CfgNode, dataset: Dataset, *, given: Collection[str] = ()) -
         dataset: the data set.
         given: config keys that stay as they are.
     """
-    known = benchmark(dataset.name)
-    if known is not None:
-        settings = known["settings"]
+    if benchmark(dataset.name) is not None:
+        settings = published_settings(dataset)
     else:
-        heads = EVALUATORS.get(dataset.metadata["evaluator_type"], ())
-        others = [head for head in ("panoptic", "instance", "semantic") if head not in heads]
+        others = [head for head in ("panoptic", "instance", "semantic") if head not in dataset.evaluators]
         settings = {f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON": False for head in others}
     return _merged(cfg, {key: value for key, value in settings.items() if key not in given})
 
@@ -121,6 +119,14 @@ def _merged(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
     cfg.merge_from_list([item for setting in settings.items() for item in setting])
     cfg.freeze()
     return cfg
+
+
+def published_settings(dataset: Dataset) -> dict[str, Any]:
+    """What a benchmark was published with: sizes of its images, and an output for each of its columns."""
+    tasks = {column["task"] for column in benchmark(dataset.name)["columns"].values()}
+    outputs = {"panoptic": "panoptic_seg" in tasks, "instance": "segm" in tasks, "semantic": "sem_seg" in tasks}
+    sizes = dict(zip(("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"), dataset.test_size))
+    return {f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON": is_on for head, is_on in outputs.items()} | sizes
 
 
 def _place(dataset: Dataset) -> str:
@@ -175,12 +181,12 @@ def differences(
         reasons.append("vocabulary: fcclip (not the published one)")
     if training is not None and not training.is_published:
         reasons.append("vocabulary of the training: fcclip (not the published one)")
-    if num_images != known["images"]:
-        reasons.append(f"{num_images} images, published {known['images']}")
+    if num_images != plan.dataset.published_count:
+        reasons.append(f"{num_images} images, published {plan.dataset.published_count}")
     if backbone is None:
         reasons.append(f"no published figures for the CLIP '{plan.cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
     else:
-        published = _merged(_published_config(backbone["config"]), known["settings"])
+        published = _merged(_published_config(backbone["config"]), published_settings(plan.dataset))
         settings, here = deciding_settings(published), deciding_settings(plan.cfg)
         if published.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS == "openai":
             settings[_QUICK_GELU] = "on"  # what "auto" makes of that tag; weights from a file need it to be said
@@ -238,7 +244,7 @@ def cells_of(
             for column, (task, metric) in HEADLINES.items()
             if any(task in tasks for tasks in modes.values())
         ]
-    cells = []
+    cells, label = [], get_dataset(name).benchmark
     for column, place in known["columns"].items():
         task, metric, tolerance = place["task"], place["metric"], place["tolerance"]
         published = math.nan

@@ -40,10 +40,16 @@ def four_segments(height: int, width: int, first_id: int = 70001) -> np.ndarray:
 def segments_of(id_map: np.ndarray, categories: tuple[int, ...]) -> list[dict]:
     """One entry an id, ascending, the last one a crowd."""
     ids = [int(value) for value in np.unique(id_map) if value]
-    areas = [int((id_map == one).sum()) for one in ids]
+    areas = [int((id_map == segment_id).sum()) for segment_id in ids]
     return [
-        {"id": one, "category_id": category, "area": area, "bbox": [0, 0, 1, 1], "iscrowd": int(one == ids[-1])}
-        for one, category, area in zip(ids, categories, areas, strict=True)
+        {
+            "id": segment_id,
+            "category_id": category,
+            "area": area,
+            "bbox": [0, 0, 1, 1],
+            "iscrowd": int(segment_id == ids[-1]),
+        }
+        for segment_id, category, area in zip(ids, categories, areas, strict=True)
     ]
 
 

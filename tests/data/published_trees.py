@@ -107,10 +107,16 @@ def segments_of(ids: np.ndarray, categories: dict[int, int], crowds: Iterable[in
     """`segments_info` of an id map: category of each id, and the ids that are crowds."""
     crowds = set(crowds)
     segments = []
-    for one, category in categories.items():
-        rows, columns = np.nonzero(ids == one)
+    for segment_id, category in categories.items():
+        rows, columns = np.nonzero(ids == segment_id)
         box = [int(columns.min()), int(rows.min()), int(np.ptp(columns)) + 1, int(np.ptp(rows)) + 1]
-        entry = {"id": one, "category_id": category, "iscrowd": int(one in crowds), "bbox": box, "area": len(rows)}
+        entry = {
+            "id": segment_id,
+            "category_id": category,
+            "iscrowd": int(segment_id in crowds),
+            "bbox": box,
+            "area": len(rows),
+        }
         segments.append(entry)
     return segments
 
@@ -143,7 +149,9 @@ def _coco_panoptic(root: Path, split: str, classes: tuple[Label, ...]) -> None:
         labels = quarters(*size, (label.contiguous for label in classes), 255, np.uint8)
         write_labels(coco / f"panoptic_semseg_{split}2017" / f"{stem}.png", labels)
         categories = {int(ids[0, 0]): classes[0], int(ids[0, -1]): classes[1], int(ids[-1, 0]): classes[2]}
-        segments = segments_of(ids, {one: label.dataset_id for one, label in categories.items()}, crowds=(70_003,))
+        segments = segments_of(
+            ids, {segment_id: label.dataset_id for segment_id, label in categories.items()}, crowds=(70_003,)
+        )
         annotations.append({"segments_info": segments, "file_name": f"{stem}.png", "image_id": int(stem)})
         images.append({"license": 2, "file_name": f"{stem}.jpg", "height": size[0], "width": size[1], "id": int(stem)})
     content = {"info": {}, "licenses": [], "images": images, "annotations": annotations}
@@ -162,7 +170,7 @@ def _ade20k_panoptic(root: Path, split: str, classes: tuple[Label, ...]) -> None
         labels = quarters(*size, (label.contiguous for label in classes), 255, np.uint8)
         write_labels(ade / "annotations_detectron2" / LONG[split] / f"{stem}.png", labels)
         categories = {int(ids[0, 0]): classes[0], int(ids[0, -1]): classes[1], int(ids[-1, 0]): classes[2]}
-        segments = segments_of(ids, {one: label.dataset_id for one, label in categories.items()})
+        segments = segments_of(ids, {segment_id: label.dataset_id for segment_id, label in categories.items()})
         annotations.append({"image_id": stem, "file_name": f"{stem}.png", "segments_info": segments})
         images.append({"id": stem, "file_name": f"{stem}.jpg", "width": size[1], "height": size[0]})
     content = {"images": images, "annotations": annotations, "categories": categories_of("ade20k_150")}
@@ -182,7 +190,7 @@ def _cityscapes(root: Path, split: str, classes: tuple[Label, ...]) -> None:
         truth = city / "gtFine" / split / town
         write_labels(truth / f"{stem}_gtFine_instanceIds.png", ids.astype(np.uint16))
         write_labels(truth / f"{stem}_gtFine_labelIds.png", quarters(*size, (thing, stuff, crowd), 0, np.uint8))
-        train_ids = quarters(*size, (CITY_TRAIN_IDS[one] for one in (thing, stuff, crowd)), 255, np.uint8)
+        train_ids = quarters(*size, (CITY_TRAIN_IDS[label] for label in (thing, stuff, crowd)), 255, np.uint8)
         write_labels(truth / f"{stem}_gtFine_labelTrainIds.png", train_ids)
         Image.new("RGBA", size[::-1], (70, 70, 70, 255)).save(truth / f"{stem}_gtFine_color.png")
         write_json(truth / f"{stem}_gtFine_polygons.json", {"imgHeight": size[0], "imgWidth": size[1], "objects": []})
@@ -210,7 +218,7 @@ def _mapillary_vistas(root: Path, split: str, classes: tuple[Label, ...]) -> Non
         instances = quarters(*size, (label.contiguous * 256 for label in classes), 65 * 256, np.uint16)
         write_labels(folder / "instances" / f"{stem}.png", instances)
         categories = {int(ids[0, 0]): classes[0], int(ids[0, -1]): classes[1], int(ids[-1, 0]): classes[2]}
-        segments = segments_of(ids, {one: label.dataset_id for one, label in categories.items()})
+        segments = segments_of(ids, {segment_id: label.dataset_id for segment_id, label in categories.items()})
         annotations.append({"image_id": stem, "file_name": f"{stem}.png", "segments_info": segments})
         images.append({"id": stem, "file_name": f"{stem}.jpg", "width": size[1], "height": size[0]})
     content = {"images": images, "annotations": annotations, "categories": categories_of("mapillary_vistas")}
@@ -254,16 +262,16 @@ def _lvis(root: Path, split: str, classes: tuple[Label, ...]) -> None:
     synonyms = {1: ["aerosol_can", "spray_can"], 1203: ["zucchini", "courgette"]}
     categories = [
         {
-            "id": one,
-            "name": names.get(one, f"class_{one}"),
-            "synonyms": synonyms.get(one, [names.get(one, f"class_{one}")]),
-            "synset": f"thing.n.{one:02d}",
+            "id": number,
+            "name": names.get(number, f"class_{number}"),
+            "synonyms": synonyms.get(number, [names.get(number, f"class_{number}")]),
+            "synset": f"thing.n.{number:02d}",
             "def": 'said to hold "categories": [things]',
             "image_count": 4,
             "instance_count": 4,
             "frequency": "r",
         }
-        for one in range(1, 1204)
+        for number in range(1, 1204)
     ]
     content = {"info": {}, "annotations": annotations, "images": images, "licenses": [], "categories": categories}
     write_json(root / "lvis" / f"lvis_v1_{split}.json", content)

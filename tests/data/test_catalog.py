@@ -5,6 +5,7 @@ import pytest
 
 from fcclip.config import configs_dir, load_config
 from fcclip.data import DATASETS, Dataset, get_dataset, root_folder
+from fcclip.data.dataset import EVALUATORS
 
 # name without split: (classes, things, ignore label, evaluator type), as published
 PUBLISHED = {
@@ -35,8 +36,8 @@ WITH_BUILTIN_CLASSES = [name for name in EVERY if "lvis" not in name]
 )
 def test_a_published_name_has_the_published_classes(name, published):
     metadata = get_dataset(name).metadata
-    found = (len(metadata["stuff_classes"]), len(metadata["thing_classes"]), metadata.get("ignore_label"))
-    assert (*found, metadata["evaluator_type"]) == published
+    described = (len(metadata["stuff_classes"]), len(metadata["thing_classes"]), metadata.get("ignore_label"))
+    assert (*described, metadata["evaluator_type"]) == published
 
 
 @pytest.mark.parametrize("name", WITH_BUILTIN_CLASSES)
@@ -67,7 +68,7 @@ def test_instance_sets_number_the_things_without_gaps():
     assert coco["thing_dataset_id_to_contiguous_id"] == panoptic["thing_dataset_id_to_contiguous_id"]
     ade = get_dataset("openvocab_ade20k_instance_val").metadata
     things = get_dataset("openvocab_ade20k_panoptic_val").metadata["thing_dataset_id_to_contiguous_id"]
-    assert ade["thing_dataset_id_to_contiguous_id"] == {one: index for index, one in enumerate(things)}
+    assert ade["thing_dataset_id_to_contiguous_id"] == {category_id: index for index, category_id in enumerate(things)}
 
 
 def test_lvis_needs_its_file_only_for_its_classes(tmp_path):
@@ -136,7 +137,8 @@ def test_shapes_train_knows_the_seen_classes_only():
     unseen = set(val.metadata["stuff_classes"]) - set(train.metadata["stuff_classes"])
     assert 0 < len(unseen) == len(val.metadata["stuff_classes"]) - len(train.metadata["stuff_classes"])
     names = {
-        one: val.metadata["stuff_classes"][i] for one, i in val.metadata["stuff_dataset_id_to_contiguous_id"].items()
+        category_id: val.metadata["stuff_classes"][i]
+        for category_id, i in val.metadata["stuff_dataset_id_to_contiguous_id"].items()
     }
     for dataset_id, index in train.metadata["stuff_dataset_id_to_contiguous_id"].items():
         assert names[dataset_id] == train.metadata["stuff_classes"][index]
@@ -157,3 +159,14 @@ def test_reading_annotations_pauses_the_garbage_collector_and_leaves_it_as_it_wa
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if was_enabled else gc.disable)()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_record_says_what_was_published_of_the_data_set(name):
+    dataset = get_dataset(name)
+    if name.startswith("shapes"):
+        assert dataset.published_count is None and dataset.published_vocabulary is None
+    else:
+        assert dataset.published_count > 0 and dataset.published_vocabulary.endswith("_with_prompt_eng.txt")
+    assert dataset.evaluators == EVALUATORS[dataset.metadata["evaluator_type"]]
+    assert dataset.test_size == ((1024, 2560) if "cityscapes" in name or "mapillary" in name else (800, 1333))

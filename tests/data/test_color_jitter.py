@@ -33,29 +33,29 @@ def hsv(image):
 
 
 def test_nothing_is_changed_where_every_coin_says_no(image):
-    found = ColorJitter()(image, Scripted(NO, YES, NO, NO, NO))
-    np.testing.assert_array_equal(found, image)
+    changed = ColorJitter()(image, Scripted(NO, YES, NO, NO, NO))
+    np.testing.assert_array_equal(changed, image)
 
 
 def test_brightness_is_added_and_cut(image):
-    found = ColorJitter()(image, Scripted(YES, 20.5, YES, NO, NO, NO))
-    np.testing.assert_array_equal(found, np.minimum(image.astype(int) + 20, 255))  # rounded down
+    changed = ColorJitter()(image, Scripted(YES, 20.5, YES, NO, NO, NO))
+    np.testing.assert_array_equal(changed, np.minimum(image.astype(int) + 20, 255))  # rounded down
 
 
 def test_contrast_is_a_factor(image):
-    found = ColorJitter()(image, Scripted(NO, YES, YES, 1.5, NO, NO))
-    np.testing.assert_array_equal(found, np.minimum(np.floor(image * 1.5), 255))
+    changed = ColorJitter()(image, Scripted(NO, YES, YES, 1.5, NO, NO))
+    np.testing.assert_array_equal(changed, np.minimum(np.floor(image * 1.5), 255))
 
 
 def test_saturation_and_hue_are_changed_in_hsv(image):
     grey = ColorJitter()(image, Scripted(NO, YES, NO, YES, 0.5, NO))
-    wanted = hsv(image)
-    wanted[..., 1] //= 2
-    np.testing.assert_array_equal(grey, cv2.cvtColor(wanted, cv2.COLOR_HSV2RGB))
+    expected = hsv(image)
+    expected[..., 1] //= 2
+    np.testing.assert_array_equal(grey, cv2.cvtColor(expected, cv2.COLOR_HSV2RGB))
     turned = ColorJitter()(image, Scripted(NO, YES, NO, NO, YES, -18))
-    wanted = hsv(image)
-    wanted[..., 0] = (wanted[..., 0].astype(int) - 18) % 180
-    np.testing.assert_array_equal(turned, cv2.cvtColor(wanted, cv2.COLOR_HSV2RGB))
+    expected = hsv(image)
+    expected[..., 0] = (expected[..., 0].astype(int) - 18) % 180
+    np.testing.assert_array_equal(turned, cv2.cvtColor(expected, cv2.COLOR_HSV2RGB))
 
 
 def test_a_coin_decides_whether_contrast_comes_first_or_last(image):
@@ -69,8 +69,8 @@ def test_a_coin_decides_whether_contrast_comes_first_or_last(image):
 @pytest.mark.parametrize("generator", [np.random.default_rng, np.random.RandomState])
 def test_the_argument_is_left_alone_and_a_seed_gives_one_image(image, generator):
     before = image.copy()
-    found = [ColorJitter()(image, generator(seed)) for seed in (0, 1, 2, 3, 0)]
+    images = [ColorJitter()(image, generator(seed)) for seed in (0, 1, 2, 3, 0)]
     np.testing.assert_array_equal(image, before)
-    np.testing.assert_array_equal(found[0], found[4])
-    assert any((one != image).any() for one in found)
-    assert all(one.dtype == np.uint8 and one.shape == image.shape for one in found)
+    np.testing.assert_array_equal(images[0], images[4])
+    assert any((changed != image).any() for changed in images)
+    assert all(changed.dtype == np.uint8 and changed.shape == image.shape for changed in images)

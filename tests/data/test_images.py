@@ -109,9 +109,9 @@ def test_a_label_map_is_read_as_the_numbers_that_it_stores(tmp_path, kind):
         image.putpalette(np.random.default_rng(1).integers(0, 256, 768).tolist())
     path = tmp_path / ("labels.tif" if kind.endswith("tif") else "labels.png")
     image.save(path)
-    found = read_label_map(path)
-    np.testing.assert_array_equal(found, labels)
-    assert found.dtype == np.int32
+    read = read_label_map(path)
+    np.testing.assert_array_equal(read, labels)
+    assert read.dtype == np.int32
 
 
 @pytest.mark.parametrize(
@@ -218,6 +218,12 @@ def test_the_header_of_a_png_is_read_without_its_pixels(tmp_path):
 def test_a_header_tells_what_the_pixels_are(tmp_path):
     Image.new("CMYK", (5, 4)).save(tmp_path / "a.jpg")
     cv2.imwrite(str(tmp_path / "b.png"), np.zeros((4, 5, 3), np.uint16))
-    one, two = read_header(tmp_path / "a.jpg"), read_header(tmp_path / "b.png")
-    assert (one.format, one.mode, one.stored, one.orientation, one.is_deep) == ("JPEG", "CMYK", (4, 5), 1, False)
+    photo, two = read_header(tmp_path / "a.jpg"), read_header(tmp_path / "b.png")
+    assert (photo.format, photo.mode, photo.stored, photo.orientation, photo.is_deep) == (
+        "JPEG",
+        "CMYK",
+        (4, 5),
+        1,
+        False,
+    )
     assert (two.format, two.is_deep) == ("PNG", True)

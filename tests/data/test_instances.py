@@ -113,7 +113,7 @@ def test_a_broken_file_is_named_with_what_is_wrong(coco_instances, edit, change,
 def test_a_json_cut_in_half_is_named(coco_instances, tmp_path):
     path = tmp_path / "coco" / "annotations" / "instances_val2017.json"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(ValueError, match=r"instances_val2017\.json is not valid JSON \(500 bytes\).*cut off"):
+    with pytest.raises(ValueError, match=r"instances_val2017\.json' is not JSON"):
         coco_instances.records()
 
 
@@ -182,5 +182,5 @@ def test_masks_of_ade20k_are_run_lengths_with_text_counts(tmp_path):
     write_tree("openvocab_ade20k_instance_val", tmp_path)
     record = get_dataset("openvocab_ade20k_instance_val", tmp_path).records()[0]
     assert record["image_id"] == "ADE_val_00000001"
-    masks = [pycocotools.mask.decode(one["segmentation"]) for one in record["annotations"]]
+    masks = [pycocotools.mask.decode(instance["segmentation"]) for instance in record["annotations"]]
     assert np.sum(masks, axis=0).max() == 1

@@ -29,10 +29,10 @@ def take(loader, count):
 def assert_same(batches, others):
     for batch, other in zip(batches, others, strict=True):
         assert [sample["image_id"] for sample in batch] == [sample["image_id"] for sample in other]
-        for one, two in zip(batch, other, strict=True):
-            assert torch.equal(one["image"], two["image"])
-            assert torch.equal(one["targets"].id_map, two["targets"].id_map)
-            assert torch.equal(one["targets"].labels, two["targets"].labels)
+        for first, second in zip(batch, other, strict=True):
+            assert torch.equal(first["image"], second["image"])
+            assert torch.equal(first["targets"].id_map, second["targets"].id_map)
+            assert torch.equal(first["targets"].labels, second["targets"].labels)
 
 
 def test_batches_have_the_size_of_one_rank(cfg, coco_val):
@@ -76,7 +76,7 @@ def test_a_sample_is_drawn_from_seed_and_position(cfg, coco_val):
     cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
     records, order = coco_val.records(), list(itertools.islice(permutation_stream(6, 7), 8))
     samples = [
-        one for batch in take(build_train_loader(cfg, dataset=coco_val, rank=1, world_size=2), 4) for one in batch
+        sample for batch in take(build_train_loader(cfg, dataset=coco_val, rank=1, world_size=2), 4) for sample in batch
     ]
     for position, sample in zip(range(1, 8, 2), samples):
         again = build_train_mapper(cfg)(records[order[position]], np.random.default_rng((7, position)))
@@ -171,8 +171,8 @@ def test_good_ones_take_the_place_of_bad_images(cfg, coco_val, coco_root, caplog
     loader = build_train_loader(cfg, dataset=coco_val)
     with caplog.at_level(logging.WARNING):
         after = ids(take(loader, 12))
-    for one, two in zip(before, after, strict=True):
-        for old, new in zip(one, two, strict=True):
+    for old_batch, new_batch in zip(before, after, strict=True):
+        for old, new in zip(old_batch, new_batch, strict=True):
             assert new == old if old not in (1, 4) else new not in (1, 4)
             assert not grouping or new % 2 == old % 2  # wide ones for wide ones
     messages = [record.getMessage() for record in caplog.records]
@@ -311,7 +311,7 @@ def test_a_data_set_of_crowds_is_refused(cfg, instances):
         for annotation in record["annotations"]:
             annotation["iscrowd"] = 1
     crowds = dataclasses.replace(instances, load=lambda: records)
-    with pytest.raises(ValueError, match="none of its 5 images has an annotation that is no crowd"):
+    with pytest.raises(ValueError, match="none of its 5 images has an annotation that is not a crowd"):
         build_train_loader(cfg, dataset=crowds)
 
 
@@ -320,15 +320,15 @@ def test_masks_travel_from_the_loading_processes(cfg, instances):
     expected = take(build_train_loader(cfg, dataset=instances), 3)
     cfg.DATALOADER.NUM_WORKERS = 2
     for batch, other in zip(take(build_train_loader(cfg, dataset=instances), 3), expected):
-        for one, two in zip(batch, other, strict=True):
-            assert torch.equal(one["targets"].masks, two["targets"].masks)
-            assert torch.equal(one["image"], two["image"])
+        for first, second in zip(batch, other, strict=True):
+            assert torch.equal(first["targets"].masks, second["targets"].masks)
+            assert torch.equal(first["image"], second["image"])
 
 
 def test_rare_categories_come_more_often_with_repeat_factors(cfg, coco_val, edit_json):
     edit_json(lambda content: content["annotations"][3]["segments_info"][0].update(category_id=2))
     cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 1.0
-    drawn = [one for batch in ids(take(build_train_loader(cfg, dataset=coco_val), 60)) for one in batch]
+    drawn = [image_id for batch in ids(take(build_train_loader(cfg, dataset=coco_val), 60)) for image_id in batch]
     assert 1.8 < drawn.count(3) / (len(drawn) / 7.5) < 3.2  # sqrt(6) times, the others once
 
 
@@ -346,7 +346,7 @@ def test_a_loading_process_keeps_less_than_a_gigabyte_to_itself_with_the_records
 
     def _twelve(index):
         known = originals[index % 6]["segments_info"]
-        return [*known, *({**known[0], "id": 900_000 + one, "area": index + one} for one in range(9))]
+        return [*known, *({**known[0], "id": 900_000 + number, "area": index + number} for number in range(9))]
 
     cfg.DATALOADER.NUM_WORKERS, cfg.INPUT.IMAGE_SIZE = 1, 1024
     loader = build_train_loader(cfg, dataset=dataclasses.replace(coco_val, load=load))
@@ -445,8 +445,8 @@ def test_a_test_loader_can_be_walked_twice_and_with_workers(cfg, coco_val):
     first = [sample for batch in loader for sample in batch]
     cfg.DATALOADER.NUM_WORKERS = 2
     for again in (loader, build_test_loader(cfg, coco_val)):
-        for one, two in zip(first, (sample for batch in again for sample in batch), strict=True):
-            assert one["image_id"] == two["image_id"] and torch.equal(one["image"], two["image"])
+        for sample, same in zip(first, (sample for batch in again for sample in batch), strict=True):
+            assert sample["image_id"] == same["image_id"] and torch.equal(sample["image"], same["image"])
 
 
 @pytest.mark.gpu

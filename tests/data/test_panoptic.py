@@ -77,7 +77,10 @@ def test_images_of_cityscapes_lie_in_folders_of_cities(tmp_path):
     (record,) = get_dataset("openvocab_cityscapes_fine_panoptic_val", city.parent).records()
     assert record["image_id"] == stem
     assert record["sem_seg_file_name"] == f"{city}/gtFine/val/bonn/{stem}_gtFine_labelTrainIds.png"
-    assert [(one["category_id"], one["isthing"]) for one in record["segments_info"]] == [(13, True), (0, False)]
+    assert [(segment["category_id"], segment["isthing"]) for segment in record["segments_info"]] == [
+        (13, True),
+        (0, False),
+    ]
     assert (record["height"], record["width"]) == (6, 8)
 
 
@@ -90,9 +93,7 @@ def test_a_missing_json_is_named_with_the_variable_to_set(coco_val, coco_root):
 def test_a_json_cut_in_half_is_named(coco_val, coco_root):
     path = coco_root / "coco" / "annotations" / "panoptic_val2017.json"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        ValueError, match=r"panoptic_val2017\.json is not valid JSON \(\d+ bytes\).*may have been cut off"
-    ):
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json' is not JSON"):
         coco_val.records()
 
 

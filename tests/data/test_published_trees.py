@@ -77,22 +77,22 @@ def test_its_four_images_become_records_with_sizes_and_ground_truth(tree):
         assert extra - {"not_exhaustive_category_ids", "neg_category_ids"} == FIELDS[kind_of(name)]
     ids = [record["image_id"] for record in records]
     assert len(set(ids)) == 4
-    wanted = int if ("coco" in name and "stuff" not in name) or "lvis" in name else str
-    assert {type(one) for one in ids} == {wanted}
+    kind = int if ("coco" in name and "stuff" not in name) or "lvis" in name else str
+    assert {type(image_id) for image_id in ids} == {kind}
 
 
 @every_data_set
 def test_dataset_ids_become_contiguous_ones(tree):
     name, dataset = tree
-    wanted = {label.contiguous for label in CLASSES[template_and_split(name)[0]]}
+    expected = {label.contiguous for label in CLASSES[template_and_split(name)[0]]}
     for record in dataset.records():
         if "segments_info" in record:
-            assert {segment["category_id"] for segment in record["segments_info"]} == wanted
+            assert {segment["category_id"] for segment in record["segments_info"]} == expected
         elif record.get("annotations"):
-            assert {one["category_id"] for one in record["annotations"]} == wanted
+            assert {instance["category_id"] for instance in record["annotations"]} == expected
         if "sem_seg_file_name" in record:
             labels = set(np.unique(read_label_map(record["sem_seg_file_name"])).tolist())
-            assert labels == wanted | {dataset.metadata["ignore_label"]}
+            assert labels == expected | {dataset.metadata["ignore_label"]}
 
 
 @every_data_set
@@ -125,7 +125,7 @@ def test_each_mapper_reads_its_kind_and_names_those_that_read_the_others(tree, c
     targets = mapper(record, np.random.default_rng(0))["targets"]
     labels = [label.contiguous for label in CLASSES[template_and_split(name)[0]]]
     crowds = record.get("segments_info") or record.get("annotations") or []
-    if mapper_name != "mask_former_semantic" and any(one["iscrowd"] for one in crowds):
+    if mapper_name != "mask_former_semantic" and any(annotation["iscrowd"] for annotation in crowds):
         labels = labels[:2]
     assert sorted(targets.labels.tolist()) == sorted(labels)
     masks = targets.expand()

@@ -74,21 +74,21 @@ CATEGORIES = [(0,), (0, 0), (0, 1), (0, 2), (0,), (0,), (0,), (0,), (), (0, 1)] 
 
 def test_a_image_is_repeated_as_its_rarest_category_asks():
     factors = repeat_factors(CATEGORIES, threshold=0.4)
-    wanted = [1.0] * 10
-    wanted[2] = wanted[9] = (0.4 / 0.2) ** 0.5
-    wanted[3] = (0.4 / 0.1) ** 0.5
-    torch.testing.assert_close(factors, torch.tensor(wanted))
+    expected = [1.0] * 10
+    expected[2] = expected[9] = (0.4 / 0.2) ** 0.5
+    expected[3] = (0.4 / 0.1) ** 0.5
+    torch.testing.assert_close(factors, torch.tensor(expected))
     assert factors.dtype == torch.float32
     plain = repeat_factors(CATEGORIES, threshold=0.4, square_root=False)
     torch.testing.assert_close(plain[[2, 3, 0]], torch.tensor([2.0, 4.0, 1.0]))
 
 
-def test_classes_of_different_former_data_sets_are_counted_apart():
+def test_classes_of_records_of_different_sources_are_counted_apart():
     cfg = get_cfg()
     cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.5
-    first = [{"replayed_from": 0, "segments_info": [{"category_id": 0}]}] * 9
-    rare = [{"replayed_from": 1, "annotations": [{"category_id": 0}]}]  # another class 0, in 1 of 10 images
-    factors = build_stream(cfg, first + rare).keywords["factors"]
+    first = [{"source": 0, "segments_info": [{"category_id": 0}]}] * 9
+    rare = [{"source": 1, "annotations": [{"category_id": 0}]}]  # another class 0, in 1 of 10 images
+    factors = build_stream(cfg, first + rare, source="source").keywords["factors"]
     torch.testing.assert_close(factors, torch.tensor([1.0] * 9 + [(0.5 / 0.1) ** 0.5]))
 
 
@@ -124,7 +124,7 @@ def test_without_repetition_every_epoch_has_every_record_once():
 def test_categories_come_from_instances_or_segments(key):
     cfg = get_cfg()
     cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.REPEAT_THRESHOLD = "RepeatFactorTrainingSampler", 0.4
-    records = [{key: [{"category_id": one} for one in categories]} for categories in CATEGORIES]
+    records = [{key: [{"category_id": category} for category in categories]} for categories in CATEGORIES]
     factors = repeat_factors(CATEGORIES, threshold=0.4)
     values = {"num_records": 10, "seed": 3, "batch_size": 2}
     for cfg.DATALOADER.REPEAT_SQRT in (True, False):
@@ -132,8 +132,8 @@ def test_categories_come_from_instances_or_segments(key):
         again = list(itertools.islice(TrainingBatches(stream=build_stream(cfg, records), **values, start=4), 5))
         assert made[4:] == again
         records_drawn = [draw.record for batch in made for draw in batch]
-        wanted = list(itertools.islice(repeated_stream(10, 3, factors=factors), 18))
-        assert (records_drawn == wanted) == cfg.DATALOADER.REPEAT_SQRT
+        expected = list(itertools.islice(repeated_stream(10, 3, factors=factors), 18))
+        assert (records_drawn == expected) == cfg.DATALOADER.REPEAT_SQRT
 
 
 def test_records_that_do_not_say_their_categories_are_refused():

@@ -35,9 +35,9 @@ def test_run_lengths_of_every_form_become_masks(form):
         codes = [{**code, "counts": code["counts"].decode()} for code in codes]
     if form == "list":
         codes = [{"size": [12, 17], "counts": counts_of(mask)} for mask in masks]
-    found = read_run_lengths(codes, (12, 17))
-    assert found.dtype == bool and found.flags.c_contiguous
-    np.testing.assert_array_equal(found, masks)
+    decoded = read_run_lengths(codes, (12, 17))
+    assert decoded.dtype == bool and decoded.flags.c_contiguous
+    np.testing.assert_array_equal(decoded, masks)
 
 
 def test_no_code_gives_no_mask():
@@ -61,7 +61,7 @@ def test_filled_polygons_are_those_of_the_coco_tools_also_over_the_border():
         polygons = [rng.uniform(-3, 40, (rng.integers(3, 9), 2)) for _ in range(rng.integers(1, 4))]
         canvas = np.zeros((30, 36), bool)
         fill_polygons(polygons, canvas)
-        codes = pycocotools.mask.frPyObjects([one.ravel().tolist() for one in polygons], 30, 36)
+        codes = pycocotools.mask.frPyObjects([corners.ravel().tolist() for corners in polygons], 30, 36)
         np.testing.assert_array_equal(canvas, pycocotools.mask.decode(pycocotools.mask.merge(codes)))
 
 
@@ -86,9 +86,9 @@ def test_run_length_codes_are_read_as_they_were_written(share):
     [
         ("55", r"runs of \d+ pixels in all, its size 12 x 17 has 204"),  # pycocotools decodes it to unset memory
         ("0" * 50, "runs of 0 pixels in all"),
-        ("P" * 9, "the 'counts' are no run-length code"),
-        ("\x00 ", "the 'counts' are no run-length code"),
-        ("", "the 'counts' are no run-length code"),
+        ("P" * 9, "the 'counts' are not a run-length code"),
+        ("\x00 ", "the 'counts' are not a run-length code"),
+        ("", "the 'counts' are not a run-length code"),
     ],
 )
 def test_a_run_length_code_that_does_not_fill_its_image_is_refused(counts, message):
@@ -100,7 +100,9 @@ def test_segments_are_painted_with_their_classes_and_all_else_with_the_ignore_la
     id_map = np.random.default_rng(0).choice([0, 3, 70_000, 2**24 - 1, 9], (7, 5)).astype(np.int32)
     id_map[2:4] = 3
     class_of = {2**24 - 1: 0, 3: 132, 70_000: 5, 8: 1}  # 8 is nowhere, 0 and 9 are no segment
-    painted = paint_classes(id_map, [{"id": one, "category_id": index} for one, index in class_of.items()], 255)
+    painted = paint_classes(
+        id_map, [{"id": segment_id, "category_id": index} for segment_id, index in class_of.items()], 255
+    )
     assert painted.dtype == np.int32
-    assert painted.tolist() == [[class_of.get(one, 255) for one in row] for row in id_map.tolist()]
+    assert painted.tolist() == [[class_of.get(segment_id, 255) for segment_id in row] for row in id_map.tolist()]
     assert (paint_classes(id_map, [], 7) == 7).all()

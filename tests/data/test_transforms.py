@@ -11,8 +11,7 @@ from fcclip.data.segmentations import fill_polygons
 from fcclip.data.transforms import (
     PADDING_ID,
     PADDING_VALUE,
-    CropGeometry,
-    JitterGeometry,
+    Geometry,
     LargeScaleJitter,
     RandomCrop,
     ShortestEdgeJitter,
@@ -25,10 +24,24 @@ RECORDED = Path(__file__).parent / "large_scale_jitter"
 SAMPLES = json.loads((RECORDED / "samples.json").read_text())
 
 
-def recorded_geometry(sample: dict) -> JitterGeometry:
+def jitter_geometry(height, width, flip, resized_height, resized_width, top, left, size) -> Geometry:
+    """Flip, resize, crop, pad to a square."""
+    visible = min(resized_height - top, size), min(resized_width - left, size)
+    return Geometry(
+        height, width, resized_height, resized_width, top, left, visible, (size, size), flip, True, PADDING_ID
+    )
+
+
+def cropped_geometry(height, width, resized_height, resized_width, top, left, rows, columns, flip) -> Geometry:
+    """Resize, crop, flip."""
+    size = (rows, columns)
+    return Geometry(height, width, resized_height, resized_width, top, left, size, size, flip, False, 0)
+
+
+def recorded_geometry(sample: dict) -> Geometry:
     steps = {step["name"]: step for step in sample["transforms"]}
     resize, crop = steps["ResizeTransform"], steps["CropTransform"]
-    return JitterGeometry(
+    return jitter_geometry(
         height=sample["height"],
         width=sample["width"],
         flip="horizontal" if "HFlipTransform" in steps else "none",
@@ -93,8 +106,8 @@ def test_both_crop_offsets_come_from_one_number():
     rng = np.random.RandomState(0)
     jitter = LargeScaleJitter(size=10, min_scale=3.0, max_scale=3.0, flip="none")
     drawn = [jitter.draw(50, 50, rng) for _ in range(20)]
-    assert all(one.top == one.left for one in drawn)
-    assert len({one.top for one in drawn}) > 5
+    assert all(geometry.top == geometry.left for geometry in drawn)
+    assert len({geometry.top for geometry in drawn}) > 5
 
 
 def test_without_flip_no_number_is_drawn_for_it():
@@ -111,7 +124,7 @@ def test_a_sliver_keeps_at_least_one_pixel():
     assert geometry.apply_image(textured(400, 2)).shape == (16, 16, 3)
 
 
-def test_geometry_refuses_a_image_of_another_size():
+def test_geometry_refuses_an_image_of_another_size():
     geometry = LargeScaleJitter(size=16, min_scale=1.0, max_scale=1.0).draw(8, 8, np.random.RandomState(0))
     with pytest.raises(ValueError, match=r"drawn for 8 x 8 pixels, applied to \(8, 9\)"):
         geometry.apply_id_map(np.zeros((8, 9), np.int32))
@@ -178,7 +191,7 @@ def test_resize_crop_flip_and_pad_equal_the_steps_one_by_one(seed, target):
     size = (drawn.resized_width, drawn.resized_height)
 
     def finished(array: np.ndarray, padding: int) -> np.ndarray:
-        array = array[drawn.top :, drawn.left :][: drawn.crop_height, : drawn.crop_width]
+        array = array[drawn.top :, drawn.left :][: drawn.visible[0], : drawn.visible[1]]
         array = array[:, ::-1] if drawn.flip == "horizontal" else array
         if target < 1:
             return array
@@ -200,17 +213,19 @@ def test_resize_crop_flip_and_pad_equal_the_steps_one_by_one(seed, target):
     )
     expected = finished(resized[0, 0].long().numpy(), 65535)
     np.testing.assert_array_equal(drawn.apply_label_map(labels, padding=65535), expected)
-    for mask, found in zip(masks, drawn.apply_masks(masks)):
-        np.testing.assert_array_equal(found, finished(pillow(mask.view(np.uint8), Image.Resampling.NEAREST), 0) > 0)
+    for mask, transformed in zip(masks, drawn.apply_masks(masks)):
+        np.testing.assert_array_equal(
+            transformed, finished(pillow(mask.view(np.uint8), Image.Resampling.NEAREST), 0) > 0
+        )
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 48), (31, 97), (100, 100)])
 @pytest.mark.parametrize("new", [(10, 7), (48, 64), (97, 31), (128, 96), (200, 300), (1023, 1025)])
 def test_labels_are_resized_as_torch_resizes_numbers(height, width, new):
     labels = np.random.default_rng(0).integers(0, 9, (height, width))
-    drawn = CropGeometry(height, width, *new, 0, 0, *new, "none")
-    wanted = torch.nn.functional.interpolate(torch.from_numpy(labels).double()[None, None], new, mode="nearest")
-    np.testing.assert_array_equal(drawn.apply_label_map(labels, padding=0), wanted[0, 0].long().numpy())
+    drawn = cropped_geometry(height, width, *new, 0, 0, *new, "none")
+    expected = torch.nn.functional.interpolate(torch.from_numpy(labels).double()[None, None], new, mode="nearest")
+    np.testing.assert_array_equal(drawn.apply_label_map(labels, padding=0), expected[0, 0].long().numpy())
 
 
 def test_numbers_are_drawn_in_the_published_order():
@@ -232,24 +247,24 @@ def test_a_range_of_sizes_includes_both_ends():
 def test_a_size_of_zero_keeps_the_image_and_both_flips_come():
     jitter = ShortestEdgeJitter(min_sizes=(0,), max_size=10)
     drawn = [jitter.draw(60, 80, np.random.default_rng(seed)) for seed in range(20)]
-    assert {one.canvas for one in drawn} == {(60, 80)}
-    assert {one.flip for one in drawn} == {"none", "horizontal"}
+    assert {geometry.canvas for geometry in drawn} == {(60, 80)}
+    assert {geometry.flip for geometry in drawn} == {"none", "horizontal"}
 
 
 @pytest.mark.parametrize(
-    ("kind", "size", "wanted"),
+    ("kind", "size", "sizes"),
     [
         ("absolute", (32, 400), {(32, 80)}),
         ("relative", (0.5, 0.25), {(30, 20)}),
         ("absolute_range", (58, 62), {(rows, columns) for rows in (58, 59, 60) for columns in range(58, 63)}),
     ],
 )
-def test_windows_have_the_wanted_sizes_and_lie_inside(kind, size, wanted):
+def test_windows_have_the_expected_sizes_and_lie_inside(kind, size, sizes):
     rng, crop = np.random.default_rng(0), RandomCrop(kind, size)
     drawn = [crop.draw(60, 80, rng) for _ in range(300)]
-    assert {(rows, columns) for _, _, rows, columns in drawn} == wanted
+    assert {(rows, columns) for _, _, rows, columns in drawn} == sizes
     assert all(0 <= top <= 60 - rows and 0 <= left <= 80 - columns for top, left, rows, columns in drawn)
-    rows = max(wanted)[0]
+    rows = max(sizes)[0]
     tops = {top for top, _, height, _ in drawn if height == rows}
     assert (min(tops), max(tops)) == (0, 60 - rows)
 
@@ -308,7 +323,7 @@ def test_the_augmentation_refuses_values_that_cannot_work(change, message):
         ShortestEdgeJitter(**{**ROOMY, **change})
 
 
-def test_a_image_larger_than_its_target_is_refused():
+def test_an_image_larger_than_its_target_is_refused():
     jitter = ShortestEdgeJitter(min_sizes=(0,), max_size=40, target_size=40)  # keeps the size, whatever the limit
     with pytest.raises(ValueError, match=r"SIZE_DIVISIBILITY is 40, .* this one is 30 x 50"):
         jitter.draw(30, 50, np.random.default_rng(0))
@@ -351,11 +366,11 @@ def star(rng: np.random.Generator, centre: tuple[float, float], radius: float, c
 
 def test_corners_follow_the_image():
     points = np.array([[0.0, 0.0], [8.0, 0.0], [8.0, 4.0]])
-    jitter = JitterGeometry(10, 20, "horizontal", 30, 60, top=0, left=6, size=64)  # flip, then three times as large
+    jitter = jitter_geometry(10, 20, "horizontal", 30, 60, top=0, left=6, size=64)  # flip, then three times as large
     np.testing.assert_allclose(jitter.apply_polygon(points), [[54, 0], [30, 0], [30, 12]])
-    crop = CropGeometry(10, 20, 30, 60, 0, 6, 30, 40, "horizontal")  # the flip comes last
+    crop = cropped_geometry(10, 20, 30, 60, 0, 6, 30, 40, "horizontal")  # the flip comes last
     np.testing.assert_allclose(sorted(crop.apply_polygon(points).tolist()), [[22, 0], [22, 12], [40, 0], [40, 3]])
-    upside_down = JitterGeometry(10, 20, "vertical", 10, 20, top=0, left=0, size=64)
+    upside_down = jitter_geometry(10, 20, "vertical", 10, 20, top=0, left=0, size=64)
     np.testing.assert_allclose(upside_down.apply_polygon(points), [[0, 10], [8, 10], [8, 6]])
     assert points.tolist() == [[0, 0], [8, 0], [8, 4]]
 
@@ -363,7 +378,7 @@ def test_corners_follow_the_image():
 def test_a_polygon_that_the_crop_misses_or_only_touches_is_gone():
     square = np.array([[0.0, 0.0], [10.0, 0.0], [10.0, 10.0], [0.0, 10.0]])
     for left, corners in ((0, 4), (9, 4), (10, 0), (11, 0)):
-        drawn = CropGeometry(40, 40, 40, 40, 0, left, 20, 20, "none")
+        drawn = cropped_geometry(40, 40, 40, 40, 0, left, 20, 20, "none")
         assert len(drawn.apply_polygon(square)) == corners
 
 
@@ -375,11 +390,11 @@ def test_a_clipped_polygon_covers_the_pixels_that_the_whole_one_covers_in_the_cr
         if len(points) < 3:
             continue
         top, left = rng.integers(0, 60, 2).tolist()
-        drawn = CropGeometry(100, 100, 100, 100, top, left, 40, 40, "none")
+        drawn = cropped_geometry(100, 100, 100, 100, top, left, 40, 40, "none")
         clipped = drawn.apply_polygon(points)
-        found = filled([clipped] if len(clipped) else [], 40, 40)
-        wanted = filled([points], 100, 100)[top : top + 40, left : left + 40]
-        assert (found != wanted).mean() < 0.01  # an edge that is cut at the border turns by a fraction of a pixel
+        covered = filled([clipped] if len(clipped) else [], 40, 40)
+        expected = filled([points], 100, 100)[top : top + 40, left : left + 40]
+        assert (covered != expected).mean() < 0.01  # an edge that is cut at the border turns by a fraction of a pixel
 
 
 def test_clipping_covers_the_pixels_that_shapely_would_keep():
@@ -392,8 +407,8 @@ def test_clipping_covers_the_pixels_that_shapely_would_keep():
             continue
         parts = getattr(polygon.intersection(window), "geoms", [polygon.intersection(window)])
         parts = [
-            np.asarray(one.exterior.coords)[:-1] for one in parts if one.geom_type == "Polygon" and not one.is_empty
+            np.asarray(part.exterior.coords)[:-1] for part in parts if part.geom_type == "Polygon" and not part.is_empty
         ]
-        clipped = CropGeometry(50, 60, 50, 60, 0, 0, 50, 60, "none").apply_polygon(points)
-        found = filled([clipped] if len(clipped) else [], 50, 60)
-        np.testing.assert_array_equal(found, filled(parts, 50, 60))
+        clipped = cropped_geometry(50, 60, 50, 60, 0, 0, 50, 60, "none").apply_polygon(points)
+        covered = filled([clipped] if len(clipped) else [], 50, 60)
+        np.testing.assert_array_equal(covered, filled(parts, 50, 60))

@@ -42,16 +42,18 @@ def test_a_packed_batch_comes_back_equal(shared):
     batch[1]["odd"] = [torch.tensor(True), torch.tensor(1.5, dtype=torch.float16), torch.rand(4, 6)[:, ::2]]
     packed = pickle.loads(pickle.dumps(PackedBatch(batch, shared=shared)))
     back = packed.unpack()
-    for one, other in zip(batch, back, strict=True):
-        assert one.keys() == other.keys() and one["file_name"] == other["file_name"]
-        torch.testing.assert_close(other["image"], one["image"], rtol=0, atol=0)
-        for name, value in vars(one["targets"]).items():
+    for before, other in zip(batch, back, strict=True):
+        assert before.keys() == other.keys() and before["file_name"] == other["file_name"]
+        torch.testing.assert_close(other["image"], before["image"], rtol=0, atol=0)
+        for name, value in vars(before["targets"]).items():
             torch.testing.assert_close(getattr(other["targets"], name), value, rtol=0, atol=0)
-    for one, other in zip(batch[1]["odd"], back[1]["odd"], strict=True):
-        torch.testing.assert_close(other, one, rtol=0, atol=0)
+    for tensor, other in zip(batch[1]["odd"], back[1]["odd"], strict=True):
+        torch.testing.assert_close(other, tensor, rtol=0, atol=0)
 
 
 def test_all_tensors_of_a_batch_lie_in_one_block():
     back = PackedBatch([sample(5), sample(4)]).unpack()
-    blocks = {value.untyped_storage().data_ptr() for one in back for value in (one["image"], one["targets"].id_map)}
+    blocks = {
+        value.untyped_storage().data_ptr() for sample in back for value in (sample["image"], sample["targets"].id_map)
+    }
     assert len(blocks) == 1

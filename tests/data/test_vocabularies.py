@@ -3,7 +3,6 @@
 import pytest
 
 from fcclip.data import DATASETS, dataset_vocabulary, get_dataset
-from fcclip.data.vocabularies import PUBLISHED_FILES
 from fcclip.vocabulary import Vocabulary
 
 VOC = "openvocab_pascal21_sem_seg_val"
@@ -28,13 +27,13 @@ def test_every_data_set_has_a_vocabulary_as_long_as_its_class_list():
 def test_instance_sets_take_the_things_of_the_published_file(tmp_path, name, whole):
     ours = Vocabulary.builtin(whole)
     lines = [f"{entry.id + 1}:word {entry.id}\n" for entry in ours.classes]
-    (tmp_path / PUBLISHED_FILES[whole]).write_text("".join(lines))
+    (tmp_path / f"{whole}_with_prompt_eng.txt").write_text("".join(lines))
     vocabulary = dataset_vocabulary(name, tmp_path)
     things = [entry for entry in ours.classes if entry.thing]
     assert [entry.id for entry in vocabulary.classes] == [entry.id for entry in things]
     assert vocabulary.class_names == tuple(f"word {entry.id}" for entry in things)
     assert vocabulary.thing_classes == tuple(range(len(things)))
-    (tmp_path / PUBLISHED_FILES[whole]).write_text("".join(lines[1:]))
+    (tmp_path / f"{whole}_with_prompt_eng.txt").write_text("".join(lines[1:]))
     with pytest.raises(ValueError, match=rf"has {len(ours) - 1} classes, but .* has {len(things)} of the {len(ours)}"):
         dataset_vocabulary(name, tmp_path)
 
@@ -51,7 +50,7 @@ def test_published_files_are_taken_from_the_given_folder_and_from_below_the_root
 def test_ids_and_things_stay_those_of_the_data_set(tmp_path):
     ours = Vocabulary.builtin("coco_panoptic")
     lines = [f"{entry.id}:word {index}\n" for index, entry in enumerate(ours.classes)]
-    (tmp_path / PUBLISHED_FILES["coco_panoptic"]).write_text("0:invalid_class_id\n" + "".join(lines))
+    (tmp_path / "coco_panoptic_with_prompt_eng.txt").write_text("0:invalid_class_id\n" + "".join(lines))
     theirs = dataset_vocabulary("openvocab_coco_2017_val_panoptic_with_sem_seg", tmp_path)
     assert theirs.thing_classes == ours.thing_classes
     assert [entry.id for entry in theirs.classes] == [entry.id for entry in ours.classes]

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fcclip.errors import run_program
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "datasets"))  # processes that a program starts find it by this path too
 
@@ -37,7 +39,7 @@ def prepare(tmp_path, program) -> Callable[..., int]:
     """Function (name without prepare_, flags) -> exit status of the program, run on `tmp_path`."""
 
     def run(name: str, *flags: str) -> int:
-        return program(name).main(["--root", str(tmp_path), "--workers", "1", *flags])
+        return run_program(lambda: program(name).main(["--root", str(tmp_path), "--workers", "1", *flags]))
 
     return run
 
@@ -59,7 +61,7 @@ def files(tmp_path) -> Callable[[], dict[str, tuple[int, bytes]]]:
     """Function () -> name: (time of the last change, content) of every file below `tmp_path`."""
 
     def read() -> dict[str, tuple[int, bytes]]:
-        found = (path for path in sorted(tmp_path.rglob("*")) if path.is_file())
-        return {str(path.relative_to(tmp_path)): (path.stat().st_mtime_ns, path.read_bytes()) for path in found}
+        paths = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+        return {str(path.relative_to(tmp_path)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
     return read

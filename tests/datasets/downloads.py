@@ -88,23 +88,27 @@ def coco(root: Path) -> None:
                 segments = [segment(id_map, 3226956, 187), segment(id_map, 70, 18)]
                 rows, columns = size
                 outline = [0.0, rows / 2, columns, rows / 2, columns, rows, 0.0, rows]
-                one = {"id": 900 + image_id, "image_id": image_id, "segmentation": [outline]}
-                instances.append({**segments[1], **one})
+                annotation = {"id": 900 + image_id, "image_id": image_id, "segmentation": [outline]}
+                instances.append({**segments[1], **annotation})
             save(folder / f"panoptic_{split}2017" / f"{stem}.png", colours(id_map))
             images.append(
                 {"id": image_id, "file_name": f"{stem}.jpg", "height": size[0], "width": size[1], "license": 3}
             )
             panoptic.append({"image_id": image_id, "file_name": f"{stem}.png", "segments_info": segments})
         categories = [
-            {"id": one.id, "name": one.name, "supercategory": "any", "isthing": int(one.thing)}
-            for one in Vocabulary.builtin("coco_panoptic").classes
+            {"id": entry.id, "name": entry.name, "supercategory": "any", "isthing": int(entry.thing)}
+            for entry in Vocabulary.builtin("coco_panoptic").classes
         ]
         head = {"info": {"year": 2018}, "licenses": [], "images": images}
         save_json(
             folder / "annotations" / f"panoptic_{split}2017.json",
             {**head, "annotations": panoptic, "categories": categories},
         )
-        things = [{key: one[key] for key in ("id", "name", "supercategory")} for one in categories if one["isthing"]]
+        things = [
+            {key: category[key] for key in ("id", "name", "supercategory")}
+            for category in categories
+            if category["isthing"]
+        ]
         save_json(
             folder / "annotations" / f"instances_{split}2017.json",
             {**head, "annotations": instances, "categories": things},
@@ -239,8 +243,8 @@ def mapillary_vistas(root: Path) -> None:
             segments = [segment(id_map, 28, 28), segment(id_map, 312, 56)]
             annotations.append({"image_id": name, "file_name": f"{name}.png", "segments_info": segments})
         categories = [
-            {"id": one.id, "name": one.name, "isthing": int(one.thing), "supercategory": "any"}
-            for one in Vocabulary.builtin("mapillary_vistas").classes
+            {"id": entry.id, "name": entry.name, "isthing": int(entry.thing), "supercategory": "any"}
+            for entry in Vocabulary.builtin("mapillary_vistas").classes
         ]
         save_json(
             folder / "panoptic" / "panoptic_2018.json",
@@ -296,10 +300,15 @@ def pascal_context(root: Path) -> None:
             for category, mask in painted:
                 rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
                 code = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
-                one = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category, "segmentation": code}
-                annotations.append({**one, "area": int(mask.sum()), "iscrowd": False, "parts": []})
-            one = {"image_id": image_id, "file_name": f"{name}.jpg", "phase": split}
-            images.append({**one, "height": size[0], "width": size[1], "date_captured": "31/12/2010"})
+                annotation = {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category,
+                    "segmentation": code,
+                }
+                annotations.append({**annotation, "area": int(mask.sum()), "iscrowd": False, "parts": []})
+            image = {"image_id": image_id, "file_name": f"{name}.jpg", "phase": split}
+            images.append({**image, "height": size[0], "width": size[1], "date_captured": "31/12/2010"})
             save_photo(folder / "JPEGImages" / f"{name}.jpg", size, seed=9)
             labels = halves(size, 1, 459, np.uint16)
             labels[:, -1] = 0

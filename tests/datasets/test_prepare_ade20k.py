@@ -62,9 +62,11 @@ def test_each_instance_becomes_an_annotation(downloads, prepare, tmp_path):
         {"id": "ADE_val_00000001", "file_name": "ADE_val_00000001.jpg", "width": 6, "height": 4},
         {"id": "ADE_val_00000002", "file_name": "ADE_val_00000002.jpg", "width": 4, "height": 6},
     ]
-    found = [{key: one[key] for key in one if key != "segmentation"} for one in content["annotations"]]
+    instances = [
+        {key: instance[key] for key in instance if key != "segmentation"} for instance in content["annotations"]
+    ]
     first = {"image_id": "ADE_val_00000001", "iscrowd": 0, "category_id": PERSON, "area": 1}
-    assert found == [
+    assert instances == [
         {"id": 1, **first, "bbox": [1, 0, 1, 1]},
         {"id": 2, **first, "bbox": [1, 2, 1, 1]},
         {
@@ -86,7 +88,7 @@ def test_the_categories_of_instances_are_the_100_things(downloads, prepare, tmp_
     downloads.ade20k(tmp_path)
     assert prepare("ade20k_ins_seg", "--splits", "train") == 0
     categories = read_json(tmp_path / ADE / "ade20k_instance_train.json")["categories"]
-    ids = [one["id"] for one in categories]
+    ids = [category["id"] for category in categories]
     assert len(ids) == 100 and ids[:6] == [7, 8, 10, 12, 14, 15] and ids[-1] == 149
     assert categories[0] == {"id": 7, "name": "bed"}
 
@@ -119,7 +121,7 @@ def test_a_grey_image_of_instances_is_refused(downloads, prepare, capsys, tmp_pa
     assert "pixels are of mode L, expected RGB or RGBA" in capsys.readouterr().err
 
 
-def test_a_image_without_instances_file_is_named(downloads, prepare, capsys, tmp_path):
+def test_an_image_without_instances_file_is_named(downloads, prepare, capsys, tmp_path):
     downloads.ade20k(tmp_path)
     (tmp_path / ADE / "annotations_instance" / "validation" / "ADE_val_00000002.png").unlink()
     assert prepare("ade20k_ins_seg") == 1
@@ -139,7 +141,7 @@ def test_a_map_of_another_size_than_its_image_is_named(downloads, prepare, capsy
 
 def panoptic(root, split="val"):
     content = read_json(root / ADE / f"ade20k_panoptic_{split}.json")
-    return content, {one["image_id"]: one["segments_info"] for one in content["annotations"]}
+    return content, {annotation["image_id"]: annotation["segments_info"] for annotation in content["annotations"]}
 
 
 def test_stuff_is_painted_first_and_measured_then_as_published(downloads, prepare, tmp_path):
@@ -171,20 +173,22 @@ def test_stuff_is_painted_first_and_measured_then_as_published(downloads, prepar
 def test_later_instances_have_a_colour_near_that_of_the_class(downloads, prepare, tmp_path):
     downloads.ade20k(tmp_path)
     assert prepare("ade20k_pan_seg") == 0
-    found = set()
+    ids = set()
     for split in ("train", "val"):
         second = panoptic(tmp_path, split)[1][f"ADE_{split}_00000001"][3]["id"]
         distances = [abs((second >> shift & 255) - (PERSON_ID >> shift & 255)) for shift in (0, 8, 16)]
         assert 0 < max(distances) <= 30
-        found.add(second)
-    assert len(found) == 2
+        ids.add(second)
+    assert len(ids) == 2
 
 
 def test_the_categories_of_panoptic_are_150_with_things_and_colours(downloads, prepare, tmp_path):
     downloads.ade20k(tmp_path)
     assert prepare("ade20k_pan_seg", "--splits", "val") == 0
     categories = panoptic(tmp_path)[0]["categories"]
-    assert [one["id"] for one in categories] == list(range(150)) and sum(one["isthing"] for one in categories) == 100
+    assert [category["id"] for category in categories] == list(range(150)) and sum(
+        category["isthing"] for category in categories
+    ) == 100
     assert categories[7] == {"id": 7, "name": "bed", "isthing": 1, "color": [204, 5, 255]}
 
 
@@ -196,9 +200,9 @@ def test_corrected_ids_are_distinct_and_areas_are_those_of_the_png(downloads, pr
     for image_id, listed in segments.items():
         id_map = read_id_map(tmp_path / ADE / "ade20k_panoptic_val" / f"{image_id}.png")
         ids, areas = np.unique(id_map[id_map > 0], return_counts=True)
-        assert {one["id"]: one["area"] for one in listed} == dict(zip(ids.tolist(), areas.tolist()))
+        assert {segment["id"]: segment["area"] for segment in listed} == dict(zip(ids.tolist(), areas.tolist()))
         assert len(listed) == len(ids)
-    assert [one["area"] for one in segments["ADE_val_00000001"]] == [8, 9, 1, 1]
+    assert [segment["area"] for segment in segments["ADE_val_00000001"]] == [8, 9, 1, 1]
 
 
 def test_a_covered_segment_stays_as_published_and_goes_when_corrected(downloads, prepare, tmp_path):
@@ -206,13 +210,13 @@ def test_a_covered_segment_stays_as_published_and_goes_when_corrected(downloads,
     path = tmp_path / ADE / "annotations_instance" / "validation" / "ADE_val_00000002.png"
     Image.fromarray(np.full((6, 4, 3), (1, 2, 0), np.uint8)).save(path)  # the bed covers the wall
     assert prepare("ade20k_pan_seg", "--splits", "val") == 0
-    assert [(one["category_id"], one["area"]) for one in panoptic(tmp_path)[1]["ADE_val_00000002"]] == [
+    assert [(segment["category_id"], segment["area"]) for segment in panoptic(tmp_path)[1]["ADE_val_00000002"]] == [
         (WALL, 12),
         (BED, 24),
     ]
     (tmp_path / ADE / "ade20k_panoptic_val.json").unlink()
     assert prepare("ade20k_pan_seg", "--splits", "val", "--corrected") == 0
-    assert [one["category_id"] for one in panoptic(tmp_path)[1]["ADE_val_00000002"]] == [BED]
+    assert [segment["category_id"] for segment in panoptic(tmp_path)[1]["ADE_val_00000002"]] == [BED]
 
 
 def test_corrected_files_are_not_mixed_with_published_ones(downloads, prepare, capsys, files, tmp_path):
@@ -254,7 +258,7 @@ def test_ids_of_many_instances_are_distinct_never_zero_and_no_colour_of_another_
         new_id = module._ids("ADE_val_00000001", distinct=distinct)
         ids = [new_id(category) for category in [*module.THINGS, *module.THINGS, *[PERSON] * 300]]
         assert len({*ids}) == len(ids) and 0 not in ids
-        assert [palette.get(one) for one in ids] == [*module.THINGS, *[None] * 400]
+        assert [palette.get(segment_id) for segment_id in ids] == [*module.THINGS, *[None] * 400]
 
 
 # ---- a JSON file and its images belong together ----
@@ -310,7 +314,7 @@ def test_a_json_file_cut_in_half_is_made_anew_with_its_pngs(downloads, prepare, 
     path.write_bytes(path.read_bytes()[:100])
     (tmp_path / ADE / "ade20k_panoptic_val" / "ADE_val_00000001.png").unlink()
     assert prepare("ade20k_pan_seg") == 0
-    assert "no valid JSON" in capsys.readouterr().err
+    assert "is not JSON" in capsys.readouterr().err
     assert {name: content for name, (_, content) in files().items()} == before
 
 
@@ -375,11 +379,11 @@ def test_images_of_the_full_set_have_a_short_side_of_at_most_512_and_say_so(down
     assert read_image(folder / "ADE_val_00000002.jpg").shape == (512, 1025, 3)  # 520 x 1041: 1041 * 512 / 520 = 1024.98
     with Image.open(folder / "ADE_val_00000002.jpg") as image:
         assert b"quality 75" in image.info["comment"]
-        found = np.array(image)
+        pixels = np.array(image)
     original = read_image(next((tmp_path / FULL / "images").rglob("ADE_val_00000002.jpg")))
     encoded = io.BytesIO()
     Image.fromarray(cv2.resize(original, (1025, 512), interpolation=cv2.INTER_LINEAR)).save(encoded, "JPEG", quality=75)
-    assert np.array_equal(found, np.array(Image.open(encoded)))
+    assert np.array_equal(pixels, np.array(Image.open(encoded)))
     labels = np.array(Image.open(tmp_path / FULL / "annotations_detectron2" / "validation" / "ADE_val_00000002.tif"))
     assert labels.shape == (512, 1025) and {*np.unique(labels).tolist()} == {0, 2, 65535}
 

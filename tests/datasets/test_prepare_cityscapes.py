@@ -47,7 +47,7 @@ def test_segments_are_the_instance_ids_that_are_evaluated(downloads, prepare, tm
         "width": 6,
         "height": 4,
     }
-    assert [one["image_id"] for one in panoptic(tmp_path, "train")["annotations"]] == [
+    assert [annotation["image_id"] for annotation in panoptic(tmp_path, "train")["annotations"]] == [
         "aachen_000000_000294",
         "zurich_000001_000294",
     ]
@@ -65,7 +65,7 @@ def test_categories_and_vocabulary_know_the_same_labels(downloads, prepare, tmp_
     downloads.cityscapes(tmp_path)
     assert prepare("cityscapes_panoptic", "--splits", "val") == 0
     categories = panoptic(tmp_path)["categories"]
-    ids = {one["id"]: one["isthing"] for one in categories}
+    ids = {category["id"]: category["isthing"] for category in categories}
     assert [*ids] == [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
     assert [label for label, thing in ids.items() if thing] == [24, 25, 26, 27, 28, 31, 32, 33]
     assert categories[0] == {
@@ -106,10 +106,10 @@ def test_what_comes_out_is_what_cityscapesscripts_makes(downloads, prepare, tmp_
     assert prepare("cityscapes_panoptic", "--splits", "val") == 0
     theirs.mkdir()
     convert(str(truth), str(theirs), setNames=["val"])
-    expected, found = json.loads((theirs / "cityscapes_panoptic_val.json").read_text()), panoptic(tmp_path)
-    assert found["annotations"] == expected["annotations"] and found["categories"] == expected["categories"]
+    expected, ours = json.loads((theirs / "cityscapes_panoptic_val.json").read_text()), panoptic(tmp_path)
+    assert ours["annotations"] == expected["annotations"] and ours["categories"] == expected["categories"]
     for name in (NAME, SECOND):
         file = f"cityscapes_panoptic_val/{name}_gtFine_panoptic.png"
         assert np.array_equal(read_id_map(truth / file), read_id_map(theirs / file))
     train_ids = np.array(Image.open(truth / "val" / "frankfurt" / f"{NAME}_gtFine_labelTrainIds.png"))
-    assert train_ids.tolist() == [[labels.id2label[one].trainId for one in row] for row in label_ids.tolist()]
+    assert train_ids.tolist() == [[labels.id2label[label_id].trainId for label_id in row] for row in label_ids.tolist()]

@@ -40,7 +40,7 @@ def test_an_unknown_category_is_named_before_anything_is_written(downloads, prep
     downloads.coco(tmp_path)
     change_panoptic(tmp_path, lambda content: content["annotations"][1]["segments_info"][0].update(category_id=12))
     assert prepare(SEMANTIC, "--splits", "val") == 1
-    assert "000000000144.png has category 12, which is none of COCO's 133 panoptic ones" in capsys.readouterr().err
+    assert "000000000144.png has category 12, which is not one of COCO's 133 panoptic ones" in capsys.readouterr().err
     assert not (tmp_path / "coco" / "panoptic_semseg_val2017").exists()
 
 
@@ -49,7 +49,7 @@ def test_instances_in_place_of_panoptic_annotations_are_refused(downloads, prepa
     annotations = tmp_path / "coco" / "annotations"
     (annotations / "instances_val2017.json").replace(annotations / "panoptic_val2017.json")
     assert prepare(SEMANTIC, "--splits", "val") == 1
-    assert "panoptic_val2017.json: these are no panoptic annotations" in capsys.readouterr().err
+    assert "panoptic_val2017.json: these are not panoptic annotations" in capsys.readouterr().err
 
 
 def test_a_json_file_cut_in_half_is_named(downloads, prepare, capsys, tmp_path):
@@ -57,10 +57,10 @@ def test_a_json_file_cut_in_half_is_named(downloads, prepare, capsys, tmp_path):
     path = tmp_path / "coco" / "annotations" / "panoptic_val2017.json"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert prepare(SEMANTIC, "--splits", "val") == 1
-    assert "panoptic_val2017.json: no valid JSON" in capsys.readouterr().err
+    assert "panoptic_val2017.json' is not JSON" in capsys.readouterr().err
 
 
-def test_a_image_that_is_listed_twice_is_refused(downloads, prepare, capsys, tmp_path):
+def test_an_image_that_is_listed_twice_is_refused(downloads, prepare, capsys, tmp_path):
     downloads.coco(tmp_path)
     change_panoptic(tmp_path, lambda content: content["annotations"].append(content["annotations"][0]))
     assert prepare(SEMANTIC, "--splits", "val") == 1

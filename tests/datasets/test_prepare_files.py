@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from fcclip.data import read_id_map
+from fcclip.data.datasets.files import files_by_stem
 from fcclip.preparation.files import (
     COLOUR_MODES,
     atomically,
     box_and_area,
     check_size,
     copy_file,
-    files_by_stem,
     id_colours,
     pair_by_stem,
     read_json,
@@ -48,8 +48,8 @@ def test_a_label_map_of_16_bits_is_stored_without_loss_and_small(tmp_path):
     labels = np.full((200, 300), 65535, np.uint16)
     labels[0, :4] = [0, 255, 256, 846]
     write_image(tmp_path / "labels.tif", labels, compression="tiff_adobe_deflate")
-    found = read_pixels(tmp_path / "labels.tif")
-    assert found.dtype == np.uint16 and np.array_equal(found, labels)
+    stored = read_pixels(tmp_path / "labels.tif")
+    assert stored.dtype == np.uint16 and np.array_equal(stored, labels)
     assert (tmp_path / "labels.tif").stat().st_size < 5000
 
 
@@ -60,7 +60,7 @@ def test_palette_indices_are_read_and_not_their_colours(tmp_path):
     assert read_pixels(tmp_path / "palette.png").tolist() == [[0, 1], [2, 255]]
 
 
-def test_a_image_is_read_as_it_is_stored_whatever_its_exif_block_says(tmp_path):
+def test_an_image_is_read_as_it_is_stored_whatever_its_exif_block_says(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "turned.jpg", exif=exif)
@@ -78,7 +78,7 @@ def test_a_value_outside_the_table_is_an_error(value, tmp_path):
     assert remap(np.array([[2, 0]], np.uint8), table, tmp_path / "x.png", invalid=9).tolist() == [[2, 0]]
 
 
-def test_hidden_files_are_no_images_and_pairs_need_both(tmp_path):
+def test_hidden_files_are_skipped_and_pairs_need_both(tmp_path):
     for name in ("b.jpg", "a.jpg", "._a.jpg", "a.txt"):
         (tmp_path / name).touch()
     images = files_by_stem(tmp_path, ".jpg")

@@ -35,8 +35,8 @@ def test_images_of_voc_are_copied_as_they_are_and_only_those_of_the_split(downlo
     assert prepare("pascal_voc_sem_seg") == 0
     folder = tmp_path / "pascal_voc_d2" / "images"
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.*"))
-    assert names == [f"training/{one}.jpg" for one in ("2007_000032", "2011_003276")] + [
-        f"validation/{one}.jpg" for one in ("2007_000033", "2011_003271")
+    assert names == [f"training/{stem}.jpg" for stem in ("2007_000032", "2011_003276")] + [
+        f"validation/{stem}.jpg" for stem in ("2007_000033", "2011_003271")
     ]
     original = tmp_path / "VOCdevkit" / "VOC2012" / "JPEGImages" / "2007_000033.jpg"
     assert (folder / "validation" / "2007_000033.jpg").read_bytes() == original.read_bytes()
@@ -75,7 +75,7 @@ def change_context(root, change):
 
 
 def of(content, image_id):
-    return [one for one in content["annos_segmentation"] if one["image_id"] == image_id]
+    return [annotation for annotation in content["annos_segmentation"] if annotation["image_id"] == image_id]
 
 
 def test_a_category_that_is_none_of_the_59_is_named_unless_it_is_painted_over(downloads, prepare, capsys, tmp_path):
@@ -93,12 +93,14 @@ def test_a_category_that_is_none_of_the_59_is_named_unless_it_is_painted_over(do
     assert prepare("pascal_ctx_sem_seg", "--splits", "val") == 0
 
 
-def test_a_image_without_annotations_has_no_class(downloads, prepare, values, tmp_path):
+def test_an_image_without_annotations_has_no_class(downloads, prepare, values, tmp_path):
     downloads.pascal_context(tmp_path)
     change_context(
         tmp_path,
         lambda content: content.update(
-            annos_segmentation=[one for one in content["annos_segmentation"] if one["image_id"] != 2008000002]
+            annos_segmentation=[
+                annotation for annotation in content["annos_segmentation"] if annotation["image_id"] != 2008000002
+            ]
         ),
     )
     assert prepare("pascal_ctx_sem_seg", "--splits", "val") == 0
@@ -118,7 +120,7 @@ def test_another_json_file_is_no_pascal_in_detail(downloads, prepare, capsys, tm
     downloads.pascal_context(tmp_path)
     change_context(tmp_path, lambda content: content.pop("annos_segmentation"))
     assert prepare("pascal_ctx_sem_seg") == 1
-    assert "these are no annotations of PASCAL in Detail: KeyError('annos_segmentation')" in capsys.readouterr().err
+    assert "these are not annotations of PASCAL in Detail: KeyError('annos_segmentation')" in capsys.readouterr().err
 
 
 def test_the_60_categories_are_the_published_ones(program):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 
 from fcclip.config import get_cfg
 from fcclip.data import build_test_mapper, build_train_mapper, get_dataset
+from fcclip.errors import run_program
 from fcclip.preparation import files as preparation_files
 from fcclip.preparation import programs as preparation
 
@@ -128,10 +130,9 @@ def downloaded(case, downloads, prepare, tmp_path):
 
 
 @pytest.fixture
-def four_are_all(name, program, monkeypatch):
-    """As if the published set had two images a split."""
-    for split in program(name).COUNTS:
-        monkeypatch.setitem(program(name).COUNTS, split, 2)
+def four_are_all(monkeypatch):
+    """As if the published sets had two images a split."""
+    monkeypatch.setattr(preparation.Preparation, "published_count", lambda self, split: 2)
 
 
 def contents(files):
@@ -139,32 +140,32 @@ def contents(files):
 
 
 def test_there_is_a_case_for_every_program():
-    found = {path.stem.removeprefix("prepare_") for path in (REPOSITORY / "datasets").glob("prepare_*.py")}
-    assert found - {"shapes"} == {*CASES}
+    programs = {path.stem.removeprefix("prepare_") for path in (REPOSITORY / "datasets").glob("prepare_*.py")}
+    assert programs - {"shapes"} == {*CASES}
 
 
-def test_a_program_and_the_guide_say_the_command_and_the_counts(name, program):
+def test_a_program_and_the_guide_say_the_command_and_the_counts(name, case, program):
     guide = (REPOSITORY / "datasets" / "README.md").read_text(encoding="utf-8")
     module = program(name)
     command = f"python datasets/prepare_{name}.py"
     assert f"    {command} [" in module.__doc__ and f"\n{command}\n" in guide
-    for count in module.COUNTS.values():
-        assert f"{count:,}" in module.__doc__ and f"{count:,}" in guide
+    for dataset in map(get_dataset, (case.datasets[0], re.sub("_(val|test)(?=_|$)", "_train", case.datasets[0]))):
+        assert f"{dataset.published_count:,}" in module.__doc__ and f"{dataset.published_count:,}" in guide
 
 
 # ---- what is made can be used ----
 
 
 def test_what_is_made_is_registered_loaded_and_mapped(name, case, downloaded, prepare):
-    for one in (name, *case.rest):
-        assert prepare(one) == 0
+    for program_name in (name, *case.rest):
+        assert prepare(program_name) == 0
     cfg = get_cfg()
     cfg.INPUT.DATASET_MAPPER_NAME = case.mapper
     cfg.INPUT.IMAGE_SIZE = cfg.INPUT.MIN_SIZE_TEST = 8
     cfg.INPUT.MIN_SIZE_TRAIN = (8,)
     cfg.INPUT.CROP.ENABLED = False
     cfg.INPUT.FORMAT = "RGB"
-    for dataset in (get_dataset(one, downloaded) for one in case.datasets):
+    for dataset in (get_dataset(dataset_name, downloaded) for dataset_name in case.datasets):
         records = dataset.records()
         assert len(records) == 2
         sample = build_test_mapper(cfg)(records[0])
@@ -183,14 +184,14 @@ def test_mapillary_vistas_needs_no_preparation(downloads, tmp_path):
     cfg = get_cfg()
     cfg.INPUT.MIN_SIZE_TEST = 8
     first, second = dataset.records()
-    assert [one["category_id"] for one in first["segments_info"]] == [27, 55]
+    assert [segment["category_id"] for segment in first["segments_info"]] == [27, 55]
     assert build_test_mapper(cfg)(second)["image"].shape == (3, 12, 8)
 
 
 def test_instances_of_coco_need_no_preparation(downloads, tmp_path):
     downloads.coco(tmp_path)
     first, second = get_dataset("openvocab_coco_2017_val", tmp_path).records()
-    assert first["annotations"] == [] and [one["category_id"] for one in second["annotations"]] == [16]
+    assert first["annotations"] == [] and [instance["category_id"] for instance in second["annotations"]] == [16]
 
 
 # ---- a second run, a check ----
@@ -247,7 +248,7 @@ def test_the_check_of_fewer_images_than_published_fails_and_a_run_warns(download
     ("damage", "sentence"),
     [
         (lambda path: path.write_bytes(b""), "missing or empty files: 1"),
-        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read as an image (40 bytes)"),
+        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read as an image"),
         (lambda path: Image.fromarray(np.full((4, 6), 20, np.uint8)).save(path), "value 20 is neither a class (0..19)"),
         (lambda path: Image.fromarray(np.zeros((6, 4), np.uint8)).save(path), "6 x 4 pixels (height x width), but its"),
         (lambda path: Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(path), "pixels are of mode RGB"),
@@ -275,8 +276,9 @@ def test_what_is_not_downloaded_is_named_with_its_source(name, case, prepare, pr
     assert prepare(name) == 1
     message = capsys.readouterr().err
     for split in ("train", "val"):
-        for one in program(name).downloads(split):
-            assert f"{tmp_path / one.path}\n    is not there or empty: {one.what}. Get it from {one.source}." in message
+        for download in program(name).downloads(split):
+            for part in (f"{tmp_path / download.path}\n", f"{download.what}. Get it from {download.source}."):
+                assert part in message
     assert "--help shows the whole tree" in message and "--splits" not in message
     assert prepare(name, "--check") == 1
     assert files() == {}
@@ -294,7 +296,8 @@ def test_one_split_alone_can_be_prepared_and_an_error_says_so(downloads, prepare
 
 
 def test_a_root_that_does_not_exist_is_named(program, capsys, tmp_path):
-    assert program("ade20k_sem_seg").main(["--root", str(tmp_path / "nowhere")]) == 1
+    arguments = ["--root", str(tmp_path / "nowhere")]
+    assert run_program(lambda: program("ade20k_sem_seg").main(arguments)) == 1
     assert "nowhere, does not exist" in capsys.readouterr().err
 
 
@@ -340,11 +343,11 @@ def test_the_number_of_processes_changes_nothing(name, case, downloads, program,
     getattr(downloads, case.download)(download)
     for workers, root in enumerate(roots, start=1):
         shutil.copytree(download, root)  # not made twice: a .mat file holds the second of its making
-        for one in (*case.first, name):
-            assert program(one).main(["--root", str(root), "--workers", str(workers)]) == 0
-    found = contents(files)
-    one, two = ({path[4:]: found[path] for path in found if path.startswith(f"{root.name}/")} for root in roots)
-    assert one == two and case.made in one
+        for program_name in (*case.first, name):
+            assert program(program_name).main(["--root", str(root), "--workers", str(workers)]) == 0
+    made = contents(files)
+    first, second = ({path[4:]: made[path] for path in made if path.startswith(f"{root.name}/")} for root in roots)
+    assert first == second and case.made in first
 
 
 def test_an_error_in_another_process_names_the_image(downloads, program, capsys, tmp_path):
@@ -352,8 +355,8 @@ def test_an_error_in_another_process_names_the_image(downloads, program, capsys,
     path = tmp_path / "ADEChallengeData2016" / "annotations" / "validation" / "ADE_val_00000002.png"
     path.write_bytes(path.read_bytes()[:50])
     arguments = ["--root", str(tmp_path), "--splits", "val", "--workers", "2"]
-    assert program("ade20k_sem_seg").main(arguments) == 1
-    assert "ADE_val_00000002.png: cannot be read as an image (50 bytes)" in capsys.readouterr().err
+    assert run_program(lambda: program("ade20k_sem_seg").main(arguments)) == 1
+    assert "ADE_val_00000002.png: cannot be read as an image" in capsys.readouterr().err
 
 
 def test_a_process_that_is_ended_from_outside_ends_the_run_with_advice():
@@ -373,7 +376,7 @@ def test_after_many_failures_the_rest_is_not_tried():
         ValueError, match=r"20 of 100 images failed and the rest was not tried\.(?s:.*)  9: bad\n  and 10 more"
     ):
         preparation._make_all(
-            make, [(preparation.Task(str(one), ()), None) for one in range(100)], workers=1, title="x"
+            make, [(preparation.Task(str(number), ()), None) for number in range(100)], workers=1, title="x"
         )
     assert len(tried) == 20
 
@@ -432,10 +435,10 @@ def test_a_program_that_is_killed_at_any_point_leaves_no_half_file_and_goes_on(
 def made_by(root):
     """Path below the root: content of every file that is not of the download."""
     folders = ("images", "annotations", "annotations_instance")
-    found = {path.relative_to(root / "ADEChallengeData2016"): path for path in root.rglob("*") if path.is_file()}
+    paths = {path.relative_to(root / "ADEChallengeData2016"): path for path in root.rglob("*") if path.is_file()}
     return {
         str(name): path.read_bytes()
-        for name, path in found.items()
+        for name, path in paths.items()
         if name.parts[0] not in folders and name.suffix != ".txt"
     }
 

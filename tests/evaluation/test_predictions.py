@@ -258,7 +258,7 @@ def test_images_of_one_name_in_several_folders_keep_apart(folder, tmp_path):
         place.parent.mkdir()
         Image.open(record["file_name"]).save(place, quality=100, subsampling=0)
         record["file_name"] = str(place)
-    moved = Dataset(dataset.name, dataset.metadata, lambda: records, dataset.vocabulary, dataset.words)
+    moved = Dataset(dataset.name, dataset.metadata, lambda: records, dataset.vocabulary, dataset.read_vocabulary)
     whole = evaluate(folder, tiny_world.GreyModel(), tmp_path / "out", dataset=moved, **SINGLE)
     again = evaluate(folder, DyingModel(0), tmp_path / "out", dataset=moved, resume=True, **SINGLE)
     assert repr(again) == repr(whole)

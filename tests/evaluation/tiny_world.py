@@ -18,8 +18,9 @@ from torch import nn
 
 from fcclip.config import get_cfg
 from fcclip.data import Dataset
+from fcclip.data.datasets.files import AnnotationFile
 from fcclip.data.datasets.metadata import class_metadata
-from fcclip.data.datasets.panoptic import read_panoptic_json
+from fcclip.data.datasets.panoptic import NOT_PANOPTIC, panoptic_records
 from fcclip.evaluation import evaluate, write_id_map
 from fcclip.structures import Instances
 from fcclip.vocabulary import ClassEntry, Vocabulary
@@ -99,14 +100,8 @@ def files(folder: Path, annotation: dict) -> dict:
 
 
 def dataset(folder: Path, **metadata) -> Dataset:
-    load = partial(
-        read_panoptic_json,
-        "tiny_val",
-        folder / "panoptic.json",
-        vocabulary=VOCABULARY,
-        image_id=int,
-        files=partial(files, folder),
-    )
+    source = AnnotationFile("data set 'tiny_val'", folder / "panoptic.json", ("annotations",), NOT_PANOPTIC)
+    parse = partial(panoptic_records, source.where, vocabulary=VOCABULARY, image_id=int, files=partial(files, folder))
     standard = {
         **class_metadata(VOCABULARY),
         "evaluator_type": "coco_panoptic_seg",
@@ -114,7 +109,7 @@ def dataset(folder: Path, **metadata) -> Dataset:
         "panoptic_json": str(folder / "panoptic.json"),
         "json_file": str(folder / "instances.json"),
     }
-    return Dataset("tiny_val", standard | metadata, load, vocabulary="none")
+    return Dataset("tiny_val", standard | metadata, partial(source.records, parse), vocabulary="none")
 
 
 class GreyModel(nn.Module):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from fcclip.errors import run_program
 from fcclip.preparation import shapes_world
 from fcclip.preparation.shapes_world import (
     COLOURS,
@@ -223,7 +224,7 @@ def test_a_complete_world_is_kept_and_another_one_refused(written, capsys):
 
 def test_a_half_written_folder_is_refused(tmp_path, capsys):
     (tmp_path / "shapes" / "val").mkdir(parents=True)
-    assert prepare_shapes.main(["--out", str(tmp_path), "--images", "1", "--workers", "1"]) == 1
+    assert run_program(lambda: prepare_shapes.main(["--out", str(tmp_path), "--images", "1", "--workers", "1"])) == 1
     assert "has no world.json" in capsys.readouterr().err
 
 
@@ -238,11 +239,11 @@ def test_an_interrupted_run_leaves_nothing_and_its_leftovers_are_removed(tmp_pat
 
 @pytest.mark.parametrize(("option", "value"), [("--seed", "-1"), ("--images", "0"), ("--workers", "0")])
 def test_bad_numbers_are_refused_by_name(tmp_path, capsys, option, value):
-    assert prepare_shapes.main(["--out", str(tmp_path), option, value]) == 1
+    assert run_program(lambda: prepare_shapes.main(["--out", str(tmp_path), option, value])) == 1
     assert f"{option} must be at least" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert prepare_shapes.main(["--out", str(tmp_path / "file"), "--images", "1"]) == 1
+    assert run_program(lambda: prepare_shapes.main(["--out", str(tmp_path / "file"), "--images", "1"])) == 1
     assert f"cannot write into {tmp_path / 'file'}" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """One module a family of data sets, and the readers they share.
 
 metadata.py          class_metadata: detectron2's class names and id maps of a vocabulary
-files.py             read_json: annotation files, and what they must have
+files.py             AnnotationFile: a JSON file and what it must have; files of a folder
 panoptic.py          panoptic_dataset: COCO panoptic JSON with id PNGs, for every family that has them
 semantic.py          semantic_dataset: two folders of images and label maps, paired by file name
 instances.py         instance_dataset: COCO instance JSON with polygons or run-length codes

@@ -9,9 +9,9 @@ from fcclip.data.datasets.instances import instance_dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 from fcclip.data.datasets.semantic import semantic_dataset
 
-__all__ = ["ade20k_full_sem_seg", "ade20k_instances", "ade20k_panoptic", "ade20k_sem_seg"]
-
 FOLDERS = {"train": "training", "val": "validation"}
+COUNTS = {"train": 20_210, "val": 2_000}
+PUBLISHED_VOCABULARY = "ade20k_150_with_prompt_eng.txt"
 
 
 def ade20k_panoptic(root: Path, *, name: str, split: str) -> Dataset:
@@ -26,6 +26,9 @@ def ade20k_panoptic(root: Path, *, name: str, split: str) -> Dataset:
         panoptic_json=ade / f"ade20k_panoptic_{split}.json",
         sem_seg_root=ade / "annotations_detectron2" / FOLDERS[split],
         json_file=ade / f"ade20k_instance_{split}.json",
+        published_count=COUNTS[split],
+        published_vocabulary=PUBLISHED_VOCABULARY,
+        benchmark="ADE20K",
     )
 
 
@@ -37,6 +40,8 @@ def ade20k_instances(root: Path, *, name: str, split: str) -> Dataset:
         vocabulary="ade20k_150",
         image_root=ade / "images" / FOLDERS[split],
         json_file=ade / f"ade20k_instance_{split}.json",
+        published_count=COUNTS[split],
+        published_vocabulary=PUBLISHED_VOCABULARY,
     )
 
 
@@ -48,6 +53,8 @@ def ade20k_sem_seg(root: Path, *, name: str, split: str) -> Dataset:
         vocabulary="ade20k_150",
         image_root=ade / "images" / FOLDERS[split],
         sem_seg_root=ade / "annotations_detectron2" / FOLDERS[split],
+        published_count=COUNTS[split],
+        published_vocabulary=PUBLISHED_VOCABULARY,
     )
 
 
@@ -61,4 +68,7 @@ def ade20k_full_sem_seg(root: Path, *, name: str, split: str) -> Dataset:
         sem_seg_root=ade / "annotations_detectron2" / FOLDERS[split],
         ignore_label=65535,
         gt_ext="tif",
+        published_count={"train": 25_574, "val": 2_000}[split],
+        published_vocabulary="ade20k_847_with_prompt_eng.txt",
+        benchmark="A-847",
     )

@@ -9,8 +9,6 @@ from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 from fcclip.errors import InputError
 
-__all__ = ["CITYSCAPES", "cityscapes_panoptic", "instance_ids_file"]
-
 CITYSCAPES = "cityscapes_panoptic_seg"  # evaluator type
 
 
@@ -28,6 +26,10 @@ def cityscapes_panoptic(root: Path, *, name: str, split: str) -> Dataset:
         json_file=None,
         image_file=lambda annotation: _in_city(annotation, "leftImg8bit.png"),
         sem_seg_file=lambda annotation: _in_city(annotation, "gtFine_labelTrainIds.png"),
+        published_count={"train": 2_975, "val": 500}[split],
+        published_vocabulary="cityscapes_with_prompt_eng.txt",
+        benchmark="Cityscapes",
+        test_size=(1024, 2560),
     )
     dataset.metadata["gt_dir"] = str(city / "gtFine" / split)
     return dataset

@@ -9,7 +9,8 @@ from fcclip.data.datasets.instances import instance_dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 from fcclip.data.datasets.semantic import semantic_dataset
 
-__all__ = ["coco_instances", "coco_panoptic", "coco_stuff_sem_seg"]
+COUNTS = {"train": 118_287, "val": 5_000, "test": 5_000}
+PUBLISHED_VOCABULARY = "coco_panoptic_with_prompt_eng.txt"
 
 
 def coco_panoptic(root: Path, *, name: str, split: str) -> Dataset:
@@ -25,6 +26,9 @@ def coco_panoptic(root: Path, *, name: str, split: str) -> Dataset:
         sem_seg_root=coco / f"panoptic_semseg_{split}2017",
         json_file=coco / "annotations" / f"instances_{split}2017.json",
         image_id=int,
+        published_count=COUNTS[split],
+        published_vocabulary=PUBLISHED_VOCABULARY,
+        benchmark="COCO",
     )
 
 
@@ -37,6 +41,8 @@ def coco_instances(root: Path, *, name: str, split: str) -> Dataset:
         image_root=coco / f"{split}2017",
         json_file=coco / "annotations" / f"instances_{split}2017.json",
         image_id=int,
+        published_count=COUNTS[split],
+        published_vocabulary=PUBLISHED_VOCABULARY,
     )
 
 
@@ -48,4 +54,6 @@ def coco_stuff_sem_seg(root: Path, *, name: str, split: str) -> Dataset:
         vocabulary="coco_stuff_171",
         image_root=coco / folder,
         sem_seg_root=coco / "stuffthingmaps_detectron2" / folder,
+        published_count=COUNTS[split],
+        published_vocabulary="coco_stuff_with_prompt_eng.txt",
     )

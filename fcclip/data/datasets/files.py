@@ -1,15 +1,15 @@
-"""Reading annotation files; every failure says where the data are looked for."""
+"""Annotation files, whose failures say where the data are looked for; files of a folder."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fcclip.errors import InputError, MissingFileError
-
-__all__ = ["WHERE_DATA_IS", "check_first_files", "check_lists", "read_json"]
+from fcclip.files import read_json
 
 WHERE_DATA_IS = (
     "Data sets are looked for below $DETECTRON2_DATASETS, else below the folder 'datasets'; "
@@ -18,56 +18,75 @@ WHERE_DATA_IS = (
 _FILES = {"file_name": "image", "pan_seg_file_name": "id PNG"}  # of a record
 
 
-def read_json(where: str, path: Path, lists: Sequence[str], expected: str, remedy: str = WHERE_DATA_IS) -> dict:
-    """The object in a JSON file.
+@dataclass(frozen=True)
+class AnnotationFile:
+    """A JSON file with the annotations of a data set.
 
     Args:
-        where: data set and file, for messages.
+        source: the data set, for messages.
         path: the file.
         lists: names of the lists that it must have.
         expected: sentence that tells what the file should be.
-        remedy: sentence that tells where it is looked for.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not valid JSON, or lacks a list.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{where} does not exist. {remedy}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"{where} is not valid JSON ({path.stat().st_size} bytes): {error}. "
-            "It may have been cut off; copy or prepare it again."
-        ) from error
-    check_lists(where, content, lists, expected)
-    return content
-
-
-def check_lists(where: str, content: Any, lists: Sequence[str], expected: str) -> None:
-    """Refuses content of a JSON file without a list that it must have; arguments as of `read_json`.
-
-    Raises:
-        ValueError: it lacks one, or is no object.
-    """
-    for name in lists:
-        if not isinstance(content, dict) or not isinstance(content.get(name), list):
-            raise InputError(f"{where} has no list '{name}'. {expected}")
-
-
-def check_first_files(where: str, records: Sequence[Mapping], remedy: str = WHERE_DATA_IS) -> None:
-    """A wrong folder shows at the files of the first record.
-
-    Args:
-        where: data set and file, for messages.
-        records: of the data set.
         remedy: sentence that tells where files are looked for.
-
-    Raises:
-        FileNotFoundError: there is no such file.
     """
-    for record in records[:1]:
-        for key, kind in _FILES.items():
-            if key in record and not Path(record[key]).is_file():
-                raise MissingFileError(f"{where} lists the {kind} {record[key]}, which does not exist. {remedy}")
+
+    source: str
+    path: Path
+    lists: tuple[str, ...]
+    expected: str
+    remedy: str = WHERE_DATA_IS
+
+    @property
+    def where(self) -> str:
+        """Data set and file, for messages."""
+        return f"{self.source}: {self.path}"
+
+    def read(self) -> dict:
+        """The content of the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is a folder, is not JSON, or lacks a list.
+        """
+        if self.path.is_dir():
+            raise InputError(f"{self.where} is a folder, not a JSON file. {self.expected}")
+        try:
+            content = read_json(self.path)
+        except MissingFileError as error:
+            raise MissingFileError(f"{self.where} does not exist. {self.remedy}") from error
+        except (InputError, RecursionError) as error:
+            raise InputError(f"{self.where} cannot be read: {error}") from error
+        for name in self.lists:
+            self.check_list(content, name)
+        return content
+
+    def check_list(self, content: Any, name: str) -> None:
+        """Refuses content that is not an object with a list of this name.
+
+        Raises:
+            ValueError: as it says.
+        """
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            raise InputError(f"{self.where} has no list '{name}'. {self.expected}")
+
+    def records(self, parse: Callable[[dict], list[dict]]) -> list[dict]:
+        """What `parse` makes of the content; a wrong folder shows at the files of the first record.
+
+        Raises:
+            FileNotFoundError: the annotation file, or a file of the first record, does not exist.
+            ValueError: as `read`, and what `parse` raises.
+        """
+        records = parse(self.read())
+        for record in records[:1]:
+            for key, kind in _FILES.items():
+                if key in record and not Path(record[key]).is_file():
+                    raise MissingFileError(
+                        f"{self.where} lists the {kind} {record[key]}, which does not exist. {self.remedy}"
+                    )
+        return records
+
+
+def files_by_stem(folder: Path, ending: str) -> dict[str, Path]:
+    """Name without `ending` -> file of a folder, sorted; hidden files are skipped."""
+    names = sorted(name for name in os.listdir(folder) if name.endswith(ending) and not name.startswith("."))
+    return {name.removesuffix(ending): folder / name for name in names}

@@ -8,13 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import check_first_files, read_json
+from fcclip.data.datasets.files import AnnotationFile
 from fcclip.data.datasets.metadata import class_metadata, thing_vocabulary
 from fcclip.data.segmentations import compressed, has_area
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
-
-__all__ = ["BOX_MODE", "NOT_INSTANCES", "instance_dataset", "instance_records", "read_instance_json"]
 
 BOX_MODE = 1  # detectron2's number for boxes [x, y, width, height] in pixels
 NOT_INSTANCES = (
@@ -30,6 +28,7 @@ def instance_dataset(
     image_root: Path,
     json_file: Path,
     image_id: Callable[[Any], Any] = lambda value: value,
+    **facts: Any,
 ) -> Dataset:
     """A data set of instances in the COCO format, whose classes are the things of a vocabulary.
 
@@ -38,38 +37,43 @@ def instance_dataset(
         vocabulary: name of the built-in vocabulary with these things; the category ids of the JSON are theirs.
         image_root, json_file: images and annotations.
         image_id: from the `id` of an image in the JSON to the `image_id` of the record.
+        facts: further fields of `Dataset`.
     """
-    words = thing_vocabulary(Vocabulary.builtin(vocabulary))
+    things = thing_vocabulary(Vocabulary.builtin(vocabulary))
     metadata = {
-        **class_metadata(words),
+        **class_metadata(things),
         "evaluator_type": "coco",
         "image_root": str(image_root),
         "json_file": str(json_file),
     }
 
-    def image_file(image: dict) -> dict[str, Any]:
+    def image_fields(image: dict) -> dict[str, Any]:
         return {"file_name": f"{image_root}/{image['file_name']}", "image_id": image_id(image["id"])}
 
-    how = {"vocabulary": words, "image_file": image_file}
-    load = partial(read_instance_json, name, json_file, **how)
-    parse = partial(instance_records, f"data set '{name}': {json_file}", **how)
-    return Dataset(name=name, metadata=metadata, load=load, parse=parse, vocabulary=words.name, words=lambda: words)
+    source = AnnotationFile(f"data set '{name}'", json_file, ("images", "annotations"), NOT_INSTANCES)
+    parse = partial(instance_records, source.where, vocabulary=things, image_fields=image_fields)
+    return Dataset(
+        name=name,
+        metadata=metadata,
+        load=partial(source.records, parse),
+        parse=parse,
+        vocabulary=things.name,
+        read_vocabulary=lambda: things,
+        part_of=vocabulary,
+        **facts,
+    )
 
 
-def read_instance_json(
-    name: str,
-    path: Path,
-    *,
-    vocabulary: Vocabulary,
-    image_file: Callable[[dict], dict[str, Any]],
+def instance_records(
+    where: str, content: dict, *, vocabulary: Vocabulary, image_fields: Callable[[dict], dict[str, Any]]
 ) -> list[dict]:
-    """The records of an instance JSON file, in the order of the ids of its images.
+    """The records of instance annotations, in the order of the ids of their images; looks for no file.
 
     Args:
-        name: of the data set, for messages.
-        path: the JSON file.
+        where: data set and file, for messages.
+        content: of the file; `images` and `annotations` are lists.
         vocabulary: contiguous ids are positions in it.
-        image: from an entry of `images` to `file_name`, `image_id` and whatever else the record takes from it.
+        image_fields: from an entry of `images` to `file_name`, `image_id` and whatever else the record takes from it.
 
     Returns:
         Dicts with `file_name, image_id, annotations`, and `height, width` where the JSON gives them. An annotation has
@@ -78,30 +82,8 @@ def read_instance_json(
         with none left.
 
     Raises:
-        FileNotFoundError: the file, or the first image, does not exist.
-        ValueError: the file is no complete instance JSON, has two images of one id, an annotation of an image that
-            it does not list, or a category id that is not in the vocabulary.
-    """
-    where = f"data set '{name}': {path}"
-    content = read_json(where, path, ("images", "annotations"), NOT_INSTANCES)
-    records = instance_records(where, content, vocabulary=vocabulary, image_file=image_file)
-    check_first_files(where, records)
-    return records
-
-
-def instance_records(
-    where: str,
-    content: dict,
-    *,
-    vocabulary: Vocabulary,
-    image_file: Callable[[dict], dict[str, Any]],
-) -> list[dict]:
-    """The records of instance annotations that are read already; see `read_instance_json`. Looks for no file.
-
-    Args:
-        where: data set and file, for messages.
-        content: of the file; `images` and `annotations` are lists.
-        vocabulary, image: as for `read_instance_json`.
+        ValueError: these are not complete instance annotations, two images have one id, an annotation is of an image
+            that is not listed, or a category id is not in the vocabulary.
     """
     classes = {entry.id: index for index, entry in enumerate(vocabulary.classes)}
     records: dict[Any, dict] = {}
@@ -109,7 +91,7 @@ def instance_records(
         for image in sorted(content["images"], key=lambda image: image["id"]):
             if image["id"] in records:
                 raise InputError(f"{where} lists two images with the id {image['id']!r}. Give each an id of its own.")
-            record = records[image["id"]] = {**image_file(image), "annotations": []}
+            record = records[image["id"]] = {**image_fields(image), "annotations": []}
             if image.get("height") and image.get("width"):
                 record.update(height=image["height"], width=image["width"])
         for annotation in content["annotations"]:
@@ -121,10 +103,9 @@ def instance_records(
             instance = _instance(where, annotation, classes, vocabulary)
             if instance is not None:
                 records[annotation["image_id"]]["annotations"].append(instance)
-    except KeyError as error:
-        raise InputError(f"{where}: an entry has no {error}. {NOT_INSTANCES}") from error
-    except TypeError as error:
-        raise InputError(f"{where}: {error}. {NOT_INSTANCES}") from error
+    except (KeyError, TypeError) as error:
+        problem = f"an entry has no {error}" if isinstance(error, KeyError) else error
+        raise InputError(f"{where}: {problem}. {NOT_INSTANCES}") from error
     return list(records.values())
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["LateMetadata", "class_metadata", "thing_vocabulary"]
-
 
 def class_metadata(vocabulary: Vocabulary, *, things: bool = True) -> dict[str, Any]:
     """What a data set with these classes says about them; a contiguous id is a position in the vocabulary.
@@ -39,11 +37,11 @@ def thing_vocabulary(vocabulary: Vocabulary) -> Vocabulary:
 
 
 class LateMetadata(Mapping):
-    """Metadata of a data set whose classes stand in a file of the user, which is read when one asks for them.
+    """Metadata of a data set whose classes stand in a file of the user, which is read when they are asked for.
 
     Args:
         known: what needs no file; class names among it are taken as they are.
-        words: reads the vocabulary, with the category ids of the data set.
+        read_vocabulary: reads the vocabulary, with the category ids of the data set.
     """
 
     _CLASS_KEYS = (
@@ -53,13 +51,13 @@ class LateMetadata(Mapping):
         "stuff_dataset_id_to_contiguous_id",
     )
 
-    def __init__(self, known: Mapping[str, Any], words: Callable[[], Vocabulary]) -> None:
+    def __init__(self, known: Mapping[str, Any], read_vocabulary: Callable[[], Vocabulary]) -> None:
         self._known = dict(known)
-        self._words = words
+        self._read_vocabulary = read_vocabulary
 
     def __getitem__(self, key: str) -> Any:
         late = key in self._CLASS_KEYS and key not in self._known
-        return class_metadata(self._words())[key] if late else self._known[key]
+        return class_metadata(self._read_vocabulary())[key] if late else self._known[key]
 
     def __contains__(self, key: object) -> bool:
         return key in self._CLASS_KEYS or key in self._known

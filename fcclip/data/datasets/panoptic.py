@@ -8,12 +8,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import check_first_files, read_json
+from fcclip.data.datasets.files import AnnotationFile
 from fcclip.data.datasets.metadata import class_metadata
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
-
-__all__ = ["NOT_PANOPTIC", "panoptic_dataset", "panoptic_records", "read_panoptic_json"]
 
 NOT_PANOPTIC = "Expected COCO panoptic annotations: image_id, file_name and segments_info with id and category_id."
 
@@ -32,6 +30,7 @@ def panoptic_dataset(
     image_id: Callable[[Any], Any] = lambda value: value,
     image_file: Callable[[dict], str] = lambda annotation: f"{PurePosixPath(annotation['file_name']).stem}.jpg",
     sem_seg_file: Callable[[dict], str] = lambda annotation: annotation["file_name"],
+    **facts: Any,
 ) -> Dataset:
     """A data set in the COCO panoptic format.
 
@@ -45,10 +44,11 @@ def panoptic_dataset(
         image_id: from the `image_id` of the JSON to that of the record.
         image_file: from an annotation to its image below `image_root`; default: the same stem, `.jpg`.
         sem_seg_file: from an annotation to its label map below `sem_seg_root`; default: the same file name.
+        facts: further fields of `Dataset`.
     """
-    words = Vocabulary.builtin(vocabulary)
+    classes = Vocabulary.builtin(vocabulary)
     metadata = {
-        **class_metadata(words),
+        **class_metadata(classes),
         "ignore_label": ignore_label,
         "evaluator_type": evaluator_type,
         "image_root": str(image_root),
@@ -66,43 +66,10 @@ def panoptic_dataset(
             "sem_seg_file_name": f"{sem_seg_root}/{sem_seg_file(annotation)}",
         }
 
-    how = {"vocabulary": words, "image_id": image_id, "files": files}
-    load = partial(read_panoptic_json, name, panoptic_json, **how)
-    parse = partial(panoptic_records, f"data set '{name}': {panoptic_json}", **how)
-    return Dataset(name=name, metadata=metadata, load=load, parse=parse, vocabulary=vocabulary)
-
-
-def read_panoptic_json(
-    name: str,
-    path: Path,
-    *,
-    vocabulary: Vocabulary,
-    image_id: Callable[[Any], Any],
-    files: Callable[[dict], dict[str, str]],
-) -> list[dict]:
-    """The records of a panoptic JSON file, in the order of its `annotations`.
-
-    Args:
-        name: of the data set, for messages.
-        path: the JSON file.
-        vocabulary: contiguous ids are positions in it.
-        image_id: from the `image_id` of the JSON to that of the record.
-        files: from an annotation to the record's file names.
-
-    Returns:
-        Dicts with `file_name, pan_seg_file_name, sem_seg_file_name, image_id, segments_info`, and `height, width` where
-        the JSON gives them. A segment keeps its fields; `category_id` becomes contiguous, `isthing` is added.
-
-    Raises:
-        FileNotFoundError: the file, or an image or id PNG of the first record, does not exist.
-        ValueError: the file is no complete panoptic JSON, has two annotations of one image, or holds a category id
-            that is not in the vocabulary.
-    """
-    where = f"data set '{name}': {path}"
-    content = read_json(where, path, ("annotations",), NOT_PANOPTIC)
-    records = panoptic_records(where, content, vocabulary=vocabulary, image_id=image_id, files=files)
-    check_first_files(where, records)
-    return records
+    source = AnnotationFile(f"data set '{name}'", panoptic_json, ("annotations",), NOT_PANOPTIC)
+    parse = partial(panoptic_records, source.where, vocabulary=classes, image_id=image_id, files=files)
+    load = partial(source.records, parse)
+    return Dataset(name=name, metadata=metadata, load=load, parse=parse, vocabulary=vocabulary, **facts)
 
 
 def panoptic_records(
@@ -110,34 +77,43 @@ def panoptic_records(
     content: dict,
     *,
     vocabulary: Vocabulary,
-    image_id: Callable[[Any], Any],
     files: Callable[[dict], dict[str, str]],
+    image_id: Callable[[Any], Any] = lambda value: value,
 ) -> list[dict]:
-    """The records of panoptic annotations that are read already; see `read_panoptic_json`. Looks for no file.
+    """The records of panoptic annotations, in their order; looks for no file.
 
     Args:
         where: data set and file, for messages.
         content: of the file; `annotations` is a list.
-        vocabulary, image_id, files: as for `read_panoptic_json`.
+        vocabulary: contiguous ids are positions in it.
+        files: from an annotation to the record's file names.
+        image_id: from the `image_id` of the JSON to that of the record.
+
+    Returns:
+        Dicts with `file_name, pan_seg_file_name, sem_seg_file_name, image_id, segments_info`, and `height, width` where
+        the JSON gives them. A segment keeps its fields; `category_id` becomes contiguous, `isthing` is added.
+
+    Raises:
+        ValueError: these are not complete panoptic annotations, two are of one image, or a category id is not in the
+            vocabulary.
     """
     sizes = {str(image.get("id")): image for image in content.get("images") or ()}  # ids: numbers here, strings there
     classes = {entry.id: (index, entry.thing) for index, entry in enumerate(vocabulary.classes)}
-    records, known = [], set()
+    records, known_ids = [], set()
     for annotation in content["annotations"]:
         try:
             record = {**files(annotation), "image_id": image_id(annotation["image_id"])}
             record["segments_info"] = [
                 _segment(where, annotation, segment, classes, vocabulary) for segment in annotation["segments_info"]
             ]
-        except KeyError as error:
-            raise InputError(f"{where}: annotation {len(records)} has no {error}. {NOT_PANOPTIC}") from error
-        except TypeError as error:
-            raise InputError(f"{where}: annotation {len(records)}: {error}. {NOT_PANOPTIC}") from error
-        if record["image_id"] in known:
+        except (KeyError, TypeError) as error:
+            problem = f" has no {error}" if isinstance(error, KeyError) else f": {error}"
+            raise InputError(f"{where}: annotation {len(records)}{problem}. {NOT_PANOPTIC}") from error
+        if record["image_id"] in known_ids:
             raise InputError(
                 f"{where} has two annotations of the image {record['image_id']!r}. Give each image an id of its own."
             )
-        known.add(record["image_id"])
+        known_ids.add(record["image_id"])
         size = sizes.get(str(annotation["image_id"]), {})
         if size.get("height") and size.get("width"):
             record.update(height=size["height"], width=size["width"])
@@ -147,11 +123,11 @@ def panoptic_records(
 
 def _segment(where: str, annotation: dict, segment: dict, classes: dict, vocabulary: Vocabulary) -> dict:
     if segment["category_id"] not in classes:
-        ids = [entry.id for entry in vocabulary.classes]
         raise InputError(
             f"{where}: segment {segment['id']} of {annotation['file_name']} has category_id {segment['category_id']}, "
-            f"which is not in vocabulary '{vocabulary.name}' ({len(ids)} classes, ids {min(ids)}..{max(ids)}). "
-            "Check that this JSON belongs to this data set; leave segments without a class out of segments_info."
+            f"which is not in vocabulary '{vocabulary.name}' ({len(classes)} classes, ids {min(classes)}.."
+            f"{max(classes)}). Check that this JSON belongs to this data set; leave segments without a class out of "
+            "segments_info."
         )
     index, thing = classes[segment["category_id"]]
     return {**segment, "category_id": index, "isthing": thing}

@@ -3,51 +3,59 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.semantic import semantic_dataset
-
-__all__ = ["pascal_context_59", "pascal_context_459", "pascal_voc_20", "pascal_voc_21"]
 
 FOLDERS = {"train": "training", "val": "validation"}
 
 
 def pascal_context_59(root: Path, *, name: str, split: str) -> Dataset:
     """Pascal Context with its 59 frequent classes."""
-    return _context(root, name, split, "pascal_context_59", "annotations_ctx59")
+    return _context(root, name, split, 59)
 
 
 def pascal_context_459(root: Path, *, name: str, split: str) -> Dataset:
     """Pascal Context with 459 classes, 16-bit label maps."""
-    return _context(root, name, split, "pascal_context_459", "annotations_ctx459", ignore_label=65535, gt_ext="tif")
+    return _context(root, name, split, 459, ignore_label=65535, gt_ext="tif")
 
 
 def pascal_voc_20(root: Path, *, name: str, split: str) -> Dataset:
     """Pascal VOC 2012; background pixels are ignored."""
-    return _voc(root, name, split, "pascal_voc_20", "annotations_pascal20")
+    return _voc(root, name, split, 20, part_of="pascal_voc_21")
 
 
 def pascal_voc_21(root: Path, *, name: str, split: str) -> Dataset:
     """Pascal VOC 2012 with background as a class."""
-    return _voc(root, name, split, "pascal_voc_21", "annotations_pascal21")
+    return _voc(root, name, split, 21)
 
 
-def _context(root: Path, name: str, split: str, vocabulary: str, labels: str, **kinds: int | str) -> Dataset:
-    dataset = _dataset(root / "pascal_ctx_d2", name, split, vocabulary, labels, **kinds)
-    classes = range(len(dataset.metadata["stuff_classes"]))
-    dataset.metadata["stuff_dataset_id_to_contiguous_id"] = {index: index for index in classes}  # as published
+def _context(root: Path, name: str, split: str, num_classes: int, **facts: Any) -> Dataset:
+    context = root / "pascal_ctx_d2"
+    dataset = semantic_dataset(
+        name=name,
+        vocabulary=f"pascal_context_{num_classes}",
+        image_root=context / "images" / FOLDERS[split],
+        sem_seg_root=context / f"annotations_ctx{num_classes}" / FOLDERS[split],
+        published_count={"train": 4_998, "val": 5_104}[split],
+        published_vocabulary=f"pascal_ctx_{num_classes}_with_prompt_eng.txt",
+        benchmark=f"PC-{num_classes}",
+        **facts,
+    )
+    dataset.metadata["stuff_dataset_id_to_contiguous_id"] = {index: index for index in range(num_classes)}
     return dataset
 
 
-def _voc(root: Path, name: str, split: str, vocabulary: str, labels: str) -> Dataset:
-    return _dataset(root / "pascal_voc_d2", name, split, vocabulary, labels)
-
-
-def _dataset(folder: Path, name: str, split: str, vocabulary: str, labels: str, **kinds: int | str) -> Dataset:
+def _voc(root: Path, name: str, split: str, num_classes: int, **facts: Any) -> Dataset:
+    voc = root / "pascal_voc_d2"
     return semantic_dataset(
         name=name,
-        vocabulary=vocabulary,
-        image_root=folder / "images" / FOLDERS[split],
-        sem_seg_root=folder / labels / FOLDERS[split],
-        **kinds,
+        vocabulary=f"pascal_voc_{num_classes}",
+        image_root=voc / "images" / FOLDERS[split],
+        sem_seg_root=voc / f"annotations_pascal{num_classes}" / FOLDERS[split],
+        published_count={"train": 1_464, "val": 1_449}[split],
+        published_vocabulary="pascal_voc_21_with_prompt_eng.txt",
+        benchmark=f"PAS-{num_classes}",
+        **facts,
     )

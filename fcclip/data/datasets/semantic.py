@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fcclip.data.dataset import Dataset
-from fcclip.data.datasets.files import WHERE_DATA_IS
+from fcclip.data.datasets.files import WHERE_DATA_IS, files_by_stem
 from fcclip.data.datasets.metadata import class_metadata
 from fcclip.errors import MissingFileError
 from fcclip.vocabulary import Vocabulary
-
-__all__ = ["read_folder_pair", "semantic_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +25,7 @@ def semantic_dataset(
     ignore_label: int = 255,
     image_ext: str = "jpg",
     gt_ext: str = "png",
+    **facts: Any,
 ) -> Dataset:
     """A data set whose label maps hold contiguous class ids; they do not tell things from stuff.
 
@@ -35,6 +35,7 @@ def semantic_dataset(
         image_root, sem_seg_root: the two folders; sub-folders are not entered.
         ignore_label: value of unlabelled pixels.
         image_ext, gt_ext: file-name endings without the dot.
+        facts: further fields of `Dataset`.
     """
     metadata = {
         **class_metadata(Vocabulary.builtin(vocabulary), things=False),
@@ -45,18 +46,21 @@ def semantic_dataset(
         "gt_ext": gt_ext,
     }
     load = partial(read_folder_pair, name, image_root, sem_seg_root, image_ext=image_ext, gt_ext=gt_ext)
-    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary)
+    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary, **facts)
 
 
 def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_ext: str, gt_ext: str) -> list[dict]:
     """Records `file_name, sem_seg_file_name, image_id` (the stem), sorted by stem.
 
-    Hidden files are none. A file without a partner is left out, and a warning says how many there are.
+    Hidden files are skipped. A file without a partner is left out, and a warning says how many there are.
 
     Raises:
         FileNotFoundError: a folder does not exist.
     """
-    images, labels = _files_by_stem(name, image_root, image_ext), _files_by_stem(name, sem_seg_root, gt_ext)
+    for folder in (image_root, sem_seg_root):
+        if not folder.is_dir():
+            raise MissingFileError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
+    images, labels = files_by_stem(image_root, f".{image_ext}"), files_by_stem(sem_seg_root, f".{gt_ext}")
     stems = sorted(images.keys() & labels.keys())
     alone = len(images) + len(labels) - 2 * len(stems)
     if alone:
@@ -67,11 +71,3 @@ def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_e
     return [
         {"file_name": str(images[stem]), "sem_seg_file_name": str(labels[stem]), "image_id": stem} for stem in stems
     ]
-
-
-def _files_by_stem(name: str, folder: Path, extension: str) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise MissingFileError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
-    ending = f".{extension}"
-    files = (path for path in folder.iterdir() if path.name.endswith(ending) and not path.name.startswith("."))
-    return {path.name.removesuffix(ending): path for path in files}

@@ -7,8 +7,6 @@ from pathlib import Path
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.panoptic import panoptic_dataset
 
-__all__ = ["shapes_panoptic"]
-
 
 def shapes_panoptic(root: Path, *, name: str, split: str) -> Dataset:
     """Split train (seen classes only, which are its vocabulary), tune, val, val_seen or val_unseen."""

@@ -249,7 +249,7 @@ def test_labels_of_a_users_semantic_set_are_judged_by_its_metadata(shapes, detec
         assert DatasetMapper(cfg)(record)["instances"].gt_classes.tolist() in ([1], [])
         labels[:32] = 2
         Image.fromarray(labels).save(tmp_path / "a.png")
-        with pytest.raises(ValueError, match=r"a.png: label 2 \(2048 pixels\) is no class: .*0..1, and 7 "):
+        with pytest.raises(ValueError, match=r"a.png: label 2 \(2048 pixels\) is not a class: .*0..1, and 7 "):
             DatasetMapper(cfg)(record)
     finally:
         MetadataCatalog.remove(name)

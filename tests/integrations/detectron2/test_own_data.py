@@ -68,7 +68,7 @@ def test_a_path_may_be_registered_again_and_a_name_stands_for_one_yaml(own, tmp_
 def test_the_json_is_read_once_for_all_metadata(own, monkeypatch):
     name, _ = own("instances")
     reads, read = [], json.loads
-    monkeypatch.setattr("fcclip.data.datasets.files.json.loads", lambda *words: reads.append(1) or read(*words))
+    monkeypatch.setattr("fcclip.files.json.loads", lambda *words: reads.append(1) or read(*words))
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_dataset_id_to_contiguous_id[7] == CAR
     assert metadata.stuff_dataset_id_to_contiguous_id[3] == PERSON
