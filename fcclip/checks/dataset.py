@@ -184,8 +184,8 @@ def _records(report: DatasetReport, dataset: Dataset) -> list[dict] | None:
     if records is not None and not records:
         folder = Path(metadata["image_root"])
         endings = Counter(file.suffix for file in folder.iterdir()) if folder.is_dir() else {}
-        found = listed(f"{count} '{ending}'" for ending, count in endings.items()) or "no file"
-        issues.add_kind("no-images", report.source, f"the folder of images, {folder}, has {found}")
+        files = listed(f"{count} '{ending}'" for ending, count in endings.items()) or "no file"
+        issues.add_kind("no-images", report.source, f"the folder of images, {folder}, has {files}")
     if report.kind == "panoptic" and metadata.get("json_file"):
         _check_instances_file(issues, dataset, records)
     return None if missing else records or None

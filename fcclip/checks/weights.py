@@ -121,9 +121,10 @@ def _compare_configs(issues: Issues, cfg: CfgNode, file: WeightFile, *, training
     names = () if file.rest.get("clip") else _CLIP_NAMES
     for keys, level in ((_MEANING, WARNING if training else ERROR), (_SHAPES, WARNING), (names, WARNING)):
         for key in keys:
-            there, here = _value(stored, key), _value(cfg, key)
-            if there is not None and there != here:
-                issues.add(level, f"{key} is {here!r}, but the weights were trained with {there!r}", f"{key} {there!r}")
+            trained, here = _value(stored, key), _value(cfg, key)
+            if trained is not None and trained != here:
+                text = f"{key} is {here!r}, but the weights were trained with {trained!r}"
+                issues.add(level, text, f"{key} {trained!r}")
 
 
 def _value(tree: Mapping[str, Any], key: str) -> Any:
