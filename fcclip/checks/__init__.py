@@ -15,6 +15,7 @@ data.py         data sets as a run reads them
 
 dataset.py      check_dataset: every file of a data set, by
 annotations.py  annotation files
+names.py        names of classes that cannot be told apart
 images.py       images and labels, pixel by pixel
 processes.py    work in processes that may die
 report.py       what a data set holds, as a record and in print

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from fcclip.checks.issue import ERROR, NOTE, OK, Issues
-from fcclip.config import find_config, keys_without_effect, load_config
+from fcclip.config import find_config, flatten, keys_without_effect, load_config
 from fcclip.errors import InputError
 from fcclip.files import listed
 
@@ -66,12 +66,4 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, Any]]:
     bases = content.pop("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
         yield from _pairs(path.parent / Path(base).expanduser())
-    yield from ((str(path), key, value) for key, value in _flat(content))
-
-
-def _flat(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    yield from ((str(path), key, value) for key, value in flatten(content).items())

@@ -107,8 +107,8 @@ def _read_records(issues: Issues, dataset: Dataset, places: Iterable[str], level
         if described:
             where = f"where {described} says"
             remedy = f"paths in it are relative to its folder, {Path(described).absolute().parent}"
-        found = f"only {len(paths) - len(missing)}" if len(missing) < len(paths) else "none"
-        issues.add(level, f"{found} of {len(paths)} files and folders found {where}; missing: {names}", remedy)
+        count = f"only {len(paths) - len(missing)}" if len(missing) < len(paths) else "none"
+        issues.add(level, f"{count} of {len(paths)} files and folders found {where}; missing: {names}", remedy)
         return None
     with issues.attempt(level):
         records = dataset.annotations()

@@ -21,47 +21,14 @@ from fcclip.checks.names import check_names, check_seen_names
 from fcclip.checks.processes import DIED, map_in_processes
 from fcclip.checks.report import ClassCount, DatasetReport
 from fcclip.data import dataset_vocabulary, get_dataset
-from fcclip.data.dataset import Dataset, _garbage_left_alone
+from fcclip.data.dataset import Dataset, collector_paused
 from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
-from fcclip.data.own_data import is_own_data
+from fcclip.data.own_description import is_own_data
 from fcclip.data.transport import CompactRecords
 from fcclip.errors import InputError
 from fcclip.files import listed, read_json
 from fcclip.vocabulary import Vocabulary
 
-# Images of the published sets.
-PUBLISHED_COUNTS: dict[str, int] = {
-    "openvocab_coco_2017_train_panoptic_with_sem_seg": 118_287,
-    "openvocab_coco_2017_val_panoptic_with_sem_seg": 5_000,
-    "openvocab_coco_2017_train_panoptic": 118_287,
-    "openvocab_coco_2017_val_panoptic": 5_000,
-    "openvocab_coco_2017_train": 118_287,
-    "openvocab_coco_2017_val": 5_000,
-    "openvocab_coco_2017_train_stuff_sem_seg": 118_287,
-    "openvocab_coco_2017_test_stuff_sem_seg": 5_000,
-    "openvocab_lvis_v1_train": 100_170,
-    "openvocab_lvis_v1_val": 19_809,
-    "openvocab_ade20k_panoptic_train": 20_210,
-    "openvocab_ade20k_panoptic_val": 2_000,
-    "openvocab_ade20k_instance_train": 20_210,
-    "openvocab_ade20k_instance_val": 2_000,
-    "openvocab_ade20k_sem_seg_train": 20_210,
-    "openvocab_ade20k_sem_seg_val": 2_000,
-    "openvocab_ade20k_full_sem_seg_train": 25_574,
-    "openvocab_ade20k_full_sem_seg_val": 2_000,
-    "openvocab_cityscapes_fine_panoptic_train": 2_975,
-    "openvocab_cityscapes_fine_panoptic_val": 500,
-    "openvocab_mapillary_vistas_panoptic_train": 18_000,
-    "openvocab_mapillary_vistas_panoptic_val": 2_000,
-    "openvocab_pascal_ctx59_sem_seg_train": 4_998,
-    "openvocab_pascal_ctx59_sem_seg_val": 5_104,
-    "openvocab_pascal_ctx459_sem_seg_train": 4_998,
-    "openvocab_pascal_ctx459_sem_seg_val": 5_104,
-    "openvocab_pascal20_sem_seg_train": 1_464,
-    "openvocab_pascal20_sem_seg_val": 1_449,
-    "openvocab_pascal21_sem_seg_train": 1_464,
-    "openvocab_pascal21_sem_seg_val": 1_449,
-}
 _CHUNK = 16  # images that a process gets at a time
 _SAMPLES = 20  # records whose label maps are looked for before all are
 _ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
@@ -94,7 +61,7 @@ def check_dataset(
     if workers < 0:
         raise InputError(f"the number of workers must be 0 or more, got {workers}")
     report = DatasetReport(dataset.name, *_kind_and_source(dataset), fast=fast)
-    report.num_published = PUBLISHED_COUNTS.get(dataset.name)
+    report.num_published = dataset.published_count
     records = _records(report, dataset)
     _check_vocabulary(report, dataset, vocabularies, training)
     if records is not None and report.classes:
@@ -179,13 +146,13 @@ def _records(report: DatasetReport, dataset: Dataset) -> list[dict] | None:
     if report.kind == "semantic":
         records = None if missing else _read(report, dataset.annotations)
     else:
-        with _garbage_left_alone():
+        with collector_paused():
             records = _from_json(report, dataset)
     if records is not None and not records:
         folder = Path(metadata["image_root"])
         endings = Counter(file.suffix for file in folder.iterdir()) if folder.is_dir() else {}
-        found = listed(f"{count} '{ending}'" for ending, count in endings.items()) or "no file"
-        issues.add_kind("no-images", report.source, f"the folder of images, {folder}, has {found}")
+        files = listed(f"{count} '{ending}'" for ending, count in endings.items()) or "no file"
+        issues.add_kind("no-images", report.source, f"the folder of images, {folder}, has {files}")
     if report.kind == "panoptic" and metadata.get("json_file"):
         _check_instances_file(issues, dataset, records)
     return None if missing else records or None
@@ -261,7 +228,7 @@ def _check_instances_file(issues: Issues, dataset: Dataset, records: Sequence[di
     if not path.is_file():
         issues.add_kind("no-instances-file", path, "no such file")
         return
-    with _garbage_left_alone():
+    with collector_paused():
         content = _content(issues, path, "instances")
         if content is None:
             return

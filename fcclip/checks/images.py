@@ -196,7 +196,7 @@ def _compare_segments(issues: Issues, record: Record, rules: Rules, areas: Mappi
     if unknown:
         ids = f"{listed(unknown, 5)} ({plural(sum(areas[number] for number in unknown), 'pixel')})"
         shifts = {1: "higher", -1: "lower"}
-        shift = [word for step, word in shifts.items() if {number - step for number in unknown} <= known]
+        shift = [name for step, name in shifts.items() if {number - step for number in unknown} <= known]
         shifted = f": every id is {shift[0]} by one" if shift else ""
         issues.add_kind("unknown-id", path, f"{ids}; the JSON has {listed(sorted(known), 5) or 'no id'}{shifted}")
     as_published = {"remedy": PUBLISHED_SO, "level": NOTE} if rules.stale_areas else {}
@@ -292,9 +292,9 @@ def _check_instances(report: ImageReport, record: Record, rules: Rules, size: _S
     for instance in instances:
         area = instance.get("area", 0)
         if shape is not None:
-            area, found = _instance_problems(instance, shape, decode=not rules.fast)
+            area, faults = _instance_problems(instance, shape, decode=not rules.fast)
             which = f"annotation {instance['id']}" if "id" in instance else f"one of class {instance['category_id']}"
-            for kind, what in found:
+            for kind, what in faults:
                 problems.setdefault(kind, []).append(f"{which}: {what}")
         report.count(instance["category_id"], int(area))
     for kind, texts in problems.items():

@@ -25,7 +25,7 @@ def check_names(issues: Issues, vocabulary: Vocabulary, *, is_own: bool) -> None
             what = f"'{vocabulary.class_names[other]}' and '{name}': classes {other} and {index}"
             issues.add_kind("similar-names", file, what, **changes)
         for synonym in synonyms:
-            owners.setdefault(synonym, {})[f"{name}"] = None
+            owners.setdefault(synonym, {})[name] = None
     shared = [f"'{synonym}' ({', '.join(names)})" for synonym, names in owners.items() if len(names) > 1]
     if shared:
         issues.add_kind("shared-synonym", file, listed(shared, 12))

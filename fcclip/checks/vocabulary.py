@@ -11,7 +11,6 @@ from torch import nn
 
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.data import Dataset, dataset_vocabulary, get_dataset, joined
-from fcclip.data.vocabularies import PUBLISHED_FILES
 from fcclip.files import listed
 from fcclip.finetuning.start import former_vocabulary
 from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
@@ -48,7 +47,7 @@ def check_vocabularies(
             if name == names[0] and cfg.DATASETS.TRAIN:
                 trained = vocabulary
             issues.add(OK, f"{name}: {_described(vocabulary, trained, former)}")
-            if dataset.vocabulary in PUBLISHED_FILES and not vocabulary.is_published:
+            if dataset.published_vocabulary and not vocabulary.is_published:
                 remedy = "put the published files into a folder and name it in MODEL.FC_CLIP.VOCABULARIES"
                 text = "not the published vocabulary, so numbers cannot be compared with published ones"
                 issues.add(NOTE, f"{name}: {text}", f"{remedy} (datasets/README.md)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import yaml
@@ -14,39 +13,11 @@ from torch import nn
 
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.machine import sized
-from fcclip.config import resolve_file
+from fcclip.config import flatten, keys_that, resolve_file
 from fcclip.modeling import build_model
 from fcclip.modeling.backbones.clip import FROZEN_PREFIX
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import WeightFile, initialise_from, is_mask2former, load_state, read_weight_file
-
-# Keys that give the same weights another meaning and change no shape.
-_MEANING = (
-    "MODEL.MASK_FORMER.NHEADS",
-    "MODEL.MASK_FORMER.PRE_NORM",
-    "MODEL.SEM_SEG_HEAD.IN_FEATURES",
-    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES",
-    "MODEL.MASK_FORMER.SIZE_DIVISIBILITY",
-    "MODEL.PIXEL_MEAN",
-    "MODEL.PIXEL_STD",
-    "INPUT.FORMAT",
-)
-# Keys that change shapes; what is wrong with them shows elsewhere, the difference says why.
-_SHAPES = (
-    "MODEL.FC_CLIP.EMBED_DIM",
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
-    "MODEL.MASK_FORMER.HIDDEN_DIM",
-    "MODEL.MASK_FORMER.DEC_LAYERS",
-    "MODEL.MASK_FORMER.DIM_FEEDFORWARD",
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM",
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS",
-)
-# Keys that choose the CLIP; where the file has a fingerprint, that is compared instead of names.
-_CLIP_NAMES = (
-    "MODEL.FC_CLIP.CLIP_MODEL_NAME",
-    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS",
-    "MODEL.FC_CLIP.QUICK_GELU",
-)
 
 
 def check_model(issues: Issues, cfg: CfgNode) -> nn.Module:
@@ -118,18 +89,12 @@ def _compare_configs(issues: Issues, cfg: CfgNode, file: WeightFile, *, training
     if not isinstance(stored, Mapping):
         text = f"it was trained with {stored}" if stored else "it does not say with which settings it was trained"
         return issues.add(NOTE, text)
-    names = () if file.rest.get("clip") else _CLIP_NAMES
-    for keys, level in ((_MEANING, WARNING if training else ERROR), (_SHAPES, WARNING), (names, WARNING)):
-        for key in keys:
-            there, here = _value(stored, key), _value(cfg, key)
-            if there is not None and there != here:
-                issues.add(level, f"{key} is {here!r}, but the weights were trained with {there!r}", f"{key} {there!r}")
-
-
-def _value(tree: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key; None where there is none; tuples as lists."""
-    for part in key.split("."):
-        if not isinstance(tree, Mapping) or part not in tree:
-            return None
-        tree = tree[part]
-    return list(tree) if isinstance(tree, tuple) else tree
+    trained, here = flatten(stored), flatten(cfg)
+    levels = {"changes_meaning": WARNING if training else ERROR, "changes_shapes": WARNING}
+    if not file.rest.get("clip"):  # where the file has a fingerprint, that is compared instead of names
+        levels["chooses_clip"] = WARNING
+    for fact, level in levels.items():
+        for key in keys_that(fact):
+            if trained.get(key) not in (None, here[key]):
+                text = f"{key} is {here[key]!r}, but the weights were trained with {trained[key]!r}"
+                issues.add(level, text, f"{key} {trained[key]!r}")

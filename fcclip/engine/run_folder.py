@@ -2,50 +2,20 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
-from fcclip.config import WITHOUT_EFFECT, get_cfg
+from fcclip.config import affects, flatten, get_cfg
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
-
-# Keys that may change when a training is resumed: the weights do not depend on them, or they are compared by what they
-# lead to (the CLIP by its fingerprint, the words by themselves).
-HARMLESS = (
-    "OUTPUT_DIR",
-    "CUDNN_BENCHMARK",
-    "DETERMINISTIC",
-    "MODEL.WEIGHTS",
-    "MODEL.DEVICE",
-    "MODEL.MSDA_ENGINE",
-    "MODEL.COMPILE",
-    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS",
-    "MODEL.FC_CLIP.TEXT_CACHE_DIR",
-    "MODEL.FC_CLIP.VOCABULARIES",
-    "MODEL.FC_CLIP.GEOMETRIC_ENSEMBLE_*",
-    "MODEL.FC_CLIP.ENSEMBLE_ON_VALID_MASK",
-    "MODEL.FC_CLIP.ZERO_BOXES",
-    "MODEL.MASK_FORMER.TEST.*",
-    "DATASETS.TEST",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.MAX_BAD_IMAGES",
-    "INPUT.MIN_SIZE_TEST",
-    "INPUT.MAX_SIZE_TEST",
-    "SOLVER.CHECKPOINT_*",
-    "SOLVER.BEST.*",
-    "SOLVER.NON_FINITE",
-    "TEST.*",
-    "WANDB.*",
-)
 
 
 def check_resume(stored: str, here: CfgNode, *, source: str | Path, iteration: int | None = None) -> None:
@@ -129,7 +99,7 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
         raise InputError(f"the stored config cannot be read as YAML: {error}") from error
     if not isinstance(tree, Mapping):
         raise InputError(f"the stored config is a {type(tree).__name__}, expected keys and values")
-    before, now, defaults = (dict(_leaves(config)) for config in (tree, here, get_cfg()))
+    before, now, defaults = (flatten(config) for config in (tree, here, get_cfg()))
     refused, harmless = [], []
     for key in sorted(before.keys() | now.keys()):
         new_at_its_default = key not in before and key in defaults and now[key] == defaults[key]
@@ -137,28 +107,9 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
         if new_at_its_default or unknown_and_off or (key in before and key in now and before[key] == now[key]):
             continue
         old, new = (repr(config[key]) if key in config else "no such key" for config in (before, now))
-        is_harmless = _is_harmless(key) or _is_ahead(key, before, now, iteration)
+        is_harmless = affects(key) in ("prediction", "nothing") or _is_ahead(key, before, now, iteration)
         (harmless if is_harmless else refused).append(f"{key}: {old} -> {new}")
     return refused, harmless
-
-
-def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(KEY.OF.LEAF, value), tuples as lists, as YAML has them."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + str(name), _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _is_harmless(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS) or any(
-        key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT
-    )
 
 
 def _is_ahead(key: str, before: Mapping[str, Any], here: Mapping[str, Any], iteration: int | None) -> bool:

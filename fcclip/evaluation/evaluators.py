@@ -18,6 +18,7 @@ from fcclip.evaluation.lvis import LvisEvaluator
 from fcclip.evaluation.panoptic import PanopticEvaluator
 from fcclip.evaluation.semantic import SemanticEvaluator
 
+
 def build_evaluators(
     cfg: CfgNode,
     dataset: Dataset,
