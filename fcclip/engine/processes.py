@@ -43,7 +43,6 @@ from fcclip.files import read_json, write_json
 
 _DEFAULTS_S = {"FCCLIP_TIMEOUT_SECONDS": 1800.0, "FCCLIP_GRACE_SECONDS": 600.0}
 _START_S = 300.0  # until all processes have imported everything, if that is more than the time-out
-_END_S = 30.0  # for the end of a process that has failed
 _PRECEDENCE_S = 1.0  # a failed process waits before it leaves: the death of another one may be the cause
 # Torch's launcher ends everything at once on these; SIGTERM and SIGUSR1 are passed on.
 _END_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT) if os.name == "posix" else (signal.SIGINT,)
@@ -125,8 +124,7 @@ def launch(
 def _supervise(config: LaunchConfig, work: tuple, passed_on: set[int]) -> dict[int, Any]:
     """What the processes of this machine returned, by their ranks."""
     try:
-        method = multiprocessing.get_start_method(allow_none=True)
-        return elastic_launch(config, _run_child)(method, *work)
+        return elastic_launch(config, _run_child)(multiprocessing.get_start_method(allow_none=True), *work)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
@@ -137,7 +135,8 @@ def _supervise(config: LaunchConfig, work: tuple, passed_on: set[int]) -> dict[i
     except (dist.DistStoreError, dist.DistNetworkError) as error:
         raise NotReachableError(
             f"{config.max_nodes} machines did not meet at tcp://{config.rdzv_endpoint} within "
-            f"{config.rdzv_configs['timeout']} s; does the same command run on every machine? {error}"
+            f"{config.rdzv_configs['timeout']} s; does the same command run on every machine? "
+            f"{str(error).splitlines()[0]}"
         ) from error
     except SignalException as error:
         raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SystemExit(128 + error.sigval)) from None
@@ -178,7 +177,7 @@ def _passing_signals_on(grace_s: float) -> Iterator[set[int]]:
 
     def pass_on(number: int, _: FrameType | None) -> None:
         processes = [process.pid for process in multiprocessing.active_children()]
-        if not processes:
+        if not processes and not passed_on:
             raise SystemExit(128 + number)
         if not timers:
             timers.append(threading.Timer(grace_s, _send, [processes, signal.SIGKILL]))
@@ -242,9 +241,10 @@ def _run_child(method: str | None, entry: Callable[..., Any], args: tuple, devic
         if not isinstance(error, KeyboardInterrupt):  # which the end of the launcher sends
             _report(error)
         # The end of Python could wait for a process group, or for a loading process that hangs.
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise another error
         _send([process.pid for process in multiprocessing.active_children()], signal.SIGKILL)
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(1)
 
 
@@ -261,7 +261,7 @@ def _run_under_torchrun(entry: Callable[..., Any], args: tuple, num_processes: i
         code, result = _run_in_group(entry, args, device_type)
     except BaseException as error:
         _report(error)
-        faulthandler.dump_traceback_later(_END_S, exit=True)  # the end of Python could wait for the others
+        faulthandler.dump_traceback_later(30, exit=True)  # the end of Python could wait for the others
         raise
     if code:
         raise SystemExit(code)

@@ -1,14 +1,15 @@
 """What two processes without a model do in test_processes.py.
 
-As a program it runs one of these functions under the published command line, or under torchrun:
+As a program it runs one of these functions, also under torchrun:
 
-    python talking_processes.py FUNCTION [--num-gpus N] [--num-machines N] [--machine-rank K] [--dist-url URL] [WORDS]
+    python talking_processes.py FUNCTION OPTIONS_OF_LAUNCH_AS_JSON [ARGUMENTS]
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import itertools
+import json
 import os
 import signal
 import sys
@@ -70,24 +71,6 @@ def works_until_asked(folder: str) -> None:
             time.sleep(0.05)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("function")
-    parser.add_argument("--num-gpus", type=int, default=1)
-    parser.add_argument("--num-machines", type=int, default=1)
-    parser.add_argument("--machine-rank", type=int, default=0)
-    parser.add_argument("--dist-url", default="auto")
-    parser.add_argument("words", nargs="*")
-    args = parser.parse_args()
-    launch(
-        globals()[args.function],
-        *args.words,
-        num_processes=args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-    )
-
-
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    function, where, *words = sys.argv[1:]
+    sys.exit(run_program(functools.partial(launch, globals()[function], *words, **json.loads(where))))

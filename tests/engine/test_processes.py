@@ -1,7 +1,7 @@
 """Two CPU processes; what they do stands in talking_processes.py."""
 
-import functools
 import importlib
+import json
 import multiprocessing
 import os
 import re
@@ -19,7 +19,6 @@ from fcclip.engine import REQUEUE_EXIT_CODE, ProcessFailedError, launch, process
 from fcclip.errors import InputError, is_users
 from tests.engine.programs import PATIENCE_S, Program
 
-SHORT = "4"  # seconds of time-out for processes that hang
 slow = pytest.mark.slow
 
 
@@ -33,8 +32,13 @@ def talking() -> Iterator:
 
 @pytest.fixture
 def start(start_program) -> Callable[..., Program]:
-    """Starts talking_processes.py by hand."""
-    return functools.partial(start_program, Path(__file__).with_name("talking_processes.py"))
+    """(function, its arguments, options of launch) -> talking_processes.py, started by hand."""
+
+    def run(function: str, *words: object, starter: tuple[str, ...] = (), **options: object) -> Program:
+        file = Path(__file__).with_name("talking_processes.py")
+        return start_program(file, function, json.dumps(options), *words, starter=starter)
+
+    return run
 
 
 def free_port() -> int:
@@ -89,8 +93,9 @@ def test_a_process_that_dies_ends_all_and_is_named(talking):
 
 
 @slow
-def test_a_process_that_hangs_ends_all_and_the_stacks_are_told(start):
-    program = start("one_sleeps", "--num-gpus", 2, FCCLIP_TIMEOUT_SECONDS=SHORT)
+def test_a_process_that_hangs_ends_all_and_the_stacks_are_told(start, monkeypatch):
+    monkeypatch.setenv("FCCLIP_TIMEOUT_SECONDS", "4")
+    program = start("one_sleeps", num_processes=2)
     assert program.exit_code() == 1
     text = "\n".join(program.lines)
     assert re.search(r'talking_processes.py", line \d+ in one_sleeps', text)  # where it hangs
@@ -99,9 +104,8 @@ def test_a_process_that_hangs_ends_all_and_the_stacks_are_told(start):
 
 @slow
 def test_a_signal_to_one_of_two_machines_lets_all_save_and_asks_for_a_new_start(start, tmp_path):
-    url = f"tcp://127.0.0.1:{free_port()}"
-    words = ("works_until_asked", tmp_path, "--num-machines", 2, "--dist-url", url, "--machine-rank")
-    zero, one = start(*words, 0), start(*words, 1)
+    options = {"num_machines": 2, "dist_url": f"tcp://127.0.0.1:{free_port()}"}
+    zero, one = (start("works_until_asked", tmp_path, machine_rank=rank, **options) for rank in range(2))
     pids(tmp_path)
     os.killpg(one.pid, signal.SIGUSR1)  # to its launcher and to its process, as some schedulers do
     assert zero.exit_code() == one.exit_code() == REQUEUE_EXIT_CODE
@@ -121,7 +125,7 @@ def test_a_signal_to_a_process_of_torchrun_lets_all_save(start, tmp_path):
 @slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
 def test_no_process_stays_behind_when_the_launcher_is_killed(start, tmp_path):
-    program = start("works_until_asked", tmp_path, "--num-gpus", 2)
+    program = start("works_until_asked", tmp_path, num_processes=2)
     left = pids(tmp_path)
     program.kill()
     wait_until(lambda: not any(map(is_running, left)), f"{left} are still there")

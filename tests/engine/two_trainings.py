@@ -117,5 +117,5 @@ def everything(folder: str) -> None:
     stop_and_resume(root / "stop_1", asked=1)
     stop_in_an_evaluation(root / "stop_evaluation")
     try_out(root / "dry_run")
-    (root / "with_model").mkdir()
+    (root / "with_model").mkdir(exist_ok=True)
     training_processes.everything(str(root / "with_model"))
