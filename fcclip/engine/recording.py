@@ -63,10 +63,10 @@ class Recorder:
         for writer in self._writers if images else ():
             writer.images(iteration, images)
 
-    def advance(self, iteration: int, scalars: Mapping[str, float]) -> None:
-        """Moves the bar behind the 0-based `iteration`."""
+    def advance(self, iteration: int, scalars: Callable[[], Mapping[str, float]]) -> None:
+        """Moves the bar, if there is one, behind the 0-based `iteration`."""
         if self._bar is not None:
-            self._bar.write(iteration, scalars)
+            self._bar.write(iteration, scalars())
 
     @contextlib.contextmanager
     def bar_aside(self) -> Iterator[None]:

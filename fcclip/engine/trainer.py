@@ -210,10 +210,10 @@ class Trainer:
         return float(norm)
 
     def _after_step(self) -> None:
-        last, scalars = self.iteration == self.max_iter, self._scalars()
-        self.recorder.advance(self.iteration - 1, scalars)
+        last = self.iteration == self.max_iter
+        self.recorder.advance(self.iteration - 1, self._scalars)
         if self.iteration % LOG_PERIOD == 0 or last:
-            self.recorder.write(self.iteration - 1, scalars)
+            self.recorder.write(self.iteration - 1, self._scalars())
         if self.checkpointer is not None:
             self.checkpointer.check()
             stops = self._asked_to_stop and not last
