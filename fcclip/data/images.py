@@ -74,12 +74,7 @@ class Header:
 
 
 def read_header(path: str | Path) -> Header:
-    """The header of an image; its pixels may still turn out to be broken.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image.
-    """
+    """The header of an image; its pixels may still turn out to be broken. Fails as `opened`."""
     with opened(path) as image:
         is_deep = _is_deep(image)  # before anything may decode pixels
         orientation = _orientation(image)
@@ -88,12 +83,7 @@ def read_header(path: str | Path) -> Header:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of the upright image in pixels, from its header.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image.
-    """
+    """(height, width) of the upright image in pixels, from its header. Fails as `opened`."""
     return read_header(path).upright
 
 

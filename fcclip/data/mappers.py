@@ -300,7 +300,10 @@ def build_train_mapper(cfg, metadata: Mapping[str, Any] | None = None) -> Jitter
         options["ignore_label"] = metadata.get("ignore_label", ignore_value)
         options["num_classes"] = len(metadata["stuff_classes"]) if "ignore_label" in metadata else None
     if augmentation is LargeScaleJitter:
-        return kind(augmentation=_large_scale_jitter(cfg), **options)
+        inputs = cfg.INPUT
+        scales = {"min_scale": inputs.MIN_SCALE, "max_scale": inputs.MAX_SCALE}
+        jitter = LargeScaleJitter(size=inputs.IMAGE_SIZE, flip=inputs.RANDOM_FLIP, **scales)
+        return kind(augmentation=jitter, **options)
     if kind is InstanceJitterMapper:
         options["drops_empty"] = False
     augmentation = _shortest_edge_jitter(cfg, judges_crops=kind is not InstanceJitterMapper)
@@ -347,13 +350,6 @@ def check_ground_truth(record: Mapping[str, Any], mapper: JitterMapper, *, where
 
 def _can_read(mapper: JitterMapper | type[JitterMapper], record: Mapping[str, Any]) -> bool:
     return any(all(key in record for key in fields) for fields in mapper.needs)
-
-
-def _large_scale_jitter(cfg) -> LargeScaleJitter:
-    inputs = cfg.INPUT
-    return LargeScaleJitter(
-        size=inputs.IMAGE_SIZE, min_scale=inputs.MIN_SCALE, max_scale=inputs.MAX_SCALE, flip=inputs.RANDOM_FLIP
-    )
 
 
 def _shortest_edge_jitter(cfg, *, judges_crops: bool) -> ShortestEdgeJitter:
