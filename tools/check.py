@@ -57,7 +57,6 @@ from fcclip.data import (
 from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
 from fcclip.data.datasets.files import WHERE_DATA_IS
 from fcclip.data.samplers import SAMPLERS
-from fcclip.data.vocabularies import PUBLISHED_FILES
 from fcclip.engine import build_multiplier, build_optimizer, check_training, scale_to_world_size
 from fcclip.engine.optimizer import build_clip as build_gradient_clip
 from fcclip.engine.trainer import amp_dtype
@@ -65,7 +64,6 @@ from fcclip.errors import InputError
 from fcclip.evaluation import build_evaluators
 from fcclip.evaluation.cityscapes import read_instance_ids
 from fcclip.evaluation.ground_truth import GroundTruth
-from fcclip.evaluation.runner import EVALUATORS
 from fcclip.files import write_atomically
 from fcclip.finetuning import check_finetuning
 from fcclip.finetuning.replay import with_replay_mapper
@@ -483,7 +481,7 @@ def check_same_classes(
             if index == 0 and cfg.DATASETS.TRAIN:
                 trained = vocabulary
             found.setdefault(_described(vocabulary, trained, former), []).append(name)
-            if dataset.vocabulary in PUBLISHED_FILES and not vocabulary.is_published:
+            if dataset.published_vocabulary and not vocabulary.is_published:
                 ours.append(name)
             cut |= long_prompts(vocabulary, context)
     for text, names in found.items():
@@ -982,10 +980,8 @@ def check_test_set(report: Report, cfg: CfgNode, name: str) -> None:
     kind = dataset.metadata["evaluator_type"]
     test = cfg.MODEL.MASK_FORMER.TEST
     on = {"panoptic": test.PANOPTIC_ON, "instance": test.INSTANCE_ON, "semantic": test.SEMANTIC_ON}
-    tasks = [task for task in EVALUATORS.get(kind, ()) if on[task]]
-    idle = [
-        task for task, wanted in on.items() if wanted and task not in EVALUATORS.get(kind, ()) and kind in EVALUATORS
-    ]
+    tasks = [task for task in dataset.evaluators if on[task]]
+    idle = [task for task, is_on in on.items() if is_on and dataset.evaluators and task not in dataset.evaluators]
     if idle:
         report.add(
             NOTE,
@@ -1010,7 +1006,7 @@ def check_test_set(report: Report, cfg: CfgNode, name: str) -> None:
         records = [{**record, _INSTANCE_IDS: instance_ids_file(record)} for record in records]
     files = [key for key in dict.fromkeys(files) if records and key in records[0]]
     before = report.count(ERROR)
-    if records is not None or kind not in EVALUATORS or not tasks:
+    if records is not None or not tasks:
         with report.attempt():
             build_evaluators(cfg, dataset, modes=("check",))
     if not records or report.count(ERROR) > before:

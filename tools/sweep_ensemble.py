@@ -23,7 +23,7 @@ from rich.table import Table
 from fcclip.config import load_config
 from fcclip.data import get_dataset
 from fcclip.errors import InputError
-from fcclip.evaluation import EVALUATORS, evaluate, format_value
+from fcclip.evaluation import evaluate, format_value
 from fcclip.modeling import build_model
 from fcclip.reports.zero_shot import benchmark, set_config
 from fcclip.weights import load_weights
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the metric of all, seen and unseen classes for every pair, then the best pair."""
     args = parse_arguments(arguments)
     dataset = get_dataset(args.dataset)
-    heads = EVALUATORS.get(dataset.metadata["evaluator_type"], ())
+    heads = dataset.evaluators
     metric = args.metric or next(name for name in ("PQ", "mIoU", "AP") if METRICS[name][0] in heads)
     head, task = METRICS[metric]
     if head not in heads:

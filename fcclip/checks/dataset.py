@@ -41,41 +41,8 @@ from fcclip.data.vocabularies import dataset_vocabulary
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["PUBLISHED_COUNTS", "ClassCount", "Finding", "Report", "check_dataset", "choose_images"]
+__all__ = ["ClassCount", "Finding", "Report", "check_dataset", "choose_images"]
 
-# Images of the published sets.
-PUBLISHED_COUNTS: dict[str, int] = {
-    "openvocab_coco_2017_train_panoptic_with_sem_seg": 118_287,
-    "openvocab_coco_2017_val_panoptic_with_sem_seg": 5_000,
-    "openvocab_coco_2017_train_panoptic": 118_287,
-    "openvocab_coco_2017_val_panoptic": 5_000,
-    "openvocab_coco_2017_train": 118_287,
-    "openvocab_coco_2017_val": 5_000,
-    "openvocab_coco_2017_train_stuff_sem_seg": 118_287,
-    "openvocab_coco_2017_test_stuff_sem_seg": 5_000,
-    "openvocab_lvis_v1_train": 100_170,
-    "openvocab_lvis_v1_val": 19_809,
-    "openvocab_ade20k_panoptic_train": 20_210,
-    "openvocab_ade20k_panoptic_val": 2_000,
-    "openvocab_ade20k_instance_train": 20_210,
-    "openvocab_ade20k_instance_val": 2_000,
-    "openvocab_ade20k_sem_seg_train": 20_210,
-    "openvocab_ade20k_sem_seg_val": 2_000,
-    "openvocab_ade20k_full_sem_seg_train": 25_574,
-    "openvocab_ade20k_full_sem_seg_val": 2_000,
-    "openvocab_cityscapes_fine_panoptic_train": 2_975,
-    "openvocab_cityscapes_fine_panoptic_val": 500,
-    "openvocab_mapillary_vistas_panoptic_train": 18_000,
-    "openvocab_mapillary_vistas_panoptic_val": 2_000,
-    "openvocab_pascal_ctx59_sem_seg_train": 4_998,
-    "openvocab_pascal_ctx59_sem_seg_val": 5_104,
-    "openvocab_pascal_ctx459_sem_seg_train": 4_998,
-    "openvocab_pascal_ctx459_sem_seg_val": 5_104,
-    "openvocab_pascal20_sem_seg_train": 1_464,
-    "openvocab_pascal20_sem_seg_val": 1_449,
-    "openvocab_pascal21_sem_seg_train": 1_464,
-    "openvocab_pascal21_sem_seg_val": 1_449,
-}
 _CHUNK = 16  # images that a process gets at a time
 _EXAMPLES = 4  # images that are remembered of each class
 _SAMPLES = 20  # records whose label maps are looked for before all are
@@ -204,7 +171,7 @@ def check_dataset(
         raise InputError(f"the number of workers must be 0 or more, got {workers}")
     kind, source = _kind_and_source(dataset)
     report = Report(dataset=dataset.name, kind=kind, fast=fast, source=source)
-    report.num_published = PUBLISHED_COUNTS.get(dataset.name)
+    report.num_published = dataset.published_count
     records = _records(report, dataset)
     _check_words(report, dataset, vocabularies, training)
     if records is not None and report.classes:

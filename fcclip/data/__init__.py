@@ -18,7 +18,7 @@ loaders.py          build_train_loader, build_test_loader
 """
 
 from fcclip.data.catalog import DATASETS, Dataset, distinct_datasets, get_dataset, root_folder
-from fcclip.data.dataset import joined
+from fcclip.data.dataset import EVALUATORS, joined
 from fcclip.data.images import image_size, read_id_map, read_image, read_label_map
 from fcclip.data.loaders import TestLoader, TrainLoader, build_test_loader, build_train_loader
 from fcclip.data.mappers import MAPPERS, build_test_mapper, build_train_mapper
@@ -31,6 +31,7 @@ from fcclip.data.vocabularies import dataset_vocabulary
 
 __all__ = [
     "DATASETS",
+    "EVALUATORS",
     "MAPPERS",
     "Dataset",
     "LargeScaleJitter",

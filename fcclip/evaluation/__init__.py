@@ -9,7 +9,6 @@ predictions.py  PredictionWriter, SavedPredictions: what a model predicted, on t
 oracle.py     true masks with predicted classes, and the other way round
 external.py   evaluate_predictions: without a model, also predictions of other programs
 runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation;
-              EVALUATORS: what a kind of data set is evaluated for
 thread_pool.py Background: evaluation in threads while the network runs
 comparison.py before and after a fine-tuning: the same classes as a table and as finetune.json
 zero_shot.py  the table of the model zoo: published settings and figures, Report
@@ -41,12 +40,11 @@ from fcclip.evaluation.results import (
     unmet_expectations,
     write_results,
 )
-from fcclip.evaluation.runner import EVALUATORS, build_evaluators, evaluate, evaluate_augmented
+from fcclip.evaluation.runner import build_evaluators, evaluate, evaluate_augmented
 from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import Background
 
 __all__ = [
-    "EVALUATORS",
     "Background",
     "CityscapesInstanceEvaluator",
     "CityscapesSemanticEvaluator",

@@ -26,7 +26,7 @@ from torch import nn
 
 from fcclip.comm import broadcast_object
 from fcclip.config import lookup
-from fcclip.data import Dataset, build_test_loader, dataset_vocabulary
+from fcclip.data import EVALUATORS, Dataset, build_test_loader, dataset_vocabulary
 from fcclip.engine import watch
 from fcclip.errors import InputError
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
@@ -43,17 +43,6 @@ from fcclip.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 _LINE_SECONDS = 10  # between two lines of progress where there is no terminal
-
-# What each kind of data set is evaluated for, as far as the config's {PANOPTIC,INSTANCE,SEMANTIC}_ON ask for it.
-EVALUATORS: dict[str, tuple[str, ...]] = {
-    "coco_panoptic_seg": ("panoptic", "instance", "semantic"),
-    "ade20k_panoptic_seg": ("panoptic", "instance", "semantic"),
-    "cityscapes_panoptic_seg": ("panoptic", "instance", "semantic"),
-    "mapillary_vistas_panoptic_seg": ("panoptic", "instance", "semantic"),
-    "sem_seg": ("semantic",),
-    "coco": ("instance",),
-    "lvis": ("instance",),
-}
 
 
 def evaluate(
@@ -321,7 +310,7 @@ def build_evaluators(
     switched_on = {"panoptic": test.PANOPTIC_ON, "instance": test.INSTANCE_ON, "semantic": test.SEMANTIC_ON}
     wanted = [head for head in lookup("evaluator type", kind, EVALUATORS) if switched_on[head]]
     if not wanted:
-        keys = ", ".join(f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON" for head in EVALUATORS[kind])
+        keys = ", ".join(f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON" for head in dataset.evaluators)
         raise InputError(f"nothing to evaluate on data set '{dataset.name}' ({kind}): switch on at least one of {keys}")
     names = distinct_names(metadata["stuff_classes"])
     thing_index = metadata.get("thing_dataset_id_to_contiguous_id", {})

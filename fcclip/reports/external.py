@@ -22,7 +22,7 @@ from fcclip.data.segmentations import check_code
 from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
 from fcclip.evaluation.predictions import SavedPredictions
-from fcclip.evaluation.runner import EVALUATORS, build_evaluators, write_per_image
+from fcclip.evaluation.runner import build_evaluators, write_per_image
 from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import Background
 from fcclip.structures import Instances
@@ -69,7 +69,7 @@ class SavedSource:
             "sem_seg": "MODEL.MASK_FORMER.TEST.SEMANTIC_ON",
             "instances": "MODEL.MASK_FORMER.TEST.INSTANCE_ON",
         }
-        kind = EVALUATORS[dataset.metadata["evaluator_type"]]
+        kind = dataset.evaluators
         self.outputs = tuple(
             output for output, key in switches.items() if self.saved.header["config"][key] and HEADS[output] in kind
         )
@@ -328,7 +328,7 @@ def evaluate_predictions(
     if twice or not outputs:
         what = f"two sources give '{twice[0]}'; leave one out" if twice else "there are no predictions to evaluate"
         raise InputError(f"data set '{dataset.name}': {what}")
-    kind = EVALUATORS.get(dataset.metadata["evaluator_type"], ())
+    kind = dataset.evaluators
     useless = [output for output in outputs if HEADS[output] not in kind]
     if useless:
         raise InputError(

@@ -1,7 +1,7 @@
 """The table of the model zoo: what each benchmark is evaluated with, what was published, and how far apart they are.
 
-Everything that was published stands in `published_results.json`: settings of each data set, figures of each backbone,
-and the tolerances.
+Published figures of each backbone and their tolerances stand in `published_results.json`; sizes of a data set's images,
+their number and what tables call it stand in its `Dataset`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fcclip.data import Dataset, get_dataset
 from fcclip.errors import InputError
 from fcclip.evaluation.predictions import deciding_settings
 from fcclip.evaluation.results import format_value
-from fcclip.evaluation.runner import EVALUATORS, build_evaluators
+from fcclip.evaluation.runner import build_evaluators
 from fcclip.vocabulary import Vocabulary
 
 WIDTH = 100  # columns of text
@@ -31,7 +31,7 @@ MIOU_RULE = (
     "mIoU is the mean over classes with ground truth (detectron2 since 2022-07-06); mIoU_union in results.json counts "
     "classes that are only predicted as 0 (before). Cityscapes: class IoU and AP of cityscapesScripts."
 )
-# Columns of data sets of which nothing was published: label -> task and metric.
+# Columns of data sets without published figures: label -> task and metric.
 _COLUMNS = {"PQ": ("panoptic_seg", "PQ"), "AP": ("segm", "AP"), "mIoU": ("sem_seg", "mIoU")}
 _SWITCHES = {
     "panoptic": "MODEL.MASK_FORMER.TEST.PANOPTIC_ON",
@@ -120,17 +120,23 @@ def set_config(cfg: CfgNode, dataset: Dataset, *, given: Collection[str] = ()) -
         dataset: the data set.
         given: config keys that stay as they are.
     """
-    known = benchmark(dataset.name)
-    if known is not None:
-        settings = dict(known["settings"])
+    if benchmark(dataset.name) is not None:
+        settings = published_settings(dataset)
     else:
-        kind = EVALUATORS.get(dataset.metadata["evaluator_type"], ())
-        settings = {key: False for head, key in _SWITCHES.items() if head not in kind}
+        settings = {key: False for head, key in _SWITCHES.items() if head not in dataset.evaluators}
     cfg = cfg.clone()
     cfg.defrost()
     cfg.merge_from_list([word for key, value in settings.items() if key not in given for word in (key, value)])
     cfg.freeze()
     return cfg
+
+
+def published_settings(dataset: Dataset) -> dict[str, Any]:
+    """What a benchmark was published with: sizes of its images, and an output for each of its columns."""
+    tasks = {column["task"] for column in benchmark(dataset.name)["columns"].values()}
+    outputs = {"panoptic": "panoptic_seg" in tasks, "instance": "segm" in tasks, "semantic": "sem_seg" in tasks}
+    sizes = dict(zip(("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"), dataset.test_size))
+    return {**{key: outputs[head] for head, key in _SWITCHES.items()}, **sizes}
 
 
 def _place(dataset: Dataset) -> str:
@@ -200,14 +206,14 @@ def differences(
         reasons.append("vocabulary: fcclip (not the published one)")
     if training is not None and not training.is_published:
         reasons.append("vocabulary of the training: fcclip (not the published one)")
-    if num_images != known["images"]:
-        reasons.append(f"{num_images} images, published {known['images']}")
+    if num_images != plan.dataset.published_count:
+        reasons.append(f"{num_images} images, published {plan.dataset.published_count}")
     if backbone is None:
         reasons.append(f"no published figures for the CLIP '{plan.cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
     else:
         published = _published_config(backbone["config"]).clone()
         published.defrost()
-        published.merge_from_list([word for pair in known["settings"].items() for word in pair])
+        published.merge_from_list([word for pair in published_settings(plan.dataset).items() for word in pair])
         there, here = deciding_settings(published), deciding_settings(plan.cfg)
         if published.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS == "openai":
             there[_QUICK_GELU] = "on"  # what "auto" makes of that tag; weights from a file need it to be said
@@ -272,7 +278,7 @@ def cells_of(
         return [
             Cell(name, name, column, task, metric, _values(modes, task, metric)) for column, task, metric in present
         ]
-    cells = []
+    cells, label = [], get_dataset(name).benchmark
     for column, place in known["columns"].items():
         task, metric = place["task"], place["metric"]
         values, published, tolerance = _values(modes, task, metric), math.nan, place["tolerance"]
@@ -286,7 +292,7 @@ def cells_of(
             verdict = NOT_COMPARABLE
         else:
             verdict = PASS if abs(value - published) <= tolerance else FAIL  # NaN fails
-        cells.append(Cell(name, known["label"], column, task, metric, values, published, tolerance, verdict))
+        cells.append(Cell(name, label, column, task, metric, values, published, tolerance, verdict))
     return cells
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcclip.checks.dataset import PUBLISHED_COUNTS, check_dataset, choose_images
+from fcclip.checks.dataset import check_dataset, choose_images
 from fcclip.checks.findings import KINDS, SEVERITIES
 from fcclip.checks.images import regions
 from fcclip.checks.processes import Death, map_in_processes
@@ -84,10 +84,6 @@ def test_a_whole_tree_has_no_error_and_no_warning_but_the_number_of_its_images(t
     assert report.num_images == (5 if name in ("openvocab_coco_2017_train", "openvocab_coco_2017_val") else 4)
     assert sum(one.images > 0 for one in report.classes) == (3 if report.knows_classes else 0)
     assert report.knows_classes == (not fast or report.kind != "semantic")
-
-
-def test_every_published_data_set_has_a_count():
-    assert set(PUBLISHED_COUNTS) == set(NAMES)
 
 
 def test_classes_are_counted_in_images_segments_and_pixels(trees):

@@ -8,7 +8,7 @@ import torch
 from fcclip.config import get_cfg
 from fcclip.data import DATASETS, get_dataset
 from fcclip.data.segmentations import fill_polygons, read_run_lengths
-from fcclip.evaluation import EVALUATORS, Background, GroundTruth, build_evaluators
+from fcclip.evaluation import Background, GroundTruth, build_evaluators
 from fcclip.structures import Instances, boxes_of_masks
 from tests.data.published_trees import write_tree
 
@@ -63,7 +63,7 @@ def test_its_own_ground_truth_scores_a_hundred(tmp_path, name):
             background.process(ground_truth, {"": output})
     results = {task: metrics for one in evaluators for task, metrics in one.results().items()}
     tasks = {"panoptic": {"panoptic_seg"}, "instance": {"segm", "bbox"}, "semantic": {"sem_seg"}}
-    wanted = set().union(*(tasks[head] for head in EVALUATORS[dataset.metadata["evaluator_type"]]))
+    wanted = set().union(*(tasks[head] for head in dataset.evaluators))
     if "cityscapes" in name:
         wanted.remove("bbox")
     if name in WITHOUT_AP:

@@ -15,7 +15,7 @@ from PIL import Image
 import fcclip
 from fcclip.data import Dataset, build_test_loader, read_id_map
 from fcclip.data.datasets.metadata import class_metadata
-from fcclip.evaluation import EVALUATORS, GroundTruth, SemanticEvaluator, build_evaluators, panoptic_quality, runner
+from fcclip.evaluation import GroundTruth, SemanticEvaluator, build_evaluators, panoptic_quality, runner
 from fcclip.evaluation.runner import evaluate_augmented
 from fcclip.modeling import fcclip as assembly
 from fcclip.modeling import text
@@ -388,11 +388,6 @@ def test_a_data_set_without_instances_file_is_refused_for_ap(folder):
     dataset = tiny_world.dataset(folder, json_file=None, evaluator_type="mapillary_vistas_panoptic_seg")
     with pytest.raises(ValueError, match=r"'tiny_val' has no instances file.*INSTANCE_ON False"):
         build_evaluators(tiny_world.config(), dataset, modes=["ensemble"])
-
-
-def test_semantic_data_sets_are_evaluated_for_classes_alone():
-    assert EVALUATORS["sem_seg"] == ("semantic",)
-    assert set(EVALUATORS["coco_panoptic_seg"]) == {"panoptic", "instance", "semantic"}
 
 
 def test_classes_of_one_name_have_metrics_of_their_own():

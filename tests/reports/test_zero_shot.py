@@ -81,7 +81,7 @@ def test_published_figures_are_complete_and_agree_with_the_log():
             for column, place in one["columns"].items():
                 logged = backbone["log"].get(one["data_set"], {}).get(place["task"], {}).get(place["metric"])
                 rounded = backbone["table"][one["data_set"]][column]
-                assert logged is None or abs(logged - rounded) <= 0.05 + 1e-9, (backbone["name"], one["label"])
+                assert logged is None or abs(logged - rounded) <= 0.05 + 1e-9, (backbone["name"], one["data_set"])
                 assert 0 < rounded < 100
     large = published_results()["backbones"][-1]
     assert large["log"].keys() == {one["data_set"] for one in BENCHMARKS}

@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from fcclip.config import assets_dir
+from fcclip.data import EVALUATORS
 from fcclip.engine import save_checkpoint
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import vocabulary_note
@@ -594,8 +595,7 @@ def test_semantic_sets_are_looked_at_too(root):
 
 
 def test_a_kind_of_data_without_evaluator_is_named(root, monkeypatch):
-    monkeypatch.setattr(tool, "EVALUATORS", {})
-    monkeypatch.setattr("fcclip.evaluation.runner.EVALUATORS", {"sem_seg": ("semantic",)})
+    monkeypatch.delitem(EVALUATORS, "coco_panoptic_seg")
     errors = [one.text for one in of_level(checked(), tool.ERROR)]
     assert len(errors) == 1 and "unknown evaluator type 'coco_panoptic_seg'" in errors[0]
 
