@@ -478,13 +478,6 @@ def test_instances_without_a_size_or_a_mask_are_refused(own, tmp_path, change, m
     assert message in refusal(path, of=records_of)
 
 
-def test_a_json_cut_in_half_is_named(own, tmp_path):
-    path = own("panoptic")
-    file = tmp_path / "meine Bäume" / "labels.json"
-    file.write_bytes(file.read_bytes()[:300])
-    assert "labels.json' is not JSON" in refusal(path, of=records_of)
-
-
 # ---- training on it ----
 
 
