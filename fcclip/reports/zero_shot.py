@@ -251,7 +251,7 @@ def cells_of(
         if backbone is not None:
             rounded = backbone["table"][name][column]
             published = backbone["log"].get(name, {}).get(task, {}).get(metric, rounded)
-        cell = Cell(name, known["label"], column, task, metric, _values(modes, task, metric), published, tolerance)
+        cell = Cell(name, label, column, task, metric, _values(modes, task, metric), published, tolerance)
         if not modes:
             verdict = "missing"
         elif reasons or math.isnan(published):
