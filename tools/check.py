@@ -43,7 +43,16 @@ from rich.text import Text
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fcclip.config import find_config, keys_without_effect, load_config, lookup, resolve_device, resolve_file
+from fcclip.config import (
+    find_config,
+    flatten,
+    keys_that,
+    keys_without_effect,
+    load_config,
+    lookup,
+    resolve_device,
+    resolve_file,
+)
 from fcclip.data import (
     Dataset,
     build_test_mapper,
@@ -86,33 +95,6 @@ OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
 _MARKS = {OK: ("✓", "green"), NOTE: ("·", "dim"), WARNING: ("!", "yellow"), ERROR: ("✗", "bold red")}
 _PLAIN = {OK: "ok", NOTE: "note", WARNING: "warn", ERROR: "ERROR"}
 
-# Keys that give the same weights another meaning and change no shape.
-_MEANING = (
-    "MODEL.MASK_FORMER.NHEADS",
-    "MODEL.MASK_FORMER.PRE_NORM",
-    "MODEL.SEM_SEG_HEAD.IN_FEATURES",
-    "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES",
-    "MODEL.MASK_FORMER.SIZE_DIVISIBILITY",
-    "MODEL.PIXEL_MEAN",
-    "MODEL.PIXEL_STD",
-    "INPUT.FORMAT",
-)
-# Keys that change shapes; what is wrong with them shows elsewhere, the difference says why.
-_SHAPES = (
-    "MODEL.FC_CLIP.EMBED_DIM",
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES",
-    "MODEL.MASK_FORMER.HIDDEN_DIM",
-    "MODEL.MASK_FORMER.DEC_LAYERS",
-    "MODEL.MASK_FORMER.DIM_FEEDFORWARD",
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM",
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS",
-)
-# Keys that choose the CLIP; where the file has a fingerprint, that is compared instead of names.
-_CLIP_NAMES = (
-    "MODEL.FC_CLIP.CLIP_MODEL_NAME",
-    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS",
-    "MODEL.FC_CLIP.QUICK_GELU",
-)
 _CLIP_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".pkl")
 _CLIP_CONSTANTS = ("attn_mask", "input_resolution", "context_length", "vocab_size")
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -341,15 +323,8 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, Any]]:
     bases = content.pop("_BASE_", [])
     for base in [bases] if isinstance(bases, str) else bases:
         yield from _pairs(path.parent / Path(base).expanduser())
-
-    def flat(tree: Mapping, prefix: str) -> Iterator[tuple[str, str, Any]]:
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                yield from flat(value, f"{prefix}{key}.")
-            else:
-                yield str(path), f"{prefix}{key}", value
-
-    yield from flat(content, "")
+    for key, value in flatten(content).items():
+        yield str(path), key, value
 
 
 # ---- machine ----
@@ -602,21 +577,16 @@ def _compare_configs(report: Report, cfg: CfgNode, file: WeightFile, training: b
     if not isinstance(stored, Mapping):
         text = f"it was trained with {stored}" if stored else "it does not say with which settings it was trained"
         return report.add(NOTE, text)
-    names = () if file.rest.get("clip") else _CLIP_NAMES
-    for keys, level in ((_MEANING, WARNING if training else ERROR), (_SHAPES, WARNING), (names, WARNING)):
-        for key in keys:
-            there, here = _value(stored, key), _value(cfg, key)
-            if there is not None and there != here:
-                report.add(level, f"{key} is {here!r}, but the weights were trained with {there!r}", f"{key} {there!r}")
-
-
-def _value(tree: Mapping[str, Any], key: str) -> Any:
-    """The value under a dotted key; None where there is none; tuples as lists."""
-    for part in key.split("."):
-        if not isinstance(tree, Mapping) or part not in tree:
-            return None
-        tree = tree[part]
-    return list(tree) if isinstance(tree, tuple) else tree
+    stored, here = flatten(stored), flatten(cfg)
+    levels = {"changes_meaning": WARNING if training else ERROR, "changes_shapes": WARNING}
+    if not file.rest.get("clip"):  # else that fingerprint is compared instead of names
+        levels["chooses_clip"] = WARNING
+    for fact, level in levels.items():
+        for key in keys_that(fact):
+            there = stored.get(key)
+            if there is not None and there != here[key]:
+                text = f"{key} is {here[key]!r}, but the weights were trained with {there!r}"
+                report.add(level, text, f"{key} {there!r}")
 
 
 def _compare_words(

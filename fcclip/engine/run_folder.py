@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import itertools
 import json
 import logging
@@ -12,14 +11,14 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from fvcore.common.config import CfgNode
 
-from fcclip.config import WITHOUT_EFFECT, get_cfg
+from fcclip.config import affects, flatten, get_cfg
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
@@ -33,35 +32,6 @@ logger = logging.getLogger(__name__)
 HEARTBEAT_S = 30.0  # between two signs of life in the lock file
 STALE_S = 300.0  # a lock of another machine without one for so long is dead
 _NOTE_BYTES = 512
-
-# Keys that may change when a training is resumed: the weights do not depend on them, or they are compared by what they
-# lead to (the CLIP by its fingerprint, the words by themselves).
-HARMLESS = (
-    "OUTPUT_DIR",
-    "CUDNN_BENCHMARK",
-    "DETERMINISTIC",
-    "MODEL.WEIGHTS",
-    "MODEL.DEVICE",
-    "MODEL.MSDA_ENGINE",
-    "MODEL.COMPILE",
-    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS",
-    "MODEL.FC_CLIP.TEXT_CACHE_DIR",
-    "MODEL.FC_CLIP.VOCABULARIES",
-    "MODEL.FC_CLIP.GEOMETRIC_ENSEMBLE_*",
-    "MODEL.FC_CLIP.ENSEMBLE_ON_VALID_MASK",
-    "MODEL.FC_CLIP.ZERO_BOXES",
-    "MODEL.MASK_FORMER.TEST.*",
-    "DATASETS.TEST",
-    "DATALOADER.NUM_WORKERS",
-    "DATALOADER.MAX_BAD_IMAGES",
-    "INPUT.MIN_SIZE_TEST",
-    "INPUT.MAX_SIZE_TEST",
-    "SOLVER.CHECKPOINT_*",
-    "SOLVER.BEST.*",
-    "SOLVER.NON_FINITE",
-    "TEST.*",
-    "WANDB.*",
-)
 
 
 # ---- one training at a time ----
@@ -346,13 +316,13 @@ def compare_configs(stored: str, here: CfgNode, *, iteration: int | None = None)
         raise InputError(f"the stored config cannot be read as YAML: {error}") from error
     if not isinstance(tree, Mapping):
         raise InputError(f"the stored config is a {type(tree).__name__}, expected keys and values")
-    there, now, defaults = (dict(_leaves(one)) for one in (tree, here, get_cfg()))
+    there, now, defaults = (flatten(config) for config in (tree, here, get_cfg()))
     refused, harmless = [], []
     for key in sorted(there.keys() | now.keys()):
         old, new = there.get(key, _ABSENT), now.get(key, _ABSENT)
         if old == new or (old is _ABSENT and key in defaults and new == defaults[key]) or (new is _ABSENT and not old):
             continue
-        is_harmless = _is_harmless(key) or _is_ahead(key, there, now, iteration)
+        is_harmless = affects(key) in ("prediction", "nothing") or _is_ahead(key, there, now, iteration)
         (harmless if is_harmless else refused).append(f"{key}: {old!r} -> {new!r}")
     return refused, harmless
 
@@ -363,25 +333,6 @@ class _Absent:
 
 
 _ABSENT = _Absent()
-
-
-def _leaves(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(KEY.OF.LEAF, value), tuples as lists, as YAML has them."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + str(name), _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def _is_harmless(key: str) -> bool:
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in HARMLESS) or any(
-        key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT
-    )
 
 
 def _is_ahead(key: str, there: Mapping[str, Any], here: Mapping[str, Any], iteration: int | None) -> bool:

@@ -231,11 +231,11 @@ def test_settings_of_the_training_that_change_the_meaning_of_weights_are_compare
     )
     path = checkpoint(tmp_path / "other.pth", config=config)
     errors = of_level(checked("--eval-only", "--weights", path), tool.ERROR)
-    assert [one.remedy for one in errors] == [
+    assert {finding.remedy for finding in errors} == {
         "MODEL.MASK_FORMER.PRE_NORM True",
         "MODEL.PIXEL_MEAN [0, 0, 0]",
         "INPUT.FORMAT 'BGR'",
-    ]
+    }
     report = checked("--weights", path)  # a training may start from them on purpose
     assert not report.count(tool.ERROR) and report.count(tool.WARNING) == 3
 
