@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ARROW = (
-    "version", "files", "errors", "comm", "structures", "config", "vocabulary", "data", "preparation",
+    "version", "errors", "files", "comm", "structures", "config", "vocabulary", "data", "preparation",
     "visualization", "ops", "losses", "weights", "modeling", "engine", "evaluation", "reports", "finetuning",
     "checks", "segmenter", "integrations",
 )  # fmt: skip

@@ -69,6 +69,3 @@ def _mark(key: str) -> Mark:
 @functools.cache
 def _marks() -> dict[str, Mark]:
     return all_keys().marks()
-
-
-WITHOUT_EFFECT = {key: why_without_effect(key) for key in keys_that("without_effect")}
