@@ -124,9 +124,10 @@ class PickleReader(pickle._Unpickler):  # the one in Python, of which every inst
     def load_reduce(self) -> None:
         """Calls what a name stands for."""
         arguments, name = _checked(self.stack.pop(), tuple), _checked(self.stack.pop(), Name)
-        if name not in _CALLS:
+        call = _CALLS.get(name)
+        if call is None:
             raise refusal(name)
-        self.append(_CALLS[name](*arguments))
+        self.append(call(*arguments))
         if name.endswith("._reconstruct"):
             self._arrays[id(self.stack[-1])] = self.stack[-1]
 
@@ -324,7 +325,7 @@ DTYPES: dict[str, torch.dtype] = {
     "torch.storage.UntypedStorage": torch.uint8,
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
 }
-_CALLS: dict[str, Callable[..., Any]] = {
+_CALLS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": OrderedDict,
     "collections.Counter": lambda counts=(): Counter(_checked(counts, dict)),
     "torch.device": torch.device,
@@ -334,7 +335,7 @@ _CALLS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": lambda tensor, *_: _checked(tensor, Tensor),
     "torch.storage._load_from_bytes": _load_from_bytes,
-    "numpy.ndarray": lambda *_: torch.empty(0),
+    "numpy.ndarray": None,  # named as an argument only
     "numpy.dtype": lambda *arguments: Record("numpy.dtype", arguments),
     "_codecs.encode": _encode,
     **{f"torch.jit._pickle.{name}": _list for name in ("build_intlist", "build_doublelist", "build_boollist")},

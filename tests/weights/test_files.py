@@ -528,6 +528,8 @@ def test_instructions_that_plain_data_does_not_need_are_refused(tmp_path, conten
         b"\x80\x02cnumpy.core.multiarray\nscalar\n(NNtR.",
         b"\x80\x02ctorch._utils\n_rebuild_tensor\n(NNNNtR.",
         b"\x80\x02ctorch\nFloatStorage\n.",
+        b"\x80\x02}X\x01\x00\x00\x00acnumpy\nndarray\n)Rs.",
+        b"\x80\x02}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\n)Rs.",  # without values
         bytes(range(256)),
         b"\x00" * 600,
     ],
