@@ -26,8 +26,9 @@ from torch import Tensor
 
 from fcclip.config import load_config, resolve_file
 from fcclip.engine import save_checkpoint
-from fcclip.errors import InputError, MissingFileError
+from fcclip.errors import InputError, MissingFileError, run_program
 from fcclip.modeling import FCCLIP, build_model
+from fcclip.modeling.backbones.clip import CONSTANTS as CLIP_CONSTANTS
 from fcclip.modeling.backbones.clip import FROZEN_PREFIX
 from fcclip.weights import frozen_notes, load_state, write_safetensors
 from fcclip.weights.files import VERSIONS, WeightFile, read_weight_file
@@ -43,21 +44,13 @@ TRAINED = ("sem_seg_head.", "void_embedding.")
 CLASS_WEIGHTS = "criterion.empty_weight"
 VOID = "void_embedding.weight"
 TRAINING_STATE = ("optimizer", "scheduler", "scaler", "trainer", "random")
-CONSTANTS = ("pixel_mean", "pixel_std", *(FROZEN_PREFIX + name for name in ("attn_mask", "input_resolution",
-             "context_length", "vocab_size")))  # fmt: skip
+CONSTANTS = ("pixel_mean", "pixel_std", *(FROZEN_PREFIX + name for name in CLIP_CONSTANTS))
 CLIP_PARTS = ("visual.", "token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns the exit code; errors are one line."""
+def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    args = parse_arguments(argv)
-    try:
-        convert(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+    convert(parse_arguments(argv))
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,7 +75,7 @@ def convert(args: argparse.Namespace) -> None:
     """Reads, chooses, writes, and says what it did.
 
     Raises:
-        ValueError: INPUT cannot be read, lacks something, or would lose something that was not named.
+        InputError: INPUT cannot be read, lacks something, or would lose something that was not named.
         OSError: INPUT does not exist; OUTPUT exists or cannot be written.
     """
     output = Path(args.output)
@@ -134,7 +127,7 @@ def arrange(
     """(the tensors of a layout, names that were left out). What the file lacks comes from the model.
 
     Raises:
-        ValueError: no weights of FC-CLIP, or something that the layout needs is nowhere.
+        InputError: no weights of FC-CLIP, or something that the layout needs is nowhere.
     """
     if layout is None:
         return dict(tensors), []
@@ -143,27 +136,26 @@ def arrange(
     if unknown or VOID not in tensors:
         reason = f"it holds '{unknown[0]}'" if unknown else f"it lacks '{VOID}'"
         raise InputError(f"--layout {layout} is for weights of FC-CLIP, which INPUT does not hold: {reason}")
-    there = model.state_dict() if model is not None else {}
-    wanted = {name: value for name, value in tensors.items() if name.startswith(TRAINED)}
+    own = model.state_dict() if model is not None else {}
+    chosen = {name: value for name, value in tensors.items() if name.startswith(TRAINED)}
     if layout != "trainable":
-        wanted |= {CLASS_WEIGHTS: class_weights(tensors, there, layout)}
+        chosen |= {CLASS_WEIGHTS: class_weights(tensors, own, layout)}
     if layout == "full":
-        wanted |= whole_clip(tensors, there, model)
-    return wanted, [name for name in tensors if name not in wanted]
+        chosen |= whole_clip(tensors, own, model)
+    return chosen, [name for name in tensors if name not in chosen]
 
 
-def class_weights(tensors: Mapping[str, Tensor], there: Mapping[str, Tensor], layout: str) -> Tensor:
+def class_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], layout: str) -> Tensor:
     """The class weights of the file, else those of the config."""
-    found = tensors.get(CLASS_WEIGHTS, there.get(CLASS_WEIGHTS))
-    if found is None:
+    if CLASS_WEIGHTS not in tensors and CLASS_WEIGHTS not in own:
         raise InputError(
             f"--layout {layout} needs '{CLASS_WEIGHTS}', which INPUT does not hold; give the --config-file of the "
             "weights, which says how many classes they were trained with"
         )
-    return found
+    return tensors.get(CLASS_WEIGHTS, own.get(CLASS_WEIGHTS))
 
 
-def whole_clip(tensors: Mapping[str, Tensor], there: Mapping[str, Tensor], model: FCCLIP | None) -> dict[str, Tensor]:
+def whole_clip(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], model: FCCLIP | None) -> dict[str, Tensor]:
     """Every tensor of the CLIP: those of the file, the others from the config."""
     held = {name: value for name, value in tensors.items() if name.startswith(FROZEN_PREFIX) and name not in CONSTANTS}
     absent = [part for part in CLIP_PARTS if not any(name.startswith(FROZEN_PREFIX + part) for name in held)]
@@ -172,32 +164,31 @@ def whole_clip(tensors: Mapping[str, Tensor], there: Mapping[str, Tensor], model
             f"--layout full needs the CLIP, of which INPUT lacks {', '.join(absent)}; give the --config-file of the "
             "weights, which says what CLIP they were trained on"
         )
-    if model is not None and model.backbone.pretrained == "":
+    if model is not None and model.backbone.has_random_weights:
         raise InputError(
             "--layout full needs the CLIP, but that of the config has random weights; set "
             "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"
         )
-    missing = {name: value for name, value in there.items() if name.startswith(FROZEN_PREFIX) and name not in held}
-    return held | missing
+    return held | {name: value for name, value in own.items() if name.startswith(FROZEN_PREFIX) and name not in held}
 
 
 def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors in the wanted dtype, names of those that lost digits).
+    """(tensors in that dtype, names of those that lost digits).
 
     Raises:
-        ValueError: a number would become infinite.
+        InputError: a number would become infinite.
     """
     if dtype is None:
         return dict(tensors), []
-    found, rounded = {}, []
+    converted, rounded = {}, []
     for name, value in tensors.items():
-        found[name] = value.to(dtype) if value.is_floating_point() else value
-        if found[name] is value or torch.equal(found[name].to(value.dtype), value):
+        converted[name] = value.to(dtype) if value.is_floating_point() else value
+        if converted[name] is value or torch.equal(converted[name].to(value.dtype), value):
             continue
-        if (found[name].isinf() & value.isfinite()).any():
+        if (converted[name].isinf() & value.isfinite()).any():
             raise InputError(f"'{name}' has numbers too large for --dtype {str(dtype).removeprefix('torch.')}")
         rounded.append(name)
-    return found, rounded
+    return converted, rounded
 
 
 def notes(file: WeightFile, tensors: Mapping[str, Tensor], model: FCCLIP | None) -> dict[str, Any]:
@@ -215,7 +206,7 @@ def without_training(rest: Mapping[str, Any], *, weights_only: bool, as_json: bo
     """(entries that are stored beside the weights, names of those left out).
 
     Raises:
-        ValueError: entries that safetensors cannot hold, and nobody said that they may go.
+        InputError: entries that safetensors cannot hold, and nobody said that they may go.
     """
     state = [name for name, value in rest.items() if (as_json and not is_json(value))]
     if state and not weights_only:
@@ -279,4 +270,4 @@ def short(names: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

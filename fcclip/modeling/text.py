@@ -1,12 +1,10 @@
-"""Words become vectors through CLIP's text tower, once (FC-CLIP, section 3.2; prompts of ViLD)."""
+"""Class names become vectors through CLIP's text tower, once (FC-CLIP, section 3.2; prompts of ViLD)."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,9 +14,10 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fcclip.files import write_atomically
 from fcclip.structures import TextEmbeddings
 from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
 
@@ -50,30 +49,30 @@ class TextEncoder:
         """One unit vector a synonym: the mean of its fourteen unit-length prompt embeddings, normalised; fp32, no
         gradient.
         """
-        words = tuple(word for synonyms in vocabulary.synonyms for word in synonyms)
+        names = tuple(name for synonyms in vocabulary.synonyms for name in synonyms)
         counts = tuple(len(synonyms) for synonyms in vocabulary.synonyms)
-        key = (self._version(), words, counts)
-        found = self._memory.get(key)
-        if found is None:
-            unique = list(dict.fromkeys(words))
+        key = (self._version(), names, counts)
+        embeddings = self._memory.get(key)
+        if embeddings is None:
+            unique = list(dict.fromkeys(names))
             rows = self._encode_or_read(unique)
-            position = {word: index for index, word in enumerate(unique)}
+            position = {name: index for index, name in enumerate(unique)}
             device = self.clip_model.text_projection.device
-            vectors = rows[[position[word] for word in words]].to(device)
+            vectors = rows[[position[name] for name in names]].to(device)
             classes = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
-            found = self._memory[key] = TextEmbeddings(vectors, classes, len(counts))
+            embeddings = self._memory[key] = TextEmbeddings(vectors, classes, len(counts))
             while len(self._memory) > _KEEP:
                 self._memory.popitem(last=False)
-        return found
+        return embeddings
 
-    def _encode_or_read(self, words: list[str]) -> Tensor:
-        path = self._cache_path(words)
+    def _encode_or_read(self, names: list[str]) -> Tensor:
+        path = self._cache_path(names)
         if path is not None and path.is_file():
             try:
                 return load_file(path)["vectors"]
             except (SafetensorError, KeyError, OSError) as error:
-                logger.warning("text cache %s is unreadable (%s); encoding %d words again", path, error, len(words))
-        vectors = encode_class_names(self.clip_model, words).cpu()
+                logger.warning("text cache %s is unreadable (%s); encoding %d names again", path, error, len(names))
+        vectors = encode_class_names(self.clip_model, names).cpu()
         if path is not None:
             _write(path, vectors)
         return vectors
@@ -82,13 +81,13 @@ class TextEncoder:
         """Changes whenever a text weight is written, replaced or moved."""
         return tuple((weight.data_ptr(), weight._version) for _, weight in _text_weights(self.clip_model))
 
-    def _cache_path(self, words: list[str]) -> Path | None:
+    def _cache_path(self, names: list[str]) -> Path | None:
         if self.cache_dir is None:
             return None
         version = self._version()
         if self._weights is None or self._weights[0] != version:
             self._weights = (version, text_weights_hash(self.clip_model))
-        digest = hashlib.sha256("\n".join([self._weights[1], *TEMPLATES, *words]).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join([self._weights[1], *TEMPLATES, *names]).encode()).hexdigest()
         return self.cache_dir / f"text-{digest[:32]}.safetensors"
 
 
@@ -106,15 +105,15 @@ def _text_weights(clip_model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def encode_class_names(clip_model: nn.Module, words: Sequence[str]) -> Tensor:
-    """(len(words), D) float32, unit length, on the model's device; see `TextEncoder.encode`."""
+def encode_class_names(clip_model: nn.Module, names: Sequence[str]) -> Tensor:
+    """(len(names), D) float32, unit length, on the model's device; see `TextEncoder.encode`."""
     device = clip_model.text_projection.device
-    tokens = open_clip.tokenize(prompts(words), context_length=int(clip_model.positional_embedding.shape[0]))
+    tokens = open_clip.tokenize(prompts(names), context_length=int(clip_model.positional_embedding.shape[0]))
     with torch.autocast(device.type, enabled=False):
         chunks = [encode_tokens(clip_model, chunk.to(device)) for chunk in tokens.split(_CHUNK)]
         embeddings = torch.cat(chunks).float()
         embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
-        means = embeddings.unflatten(0, (len(words), len(TEMPLATES))).mean(dim=1)
+        means = embeddings.unflatten(0, (len(names), len(TEMPLATES))).mean(dim=1)
         return F.normalize(means, dim=-1, eps=0)
 
 
@@ -152,18 +151,13 @@ def encode_tokens(clip_model: nn.Module, tokens: Tensor) -> Tensor:
 
 def _write(path: Path, vectors: Tensor) -> None:
     """Whole or not at all; a folder that cannot be written costs only the cache."""
+    content = save({"vectors": vectors.contiguous()})
+    own = path.with_name(f"{path.name}.{os.getpid()}")  # the processes of a training encode the same names
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        try:
-            save_file({"vectors": vectors.contiguous()}, temporary)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_atomically(own, lambda file: file.write(content))
+        os.replace(own, path)
     except OSError as error:
         logger.warning(
-            "text features could not be kept in %s (%s); they will be computed again next time", path.parent, error
+            "text embeddings could not be kept in %s (%s); they will be computed again next time", path.parent, error
         )

@@ -23,6 +23,7 @@ from fcclip.errors import InputError
 
 VERSIONS = "_metadata"  # under this name torch keeps the versions of modules beside a state dict
 SCRIPT = "__torch__."  # begins the names of TorchScript's classes
+_MAX_REPEATED = 1 << 28  # bytes of a tensor that repeats fewer values
 _MAX_DEPTH = 200  # of tuples in tuples: the hash of a very deep one overflows the stack of the process
 
 
@@ -69,7 +70,7 @@ class Record:
 
 
 class PickleReader(pickle._Unpickler):  # the one in Python, of which every instruction can be replaced
-    """Reads one pickle of a stream; `names` are those that it asks for.
+    """Reads one pickle of a stream.
 
     Args:
         stream: never asked for more than it holds (a `BytesIO` or an `mmap`).
@@ -87,7 +88,6 @@ class PickleReader(pickle._Unpickler):  # the one in Python, of which every inst
     ) -> None:
         super().__init__(stream, encoding="latin1")  # of byte strings that Python 2 wrote
         self.storage, self.script = storage, script
-        self.names: set[str] = set()
         self._depths: dict[int, int] = {}  # by the id of a tuple
         self._arrays: dict[int, Tensor] = {}  # by their ids: those of NumPy that wait for their values
 
@@ -110,7 +110,6 @@ class PickleReader(pickle._Unpickler):  # the one in Python, of which every inst
         name = f"{module}.{name}"
         if name not in _CALLS and name not in DTYPES and not (self.script and name.startswith(SCRIPT)):
             raise refusal(name)
-        self.names.add(name)
         return Name(name)
 
     def persistent_load(self, pid: Any) -> Storage:
@@ -125,9 +124,10 @@ class PickleReader(pickle._Unpickler):  # the one in Python, of which every inst
     def load_reduce(self) -> None:
         """Calls what a name stands for."""
         arguments, name = _checked(self.stack.pop(), tuple), _checked(self.stack.pop(), Name)
-        if name not in _CALLS:
+        call = _CALLS.get(name)
+        if call is None:
             raise refusal(name)
-        self.append(_CALLS[name](*arguments))
+        self.append(call(*arguments))
         if name.endswith("._reconstruct"):
             self._arrays[id(self.stack[-1])] = self.stack[-1]
 
@@ -185,14 +185,14 @@ def _instructions() -> dict[int, Callable[[PickleReader], None]]:
 _INSTRUCTIONS = (
     "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING "
     "BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
-    "EMPTY_TUPLE EMPTY_LIST EMPTY_DICT LIST DICT APPEND APPENDS SETITEM SETITEMS POP POP_MARK DUP PUT BINPUT "
-    "LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
+    "EMPTY_TUPLE EMPTY_LIST EMPTY_DICT LIST DICT APPEND APPENDS SETITEM SETITEMS EMPTY_SET ADDITEMS POP "
+    "POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
 )
 PickleReader.dispatch = _instructions()
 
 
-def check_legacy(stream: BinaryIO, size: int) -> set[str]:
-    """Looks at the pickles of a torch.save file before torch 1.6, of `size` bytes; returns the names they ask for.
+def check_legacy(stream: BinaryIO, size: int) -> None:
+    """Looks at the pickles of a torch.save file before torch 1.6, of `size` bytes.
 
     Raises:
         UnsafeFileError, UnreadableFileError: as `PickleReader.load`; or a tensor claims values that the file lacks, for
@@ -204,11 +204,9 @@ def check_legacy(stream: BinaryIO, size: int) -> set[str]:
         keys.add(key)
         return claimed(number, dtype, size, "it")
 
-    readers = [PickleReader(stream, storage=storage) for _ in range(5)]
-    *_, stored = [reader.load() for reader in readers]
+    *_, stored = [PickleReader(stream, storage=storage).load() for _ in range(5)]
     if keys != set(stored):
         raise UnreadableFileError("is damaged: it does not hold the values of each tensor")
-    return set().union(*(reader.names for reader in readers))
 
 
 def claimed(number: int, dtype: torch.dtype, size: int, place: str) -> Storage:
@@ -278,6 +276,8 @@ def _strided(storage: Any, dtype: torch.dtype, offset: Any, size: Any, stride: A
         raise UnreadableFileError(
             f"is damaged: a tensor needs {end} values, its storage has {values.nbytes() // dtype.itemsize}"
         )
+    if math.prod(size) * dtype.itemsize > max(values.nbytes(), _MAX_REPEATED):
+        raise UnreadableFileError(f"is damaged: a tensor claims the size {size} by repeating values")
     return torch.empty(0, dtype=dtype, device=values.device).set_(values, offset, tuple(size), tuple(stride))
 
 
@@ -321,38 +321,31 @@ def _list(items: Any, *_: Any) -> list:
 
 
 DTYPES: dict[str, torch.dtype] = {
-    "torch.DoubleStorage": torch.float64, "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16,
-    "torch.BFloat16Storage": torch.bfloat16, "torch.LongStorage": torch.int64, "torch.IntStorage": torch.int32,
-    "torch.ShortStorage": torch.int16, "torch.CharStorage": torch.int8, "torch.ByteStorage": torch.uint8,
-    "torch.BoolStorage": torch.bool, "torch.ComplexFloatStorage": torch.complex64,
-    "torch.ComplexDoubleStorage": torch.complex128, "torch.storage.UntypedStorage": torch.uint8,
+    **{f"torch.{name}": dtype for dtype, name in torch.storage._dtype_to_storage_type_map().items()},
+    "torch.storage.UntypedStorage": torch.uint8,
     **{str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)},
-}  # fmt: skip
-_TORCH_CALLS: dict[str, Callable[..., Any]] = {  # torch.load knows them too
+}
+_CALLS: dict[str, Callable[..., Any] | None] = {
     "collections.OrderedDict": OrderedDict,
     "collections.Counter": lambda counts=(): Counter(_checked(counts, dict)),
-    "builtins.set": lambda items: set(_checked(items, list)),
-    "builtins.complex": lambda real, imaginary: complex(_checked(real, float), _checked(imaginary, float)),
     "torch.device": torch.device,
     "torch.Size": torch.Size,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": lambda tensor, *_: _checked(tensor, Tensor),
-}
-TORCH_NAMES = _TORCH_CALLS.keys() | DTYPES.keys()
-_CALLS: dict[str, Callable[..., Any]] = {
-    **_TORCH_CALLS,
-    "numpy.ndarray": lambda *_: torch.empty(0),
+    "torch.storage._load_from_bytes": _load_from_bytes,
+    "numpy.ndarray": None,  # named as an argument only
     "numpy.dtype": lambda *arguments: Record("numpy.dtype", arguments),
     "_codecs.encode": _encode,
-    "builtins.bytes": lambda: b"",
-    "__builtin__.bytes": lambda: b"",
-    "torch.storage._load_from_bytes": _load_from_bytes,
     **{f"torch.jit._pickle.{name}": _list for name in ("build_intlist", "build_doublelist", "build_boollist")},
     "torch.jit._pickle.build_tensorlist": _list,
     "torch.jit._pickle.restore_type_tag": lambda value, _: value,
 }
+for _builtins in ("builtins", "__builtin__"):  # of Python 3 and 2
+    _CALLS[f"{_builtins}.bytes"] = lambda: b""
+    _CALLS[f"{_builtins}.set"] = lambda items: set(_checked(items, list))
+    _CALLS[f"{_builtins}.complex"] = lambda *parts: complex(*(_checked(part, float) for part in parts))
 for _core in ("numpy.core", "numpy._core"):  # of NumPy 1 and 2
     _CALLS[f"{_core}.multiarray._reconstruct"] = lambda *_: torch.empty(0)
     _CALLS[f"{_core}.multiarray.scalar"] = lambda dtype, value: _numbers(value, dtype, (), "C").numpy()[()]

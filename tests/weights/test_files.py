@@ -8,7 +8,7 @@ import pickletools
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from fcclip.errors import InputError
 from fcclip.modeling.backbones.clip import build_clip
 from fcclip.weights.files import UnsafeFileError, read_plain_data, read_weight_file
 
@@ -55,6 +56,13 @@ def rewrite(path: Path, change) -> Path:
 
 
 # ---- plain files ----
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_every_plain_value_of_a_checkpoint_comes_back(tmp_path, protocol):
+    content = {"set": {1, 2}, "counts": Counter("aab"), "complex": 1j, "size": torch.Size([1, 2]), "bytes": b"x"}
+    torch.save({"model": {"a": torch.ones(1)}, **content}, tmp_path / "a.pth", pickle_protocol=protocol)
+    assert read_weight_file(tmp_path / "a.pth").rest == content
 
 
 @pytest.mark.parametrize("wrap", ["bare", "model", "state_dict"])
@@ -520,6 +528,8 @@ def test_instructions_that_plain_data_does_not_need_are_refused(tmp_path, conten
         b"\x80\x02cnumpy.core.multiarray\nscalar\n(NNtR.",
         b"\x80\x02ctorch._utils\n_rebuild_tensor\n(NNNNtR.",
         b"\x80\x02ctorch\nFloatStorage\n.",
+        b"\x80\x02}X\x01\x00\x00\x00acnumpy\nndarray\n)Rs.",
+        b"\x80\x02}X\x01\x00\x00\x00acnumpy.core.multiarray\n_reconstruct\n)Rs.",  # without values
         bytes(range(256)),
         b"\x00" * 600,
     ],
@@ -542,6 +552,118 @@ def test_a_file_with_random_bytes_changed_never_does_more_than_fail(tmp_path):
             read_weight_file(path)
         except ValueError:
             continue
+
+
+# ---- files that claim what is not there, or would bring down a reader ----
+
+
+def planted(tmp_path: Path, wrapping: str, content: bytes) -> Path:
+    """A file of one of three formats with this pickle in it."""
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.arange(4.0)}, path, _use_new_zipfile_serialization=wrapping == "zip")
+    if wrapping == "zip":
+        return rewrite(path, lambda name, old: content if name.endswith("/data.pkl") else old)
+    if wrapping == "legacy":
+        *start, _, keys = pickles(path.read_bytes())
+        content = b"".join([*start, content, keys])
+    path.write_bytes(content)
+    return path
+
+
+def pickles(content: bytes) -> list[bytes]:
+    """The five pickles of a torch.save file before torch 1.6."""
+    stream, found = io.BytesIO(content), []
+    for _ in range(5):
+        start = stream.tell()
+        list(pickletools.genops(stream))
+        found.append(content[start : stream.tell()])
+    return found
+
+
+@pytest.mark.parametrize("wrapping", ["zip", "legacy", "pickle"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}" + b")" + b"\x85" * 300_000 + b"K\x01s.",  # torch.load ends the process at the hash of such a key
+        b"\x80\x02}" + b")" + b"K\x00\x86" * 300_000 + b"K\x01s.",
+        b"\x80\x02c__builtin__\nset\n])" + b"\x85" * 300_000 + b"a\x85R.",
+        b"\x80\x02ctorch\nSize\n](ctorch\nSize\n]\x85Re\x85R.",  # would hide how deep it is
+        b"\x80\x02}r\xff\xff\xff\x7f",  # a place in the memo that would take 16 GB
+        b"\x80\x05\x96\xff\xff\xff\xff\x0f\x00\x00\x00.",  # 64 GB of bytes
+        b"\x80\x04\x95\xff\xff\xff\xff\x0f\x00\x00\x00.",
+        b"\x80\x02ctorch\nFloatTensor\nM\x00\x10\x85R.",  # torch.load hands out what memory holds
+        b"\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.",
+    ],
+)
+def test_a_pickle_that_would_bring_down_its_reader_is_refused(tmp_path, wrapping, content):
+    path = planted(tmp_path, wrapping, content)
+    for reader in (read_weight_file, read_plain_data):
+        with pytest.raises(InputError, match="a.pth' "):
+            reader(path)
+
+
+LONG, FOUR = b"J\x00\x10\x00\x00", b"K\x04"
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (FOUR + b"\x85", LONG + b"\x85"),  # shape
+        (FOUR, LONG),  # shape and number of values
+        (b"K\x01\x85", b"M\xe8\x03\x85"),  # stride
+        (b"QK\x00", b"QK\x09"),  # offset
+        (FOUR + b"\x85q\x08K\x01", b"\x8a\x05\x00\x00\x00\x00\x10\x85q\x08K\x00"),  # one value 2^36 times
+    ],
+)
+def test_a_tensor_that_claims_more_than_its_file_holds_is_refused(tmp_path, zipped, old, new):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.arange(4.0)}, path, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        rewrite(path, lambda name, content: content.replace(old, new) if name.endswith("/data.pkl") else content)
+    else:
+        content = path.read_bytes()
+        assert old in content
+        path.write_bytes(content.replace(old, new))
+    with pytest.raises(InputError, match="a.pth' is damaged"):
+        read_weight_file(path)
+
+
+def test_values_that_a_file_claims_and_leaves_out_are_not_taken_from_memory(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.arange(4.0)}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(b"".join(pickles(path.read_bytes())[:4]) + b"\x80\x02].")  # no keys of storages
+    assert torch.load(path, weights_only=True)["a"].shape == (4,)  # of whatever values
+    with pytest.raises(InputError, match="a.pth' is damaged: it does not hold the values"):
+        read_weight_file(path)
+
+
+@pytest.mark.parametrize("key", ["../b", "/etc/hosts", "", "x.y"])
+def test_a_tensor_of_torch_is_not_looked_for_outside_its_file_either(tmp_path, key):
+    path = tmp_path / "a.pth"
+    torch.save({"a": torch.arange(4.0)}, path)
+    text = b"X" + struct.pack("<I", len(key)) + key.encode()
+    rewrite(path, lambda name, old: old.replace(b"X\x01\x00\x00\x000", text) if name.endswith("/data.pkl") else old)
+    with pytest.raises(UnsafeFileError, match="points outside the archive"):
+        read_weight_file(path)
+
+
+DTYPE = b"cnumpy\ndtype\nX\x02\x00\x00\x00%s\x85R"
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n)R"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01s}\x86b.",  # an attribute of a class of ours
+        b"\x80\x02" + ARRAY + b"(K\x01K\x01\x85" + DTYPE % b"f4" + b"\x89C\x04\x00\x00\x00\x00tb" + b"(tb.",  # twice
+        b"\x80\x02" + ARRAY + b"(K\x01K\x01\x85" + DTYPE % b"O8" + b"\x89]tb.",
+    ],
+)
+def test_a_state_that_would_change_what_an_object_is_is_refused(tmp_path, content):
+    (tmp_path / "a.pkl").write_bytes(content)
+    with pytest.raises(UnsafeFileError, match="a.pkl' "):
+        read_weight_file(tmp_path / "a.pkl")
 
 
 # ---- files that are something else ----

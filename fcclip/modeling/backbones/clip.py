@@ -402,15 +402,15 @@ def _clip_weights(path: Path) -> _Weights:
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor], *, source: str, name: str) -> None:
-    wanted = model.state_dict()
+    expected = model.state_dict()
     tensors = {
         key: value.float() if value.is_floating_point() else value
         for key, value in tensors.items()
         if key not in CONSTANTS
     }
-    missing = sorted(set(wanted) - set(tensors))
-    unexpected = sorted(set(tensors) - set(wanted))
-    shapes = [key for key in wanted if key in tensors and wanted[key].shape != tensors[key].shape]
+    missing = sorted(set(expected) - set(tensors))
+    unexpected = sorted(set(tensors) - set(expected))
+    shapes = [key for key in expected if key in tensors and expected[key].shape != tensors[key].shape]
     if missing or unexpected or shapes:
         parts = [
             f"{len(keys)} {what} (e.g. {keys[0]})"
