@@ -1,23 +1,28 @@
-"""FC-CLIP put together (Yu et al., NeurIPS 2023): frozen CLIP, pixel decoder, masked decoder, two classifiers, three
-outputs.
-"""
+"""FC-CLIP put together (Yu et al., NeurIPS 2023): frozen CLIP, both decoders, both classifiers, three outputs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
 from fcclip.modeling.architecture import Ensemble, ExtraLosses, ScoredMasks
 from fcclip.modeling.backbones.clip import CLIPBackbone
 from fcclip.modeling.classifier import cut_classes, own_classes, resize_masks, text_logits, with_void
 from fcclip.modeling.head import FCCLIPHead
-from fcclip.modeling.inputs import Samples, batch_vocabularies, class_slices, normalised_images, point_seeds
+from fcclip.modeling.inputs import (
+    Samples,
+    batch_vocabularies,
+    class_slices,
+    normalised_images,
+    output_size,
+    point_seeds,
+    vocabulary_of,
+)
 from fcclip.modeling.mask_decoder import MaskProposals
 from fcclip.modeling.out_of_vocabulary import RegionClassifier
 from fcclip.modeling.output_masks import OutputMasks
@@ -49,7 +54,7 @@ class FCCLIP(nn.Module):
         test_vocabulary: classes to use when a call brings none.
 
     Attributes:
-        seen_vocabulary: classes that count as seen; a fine-tuned model knows more than its training's.
+        seen_vocabulary: classes that count as seen; after a fine-tuning more than those of the training.
         extra_losses: the hook of training.
     """
 
@@ -159,9 +164,10 @@ class FCCLIP(nn.Module):
             inputs, vocabulary: as for `forward`.
         """
         images, sizes = self.preprocess(inputs)
+        default = self.test_vocabulary if vocabulary is None else vocabulary
         groups: dict[Vocabulary, list[int]] = {}  # the images of each vocabulary
         for index, sample in enumerate(inputs):
-            groups.setdefault(self._vocabulary_of(sample, vocabulary), []).append(index)
+            groups.setdefault(vocabulary_of(sample, default), []).append(index)
         texts = [self.text_encoder.encode(own) for own in groups]
         features = self.backbone(images)
         proposals = self.propose(features, TextEmbeddings.joined(texts))
@@ -173,17 +179,16 @@ class FCCLIP(nn.Module):
             in_logits = cut_classes(class_logits[rows], classes.start, classes.stop)
             out_logits, valid = self.classify(features.dense[rows], mask_logits[rows], text)
             for row, index in enumerate(indices):
-                height, width = sizes[index]
                 records[index] = ScoredMasks(
                     in_logits=in_logits[row],
                     out_logits=out_logits[row],
-                    seen=self._seen(own),
+                    seen=own.seen_by(self.seen_vocabulary),
                     valid=None if valid is None else valid[row],
                     masks=OutputMasks(
                         mask_logits=mask_logits[index],
                         padded_size=tuple(images.shape[-2:]),
                         image_size=sizes[index],
-                        output_size=(int(inputs[index].get("height", height)), int(inputs[index].get("width", width))),
+                        output_size=output_size(inputs[index], sizes[index]),
                         query_chunk=self.output_settings.query_chunk,
                     ),
                     dense=features.dense[index],
@@ -234,8 +239,7 @@ class FCCLIP(nn.Module):
 
     def preprocess(self, inputs: Samples) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
-        divisibility = self.size_divisibility
-        return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=divisibility)
+        return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=self.size_divisibility)
 
     def propose(self, features: Features, text: TextEmbeddings, *, all_sets: bool = False) -> MaskProposals:
         """Masks with the opinion of the in-vocabulary classifier on K classes and void."""
@@ -255,13 +259,3 @@ class FCCLIP(nn.Module):
         small = resize_masks(mask_logits, dense.shape[-2:])
         logits = text_logits(self.classifier(dense, small), text, self.backbone.logit_scale)
         return logits, (small > 0).flatten(2).any(-1) if self.ensemble_on_valid_mask else None
-
-    def _vocabulary_of(self, sample: Mapping[str, Any], vocabulary: Vocabulary | None) -> Vocabulary:
-        for candidate in (sample.get("vocabulary"), vocabulary, self.test_vocabulary):
-            if candidate is not None:
-                return candidate
-        raise InputError("no classes to look for: pass vocabulary=… or set test_vocabulary first")
-
-    def _seen(self, vocabulary: Vocabulary) -> Tensor:
-        known = self.seen_vocabulary
-        return torch.zeros(len(vocabulary), dtype=torch.bool) if known is None else vocabulary.seen_by(known)

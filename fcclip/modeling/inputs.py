@@ -99,6 +99,24 @@ def _check_targets(targets: Targets, image_size: tuple[int, int], num_classes: i
         )
 
 
+def vocabulary_of(sample: Mapping[str, Any], default: Vocabulary | None) -> Vocabulary:
+    """The classes to look for in an image: its own `vocabulary`, else `default`.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    own = sample.get("vocabulary")
+    vocabulary = default if own is None else own
+    if vocabulary is None:
+        raise InputError("no classes to look for: pass vocabulary=… or set test_vocabulary first")
+    return vocabulary
+
+
+def output_size(sample: Mapping[str, Any], size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of the outputs of an image: its `height` and `width`, else its own `size`."""
+    return int(sample.get("height", size[0])), int(sample.get("width", size[1]))
+
+
 def point_seeds(batch: Samples) -> list[int] | None:
     """The `point_seed` of every image of a training batch; None where one has none."""
     seeds = [sample.get("point_seed") for sample in batch]

@@ -104,9 +104,10 @@ class Vocabulary:
         """Whether it was read from one of the published prompt-engineered files."""
         return self.source_sha256 in _PUBLISHED
 
-    def seen_by(self, training: Vocabulary) -> Tensor:
-        """(K,) bool: the class shares a synonym with any class of `training` (exact, case-sensitive comparison)."""
-        known = {synonym for synonyms in training.synonyms for synonym in synonyms}
+    def seen_by(self, training: Vocabulary | None) -> Tensor:
+        """(K,) bool: the class shares a synonym with any class of `training` (exact, case-sensitive comparison; None
+        has no class)."""
+        known = {synonym for synonyms in training.synonyms for synonym in synonyms} if training else set()
         return torch.tensor([not known.isdisjoint(synonyms) for synonyms in self.synonyms])
 
     def joined(self, other: Vocabulary) -> Vocabulary:

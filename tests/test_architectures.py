@@ -1,0 +1,124 @@
+"""Every architecture trains, is saved, loaded, evaluated and used by the same code."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from fcclip import Segmenter
+from fcclip.engine import PeriodicEvaluation, build_trainer
+from fcclip.evaluation import evaluate
+from fcclip.modeling import build_model, test_modes
+from fcclip.modeling.build import META_ARCHITECTURES
+from fcclip.structures import TrainingBatch
+from fcclip.vocabulary import Vocabulary
+from fcclip.weights import frozen_prefixes, load_weights, model_weights
+from tests.conftest import tiny_config
+from tests.evaluation import tiny_world
+from tests.modeling.test_fcclip import sample_image, training_sample
+
+SMALLEST = {"FCCLIP": tiny_config}  # name -> the config of a model that trains in a moment
+TRAINING = Vocabulary.from_names("cup; sea:stuff; dog", name="train")
+
+
+@pytest.fixture(params=META_ARCHITECTURES)
+def cfg(request):
+    cfg = SMALLEST[request.param]()
+    cfg.MODEL.META_ARCHITECTURE = request.param
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(TRAINING)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, 2, ()
+    return cfg
+
+
+@pytest.fixture
+def model(cfg):
+    torch.manual_seed(0)
+    return build_model(cfg, train_vocabulary=TRAINING, test_vocabulary=tiny_world.VOCABULARY)
+
+
+def batch():
+    return [{**training_sample(seed), "point_seed": seed} for seed in range(2)]
+
+
+def test_it_trains_for_two_steps_is_evaluated_and_its_checkpoint_is_loaded(cfg, model, tmp_path):
+    tiny_world.write(tmp_path / "world", sizes=[(40, 60), (60, 40)])
+    dataset, before = tiny_world.dataset(tmp_path / "world"), model_weights(model)
+    before = {key: value.clone() for key, value in before.items()}
+    results = {}
+
+    def evaluate_and_keep(bare):
+        results.update(evaluate(bare, cfg, dataset, modes=test_modes(cfg), vocabulary=tiny_world.VOCABULARY))
+        return {"panoptic_seg/PQ": results["ensemble"]["panoptic_seg"]["PQ"]}
+
+    trainer = build_trainer(
+        cfg,
+        model,
+        batches=lambda start: itertools.repeat(batch()),
+        device=model.device,
+        vocabulary=TRAINING,
+        evaluation=PeriodicEvaluation(evaluate=evaluate_and_keep),
+        output_dir=tmp_path,
+    )
+    assert trainer.train()
+    for tasks in results.values():
+        assert all(0 <= tasks[task][metric] <= 100 for task, metric in (("panoptic_seg", "PQ"), ("sem_seg", "mIoU")))
+    after = model_weights(model)
+    assert not any(key.startswith(frozen_prefixes(model)) for key in after)
+    assert any(not torch.equal(before[key], value) for key, value in after.items())
+
+    torch.manual_seed(1)
+    other = build_model(cfg, train_vocabulary=TRAINING, test_vocabulary=tiny_world.VOCABULARY)
+    other.load_state_dict(model.state_dict())
+    load_weights(other, tmp_path / "model_final.pth")
+    assert all(torch.equal(value, model_weights(other)[key]) for key, value in after.items())
+    assert other.seen_vocabulary is TRAINING
+
+
+def test_the_losses_of_the_parts_of_a_batch_add_up(model):
+    model.train()
+    whole = model(TrainingBatch(batch()))
+    parts = [model(part) for part in TrainingBatch(batch()).split(2)]
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_extra_losses_are_told_what_a_batch_was_seen_as_and_are_added(model):
+    seen = []
+
+    class Watching:
+        vocabularies = (Vocabulary.from_names("star; moon"),)
+
+        def __call__(self, features, proposals, text, classes, batch):
+            seen.append((proposals, text, classes))
+            return {"loss_watching": features.dense.sum() * 0 + 3}
+
+    model.train()
+    plain = model(batch())
+    model.extra_losses = [Watching()]
+    losses = model(batch())
+    assert losses.pop("loss_watching") == 3
+    assert all(torch.allclose(value, plain[name]) for name, value in losses.items())
+    [(proposals, text, classes)] = seen
+    assert classes == {TRAINING: slice(0, 3), Watching.vocabularies[0]: slice(3, 5)}
+    assert text.num_classes == 5 and proposals.class_logits[-1].shape[-1] == 6
+
+
+def test_what_is_scored_once_gives_every_head_with_any_ensemble(model):
+    [scored] = model.score([sample_image()])
+    for head, key in (("semantic", "sem_seg"), ("panoptic", "panoptic_seg"), ("instances", "instances")):
+        assert model.outputs(scored, heads=(head,), ensemble=(0.5, 0.5)).keys() == {key}
+    assert scored.seen.tolist() == tiny_world.VOCABULARY.seen_by(TRAINING).tolist()
+
+
+def test_the_segmenter_finds_class_names_with_it(cfg):
+    pixels = sample_image()["image"].permute(1, 2, 0).numpy()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
+    result = Segmenter(cfg, weights="random")(pixels, "red circle; sand:stuff")
+    assert result.panoptic_map.shape == pixels.shape[:2]
+    assert {segment.name for segment in result.segments} <= {"red circle", "sand"}
+
+
+def test_every_architecture_has_a_smallest_config():
+    assert set(SMALLEST) == set(META_ARCHITECTURES)
