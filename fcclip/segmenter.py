@@ -1,8 +1,8 @@
-"""Three lines from an image and words to its segments.
+"""Three lines from an image and class names to its segments.
 
     from fcclip import Segmenter
     segmenter = Segmenter.from_pretrained("shapes")
-    result = segmenter("photo.jpg", words="red circle; blue star, azure star; sand:stuff")
+    result = segmenter("photo.jpg", vocabulary="red circle; blue star, azure star; sand:stuff")
 
 h x w are pixels of the image.
 """

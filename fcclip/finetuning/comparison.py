@@ -71,7 +71,7 @@ class Comparison:
         try:
             mode = self.cfg.TEST.MODE
             for dataset, vocabulary in self._sets:
-                found = evaluate(
+                results = evaluate(
                     model,
                     self.cfg,
                     dataset,
@@ -80,7 +80,7 @@ class Comparison:
                     vocabulary=vocabulary,
                 )
                 if is_main_process():
-                    self.before[dataset.name] = self._figures(found[mode], dataset, vocabulary)
+                    self.before[dataset.name] = self._figures(results[mode], dataset, vocabulary)
         finally:
             model.seen_vocabulary = seen
             set_random_state(random)
@@ -89,10 +89,10 @@ class Comparison:
 
     def resume(self) -> None:
         """Takes the figures of the start from `finetune.json`, when the fine-tuning goes on."""
-        found = read_before(self.cfg.OUTPUT_DIR) if is_main_process() else {}
-        if found is None:
+        before = read_before(self.cfg.OUTPUT_DIR) if is_main_process() else {}
+        if before is None:
             logger.warning("%s has no %s: results will not be compared", self.cfg.OUTPUT_DIR, FILE)
-        self.before = found or {}
+        self.before = before or {}
 
     def finish(self, results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> None:
         """Writes `finetune.json` and tells the log, on rank 0.
@@ -147,9 +147,9 @@ def grouped_figures(
     names = distinct_names(dataset.metadata["stuff_classes"])
     figures = {}
     for metric, (task, whole, prefix) in _METRICS.items():
-        found = tasks.get(task, {})
-        values = [found.get(prefix + name, math.nan) for name in names]
-        figures[metric] = {"all": found.get(whole, math.nan)} | {
+        metrics = tasks.get(task, {})
+        values = [metrics.get(prefix + name, math.nan) for name in names]
+        figures[metric] = {"all": metrics.get(whole, math.nan)} | {
             group: mean_of_defined(value for value, inside in zip(values, chosen.tolist(), strict=True) if inside)
             for group, chosen in members.items()
         }
@@ -240,7 +240,7 @@ def _with_null(figures: Mapping[str, Figures]) -> dict[str, Any]:
     return {
         name: {
             metric: {group: None if math.isnan(value) else value for group, value in groups.items()}
-            for metric, groups in one.items()
+            for metric, groups in by_group.items()
         }
-        for name, one in figures.items()
+        for name, by_group in figures.items()
     }

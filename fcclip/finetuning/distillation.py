@@ -1,6 +1,6 @@
 """What keeps a fine-tuned model near its start: Learning without Forgetting (Li and Hoiem 2016, section 3) for masks.
 
-The start looks at the same new images, and its answers in the former words take the place of labels that the new
+The start looks at the same new images, and its answers in the former classes take the place of labels that the new
 images do not have. A query means the same in both models, because the one began as the other, so nothing is matched.
 """
 
@@ -84,11 +84,11 @@ class DistillationLoss:
 
     def _losses(self, student, teacher, num_images, point_seeds) -> dict[str, Tensor]:
         theirs = teacher[0].log_softmax(-1)  # (S, B, Q, K + 1)
-        found = 1 - theirs[..., -1].exp()  # (S, B, Q), the probability of any class
+        any_class = 1 - theirs[..., -1].exp()  # (S, B, Q), the probability of any class
         divergence = F.kl_div(student[0].log_softmax(-1), theirs, reduction="none", log_target=True).sum(-1)
-        weight = found.clamp(min=self.void_floor)
+        weight = any_class.clamp(min=self.void_floor)
         classes = (weight * divergence).sum(-1) / weight.sum(-1)  # (S, B)
-        masks, dice = self._mask_losses(student, teacher, found > CONFIDENT, point_seeds)
+        masks, dice = self._mask_losses(student, teacher, any_class > CONFIDENT, point_seeds)
         share = 1 / num_images
         return {
             "loss_distill_ce": self.class_weight * share * classes.sum(),
@@ -109,11 +109,13 @@ class DistillationLoss:
                 masks = torch.einsum("nd,dhw->nhw", teacher[1][sets, image, queries], teacher[2][image])
                 draw = partial(source, len(sets))
                 points = uncertain_points(masks, self.num_points, self.oversample_ratio, self.importance_ratio, draw)
-                wanted = sample_maps(masks[:, None], points)[:, 0]  # (n, P) logits
+                teacher_logits = sample_maps(masks[:, None], points)[:, 0]  # (n, P) logits
             masks = torch.einsum("nd,dhw->nhw", student[1][sets, image, queries], student[2][image])
             logits = sample_maps(masks[:, None], points)[:, 0]
             weight = share[sets, image, queries]
-            for index, loss in enumerate((_bernoulli_divergence(logits, wanted), _squared_dice(logits, wanted))):
+            for index, loss in enumerate(
+                (_bernoulli_divergence(logits, teacher_logits), _squared_dice(logits, teacher_logits))
+            ):
                 total[index] = total[index] + (weight * loss).sum()
         return total[0], total[1]
 
@@ -123,16 +125,16 @@ def _stacked(predictions) -> tuple[Tensor, Tensor, Tensor]:
     return torch.stack(list(logits)).float(), torch.stack(list(embeddings)).float(), features.float()
 
 
-def _bernoulli_divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+def _bernoulli_divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """(n, P) logits twice -> (n,), the mean over the points of KL(wanted, logits); its gradient is that of the binary
     cross entropy."""
-    target = wanted.sigmoid()
+    target = teacher_logits.sigmoid()
     cross = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    own = F.binary_cross_entropy_with_logits(wanted, target, reduction="none")
+    own = F.binary_cross_entropy_with_logits(teacher_logits, target, reduction="none")
     return (cross - own).mean(-1)
 
 
-def _squared_dice(logits: Tensor, wanted: Tensor) -> Tensor:
+def _squared_dice(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """(n, P) logits twice -> (n,)."""
-    one, other = logits.sigmoid(), wanted.sigmoid()
-    return 1 - (2 * (one * other).sum(-1) + 1) / (one.square().sum(-1) + other.square().sum(-1) + 1)
+    student, teacher = logits.sigmoid(), teacher_logits.sigmoid()
+    return 1 - (2 * (student * teacher).sum(-1) + 1) / (student.square().sum(-1) + teacher.square().sum(-1) + 1)

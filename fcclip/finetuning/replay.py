@@ -46,7 +46,7 @@ class ReplayLoader:
     def __next__(self) -> list[dict[str, Any]]:
         batch = next(self.loader)
         for sample in batch:
-            if REPLAYED_FROM in sample:  # here, so that no process sends words with every image
+            if REPLAYED_FROM in sample:  # here, so that no process sends a vocabulary with every image
                 sample["vocabulary"] = self.vocabularies[sample.pop(REPLAYED_FROM)]
         return batch
 
@@ -130,7 +130,7 @@ def build_replay_loader(
     Args:
         cfg: reads INPUT, DATALOADER, SEED, SOLVER.IMS_PER_BATCH and FINETUNE; SEED must not be negative.
         dataset: the new one.
-        former: the former data sets, each with the words of its labels; at least one.
+        former: the former data sets, each with the vocabulary of its labels; at least one.
         rank, world_size, start, worker_init: as for `build_train_loader`.
 
     Raises:
@@ -140,12 +140,12 @@ def build_replay_loader(
     if cfg.SEED < 0 or not count:
         raise InputError(f"replay needs a SEED of 0 or more and a share above 0, got {cfg.SEED} and {count} images")
     mappers = [build_train_mapper(cfg, dataset.metadata)]
-    mappers += [build_train_mapper(with_replay_mapper(cfg), one.metadata) for one, _ in former]
+    mappers += [build_train_mapper(with_replay_mapper(cfg), former_set.metadata) for former_set, _ in former]
     records = training_records(cfg, dataset, mappers[0])
     former_records = [
         {**record, REPLAYED_FROM: source}
-        for source, (one, _) in enumerate(former)
-        for record in training_records(cfg, one, mappers[1 + source])
+        for source, (former_set, _) in enumerate(former)
+        for record in training_records(cfg, former_set, mappers[1 + source])
     ]
 
     def batches(chosen: Sequence[Mapping[str, Any]], batch_size: int, seed: int) -> TrainingBatches:
@@ -166,7 +166,7 @@ def build_replay_loader(
         "each process trains on %d images of '%s' (%d) and %d of the former data sets %s (%d) in a batch, order and "
         "augmentation from seed %d",
         *(size - count, dataset.name, len(records), count),
-        *(", ".join(f"'{one.name}'" for one, _ in former), len(former_records), cfg.SEED),
+        *(", ".join(f"'{former_set.name}'" for former_set, _ in former), len(former_records), cfg.SEED),
     )
     compact = CompactRecords(itertools.chain(records, former_records))
     del records, former_records  # before processes are forked
@@ -179,7 +179,7 @@ def build_replay_loader(
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
         worker_init=worker_init,
     )
-    return ReplayLoader(loader, [words for _, words in former])
+    return ReplayLoader(loader, [vocabulary for _, vocabulary in former])
 
 
 def with_replay_mapper(cfg):

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("", "plain", "replay", "distill")
 _START = "finetuned_from"  # note of a fine-tuned file: hash of the weights that it began with
-_REPLAYED = "replay_vocabularies"  # note of a replay: the words of each of FINETUNE.REPLAY_DATASETS
+_REPLAYED = "replay_vocabularies"  # note of a replay: the vocabulary of each of FINETUNE.REPLAY_DATASETS
 _VOCABULARY_FILES = (".json", ".txt")
 
 
@@ -90,8 +90,8 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
             for `distill` alone.
 
     Raises:
-        ValueError: as `load_weights` and `former_vocabulary`; the start, or the words of the former data, are not those
-            of the training that is resumed.
+        ValueError: as `load_weights` and `former_vocabulary`; the start, or the classes of the former data, are not
+            those of the training that is resumed.
     """
     method, source = cfg.FINETUNE.METHOD, cfg.MODEL.WEIGHTS
     if resumed is None:
@@ -115,9 +115,9 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
                 )
     if method == "replay":
         replayed = replay_sets(cfg)
-        for stored, (dataset, words) in zip((resumed or {}).get(_REPLAYED, ()), replayed):
-            check_same_classes(stored, words, source=f"{cfg.OUTPUT_DIR}, images of '{dataset.name}'")
-        notes[_REPLAYED] = [vocabulary_note(words) for _, words in replayed]
+        for stored, (dataset, vocabulary) in zip((resumed or {}).get(_REPLAYED, ()), replayed):
+            check_same_classes(stored, vocabulary, source=f"{cfg.OUTPUT_DIR}, images of '{dataset.name}'")
+        notes[_REPLAYED] = [vocabulary_note(vocabulary) for _, vocabulary in replayed]
     model.seen_vocabulary = former.joined(model.train_vocabulary)
     new = int((~model.train_vocabulary.seen_by(former)).sum())
     logger.info(
@@ -131,7 +131,7 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
 
 
 def build_teacher(cfg: CfgNode, model: FCCLIP, vocabulary: Vocabulary) -> Teacher:
-    """The model as it is now, as a teacher in the former words; weights of the losses as those of the criterion, times
+    """The model as it is now, as a teacher in the former classes; its losses have the weights of the criterion, times
     FINETUNE.DISTILL_WEIGHT."""
     former, weight = cfg.MODEL.MASK_FORMER, cfg.FINETUNE.DISTILL_WEIGHT
     loss = DistillationLoss(
@@ -163,11 +163,11 @@ def former_vocabulary(cfg: CfgNode, notes: Mapping[str, Any]) -> Vocabulary:
         if Path(name).suffix in _VOCABULARY_FILES:
             return Vocabulary.from_file(name)
         return dataset_vocabulary(name, folder)
-    found = trained_vocabulary(notes)
-    if found is not None:
-        return found
+    noted = trained_vocabulary(notes)
+    if noted is not None:
+        return noted
     if cfg.FINETUNE.METHOD == "replay":
-        return reduce(Vocabulary.joined, (words for _, words in replay_sets(cfg)))
+        return reduce(Vocabulary.joined, (vocabulary for _, vocabulary in replay_sets(cfg)))
     raise InputError(
         f"MODEL.WEIGHTS '{cfg.MODEL.WEIGHTS}' does not say which classes it was trained on. Name them with "
         "FINETUNE.VOCABULARY: a data set (openvocab_coco_2017_train_panoptic_with_sem_seg for the published weights) "
@@ -176,7 +176,7 @@ def former_vocabulary(cfg: CfgNode, notes: Mapping[str, Any]) -> Vocabulary:
 
 
 def replay_sets(cfg: CfgNode) -> list[tuple[Dataset, Vocabulary]]:
-    """FINETUNE.REPLAY_DATASETS, each with the words of its labels.
+    """FINETUNE.REPLAY_DATASETS, each with the vocabulary of its labels.
 
     Raises:
         ValueError: none, or an unknown one.
@@ -188,7 +188,7 @@ def replay_sets(cfg: CfgNode) -> list[tuple[Dataset, Vocabulary]]:
             "(names or YAML files). Without that data, use FINETUNE.METHOD distill."
         )
     datasets = [get_dataset(name) for name in names]
-    return [(one, dataset_vocabulary(one, cfg.MODEL.FC_CLIP.VOCABULARIES)) for one in datasets]
+    return [(dataset, dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES)) for dataset in datasets]
 
 
 def _read_start(cfg: CfgNode) -> dict[str, Any]:
@@ -208,8 +208,8 @@ def _read_start(cfg: CfgNode) -> dict[str, Any]:
     if kind:
         raise InputError(
             f"FINETUNE.METHOD is '{method}', but MODEL.WEIGHTS '{source}' holds {kind}: a fine-tuning starts from "
-            'weights of FC-CLIP, which know former words. Set FINETUNE.METHOD "" for a training that starts from such '
-            "a file."
+            'weights of FC-CLIP, which know former classes. Set FINETUNE.METHOD "" for a training that starts from '
+            "such a file."
         )
     return file.rest
 

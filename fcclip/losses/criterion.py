@@ -148,17 +148,17 @@ class SetCriterion(nn.Module):
     def _class_losses(self, class_logits: Tensor, targets: Sequence[Targets], assignments, counts) -> Tensor:
         """(S,) cross entropy; queries without a segment are void, the last class."""
         num_sets, batch, queries, num_logits = class_logits.shape
-        wanted = torch.full((num_sets, batch, queries), num_logits - 1, dtype=torch.long)
+        class_of_query = torch.full((num_sets, batch, queries), num_logits - 1, dtype=torch.long)
         for index, per_set in enumerate(assignments):
             labels = targets[index].labels.cpu() if per_set else None
             for level, (rows, columns) in enumerate(per_set):
-                wanted[level, index, rows] = labels[columns]
-        wanted = wanted.to(class_logits.device, non_blocking=True)
+                class_of_query[level, index, rows] = labels[columns]
+        class_of_query = class_of_query.to(class_logits.device, non_blocking=True)
         # the vocabulary decides how many logits there are; the stored buffer keeps the configured size
         weight = class_logits.new_ones(num_logits)
         weight[-1] = self.empty_weight[-1]
-        nll = -class_logits.log_softmax(-1).gather(-1, wanted[..., None])[..., 0]
-        query_weight = weight[wanted]  # (S, B, Q)
+        nll = -class_logits.log_softmax(-1).gather(-1, class_of_query[..., None])[..., 0]
+        query_weight = weight[class_of_query]  # (S, B, Q)
         # the sum of all weights of the whole batch: matched queries count 1, as many as there are segments to match
         matched = sum(min(count, queries) for count in counts)
         total = matched + (len(counts) * queries - matched) * weight[-1]
@@ -167,7 +167,7 @@ class SetCriterion(nn.Module):
     def _mask_losses(self, embeddings, features, targets, assignments, padded_size, sources) -> tuple[Tensor, Tensor]:
         """Two (S,) sums over the matched masks: mean binary cross entropy, and dice."""
         num_sets = len(embeddings)
-        logits, wanted, set_of_mask = [], [], []
+        logits, masks_at_points, set_of_mask = [], [], []
         for index, per_set in enumerate(assignments):
             sets = torch.cat([torch.full((len(rows),), level) for level, (rows, _) in enumerate(per_set)])
             if not len(sets):
@@ -184,12 +184,12 @@ class SetCriterion(nn.Module):
                 partial(sources[index], len(sets)),
             )
             logits.append(sample_maps(masks[:, None], points)[:, 0])
-            wanted.append(sample_targets(targets[index], columns, points, padded_size))
+            masks_at_points.append(sample_targets(targets[index], columns, points, padded_size))
             set_of_mask.append(sets)
         if not logits:  # nothing to match: zeros that keep every parameter in the graph, as DDP wants
             zero = (embeddings.sum() + features.sum()) * 0
             return zero.expand(num_sets), zero.expand(num_sets)
-        x, t, sets = torch.cat(logits), torch.cat(wanted), torch.cat(set_of_mask)
+        x, t, sets = torch.cat(logits), torch.cat(masks_at_points), torch.cat(set_of_mask)
         cross_entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
         probability = x.sigmoid()
         dice = 1 - (2 * (probability * t).sum(1) + 1) / (probability.sum(1) + t.sum(1) + 1)

@@ -41,11 +41,11 @@ def resize_masks(mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def text_logits(embeddings: Tensor, text: TextEmbeddings, logit_scale: Tensor) -> Tensor:
-    """Scaled cosine similarity to every class, a class scoring as its best word; always fp32.
+    """Scaled cosine similarity to every class, a class scoring as its best synonym; always fp32.
 
     Args:
         embeddings: (B, Q, D) float, of any length.
-        text: the classes, void included where it is wanted.
+        text: the classes, with or without void.
         logit_scale: scalar, logarithm of the scale; the scale is at most 100.
 
     Returns:

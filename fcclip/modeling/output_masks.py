@@ -141,18 +141,18 @@ def resize_rows(maps: Tensor, rows: range, size: tuple[int, int], *, first: int 
         (n, len(rows), width).
     """
     height = maps.shape[1] if of is None else of
-    wanted = _sources(rows, height, size[0])
-    maps = maps[:, wanted.start - first : wanted.stop - first]
+    sources = _sources(rows, height, size[0])
+    maps = maps[:, sources.start - first : sources.stop - first]
     if size[0] % height == 0:  # a block of whole rows, and one more at each side, has the weights of the whole
         factor = size[0] // height
-        resized = F.interpolate(maps[None], size=(len(wanted) * factor, size[1]), mode="bilinear", align_corners=False)[
-            0
-        ]
-        start = rows.start - wanted.start * factor
+        resized = F.interpolate(
+            maps[None], size=(len(sources) * factor, size[1]), mode="bilinear", align_corners=False
+        )[0]
+        start = rows.start - sources.start * factor
         return resized[:, start : start + len(rows)]
-    wide = F.interpolate(maps[None], size=(len(wanted), size[1]), mode="bilinear", align_corners=False)[0]
+    wide = F.interpolate(maps[None], size=(len(sources), size[1]), mode="bilinear", align_corners=False)[0]
     above, below, share = _rows_between(rows, height, size[0], maps.device)
-    return torch.lerp(wide[:, above - wanted.start], wide[:, below - wanted.start], share.to(maps.dtype)[:, None])
+    return torch.lerp(wide[:, above - sources.start], wide[:, below - sources.start], share.to(maps.dtype)[:, None])
 
 
 def _sources(rows: range, height: int, resized: int) -> range:

@@ -402,8 +402,8 @@ def coverage(
     """
     masks = []
     resized = _nearest(id_map, image_size)
-    for one in ids:
-        mask = torch.from_numpy(resized == one).float()
+    for segment_id in ids:
+        mask = torch.from_numpy(resized == segment_id).float()
         mask = F.pad(mask, (0, padded_size[1] - image_size[1], 0, padded_size[0] - image_size[0]))
         masks.append(F.adaptive_avg_pool2d(mask[None], grid)[0])
     return torch.stack(masks)

@@ -133,7 +133,7 @@ def test_a_resumed_fine_tuning_needs_its_start_for_distillation_alone(tuned_cfg)
     assert "MODEL.WEIGHTS is empty" in refusal(tuned_cfg, resumes=True)
 
 
-# ---- the former words ----
+# ---- the former classes ----
 
 
 def test_the_former_words_are_those_of_the_checkpoint_unless_they_are_named(tuned_cfg, tmp_path):
