@@ -145,12 +145,10 @@ def resize_rows(maps: Tensor, rows: range, size: tuple[int, int], *, first: int 
     maps = maps[:, sources.start - first : sources.stop - first]
     if size[0] % height == 0:  # a block of whole rows, and one more at each side, has the weights of the whole
         factor = size[0] // height
-        resized = F.interpolate(
-            maps[None], size=(len(sources) * factor, size[1]), mode="bilinear", align_corners=False
-        )[0]
+        resized = resize(maps, (len(sources) * factor, size[1]))
         start = rows.start - sources.start * factor
         return resized[:, start : start + len(rows)]
-    wide = F.interpolate(maps[None], size=(len(sources), size[1]), mode="bilinear", align_corners=False)[0]
+    wide = resize(maps, (len(sources), size[1]))
     above, below, share = _rows_between(rows, height, size[0], maps.device)
     return torch.lerp(wide[:, above - sources.start], wide[:, below - sources.start], share.to(maps.dtype)[:, None])
 
