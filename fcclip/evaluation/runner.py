@@ -414,7 +414,6 @@ def _writer(cfg: Any, dataset: Dataset, records: Sequence[Mapping], folder: Path
         num_classes=len(metadata["stuff_classes"]),
         dataset_ids={index: identifier for identifier, index in ids.items()},
         panoptic_header=header,
-        rank=get_rank(),
     )
 
 
