@@ -131,7 +131,7 @@ def test_an_instance_of_a_stuff_class_is_refused(tmp_path):
     evaluator = InstanceSegEvaluator("shapes_val", output_dir=str(tmp_path))
     evaluator.reset()
     wrong = Instances((4, 4), pred_classes=torch.tensor([50]), scores=torch.ones(1), pred_boxes=Boxes(torch.ones(1, 4)))
-    with pytest.raises(ValueError, match=r"classes \[50\], which are no things of 'shapes_val'"):
+    with pytest.raises(ValueError, match=r"classes \[50\], which are not things of 'shapes_val'"):
         evaluator.process([{"image_id": 1}], [{"instances": wrong}])
 
 
@@ -160,7 +160,7 @@ def kind_of(monkeypatch):
     ("kind", "expected"),
     [
         ("coco_panoptic_seg", ["COCOPanopticEvaluator", "InstanceSegEvaluator", "SemSegEvaluator"]),
-        ("ade20k_panoptic_seg", ["SemSegEvaluator", "COCOPanopticEvaluator", "InstanceSegEvaluator"]),
+        ("ade20k_panoptic_seg", ["COCOPanopticEvaluator", "InstanceSegEvaluator", "SemSegEvaluator"]),
         ("mapillary_vistas_panoptic_seg", ["COCOPanopticEvaluator", "InstanceSegEvaluator", "SemSegEvaluator"]),
         ("sem_seg", ["SemSegEvaluator"]),
         ("coco", ["InstanceSegEvaluator"]),
