@@ -150,7 +150,7 @@ def test_classes_that_detectron2_learns_from_the_file_are_found(tmp_path):
         ({"stuff_classes": ["sky"], "thing_dataset_id_to_contiguous_id": {1: 79}}, "have 1 classes, but .* up to 79"),
         (
             {"stuff_classes": ["cat", " , "], "thing_dataset_id_to_contiguous_id": {}},
-            "data set 'mine' cannot be read as words: entry 1 .* has no name",
+            "data set 'mine' cannot be read as class names: entry 1 .* has no name",
         ),
     ],
 )
