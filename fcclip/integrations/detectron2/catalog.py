@@ -27,17 +27,6 @@ from fcclip.errors import InputError
 from fcclip.integrations.detectron2.records import instances_from_targets
 from fcclip.vocabulary import Vocabulary
 
-__all__ = [
-    "DatasetMapper",
-    "DatasetMetadata",
-    "catalog_vocabulary",
-    "drawing_metadata",
-    "metadata_vocabulary",
-    "register_datasets",
-    "register_own_data",
-    "taken_datasets",
-]
-
 logger = logging.getLogger(__name__)
 
 

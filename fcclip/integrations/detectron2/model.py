@@ -32,15 +32,6 @@ from fcclip.structures import Features, TextEmbeddings, TrainingBatch
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import load_state, model_weights
 
-__all__ = [
-    "CLIP",
-    "FCCLIP",
-    "TRANSFORMER_DECODER_REGISTRY",
-    "FCCLIPHead",
-    "MSDeformAttnPixelDecoder",
-    "MultiScaleMaskedTransformerDecoder",
-]
-
 logger = logging.getLogger(__name__)
 
 # Decoders by MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME, called with `(cfg, in_channels, mask_classification)`.

@@ -39,8 +39,6 @@ from fcclip.modeling import build_augmented
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import unwrap, vocabulary_note
 
-__all__ = ["InstanceSegEvaluator", "Trainer", "build_evaluator"]
-
 logger = logging.getLogger(__name__)
 
 # Keys of fcclip's own training and evaluation that detectron2's loops do not know.
