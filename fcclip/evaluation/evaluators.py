@@ -41,12 +41,7 @@ def build_evaluators(
     """
     metadata = dataset.metadata
     kind = metadata["evaluator_type"]
-    test = cfg.MODEL.MASK_FORMER.TEST
-    switched_on = {"panoptic": test.PANOPTIC_ON, "instance": test.INSTANCE_ON, "semantic": test.SEMANTIC_ON}
-    tasks = [head for head in lookup("evaluator type", kind, EVALUATORS) if switched_on[head]]
-    if not tasks:
-        keys = ", ".join(f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON" for head in dataset.evaluators)
-        raise InputError(f"nothing to evaluate on data set '{dataset.name}' ({kind}): switch on at least one of {keys}")
+    tasks = enabled_tasks(cfg, dataset.name, kind)
     names = distinct_names(metadata["stuff_classes"])
     thing_index = metadata.get("thing_dataset_id_to_contiguous_id", {})
     things = {index: identifier for identifier, index in thing_index.items()}
@@ -72,6 +67,20 @@ def build_evaluators(
             yield SemanticEvaluator(**common, ignore_label=metadata["ignore_label"])
 
     return {mode: list(build(mode_folder)) for mode, mode_folder in mode_folders(folder, modes).items()}
+
+
+def enabled_tasks(cfg: CfgNode, name: str, kind: str) -> list[str]:
+    """What the data set `name` is evaluated for, as its kind (`evaluator_type`) allows and the config asks.
+
+    Raises:
+        ValueError: an unknown kind, no head on that the kind is evaluated for.
+    """
+    keys = {task: f"{task.upper()}_ON" for task in lookup("evaluator type", kind, EVALUATORS)}
+    tasks = [task for task, key in keys.items() if cfg.MODEL.MASK_FORMER.TEST[key]]
+    if not tasks:
+        names = ", ".join(f"MODEL.MASK_FORMER.TEST.{key}" for key in keys.values())
+        raise InputError(f"nothing to evaluate on data set '{name}' ({kind}): switch on at least one of {names}")
+    return tasks
 
 
 def mode_folders(folder: Path | None, modes: Sequence[str]) -> dict[str, Path | None]:

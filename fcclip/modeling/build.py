@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from fcclip.data.vocabularies import dataset_vocabulary
 from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
 from fcclip.modeling.architecture import Architecture, Ensemble
-from fcclip.modeling.backbones.clip import CLIPBackbone, build_clip
+from fcclip.modeling.backbones.clip import FAMILIES, CLIPBackbone, build_clip
 from fcclip.modeling.fcclip import FCCLIP
 from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
@@ -196,10 +196,12 @@ def build_criterion(cfg: CfgNode) -> SetCriterion:
     )
 
 
-def build_clip_backbone(cfg: CfgNode) -> CLIPBackbone:
-    """The frozen CLIP."""
+def build_clip_backbone(cfg: CfgNode, families: Sequence[type[CLIPBackbone]] = FAMILIES) -> CLIPBackbone:
+    """The frozen CLIP, as one of these families."""
     fc_clip = cfg.MODEL.FC_CLIP
-    return build_clip(fc_clip.CLIP_MODEL_NAME, fc_clip.CLIP_PRETRAINED_WEIGHTS, quick_gelu=fc_clip.QUICK_GELU)
+    return build_clip(
+        fc_clip.CLIP_MODEL_NAME, fc_clip.CLIP_PRETRAINED_WEIGHTS, quick_gelu=fc_clip.QUICK_GELU, families=families
+    )
 
 
 def build_fcclip_head(cfg: CfgNode, backbone: Levels) -> FCCLIPHead:

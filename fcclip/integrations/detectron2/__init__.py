@@ -10,7 +10,7 @@
 
 config.py      add_fcclip_config: the keys that detectron2's config lacks
 records.py     targets, predictions and their detectron2 forms
-catalog.py     data sets and their words in detectron2's catalogs, register_own_data; DatasetMapper
+catalog.py     data sets and their vocabularies in detectron2's catalogs, register_own_data; DatasetMapper
 model.py       FCCLIP, its backbone, head and decoders as detectron2 builds them
 checkpoint.py  Checkpointer: strict, safe, without the frozen CLIP
 training.py    Trainer, and the evaluators of each kind of data set

@@ -1,5 +1,5 @@
-"""Data sets in detectron2's catalogs: fcclip's under their published names, those of a YAML, and the words of any
-other."""
+"""Data sets in detectron2's catalogs: fcclip's under their published names, and those of a YAML; the vocabulary of any
+data set there."""
 
 from __future__ import annotations
 
@@ -27,23 +27,12 @@ from fcclip.errors import InputError
 from fcclip.integrations.detectron2.records import instances_from_targets
 from fcclip.vocabulary import Vocabulary
 
-__all__ = [
-    "DatasetMapper",
-    "DatasetMetadata",
-    "catalog_vocabulary",
-    "drawing_metadata",
-    "metadata_vocabulary",
-    "register_datasets",
-    "register_own_data",
-    "taken_datasets",
-]
-
 logger = logging.getLogger(__name__)
 
 
 class DatasetMetadata(Metadata):
-    """What a data set of fcclip says about itself, asked for at each access: its folders are below
-    $DETECTRON2_DATASETS as it is then, like those of its records."""
+    """What a data set says about itself: one of fcclip's at each access, since its folders are below
+    $DETECTRON2_DATASETS as it is then; that of a YAML (`_dataset`) as it was when it was registered."""
 
     def __getattr__(self, key: str) -> Any:
         if key.startswith("_") or key in self._RENAMED:
@@ -59,25 +48,8 @@ class DatasetMetadata(Metadata):
         return {**self.dataset().metadata, **mine}
 
     def dataset(self) -> Dataset:
-        """The data set of fcclip."""
-        return get_dataset(self.name)
-
-
-class OwnMetadata(DatasetMetadata):
-    """What the data set of a YAML says about itself, as it was when it was registered."""
-
-    @classmethod
-    def of(cls, dataset: Dataset) -> OwnMetadata:
-        """The metadata of a data set of a YAML."""
-        metadata = cls(name=dataset.name)
-        metadata.__dict__["_dataset"] = dataset  # one object, which reads its COCO JSON once
-        if dataset.metadata["evaluator_type"] == "coco":  # detectron2 calls an instance thing_classes[category_id]
-            metadata.__dict__["thing_classes"] = list(dataset.metadata["stuff_classes"])
-        return metadata
-
-    def dataset(self) -> Dataset:
-        """The data set of the YAML."""
-        return self.__dict__["_dataset"]
+        """The data set."""
+        return self.__dict__.get("_dataset") or get_dataset(self.name)
 
 
 @dataclass(frozen=True)
@@ -92,12 +64,7 @@ class _Records:
 
 def taken_datasets() -> list[str]:
     """The names of fcclip's data sets under which the catalogs hold something else."""
-    return [
-        name
-        for name in DATASETS
-        if DatasetCatalog.data.get(name, _Records(name)) != _Records(name)
-        or not _is_ours_or_empty(MetadataCatalog.data.get(name))
-    ]
+    return [name for name in DATASETS if _is_taken(name, _Records(name))]
 
 
 def register_datasets() -> None:
@@ -106,6 +73,13 @@ def register_datasets() -> None:
         DatasetCatalog[name] = _Records(name)
         if not isinstance(MetadataCatalog.data.get(name), DatasetMetadata):
             MetadataCatalog[name] = DatasetMetadata(name=name)
+
+
+def _is_taken(name: str, records: _Records) -> bool:
+    """Whether the catalogs hold something under this name that does not come from these records."""
+    metadata = MetadataCatalog.data.get(name)
+    is_free = metadata is None or isinstance(metadata, DatasetMetadata) or set(metadata.as_dict()) <= {"name"}
+    return DatasetCatalog.data.get(name, records) != records or not is_free
 
 
 def register_own_data(path: str | Path) -> str:
@@ -119,26 +93,26 @@ def register_own_data(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: no such YAML.
-        ValueError: it describes no data set, or the catalogs hold something else under its name.
+        ValueError: it does not describe a data set, or the catalogs hold something else under its name.
     """
     path = Path(path).expanduser().absolute()
     dataset, records = own_dataset(path), _Records(str(path))
-    name = dataset.name
-    other = MetadataCatalog.data.get(name)
-    if DatasetCatalog.data.get(name, records) != records or not (
-        isinstance(other, OwnMetadata) or (not isinstance(other, DatasetMetadata) and _is_ours_or_empty(other))
-    ):
+    if _is_taken(dataset.name, records):
         raise InputError(
-            f"data set '{name}' is in detectron2's catalogs already, and not by {path}. Rename the YAML: the name of a "
-            "data set is that of its file."
+            f"data set '{dataset.name}' is in detectron2's catalogs already, and not by {path}. Rename the YAML: the "
+            "name of a data set is that of its file."
         )
-    DatasetCatalog[name] = records
-    MetadataCatalog[name] = OwnMetadata.of(dataset)
-    return name
+    # detectron2 calls an instance thing_classes[category_id]
+    is_coco = dataset.metadata["evaluator_type"] == "coco"
+    names = {"thing_classes": list(dataset.metadata["stuff_classes"])} if is_coco else {}
+    DatasetCatalog[dataset.name] = records
+    # one object, which reads its COCO JSON once
+    MetadataCatalog[dataset.name] = DatasetMetadata(name=dataset.name, _dataset=dataset, **names)
+    return dataset.name
 
 
 def catalog_vocabulary(name: str, *, folder: str, need_things: bool = False) -> Vocabulary:
-    """The words of a data set of detectron2's catalog; arguments as of `metadata_vocabulary`.
+    """The vocabulary of a data set of detectron2's catalog; arguments as of `metadata_vocabulary`.
 
     Raises:
         ValueError: no data set of that name, and as `metadata_vocabulary`.
@@ -153,7 +127,7 @@ def catalog_vocabulary(name: str, *, folder: str, need_things: bool = False) -> 
 
 
 def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bool = False) -> Vocabulary:
-    """The words of a data set of fcclip or of the user's own.
+    """The vocabulary of a data set of fcclip or of the user's own.
 
     Of metadata that are not fcclip's, `stuff_classes` are all classes, things too, in the order of their contiguous
     ids, or without it `thing_classes`; synonyms in an entry are separated by commas. Things are the values of
@@ -165,37 +139,37 @@ def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bo
         need_things: a panoptic or instance output is wanted, for which things must be told from stuff.
 
     Raises:
-        ValueError: no classes, no things where they are needed, or thing ids that are no classes.
+        ValueError: no classes, no things where they are needed, or thing ids that are not classes.
     """
     if isinstance(metadata, DatasetMetadata):
         return dataset_vocabulary(metadata.dataset(), folder)
     where = f"metadata of data set '{metadata.name}'"
     if not _classes(metadata) and metadata.name in DatasetCatalog:
         DatasetCatalog.get(metadata.name)  # detectron2's COCO reader learns the classes when it reads the file
-    entries, things = _classes(metadata), metadata.get("thing_dataset_id_to_contiguous_id")
-    if not entries:
+    names, things = _classes(metadata), metadata.get("thing_dataset_id_to_contiguous_id")
+    if not names:
         raise InputError(
-            f"the {where} have neither stuff_classes nor thing_classes, so there are no words to look for. Set them: "
+            f"the {where} have neither stuff_classes nor thing_classes, so there is nothing to look for. Set them: "
             f'MetadataCatalog.get("{metadata.name}").set(stuff_classes=["cat, kitty", "grass"], '
             "thing_dataset_id_to_contiguous_id={1: 0})"
         )
-    if things is None and metadata.get("stuff_classes") and need_things:
+    if things is None and metadata.get("stuff_classes"):
+        if need_things:
+            raise InputError(
+                f"the {where} do not say which of the stuff_classes are things. Set thing_dataset_id_to_contiguous_id "
+                "(all classes stuff: {}), or turn MODEL.MASK_FORMER.TEST.PANOPTIC_ON and INSTANCE_ON off"
+            )
+        things = {}
+    thing_classes = range(len(names)) if things is None else things.values()
+    if max(thing_classes, default=0) >= len(names):
         raise InputError(
-            f"the {where} do not say which of the stuff_classes are things. Set thing_dataset_id_to_contiguous_id (all "
-            "classes stuff: {}), or turn MODEL.MASK_FORMER.TEST.PANOPTIC_ON and INSTANCE_ON off"
-        )
-    if things is None:
-        things = {} if metadata.get("stuff_classes") else {index: index for index in range(len(entries))}
-    if any(index >= len(entries) for index in things.values()):
-        raise InputError(
-            f"the {where} have {len(entries)} classes, but thing_dataset_id_to_contiguous_id goes up to "
-            f"{max(things.values())}: stuff_classes must be all classes, things too, in the order of their contiguous "
-            "ids"
+            f"the {where} have {len(names)} classes, but thing_dataset_id_to_contiguous_id goes up to "
+            f"{max(thing_classes)}: stuff_classes must be all classes, things too, in the order of their contiguous ids"
         )
     try:
-        vocabulary = Vocabulary.from_names(list(entries), things=things.values(), name=metadata.name)
+        vocabulary = Vocabulary.from_names(list(names), things=thing_classes, name=metadata.name)
     except ValueError as error:
-        raise InputError(f"the {where} cannot be read as words: {error}") from error
+        raise InputError(f"the {where} cannot be read as class names: {error}") from error
     logger.info(
         "data set '%s': %d classes of its own metadata, %d of them things",
         *(metadata.name, len(vocabulary), len(vocabulary.thing_classes)),
@@ -255,7 +229,3 @@ def _label_metadata(cfg: CfgNode) -> dict[str, Any]:
 
 def _classes(metadata: Metadata) -> list[str] | None:
     return metadata.get("stuff_classes") or metadata.get("thing_classes")
-
-
-def _is_ours_or_empty(metadata: Metadata | None) -> bool:
-    return metadata is None or isinstance(metadata, DatasetMetadata) or set(metadata.as_dict()) <= {"name"}

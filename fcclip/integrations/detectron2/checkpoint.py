@@ -14,8 +14,6 @@ from fcclip.config import assets_dir
 from fcclip.engine import save_checkpoint
 from fcclip.weights import frozen_notes, load_weights, model_weights
 
-__all__ = ["Checkpointer"]
-
 
 class Checkpointer(DetectionCheckpointer):
     """Reads and writes checkpoints of FC-CLIP; used like detectron2's.
@@ -66,16 +64,10 @@ class Checkpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: checkpointable.state_dict() for key, checkpointable in self.checkpointables.items()}
-        content = {
-            "model": model_weights(self.model, full=self.full),
-            **frozen_notes(self.model),
-            **self.notes,
-            **states,
-            **kwargs,
-        }
+        weights = model_weights(self.model, full=self.full)
         path = Path(self.save_dir) / f"{name}.pth"
         self.logger.info("Saving checkpoint to %s", path)
-        save_checkpoint(path, content)
+        save_checkpoint(path, {"model": weights, **frozen_notes(self.model), **self.notes, **states, **kwargs})
         self.tag_last_checkpoint(path.name)
 
     def _load_file(self, filename: str) -> dict[str, Any]:

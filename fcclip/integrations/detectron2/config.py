@@ -7,10 +7,8 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from fcclip.config import get_cfg
+from fcclip.config import flatten, get_cfg
 from fcclip.errors import InputError
-
-__all__ = ["add_fcclip_config", "add_maskformer2_config", "check_config", "check_unread", "value_of"]
 
 
 def add_fcclip_config(cfg: CfgNode) -> None:
@@ -20,7 +18,7 @@ def add_fcclip_config(cfg: CfgNode) -> None:
     merged afterwards. It may be called again, before or after DeepLab's or Mask2Former's own function.
 
     Raises:
-        ValueError: no config of detectron2, or one with a value where a group of keys belongs.
+        ValueError: not a config of detectron2, or one with a value where a group of keys belongs.
     """
     if not isinstance(cfg, CfgNode):
         raise InputError(
@@ -48,9 +46,8 @@ def check_config(cfg: CfgNode) -> None:
         )
     if cfg.MODEL.DEVICE == "auto":
         raise InputError("MODEL.DEVICE is 'auto', which detectron2 does not know: set it to 'cuda', 'mps' or 'cpu'")
-    check_unread(
-        cfg, ("MODEL.COMPILE",), "nothing reads it inside detectron2 (compile a part: model.backbone.compile())"
-    )
+    why = "nothing reads it inside detectron2 (compile a part: model.backbone.compile())"
+    check_unread(cfg, ("MODEL.COMPILE",), why)
 
 
 def check_unread(cfg: CfgNode, keys: tuple[str, ...], why: str) -> None:
@@ -59,18 +56,10 @@ def check_unread(cfg: CfgNode, keys: tuple[str, ...], why: str) -> None:
     Raises:
         ValueError: names the key, its value and the reason.
     """
-    defaults = get_cfg()
+    values, defaults = flatten(cfg), flatten(get_cfg())
     for key in keys:
-        value, default = value_of(cfg, key), value_of(defaults, key)
-        if value != default:
-            raise InputError(f"'{key}' is {value!r}, but {why}; leave the key at its default, {default!r}")
-
-
-def value_of(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+        if values[key] != defaults[key]:
+            raise InputError(f"'{key}' is {values[key]!r}, but {why}; leave the key at its default, {defaults[key]!r}")
 
 
 def _complete(cfg: CfgNode, defaults: Any, *, prefix: str) -> None:

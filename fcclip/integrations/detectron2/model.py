@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from detectron2.config import CfgNode, configurable
@@ -28,18 +28,9 @@ from fcclip.modeling import build, mask_decoder, pixel_decoder
 from fcclip.modeling import fcclip as whole
 from fcclip.modeling import head as whole_head
 from fcclip.modeling.backbones import clip
-from fcclip.structures import TextEmbeddings
+from fcclip.structures import Features, TextEmbeddings, TrainingBatch
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import load_state, model_weights
-
-__all__ = [
-    "CLIP",
-    "FCCLIP",
-    "TRANSFORMER_DECODER_REGISTRY",
-    "FCCLIPHead",
-    "MSDeformAttnPixelDecoder",
-    "MultiScaleMaskedTransformerDecoder",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +57,7 @@ class FCCLIP(whole.FCCLIP):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """The parts that a config names; the words are those of DATASETS.TRAIN[0] and DATASETS.TEST[0]."""
+        """The parts that a config names; the vocabularies are those of DATASETS.TRAIN[0] and DATASETS.TEST[0]."""
         check_config(cfg)
         backbone = build_backbone(cfg)
         if not isinstance(backbone, clip.CLIPBackbone):
@@ -75,10 +66,9 @@ class FCCLIP(whole.FCCLIP):
                 "fcclip.modeling.CLIPBackbone, because the backbone classifies too. Use 'CLIP'."
             )
         build.check_embed_dim(cfg, backbone)
-        head = build_sem_seg_head(cfg, backbone.output_shape())
         return {
             "backbone": backbone,
-            "sem_seg_head": head,
+            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
             **build.fcclip_arguments(cfg, backbone),
             **_vocabularies(cfg),
             "input_format": cfg.INPUT.FORMAT,
@@ -96,16 +86,15 @@ class FCCLIP(whole.FCCLIP):
             vocabulary: classes for this call; default: those of `set_metadata`.
 
         Returns:
-            In training: weighted losses by name. Else a mapping an image: `sem_seg` (K, h, w) float, `panoptic_seg` =
-            (int32 (h, w), segment records), `instances` (detectron2's), as far as they are turned on.
+            As `fcclip.modeling.FCCLIP`, with detectron2's `Instances`.
 
         Raises:
-            ValueError: no ground truth in training, no words, images of another form.
+            ValueError: no ground truth in training, no vocabulary, images of another form.
         """
         if self.training:
-            return self.losses([_with_targets(index, sample) for index, sample in enumerate(batched_inputs)])
-        outputs = super().forward(batched_inputs, vocabulary=vocabulary)
-        return [output_to_detectron2(output) for output in outputs]
+            samples = [_with_targets(index, sample) for index, sample in enumerate(batched_inputs)]
+            return self.losses(TrainingBatch(samples, getattr(batched_inputs, "segment_counts", None)))
+        return [output_to_detectron2(output) for output in super().forward(batched_inputs, vocabulary=vocabulary)]
 
     def set_metadata(self, metadata: Metadata) -> None:
         """Looks for the classes of a data set of detectron2's catalog from now on.
@@ -113,8 +102,9 @@ class FCCLIP(whole.FCCLIP):
         Raises:
             ValueError: see `metadata_vocabulary`.
         """
-        need_things = bool({"panoptic", "instances"} & set(self.heads))
-        self.test_vocabulary = metadata_vocabulary(metadata, folder=self.vocabularies, need_things=need_things)
+        self.test_vocabulary = metadata_vocabulary(
+            metadata, folder=self.vocabularies, need_things=_need_things(self.heads)
+        )
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -139,8 +129,20 @@ class FCCLIP(whole.FCCLIP):
         return _IncompatibleKeys([], [])
 
 
-class _DetectronBackbone(Backbone):
-    """What detectron2 asks of a backbone, said by a `CLIPBackbone`."""
+class NamedFeatures(Features):
+    """Features that detectron2's own heads can read by name; `clip_vis_dense` are the dense ones."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.dense if name == "clip_vis_dense" else self.levels[name]
+
+
+class DetectronBackbone(clip.CLIPBackbone, Backbone):
+    """A `CLIPBackbone` that says what detectron2 asks of a backbone."""
+
+    def forward(self, images: Tensor) -> NamedFeatures:
+        """Normalised images (B, 3, H, W) -> features."""
+        features = super().forward(images)
+        return NamedFeatures(features.levels, features.dense)
 
     def output_shape(self) -> dict[str, ShapeSpec]:
         """Channels and stride of each level; `clip_embedding` is the joint space, which has no stride."""
@@ -153,15 +155,15 @@ class _DetectronBackbone(Backbone):
         return -1
 
 
-class ConvNeXtCLIP(clip.ConvNeXtCLIP, _DetectronBackbone):
+class ConvNeXtCLIP(DetectronBackbone, clip.ConvNeXtCLIP):
     """The ConvNeXt family as a detectron2 backbone."""
 
 
-class ResNetCLIP(clip.ResNetCLIP, _DetectronBackbone):
+class ResNetCLIP(DetectronBackbone, clip.ResNetCLIP):
     """The ResNet family as a detectron2 backbone."""
 
 
-FAMILIES = {clip.ConvNeXtCLIP: ConvNeXtCLIP, clip.ResNetCLIP: ResNetCLIP}
+FAMILIES = (ConvNeXtCLIP, ResNetCLIP)
 
 
 def CLIP(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
@@ -173,9 +175,7 @@ def CLIP(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     check_config(cfg)
     if input_shape.channels not in (None, 3):
         raise InputError(f"CLIP takes images of 3 channels, MODEL.PIXEL_MEAN has {input_shape.channels} numbers")
-    backbone = build.build_clip_backbone(cfg)
-    backbone.__class__ = FAMILIES[type(backbone)]  # the same object, with detectron2's two methods
-    return backbone
+    return build.build_clip_backbone(cfg, FAMILIES)
 
 
 class FCCLIPHead(whole_head.FCCLIPHead):
@@ -201,12 +201,18 @@ class FCCLIPHead(whole_head.FCCLIPHead):
         check_config(cfg)
         build.check_decoder_input(cfg)
         head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
-        key = "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME"
-        pixel_decoder = lookup(key, head.PIXEL_DECODER_NAME, dict(SEM_SEG_HEADS_REGISTRY))(cfg, input_shape)
-        key = "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME"
-        decoder = lookup(key, former.TRANSFORMER_DECODER_NAME, dict(TRANSFORMER_DECODER_REGISTRY))
-        predictor = decoder(cfg, head.CONVS_DIM, mask_classification=True)
-        return {"pixel_decoder": pixel_decoder, "predictor": predictor}
+        pixel_decoder = lookup(
+            "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", head.PIXEL_DECODER_NAME, dict(SEM_SEG_HEADS_REGISTRY)
+        )
+        predictor = lookup(
+            "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
+            former.TRANSFORMER_DECODER_NAME,
+            dict(TRANSFORMER_DECODER_REGISTRY),
+        )
+        return {
+            "pixel_decoder": pixel_decoder(cfg, input_shape),
+            "predictor": predictor(cfg, head.CONVS_DIM, mask_classification=True),
+        }
 
     def forward(
         self, levels: Mapping[str, Tensor], text: TextEmbeddings, *, all_sets: bool
@@ -227,7 +233,10 @@ class MSDeformAttnPixelDecoder(pixel_decoder.MSDeformAttnPixelDecoder):
     def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
         """The values of a config."""
         check_config(cfg)
-        return build.pixel_decoder_arguments(cfg, _Levels.of(cfg, input_shape))
+        levels = {name: shape for name, shape in input_shape.items() if shape.stride is not None and shape.stride > 0}
+        channels = {name: shape.channels for name, shape in levels.items()}
+        strides = {name: shape.stride for name, shape in levels.items()}
+        return build.pixel_decoder_arguments(cfg, SimpleNamespace(channels=channels, strides=strides))
 
     def forward_features(self, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Backbone levels -> mask features (B, mask_dim, H/4, W/4), the map at stride 32, the maps at strides 32, 16
@@ -253,41 +262,27 @@ class MultiScaleMaskedTransformerDecoder(mask_decoder.MultiScaleMaskedTransforme
         return {**arguments, "in_channels": in_channels}
 
 
-@dataclass(frozen=True)
-class _Levels:
-    """What a pixel decoder must know of a backbone, from detectron2's shapes."""
-
-    channels: dict[str, int]
-    strides: dict[str, int]
-    embed_dim: int
-
-    @classmethod
-    def of(cls, cfg: CfgNode, shapes: Mapping[str, ShapeSpec]) -> _Levels:
-        levels = {name: shape for name, shape in shapes.items() if shape.stride is not None and shape.stride > 0}
-        return cls(
-            channels={name: shape.channels for name, shape in levels.items()},
-            strides={name: shape.stride for name, shape in levels.items()},
-            embed_dim=cfg.MODEL.FC_CLIP.EMBED_DIM,
-        )
+def _need_things(heads: Sequence[str]) -> bool:
+    return bool({"panoptic", "instances"} & set(heads))
 
 
 def _vocabularies(cfg: CfgNode) -> dict[str, Vocabulary]:
-    """The words of the first training set and of the first test set, as far as the config names one."""
-    folder, test = cfg.MODEL.FC_CLIP.VOCABULARIES, cfg.MODEL.MASK_FORMER.TEST
-    words = {}
+    """The vocabularies of the first training set and of the first test set, as far as the config names one."""
+    folder, names = cfg.MODEL.FC_CLIP.VOCABULARIES, cfg.DATASETS.TEST
+    vocabularies = {}
     if cfg.DATASETS.TRAIN:
-        words["train_vocabulary"] = catalog_vocabulary(cfg.DATASETS.TRAIN[0], folder=folder)
-    if cfg.DATASETS.TEST:
-        need_things = test.PANOPTIC_ON or test.INSTANCE_ON
-        words["test_vocabulary"] = catalog_vocabulary(cfg.DATASETS.TEST[0], folder=folder, need_things=need_things)
-    if len(cfg.DATASETS.TEST) > 1:
+        vocabularies["train_vocabulary"] = catalog_vocabulary(cfg.DATASETS.TRAIN[0], folder=folder)
+    if names:
+        need_things = _need_things(build.enabled_heads(cfg))
+        vocabularies["test_vocabulary"] = catalog_vocabulary(names[0], folder=folder, need_things=need_things)
+    if len(names) > 1:
         logger.warning(
             "DATASETS.TEST names %d data sets; the model looks for the classes of the first, '%s', until set_metadata "
             "is called. Trainer.test of fcclip.integrations.detectron2 calls it for each data set, detectron2's "
             "DefaultTrainer.test does not.",
-            *(len(cfg.DATASETS.TEST), cfg.DATASETS.TEST[0]),
+            *(len(names), names[0]),
         )
-    return words
+    return vocabularies
 
 
 def _with_targets(index: int, sample: Mapping[str, Any]) -> Mapping[str, Any]:

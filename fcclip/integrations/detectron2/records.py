@@ -1,4 +1,4 @@
-"""What an image contains and what was found in it, in the records of fcclip and in those of detectron2.
+"""Ground truth and predictions in the records of fcclip and in those of detectron2.
 
 Records of data sets need no conversion: they are the same dicts.
 """
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from fcclip import structures
 from fcclip.errors import InputError
-
-__all__ = ["instances_from_targets", "instances_to_detectron2", "output_to_detectron2", "targets_from_instances"]
 
 
 def targets_from_instances(instances: Instances) -> structures.Targets:
@@ -46,24 +44,23 @@ def instances_from_targets(targets: structures.Targets) -> Instances:
     )
 
 
-def instances_to_detectron2(found: structures.Instances) -> Instances:
+def instances_to_detectron2(instances: structures.Instances) -> Instances:
     """Predicted instances -> `Instances`: pred_masks (n, h, w) float of 0 and 1 as published, pred_boxes, scores,
     pred_classes."""
     return Instances(
-        tuple(found.pred_masks.shape[-2:]),
-        pred_masks=found.pred_masks.float(),
-        pred_boxes=Boxes(found.pred_boxes),
-        scores=found.scores,
-        pred_classes=found.pred_classes,
+        tuple(instances.pred_masks.shape[-2:]),
+        pred_masks=instances.pred_masks.float(),
+        pred_boxes=Boxes(instances.pred_boxes),
+        scores=instances.scores,
+        pred_classes=instances.pred_classes,
     )
 
 
 def output_to_detectron2(output: Mapping[str, Any]) -> dict[str, Any]:
     """What the model says about one image, its `instances` as detectron2's; the other entries have the same form."""
-    converted = dict(output)
-    if "instances" in converted:
-        converted["instances"] = instances_to_detectron2(converted["instances"])
-    return converted
+    if "instances" not in output:
+        return dict(output)
+    return {**output, "instances": instances_to_detectron2(output["instances"])}
 
 
 def _masks(instances: Instances) -> Tensor:

@@ -15,8 +15,6 @@ from fcclip.integrations.detectron2.model import (
     MultiScaleMaskedTransformerDecoder,
 )
 
-__all__ = ["register"]
-
 PARTS = (
     ("META_ARCH", META_ARCH_REGISTRY, FCCLIP),
     ("BACKBONE", BACKBONE_REGISTRY, CLIP),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import weakref
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +26,18 @@ from detectron2.utils import comm
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fcclip.config import lookup
+from fcclip.data import EVALUATORS
 from fcclip.engine import amp_dtype, build_gradient_clipping, build_lr_scheduler, build_optimizer, check_training
 from fcclip.engine.optimizer import trainable_parameters
 from fcclip.errors import InputError
+from fcclip.evaluation.evaluators import enabled_tasks
+from fcclip.files import read_json
 from fcclip.integrations.detectron2.catalog import DatasetMapper, catalog_vocabulary
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
 from fcclip.integrations.detectron2.config import check_config, check_unread
-from fcclip.modeling.augmentation import AugmentedModel, build_augmented
+from fcclip.modeling import build_augmented
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import unwrap, vocabulary_note
-
-__all__ = ["InstanceSegEvaluator", "Trainer", "build_evaluator"]
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +52,6 @@ UNREAD = (
     "TEST.BATCH_SIZE",
     "FINETUNE.METHOD",
 )
-
-# What each kind of data set is evaluated for, in the published order, as far as {PANOPTIC,INSTANCE,SEMANTIC}_ON ask.
-EVALUATORS: dict[str, tuple[str, ...]] = {
-    "coco_panoptic_seg": ("panoptic", "instance", "semantic"),
-    "ade20k_panoptic_seg": ("semantic", "panoptic", "instance"),
-    "mapillary_vistas_panoptic_seg": ("panoptic", "instance", "semantic"),
-    "cityscapes_panoptic_seg": ("panoptic", "cityscapes semantic", "cityscapes instance"),
-    "sem_seg": ("semantic",),
-    "coco": ("instance",),
-    "lvis": ("lvis",),
-}
 
 
 class Trainer(DefaultTrainer):
@@ -83,11 +70,10 @@ class Trainer(DefaultTrainer):
         check_unread(cfg, UNREAD, "detectron2's training loop does not know it (fcclip's train_net.py does)")
         if cfg.SOLVER.BEST.DATASET:
             logger.info("SOLVER.BEST.DATASET has no effect in detectron2's training loop, which keeps no best.pth")
-        check_training(cfg, _training_words(cfg), world_size=comm.get_world_size())
+        check_training(cfg, _training_vocabulary(cfg), world_size=comm.get_world_size())
         dtype = amp_dtype(cfg, torch.device(cfg.MODEL.DEVICE))
         if cfg.SOLVER.AMP.ENABLED and dtype is None:  # detectron2 would stop at the first step
-            cfg = cfg.clone()
-            cfg.defrost()
+            cfg = _open_copy(cfg)
             cfg.SOLVER.AMP.ENABLED = False
         super().__init__(cfg)
         if isinstance(self._trainer, AMPTrainer):
@@ -99,17 +85,20 @@ class Trainer(DefaultTrainer):
             self.model,
             self.cfg.OUTPUT_DIR,
             full=self.cfg.SOLVER.CHECKPOINT_FULL or not self.cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS,
-            notes={"config": self.cfg.dump(), **_vocabulary_note(self.model)},
+            notes={
+                "config": self.cfg.dump(),
+                "vocabulary": vocabulary_note(unwrap(self.model).train_vocabulary),  # a fine-tuning asks for it
+            },
             trainer=weakref.proxy(self),
         )
-        found = super().build_hooks()
-        for hook in found:
+        built = super().build_hooks()
+        for hook in built:
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook.max_to_keep = self.cfg.SOLVER.CHECKPOINT_KEEP or None
-        return found
+        return built
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As detectron2's; a training knows the words of DATASETS.TRAIN alone, also where its weights were fine-tuned
+        """As detectron2's; a training knows the classes of DATASETS.TRAIN alone, also where its weights were fine-tuned
         from others."""
         super().resume_or_load(resume)
         model = unwrap(self.model)
@@ -154,31 +143,21 @@ class Trainer(DefaultTrainer):
     def test(
         cls,
         cfg: CfgNode,
-        model: nn.Module | AugmentedModel,
+        model: nn.Module,
         evaluators: DatasetEvaluator | Sequence[DatasetEvaluator] | None = None,
     ) -> Mapping[str, Any]:
-        """detectron2's evaluation of each data set of DATASETS.TEST, each with its own words.
+        """detectron2's evaluation of each data set of DATASETS.TEST, each with its own vocabulary.
 
         Returns:
             task -> metric -> value of the only data set; of several, these by data set name.
         """
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
-        names = list(cfg.DATASETS.TEST)
-        if evaluators is not None and len(evaluators) != len(names):
-            raise InputError(f"{len(evaluators)} evaluators for the {len(names)} data sets of DATASETS.TEST")
-        bare = model.model if isinstance(model, AugmentedModel) else unwrap(model)
-        words, results = bare.test_vocabulary, OrderedDict()
-        try:
-            for index, name in enumerate(names):
-                bare.set_metadata(MetadataCatalog.get(name))
-                one = cfg.clone()
-                one.defrost()
-                one.DATASETS.TEST = (name,)
-                results[name] = super().test(one, model, evaluators and evaluators[index : index + 1])
-        finally:
-            bare.test_vocabulary = words
-        return _only_or_all(results)
+        if evaluators is not None and len(evaluators) != len(cfg.DATASETS.TEST):
+            raise InputError(
+                f"{len(evaluators)} evaluators for the {len(cfg.DATASETS.TEST)} data sets of DATASETS.TEST"
+            )
+        return _only_or_all(cls._test_each(cfg, unwrap(model), model, evaluators))
 
     @classmethod
     def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> Mapping[str, Any]:
@@ -192,18 +171,35 @@ class Trainer(DefaultTrainer):
         Raises:
             ValueError: semantic maps turned off, no sizes in TEST.AUG, a kind of data set without semantic evaluation.
         """
-        cfg = cfg.clone()
-        cfg.defrost()
+        cfg = _open_copy(cfg)
         cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
         folder = Path(cfg.OUTPUT_DIR) / "inference_TTA"
         evaluators = [build_evaluator(cfg, name, str(folder / name)) for name in cfg.DATASETS.TEST]
+        augmented = build_augmented(cfg, model)
+
+        def predict(inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
+            return [augmented.outputs(scored) for scored in augmented.score(inputs)]
+
         with inference_context(model):
-            results = cls.test(cfg, build_augmented(cfg, model), evaluators)
-        if len(cfg.DATASETS.TEST) == 1:
-            results = {cfg.DATASETS.TEST[0]: results}
+            results = cls._test_each(cfg, augmented.model, predict, evaluators)
         return _only_or_all(
-            {name: {f"{task}_TTA": found for task, found in tasks.items()} for name, tasks in results.items()}
+            {name: {f"{task}_TTA": metrics for task, metrics in tasks.items()} for name, tasks in results.items()}
         )
+
+    @classmethod
+    def _test_each(
+        cls, cfg: CfgNode, model: nn.Module, predict: Callable, evaluators: Sequence[DatasetEvaluator] | None
+    ) -> dict[str, Mapping[str, Any]]:
+        """Data set -> results of what `predict` says while the model looks for its classes."""
+        cfg, names, vocabulary, results = _open_copy(cfg), cfg.DATASETS.TEST, model.test_vocabulary, {}
+        try:
+            for index, name in enumerate(names):
+                model.set_metadata(MetadataCatalog.get(name))
+                cfg.DATASETS.TEST = (name,)
+                results[name] = super().test(cfg, predict, evaluators and evaluators[index : index + 1])
+        finally:
+            model.test_vocabulary = vocabulary
+        return results
 
 
 class InstanceSegEvaluator(COCOEvaluator):
@@ -230,44 +226,47 @@ class InstanceSegEvaluator(COCOEvaluator):
             # the protocol sorts by dataset id
             thing_classes=[names[things[key]] for key in sorted(self._coco_api.getCatIds()) if key in things],
         )
-        known = self._coco_api.dataset
-        known["categories"] = [one for one in known["categories"] if one["id"] in things]
+        content = self._coco_api.dataset
+        content["categories"] = [category for category in content["categories"] if category["id"] in things]
 
     def process(self, inputs: Sequence[Mapping], outputs: Sequence[Mapping]) -> None:
         """Takes in the instances of a batch.
 
         Raises:
-            ValueError: an instance of a class that is no thing of the data set.
+            ValueError: an instance of a class that is not a thing of the data set.
         """
-        super().process(inputs, [{**one, "instances": self._ranked(one["instances"])} for one in outputs])
+        super().process(inputs, [{**output, "instances": self._ranked(output["instances"])} for output in outputs])
 
     def _ranked(self, instances: Instances) -> Instances:
         classes = instances.pred_classes
-        strange = sorted(set(classes.tolist()) - self._rank.keys())
-        if strange:
-            raise InputError(f"instances of the classes {strange}, which are no things of '{self._metadata.name}'")
+        stuff = sorted(set(classes.tolist()) - self._rank.keys())
+        if stuff:
+            raise InputError(f"instances of the classes {stuff}, which are not things of '{self._metadata.name}'")
         ranks = torch.tensor([self._rank[index] for index in classes.tolist()], dtype=torch.int64)
         fields = {**instances.get_fields(), "pred_classes": ranks.to(classes.device)}
         return Instances(instances.image_size, **fields)
 
 
-def _training_words(cfg: CfgNode) -> Vocabulary:
-    """The words of all data sets of DATASETS.TRAIN, whose labels mean the same classes."""
-    words = [catalog_vocabulary(name, folder=cfg.MODEL.FC_CLIP.VOCABULARIES) for name in cfg.DATASETS.TRAIN]
-    if not words:
+def _training_vocabulary(cfg: CfgNode) -> Vocabulary:
+    """The vocabulary of all data sets of DATASETS.TRAIN, whose labels mean the same classes."""
+    folder = cfg.MODEL.FC_CLIP.VOCABULARIES
+    vocabularies = {name: catalog_vocabulary(name, folder=folder) for name in cfg.DATASETS.TRAIN}
+    if not vocabularies:
         raise InputError("DATASETS.TRAIN is empty; its first data set decides the training classes")
-    if any(one.synonyms != words[0].synonyms for one in words):
-        sizes = {name: len(one) for name, one in zip(cfg.DATASETS.TRAIN, words)}
+    if len({vocabulary.synonyms for vocabulary in vocabularies.values()}) > 1:
+        sizes = {name: len(vocabulary) for name, vocabulary in vocabularies.items()}
         raise InputError(
             f"the data sets of DATASETS.TRAIN have different classes, so a label would mean several (number of "
             f"classes: {sizes}). Train on data sets with the same classes in the same order."
         )
-    return words[0]
+    return vocabularies[cfg.DATASETS.TRAIN[0]]
 
 
-def _vocabulary_note(model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint says of the words of its training: a fine-tuning asks for it."""
-    return {"vocabulary": vocabulary_note(unwrap(model).train_vocabulary)}
+def _open_copy(cfg: CfgNode) -> CfgNode:
+    """A copy that can be changed."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    return cfg
 
 
 def _only_or_all(results: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -295,17 +294,16 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
             "evaluators to Trainer.test."
         )
     folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference" / dataset_name)
-    test = cfg.MODEL.MASK_FORMER.TEST
-    on = {"panoptic": test.PANOPTIC_ON, "instance": test.INSTANCE_ON, "semantic": test.SEMANTIC_ON}
-    on["lvis"] = test.INSTANCE_ON
-    tasks = lookup("evaluator type", kind, EVALUATORS)
-    wanted = [task for task in tasks if on[task.removeprefix("cityscapes ")]]
-    if not wanted:
-        heads = sorted({"INSTANCE" if task == "lvis" else task.split()[-1].upper() for task in tasks})
-        keys = ", ".join(f"MODEL.MASK_FORMER.TEST.{head}_ON" for head in heads)
-        raise InputError(f"nothing to evaluate on data set '{dataset_name}' ({kind}): switch on at least one of {keys}")
-    found = [BUILDERS[task](dataset_name, metadata, folder) for task in wanted]
-    return found[0] if len(found) == 1 else DatasetEvaluators(found)
+    tasks = enabled_tasks(cfg, dataset_name, kind)
+    if kind == "cityscapes_panoptic_seg" and tasks != ["panoptic"]:
+        raise InputError(
+            f"'{dataset_name}': the Cityscapes evaluators of detectron2 import a package that is internal to Meta "
+            "(since December 2024) and cannot run. Set MODEL.MASK_FORMER.TEST.SEMANTIC_ON and INSTANCE_ON False to "
+            "evaluate panoptic quality alone."
+        )
+    builders = {"panoptic": _panoptic, "instance": _instance, "semantic": _semantic}
+    evaluators = [builders[task](dataset_name, metadata, folder) for task in tasks]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
 
 def _semantic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
@@ -328,11 +326,11 @@ def _panoptic(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
         ) from error
     path = getattr(metadata, "panoptic_json", None)
     if getattr(metadata, "yaml_file", None) and Path(path).is_file():  # fcclip reads what is a thing from the YAML
-        categories = json.loads(Path(path).read_bytes()).get("categories", ())
-        silent = [one["name"] for one in categories if "isthing" not in one]
-        if silent:
+        categories = read_json(path).get("categories", ())
+        unsaid = [category["name"] for category in categories if "isthing" not in category]
+        if unsaid:
             raise InputError(
-                f"{path}: {len(silent)} of {len(categories)} categories do not say 'isthing' (e.g. '{silent[0]}'), "
+                f"{path}: {len(unsaid)} of {len(categories)} categories do not say 'isthing' (e.g. '{unsaid[0]}'), "
                 f"which panopticapi needs for the panoptic quality of '{name}'. Add it, or evaluate with fcclip's "
                 "train_net.py --eval-only."
             )
@@ -345,26 +343,5 @@ def _instance(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
             f"data set '{name}' has no instances file, so AP cannot be evaluated; set "
             "MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
         )
-    return InstanceSegEvaluator(name, output_dir=folder)
-
-
-def _lvis(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
-    return LVISEvaluator(name, output_dir=folder)
-
-
-def _cityscapes(name: str, metadata: Metadata, folder: str) -> DatasetEvaluator:
-    raise InputError(
-        f"'{name}': the Cityscapes evaluators of detectron2 import a package that is internal to Meta (since December "
-        "2024) and cannot run. Set MODEL.MASK_FORMER.TEST.SEMANTIC_ON and INSTANCE_ON False to evaluate panoptic "
-        "quality alone."
-    )
-
-
-BUILDERS = {
-    "panoptic": _panoptic,
-    "instance": _instance,
-    "semantic": _semantic,
-    "lvis": _lvis,
-    "cityscapes semantic": _cityscapes,
-    "cityscapes instance": _cityscapes,
-}
+    evaluator = LVISEvaluator if metadata.evaluator_type == "lvis" else InstanceSegEvaluator
+    return evaluator(name, output_dir=folder)

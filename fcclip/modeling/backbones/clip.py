@@ -1,6 +1,6 @@
 """The frozen CLIP that is both backbone and classifier (FC-CLIP, section 3.2).
 
-A family is a subclass of `CLIPBackbone`: how features are tapped.
+A family is a subclass of `CLIPBackbone`, listed in `FAMILIES`: which image towers it fits, how features are tapped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import abc
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any, ClassVar, NamedTuple
@@ -87,6 +87,11 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         if self.training and torch.is_autocast_enabled(images.device.type):
             visual = self._cast_to(torch.get_autocast_dtype(images.device.type))
         return self.tap(visual, images)
+
+    @staticmethod
+    @abc.abstractmethod
+    def fits(visual: nn.Module) -> bool:
+        """Whether an image tower of open_clip is of this family."""
 
     @abc.abstractmethod
     def tap(self, visual: nn.Module, images: Tensor) -> Features:
@@ -195,6 +200,11 @@ class ConvNeXtCLIP(CLIPBackbone):
         widths = [trunk.stem[0].out_channels, *(info["num_chs"] for info in trunk.feature_info)]
         super().__init__(clip_model, channels=dict(zip(LEVELS, widths, strict=True)))
 
+    @staticmethod
+    def fits(visual: nn.Module) -> bool:
+        """See `CLIPBackbone`."""
+        return type(getattr(visual, "trunk", None)).__name__ == "ConvNeXt"
+
     def tap(self, visual: nn.Module, images: Tensor) -> Features:
         """Stem and the four stages."""
         trunk = visual.trunk
@@ -219,6 +229,11 @@ class ResNetCLIP(CLIPBackbone):
         widths = [visual.conv3.out_channels, *(layer[-1].conv3.out_channels for layer in layers)]
         super().__init__(clip_model, channels=dict(zip(LEVELS, widths, strict=True)))
 
+    @staticmethod
+    def fits(visual: nn.Module) -> bool:
+        """See `CLIPBackbone`."""
+        return isinstance(visual, ModifiedResNet)
+
     def tap(self, visual: nn.Module, images: Tensor) -> Features:
         """The stem before its average pool, and the four layers."""
         x = visual.act1(visual.bn1(visual.conv1(images)))
@@ -232,7 +247,16 @@ class ResNetCLIP(CLIPBackbone):
         return Features(maps, dense=x)
 
 
-def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> CLIPBackbone:
+FAMILIES: tuple[type[CLIPBackbone], ...] = (ConvNeXtCLIP, ResNetCLIP)
+
+
+def build_clip(
+    name: str,
+    pretrained: str = "",
+    *,
+    quick_gelu: str = "auto",
+    families: Sequence[type[CLIPBackbone]] = FAMILIES,
+) -> CLIPBackbone:
     """A frozen CLIP of any supported family.
 
     Args:
@@ -241,6 +265,7 @@ def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> 
             TorchScript archive, or a checkpoint of a whole model with its CLIP inside; or "" for random weights.
         quick_gelu: "auto", "on" or "off" (MODEL.FC_CLIP.QUICK_GELU). "auto" asks, in this order: the architecture's
             name or JSON, the tag, the file. OpenAI's ResNets have QuickGELU whatever open_clip builds by itself.
+        families: as of `as_backbone`.
 
     Raises:
         ValueError: unknown architecture or tag, a family that is not supported, weights of another architecture, or a
@@ -263,7 +288,7 @@ def build_clip(name: str, pretrained: str = "", *, quick_gelu: str = "auto") -> 
         quick, source = False, "default"
     with _RealRates():
         clip_model = open_clip.model.CLIP(**architecture, quick_gelu=quick)
-    backbone = as_backbone(clip_model, name=name)
+    backbone = as_backbone(clip_model, name=name, families=families)
     if backbone.quick_gelu != quick:
         raise RuntimeError(
             f"open_clip {version('open_clip_torch')} built the text tower of '{name}' "
@@ -292,19 +317,19 @@ class _RealRates(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def as_backbone(clip_model: nn.Module, *, name: str = "CLIP") -> CLIPBackbone:
-    """The family that an open_clip model belongs to, told by its image tower.
+def as_backbone(
+    clip_model: nn.Module, *, name: str = "CLIP", families: Sequence[type[CLIPBackbone]] = FAMILIES
+) -> CLIPBackbone:
+    """An open_clip model as a backbone of the first of these families that fits its image tower.
 
     Raises:
         ValueError: a tower of another kind.
     """
     visual = clip_model.visual
-    if isinstance(visual, ModifiedResNet):
-        return ResNetCLIP(clip_model)
-    trunk = getattr(visual, "trunk", None)
-    if type(trunk).__name__ == "ConvNeXt":
-        return ConvNeXtCLIP(clip_model)
-    kind = type(trunk if trunk is not None else visual).__name__
+    for family in families:
+        if family.fits(visual):
+            return family(clip_model)
+    kind = type(getattr(visual, "trunk", visual)).__name__
     raise InputError(
         f"CLIP '{name}' has the image tower {kind}; supported are timm's ConvNeXt (convnext_*) and OpenAI's ResNets "
         "(RN50, RN101, RN50x4, RN50x16, RN50x64). FC-CLIP needs a convolutional tower."

@@ -58,12 +58,12 @@ def both_cfgs(detectron2_knows_fcclip) -> Callable[..., tuple[Any, Any]]:
     def build(name: str = SHAPES, *, tiny: bool = True, **changes: Any) -> tuple[Any, Any]:
         settings = {**(TINY if tiny else {"MODEL.DEVICE": "cpu"})}
         settings |= {key.replace("__", "."): value for key, value in changes.items()}
-        words = [word for pair in settings.items() for word in pair]
+        overrides = [item for pair in settings.items() for item in pair]
         cfg = get_cfg()
         add_fcclip_config(cfg)
         cfg.merge_from_file(str(configs_dir() / name))
-        cfg.merge_from_list(words)
-        ours = load_config(name, words)
+        cfg.merge_from_list(overrides)
+        ours = load_config(name, overrides)
         return cfg, ours
 
     return build

@@ -1,4 +1,4 @@
-"""Data sets and words in detectron2's catalogs, and the mapper of its loaders."""
+"""Data sets and their vocabularies in detectron2's catalogs, and the mapper of its loaders."""
 
 import copy
 import itertools
@@ -54,7 +54,7 @@ def test_records_are_those_of_fcclip(shapes):
 
 def test_the_root_folder_is_read_when_it_is_needed(tmp_path, monkeypatch):
     metadata = MetadataCatalog.get("shapes_val")
-    for name in ("one", "two"):
+    for name in ("first", "second"):
         monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / name))
         assert metadata.panoptic_json == str(tmp_path / name / "shapes/annotations/panoptic_val.json")
         with pytest.raises(FileNotFoundError, match=f"{name}/shapes"):
@@ -96,24 +96,24 @@ def test_metadata_of_another_are_a_taken_name_and_an_empty_entry_is_not(monkeypa
         register()
 
 
-# ---- words ----
+# ---- vocabularies ----
 
 
-def test_words_of_fcclips_data_sets_are_its_own():
+def test_vocabularies_of_fcclips_data_sets_are_its_own():
     vocabulary = metadata_vocabulary(MetadataCatalog.get(ADE), need_things=True)
     assert vocabulary == Vocabulary.builtin("ade20k_150")
     assert catalog_vocabulary("shapes_train", folder="") == Vocabulary.builtin("shapes_seen")
 
 
 def test_published_vocabulary_files_are_taken_from_their_folder(tmp_path):
-    lines = [f"{index}:word {index},other {index}" for index in range(1, 151)]
+    lines = [f"{index}:name {index},other {index}" for index in range(1, 151)]
     (tmp_path / "ade20k_150_with_prompt_eng.txt").write_text("\n".join(lines))
     vocabulary = catalog_vocabulary(ADE, folder=str(tmp_path))
-    assert vocabulary.synonyms[0] == ("word 1", "other 1")
+    assert vocabulary.synonyms[0] == ("name 1", "other 1")
     assert vocabulary.thing_classes == Vocabulary.builtin("ade20k_150").thing_classes
 
 
-def test_words_of_a_users_data_set_are_read_as_published():
+def test_class_names_of_a_users_data_set_are_read_as_published():
     metadata = Metadata(
         name="mine",
         stuff_classes=["cat,kitty, tom cat", "grass, ", "dog"],
@@ -130,7 +130,7 @@ def test_without_stuff_classes_the_thing_classes_are_all_classes():
     assert vocabulary.class_names == ("cat", "dog") and vocabulary.thing_classes == (0, 1)
 
 
-def test_classes_that_detectron2_learns_from_the_file_are_found(tmp_path):
+def test_classes_that_detectron2_learns_from_the_file_are_known(tmp_path):
     categories = [{"id": 7, "name": "hen"}, {"id": 9, "name": "cow"}]
     (tmp_path / "coco.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
     register_coco_instances("farm_of_the_test", {}, str(tmp_path / "coco.json"), str(tmp_path))
@@ -150,7 +150,7 @@ def test_classes_that_detectron2_learns_from_the_file_are_found(tmp_path):
         ({"stuff_classes": ["sky"], "thing_dataset_id_to_contiguous_id": {1: 79}}, "have 1 classes, but .* up to 79"),
         (
             {"stuff_classes": ["cat", " , "], "thing_dataset_id_to_contiguous_id": {}},
-            "data set 'mine' cannot be read as words: entry 1 .* has no name",
+            "data set 'mine' cannot be read as class names: entry 1 .* has no name",
         ),
     ],
 )
@@ -183,9 +183,9 @@ def test_training_samples_are_fcclips_with_instances(shapes, both_cfgs):
     np.random.seed(3)
     sample = DatasetMapper(cfg)(record)
     expected = build_train_mapper(ours)(record, np.random.RandomState(3))
-    wanted = instances_from_targets(expected.pop("targets"))
-    found = sample.pop("instances")
-    assert torch.equal(found.gt_masks, wanted.gt_masks) and torch.equal(found.gt_classes, wanted.gt_classes)
+    instances = instances_from_targets(expected.pop("targets"))
+    mapped = sample.pop("instances")
+    assert torch.equal(mapped.gt_masks, instances.gt_masks) and torch.equal(mapped.gt_classes, instances.gt_classes)
     assert torch.equal(sample.pop("image"), expected.pop("image"))
     assert sample == expected
 
@@ -210,11 +210,11 @@ def test_detectron2s_loaders_take_the_mapper(shapes, detectron2_cfg, num_workers
 
 def test_detectron2s_own_mapper_reads_the_same_test_images(shapes, detectron2_cfg):
     cfg = detectron2_cfg()
-    own, theirs = (
+    own, detectron2s = (
         build_detection_test_loader(cfg, "shapes_val", mapper=mapper)
         for mapper in (DatasetMapper(cfg, is_train=False), DetectronMapper(cfg, is_train=False))
     )
-    for (sample,), (other,) in zip(own, theirs, strict=True):
+    for (sample,), (other,) in zip(own, detectron2s, strict=True):
         assert torch.equal(sample["image"], other["image"])
         assert all(sample[key] == other[key] for key in ("file_name", "image_id", "height", "width"))
 

@@ -85,8 +85,8 @@ def test_weights_of_another_shape_are_refused(build, tmp_path):
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_state_dict_is_loaded_whole_or_refused(build, strict):
     model, other = build(seed=1), build(seed=2)
-    found = model.load_state_dict(trained(other), strict=strict)
-    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    result = model.load_state_dict(trained(other), strict=strict)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
     assert torch.equal(model.void_embedding.weight, other.void_embedding.weight)
     with pytest.raises(ValueError, match="the state dict' do not fit the model"):
         model.load_state_dict({"void_embedding.weight": torch.zeros(1, 64)}, strict=strict)
@@ -107,18 +107,18 @@ def test_files_hold_no_frozen_clip_and_come_back(build, tmp_path):
     source, model = build(seed=1), build(seed=1)
     torch.nn.init.zeros_(model.void_embedding.weight)
     Checkpointer(source, str(tmp_path)).save("model_0000003", iteration=3)
-    held = torch.load(tmp_path / "model_0000003.pth", weights_only=True)
-    assert held["model"].keys() == trained(source).keys() and held["iteration"] == 3
+    content = torch.load(tmp_path / "model_0000003.pth", weights_only=True)
+    assert content["model"].keys() == trained(source).keys() and content["iteration"] == 3
     assert Checkpointer(model, str(tmp_path)).resume_or_load("")["iteration"] == 3
     assert torch.equal(model.void_embedding.weight, source.void_embedding.weight)
     Checkpointer(source, str(tmp_path), full=True).save("full")
-    held = torch.load(tmp_path / "full.pth", weights_only=True)
-    assert held["model"].keys() == source.state_dict().keys()
+    content = torch.load(tmp_path / "full.pth", weights_only=True)
+    assert content["model"].keys() == source.state_dict().keys()
     DetectionCheckpointer(model).load(str(tmp_path / "full.pth"))
     Checkpointer(source, "").save("nowhere")
 
 
-def test_the_model_learns_the_former_words_of_a_fine_tuned_file(build, tmp_path):
+def test_the_model_learns_the_former_classes_of_a_fine_tuned_file(build, tmp_path):
     model, own = build(), Vocabulary.from_names("zebra; red circle", name="own")
     notes = {"vocabulary": vocabulary_note(own), "former_vocabulary": vocabulary_note(Vocabulary.builtin("shapes"))}
     torch.save({"model": trained(build(seed=1)), **notes}, tmp_path / "tuned.pth")

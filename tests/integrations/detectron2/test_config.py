@@ -54,10 +54,10 @@ def test_every_shipped_file_means_the_same_in_detectron2(path):
     before = flat(cfg)
     cfg.merge_from_file(str(path))
     ours, defaults = flat(load_config(path)), flat(own_defaults())
-    found = flat(cfg)
+    values = flat(cfg)
     for key, value in ours.items():
         set_by_the_file = value != defaults[key]
-        assert found[key] == value or (not set_by_the_file and found[key] == before[key]), key
+        assert values[key] == value or (not set_by_the_file and values[key] == before[key]), key
 
 
 def test_a_key_that_does_not_exist_is_still_refused():

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip", "shapes")
 WEIGHTS = "shapes_fcclip.safetensors"
 
 
-def same(found, expected, tolerance=1e-11):
+def same(value, expected, tolerance=1e-11):
     """Equal, or both undefined; sums of 64-bit floats in another order differ by some 1e-14."""
-    return (math.isnan(found) and math.isnan(expected)) or found == pytest.approx(expected, abs=tolerance)
+    return (math.isnan(value) and math.isnan(expected)) or value == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.fixture
@@ -58,8 +58,8 @@ def own_results(both_cfgs):
 def test_panoptic_quality_ap_and_miou_are_fcclips(shapes_model, own_results):
     pytest.importorskip("panopticapi", reason="panopticapi is not installed")
     model, cfg = shapes_model(DATASETS__TEST=("shapes_val",))
-    found, expected = Trainer.test(cfg, model), own_results("shapes_val")
-    assert found["panoptic_seg"]["PQ"] > 30  # nothing agrees about noise
+    results, expected = Trainer.test(cfg, model), own_results("shapes_val")
+    assert results["panoptic_seg"]["PQ"] > 30  # nothing agrees about noise
     for task, metrics in (
         ("panoptic_seg", ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st")),
         ("sem_seg", ("mIoU", "fwIoU", "mACC", "pACC")),
@@ -67,23 +67,23 @@ def test_panoptic_quality_ap_and_miou_are_fcclips(shapes_model, own_results):
         ("bbox", ("AP", "AP50", "AP75", "APs", "APm", "APl")),
     ):
         for metric in metrics:
-            assert same(found[task][metric], expected[task][metric]), (task, metric)
+            assert same(results[task][metric], expected[task][metric]), (task, metric)
     for name in MetadataCatalog.get("shapes_val").stuff_classes:
-        assert same(found["sem_seg"][f"IoU-{name}"], expected["sem_seg"][f"IoU-{name}"])
+        assert same(results["sem_seg"][f"IoU-{name}"], expected["sem_seg"][f"IoU-{name}"])
     for name in MetadataCatalog.get("shapes_val").thing_classes:
-        assert same(found["segm"][f"AP-{name}"], expected["segm"][f"AP-{name}"])
+        assert same(results["segm"][f"AP-{name}"], expected["segm"][f"AP-{name}"])
 
 
-def test_every_test_set_is_evaluated_with_its_own_words(shapes_model, own_results):
+def test_every_test_set_is_evaluated_with_its_own_vocabulary(shapes_model, own_results):
     semantic = {"MODEL__MASK_FORMER__TEST__PANOPTIC_ON": False, "MODEL__MASK_FORMER__TEST__INSTANCE_ON": False}
     model, cfg = shapes_model(DATASETS__TEST=("shapes_train", "shapes_val"), **semantic)
-    words = model.test_vocabulary
+    vocabulary = model.test_vocabulary
     results = Trainer.test(cfg, model)
     assert list(results) == ["shapes_train", "shapes_val"]
     for name, classes in (("shapes_train", 40), ("shapes_val", 60)):
         assert sum(key.startswith("IoU-") for key in results[name]["sem_seg"]) == classes
         assert results[name]["sem_seg"]["pACC"] > 50
-    assert model.test_vocabulary is words
+    assert model.test_vocabulary is vocabulary
     assert cfg.DATASETS.TEST == ("shapes_train", "shapes_val")
 
 
@@ -91,12 +91,12 @@ def test_every_test_set_is_evaluated_with_its_own_words(shapes_model, own_result
 def test_test_time_augmentation_is_fcclips(shapes_model, both_cfgs, names, tmp_path):
     sizes = {"TEST__AUG__MIN_SIZES": (192, 256), "TEST__AUG__FLIP": True}
     model, cfg = shapes_model(DATASETS__TEST=names, **sizes)
-    found = Trainer.test_with_TTA(cfg, model.train())
+    results = Trainer.test_with_TTA(cfg, model.train())
     assert model.training
     _, own_cfg = both_cfgs(tiny=False, DATALOADER__NUM_WORKERS=0, **sizes)
     for name in names:
         expected = evaluate_augmented(model.eval(), own_cfg, get_dataset(name), progress=False)["ensemble"]
-        tasks = found if len(names) == 1 else found[name]
+        tasks = results if len(names) == 1 else results[name]
         assert tasks.keys() == {"sem_seg_TTA"}
         for metric in ("mIoU", "fwIoU", "mACC", "pACC"):
             assert same(tasks["sem_seg_TTA"][metric], expected["sem_seg_TTA"][metric]), metric
@@ -121,17 +121,17 @@ def test_things_among_stuff_are_evaluated_as_detectron2_does_the_first_classes(s
                 output["instances"].pred_classes = output["instances"].pred_classes + shift
             super().process(inputs, outputs)
 
-    found = inference_on_dataset(model, loader, Moved("moved", output_dir=str(tmp_path)))
+    results = inference_on_dataset(model, loader, Moved("moved", output_dir=str(tmp_path)))
     for task in ("bbox", "segm"):
-        assert found[task].keys() == usual[task].keys()
-        assert all(same(found[task][key], value, 0) for key, value in usual[task].items())
+        assert results[task].keys() == usual[task].keys()
+        assert all(same(results[task][key], value, 0) for key, value in usual[task].items())
 
 
 def test_an_instance_of_a_stuff_class_is_refused(tmp_path):
     evaluator = InstanceSegEvaluator("shapes_val", output_dir=str(tmp_path))
     evaluator.reset()
     wrong = Instances((4, 4), pred_classes=torch.tensor([50]), scores=torch.ones(1), pred_boxes=Boxes(torch.ones(1, 4)))
-    with pytest.raises(ValueError, match=r"classes \[50\], which are no things of 'shapes_val'"):
+    with pytest.raises(ValueError, match=r"classes \[50\], which are not things of 'shapes_val'"):
         evaluator.process([{"image_id": 1}], [{"instances": wrong}])
 
 
@@ -160,7 +160,7 @@ def kind_of(monkeypatch):
     ("kind", "expected"),
     [
         ("coco_panoptic_seg", ["COCOPanopticEvaluator", "InstanceSegEvaluator", "SemSegEvaluator"]),
-        ("ade20k_panoptic_seg", ["SemSegEvaluator", "COCOPanopticEvaluator", "InstanceSegEvaluator"]),
+        ("ade20k_panoptic_seg", ["COCOPanopticEvaluator", "InstanceSegEvaluator", "SemSegEvaluator"]),
         ("mapillary_vistas_panoptic_seg", ["COCOPanopticEvaluator", "InstanceSegEvaluator", "SemSegEvaluator"]),
         ("sem_seg", ["SemSegEvaluator"]),
         ("coco", ["InstanceSegEvaluator"]),

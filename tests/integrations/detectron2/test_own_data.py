@@ -54,7 +54,7 @@ def test_a_yaml_is_in_both_catalogs_under_the_name_of_its_file(own, kind):
     assert catalog_vocabulary(name, folder="") == dataset.own_vocabulary()
 
 
-def test_a_path_may_be_registered_again_and_a_name_stands_for_one_yaml(own, tmp_path):
+def test_a_path_may_be_registered_again_and_a_name_stands_for_a_single_yaml(own, tmp_path):
     name, path = own("semantic")
     path.write_text(path.read_text().replace("sky", "heaven"))
     assert register_own_data(path) == name and "heaven" in MetadataCatalog.get(name).stuff_classes
@@ -68,14 +68,14 @@ def test_a_path_may_be_registered_again_and_a_name_stands_for_one_yaml(own, tmp_
 def test_the_json_is_read_once_for_all_metadata(own, monkeypatch):
     name, _ = own("instances")
     reads, read = [], json.loads
-    monkeypatch.setattr("fcclip.files.json.loads", lambda *words: reads.append(1) or read(*words))
+    monkeypatch.setattr("fcclip.files.json.loads", lambda *arguments: reads.append(1) or read(*arguments))
     metadata = MetadataCatalog.get(name)
     assert metadata.thing_dataset_id_to_contiguous_id[7] == CAR
     assert metadata.stuff_dataset_id_to_contiguous_id[3] == PERSON
     assert len(reads) == 1
 
 
-def test_a_yaml_that_is_no_data_set_or_not_registered_is_refused(own, tmp_path):
+def test_a_yaml_that_is_not_a_data_set_or_not_registered_is_refused(own, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("type: boxes")
     with pytest.raises(ValueError, match="broken.yaml: key 'images' is missing"):
@@ -112,18 +112,18 @@ def test_own_data_are_trained_on(own, detectron2_cfg, tmp_path):
 
 def only(head):
     """Settings with this head on alone."""
-    return {f"MODEL__MASK_FORMER__TEST__{one}_ON": one == head for one in HEADS}
+    return {f"MODEL__MASK_FORMER__TEST__{name}_ON": name == head for name in HEADS}
 
 
 def perfect(number):
     """The instances of an image of `own_world`."""
     labels = classes_of(number)
     classes = [index for index in (CAR, PERSON) if (labels == index).any()]
-    found = Instances(labels.shape)
-    found.pred_masks = torch.stack([torch.from_numpy(labels == index) for index in classes])
-    found.pred_boxes = BitMasks(found.pred_masks).get_bounding_boxes()
-    found.pred_classes, found.scores = torch.tensor(classes), torch.ones(len(classes))
-    return found
+    instances = Instances(labels.shape)
+    instances.pred_masks = torch.stack([torch.from_numpy(labels == index) for index in classes])
+    instances.pred_boxes = BitMasks(instances.pred_masks).get_bounding_boxes()
+    instances.pred_classes, instances.scores = torch.tensor(classes), torch.ones(len(classes))
+    return instances
 
 
 def test_average_precision_of_own_instances_counts_the_things_of_the_json(own, detectron2_cfg, tmp_path):
@@ -133,8 +133,8 @@ def test_average_precision_of_own_instances_counts_the_things_of_the_json(own, d
     evaluator.reset()
     for number, record in enumerate(DatasetCatalog.get(name)[:4]):
         evaluator.process([record], [{"instances": perfect(number)}])
-    found = evaluator.evaluate()["segm"]
-    assert found["AP"] == found["AP-car"] == found["AP-person"] == pytest.approx(100)
+    metrics = evaluator.evaluate()["segm"]
+    assert metrics["AP"] == metrics["AP-car"] == metrics["AP-person"] == pytest.approx(100)
 
 
 def test_miou_of_own_label_maps(own, detectron2_cfg, tmp_path):
@@ -160,8 +160,8 @@ def test_what_detectron2_cannot_evaluate_of_own_panoptic_data_is_refused_before_
             build_evaluator(detectron2_cfg(DATASETS__TEST=(name,), **only(head)), name)
 
     def say_what_is_a_thing(content):
-        for one in content["categories"]:
-            one["isthing"] = int(one["name"] != "grass")
+        for category in content["categories"]:
+            category["isthing"] = int(category["name"] != "grass")
 
     edit_json(path.parent / "labels.json", say_what_is_a_thing)
     assert build_evaluator(detectron2_cfg(DATASETS__TEST=(name,), **only("PANOPTIC")), name) is not None

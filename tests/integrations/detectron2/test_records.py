@@ -43,7 +43,7 @@ def test_polygons_are_drawn_at_the_size_of_the_image():
     assert torch.equal(targets.expand(), MASKS[:1])
 
 
-def test_a_image_without_segments_stays_one():
+def test_an_image_without_segments_stays_one():
     empty = Instances((6, 8), gt_classes=torch.zeros(0, dtype=torch.int64), gt_masks=torch.zeros(0, 6, 8))
     targets = targets_from_instances(empty)
     assert len(targets) == 0 and targets.image_size == (6, 8)
@@ -73,24 +73,24 @@ def test_ground_truth_that_cannot_train_is_refused():
 
 
 @pytest.fixture
-def found():
+def predicted():
     boxes = structures.boxes_of_masks(MASKS)
     return structures.Instances(torch.tensor([0.9, 0.2]), torch.tensor([0, 2]), MASKS, boxes)
 
 
-def test_predictions_have_the_published_fields(found):
-    output = output_to_detectron2({"instances": found, "sem_seg": MASKS, "panoptic_seg": (LABELS, [])})
+def test_predictions_have_the_published_fields(predicted):
+    output = output_to_detectron2({"instances": predicted, "sem_seg": MASKS, "panoptic_seg": (LABELS, [])})
     assert output["sem_seg"] is MASKS and output["panoptic_seg"] == (LABELS, [])
     instances = output["instances"]
     assert instances.image_size == (6, 8)
     assert instances.pred_masks.dtype == torch.float32 and torch.equal(instances.pred_masks.bool(), MASKS)
     assert instances.pred_boxes.tensor.tolist() == [[2, 1, 7, 4], [0, 0, 0, 0]]
-    assert instances.scores is found.scores and instances.pred_classes is found.pred_classes
+    assert instances.scores is predicted.scores and instances.pred_classes is predicted.pred_classes
     assert output_to_detectron2({"sem_seg": MASKS}) == {"sem_seg": MASKS}
 
 
-def test_detectron2_writes_and_draws_the_predictions(found):
-    instances = instances_to_detectron2(found)
+def test_detectron2_writes_and_draws_the_predictions(predicted):
+    instances = instances_to_detectron2(predicted)
     rows = instances_to_coco_json(instances, 7)
     assert [(row["image_id"], row["category_id"], row["bbox"]) for row in rows] == [
         (7, 0, [2, 1, 5, 3]),

@@ -102,7 +102,7 @@ def test_a_run_is_resumed_with_its_optimiser_and_schedule(cfg, quiet, tmp_path):
     again = Trainer(cfg)
     again.resume_or_load(resume=True)
     assert again.start_iter == 2 and again.scheduler.last_epoch == trainer.scheduler.last_epoch
-    first, second = (one.optimizer.state_dict()["state"][0] for one in (trainer, again))
+    first, second = (run.optimizer.state_dict()["state"][0] for run in (trainer, again))
     assert torch.equal(first["exp_avg"], second["exp_avg"]) and second["step"] == 2
     assert all(torch.equal(value, weights(again.model)[name]) for name, value in weights(trainer.model).items())
     again.train()
@@ -114,15 +114,15 @@ def test_checkpoints_leave_the_frozen_clip_out_unless_it_is_in_no_other_file(sha
     for random_clip in (True, False):
         cfg = detectron2_cfg(tiny=random_clip, **changes)
         Trainer(cfg).train()
-        held = torch.load(tmp_path / "model_final.pth", weights_only=True)
-        assert any(key.startswith("backbone.") for key in held["model"]) == random_clip
-        assert held["clip"]["weights"] and "META_ARCHITECTURE: FCCLIP" in held["config"]
+        content = torch.load(tmp_path / "model_final.pth", weights_only=True)
+        assert any(key.startswith("backbone.") for key in content["model"]) == random_clip
+        assert content["clip"]["weights"] and "META_ARCHITECTURE: FCCLIP" in content["config"]
 
 
 # ---- optimiser and schedule ----
 
 
-def test_a_training_knows_its_own_words_alone_and_its_checkpoints_say_them(cfg, quiet, tmp_path):
+def test_a_training_knows_its_own_classes_alone_and_its_checkpoints_name_them(cfg, quiet, tmp_path):
     own = Vocabulary.from_names("zebra; red circle", name="own")
     start = Trainer(cfg)
     content = {"model": model_weights(start.model), "former_vocabulary": vocabulary_note(own)}
@@ -132,8 +132,8 @@ def test_a_training_knows_its_own_words_alone_and_its_checkpoints_say_them(cfg, 
     trainer.resume_or_load(resume=False)
     assert trainer.model.seen_vocabulary == Vocabulary.builtin("shapes_seen")
     trainer.checkpointer.save("held")
-    held = trained_vocabulary(torch.load(tmp_path / "held.pth", weights_only=True))
-    assert held.synonyms == Vocabulary.builtin("shapes_seen").synonyms
+    vocabulary = trained_vocabulary(torch.load(tmp_path / "held.pth", weights_only=True))
+    assert vocabulary.synonyms == Vocabulary.builtin("shapes_seen").synonyms
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["float32", "loss scaler"])
@@ -153,8 +153,8 @@ def test_a_step_of_the_optimiser_clips_true_gradients(cfg, scaled):
     (twin(inputs).square().sum() + 50 * twin[0].weight.sum()).backward()
     build_gradient_clipping(cfg)(trainable_parameters(reference))
     reference.step()
-    for found, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+    for parameter, expected in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, expected, rtol=1e-6, atol=1e-8)
 
 
 def test_the_schedule_is_detectron2s(cfg):
@@ -183,7 +183,7 @@ def test_mixed_precision_is_off_where_detectron2_has_none(cfg, caplog):
 def test_periodic_checkpoints_are_kept_as_the_config_says(cfg):
     for keep, expected in ((3, 3), (0, None)):
         cfg.SOLVER.CHECKPOINT_KEEP = keep
-        (hook,) = [one for one in Trainer(cfg)._hooks if isinstance(one, hooks.PeriodicCheckpointer)]
+        (hook,) = [hook for hook in Trainer(cfg)._hooks if isinstance(hook, hooks.PeriodicCheckpointer)]
         assert hook.max_to_keep == expected
 
 
