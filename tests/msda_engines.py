@@ -60,16 +60,16 @@ def built(tmp_path_factory) -> Callable[[str], Path]:
 @pytest.fixture(params=engines_and_devices())
 def engine(request, built, monkeypatch) -> Engine:
     """Every engine in turn, ready to run; skips, with the reason, what this machine cannot run."""
-    one: Engine = request.param
-    if one.device == "cuda" and not torch.cuda.is_available():
+    engine: Engine = request.param
+    if engine.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(built(one.name)))
-    availability = ENGINES[one.name].available(torch.device(one.device))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built(engine.name)))
+    availability = ENGINES[engine.name].available(torch.device(engine.device))
     if not availability:
         assert not availability.broken, availability.reason
         pytest.skip(availability.reason)
-    if one.name == "triton":  # each of its kernels is compiled for each test: without tuning, one of many
+    if engine.name == "triton":  # each of its kernels is compiled for each test: without tuning, one of many
         kernels = ENGINES["triton"]._kernels()
         for kernel in (kernels.forward, kernels.backward):
             monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
-    return one
+    return engine

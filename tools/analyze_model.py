@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,13 +44,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from fcclip.config import load_config
-from fcclip.errors import InputError
-from fcclip.files import write_atomically
+from fcclip.errors import InputError, run_program
+from fcclip.files import write_json
 from fcclip.modeling import FCCLIP, build_model
+from fcclip.modeling.inputs import padded_size
 from fcclip.modeling.pixel_decoder import MSDeformAttn
 from fcclip.modeling.text import encode_tokens
 from fcclip.structures import Targets, TextEmbeddings
 from fcclip.vocabulary import Vocabulary, prompts
+from fcclip.weights import frozen_prefixes
 
 aten = torch.ops.aten
 
@@ -60,11 +61,9 @@ MASKS, IN, OUT = "mask decoder", "in-vocabulary scores", "out-of-vocabulary scor
 PREPARATION, OUTPUTS, LOSSES, BACKWARD = "preparation", "outputs", "losses", "backward pass"
 PARTS = (PREPARATION, IMAGE, PIXELS, MASKS, IN, OUT, OUTPUTS, LOSSES, BACKWARD)  # in the order in which they run
 
-# The first prefix that fits says where a parameter belongs.
+# The first prefix that fits says where a parameter belongs: of the frozen parts, and of all others.
+_FROZEN_OWNERS = (("clip_model.visual.", IMAGE), ("clip_model.logit_scale", OUT), ("clip_model.", TEXT))
 _OWNERS = (
-    ("backbone.clip_model.visual.", IMAGE),
-    ("backbone.clip_model.logit_scale", OUT),
-    ("backbone.clip_model.", TEXT),
     ("sem_seg_head.pixel_decoder.", PIXELS),
     ("sem_seg_head.predictor.class_embed.", IN),
     ("sem_seg_head.predictor._mask_pooling_proj.", IN),
@@ -77,7 +76,7 @@ _TEXT_CHUNK = 256  # prompts that are encoded at once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Analyses the model of a config and prints what was found."""
+    """Analyses the model of a config and prints its cost."""
     args = parse_arguments(arguments)
     began = time.perf_counter()
     cfg = load_config(args.config_file, args.opts)
@@ -88,8 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_report(report, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
     print(f"\nread {args.config_file}; analysed in {time.perf_counter() - began:.1f} s")
     if args.json:
-        content = json.dumps(report, indent=2) + "\n"
-        write_atomically(args.json, lambda file: file.write(content.encode()))
+        write_json(args.json, report, indent=2)
         print(f"wrote {args.json}")
     return 0
 
@@ -97,30 +95,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; what follows the numbers of --size belongs to KEY VALUE."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML file, or the name of a shipped one")
-    parser.add_argument(
-        "--size",
-        nargs="+",
-        metavar=("H", "W"),
-        help="of the images in pixels; one number for a square (default: INPUT.IMAGE_SIZE)",
-    )
-    parser.add_argument("--batch", type=int, default=1, metavar="B", help="images (default: 1)")
-    parser.add_argument("--training", action="store_true", help="also a training step with AdamW")
-    parser.add_argument(
-        "--segments", type=int, default=_SEGMENTS, metavar="N", help="of a training image (default: %(default)s)"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers there")
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys that override the file"
-    )
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="YAML file, or the name of a shipped one")
+    size = "of the images in pixels; one number for a square (default: INPUT.IMAGE_SIZE)"
+    add("--size", nargs="+", metavar=("H", "W"), help=size)
+    add("--batch", type=int, default=1, metavar="B", help="images (default: 1)")
+    add("--training", action="store_true", help="also a training step with AdamW")
+    add("--segments", type=int, default=_SEGMENTS, metavar="N", help="of a training image (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="also write the numbers there")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys that override the file")
     args = parser.parse_args(arguments)
     if args.size is not None:
-        count = next((i for i, word in enumerate(args.size) if not word.isdigit()), len(args.size))
-        size, args.opts = [int(word) for word in args.size[:count]], [*args.size[count:], *args.opts]
+        count = next((i for i, text in enumerate(args.size) if not text.isdigit()), len(args.size))
+        size, args.opts = [int(text) for text in args.size[:count]], [*args.size[count:], *args.opts]
         if len(size) not in (1, 2):
             parser.error(f"--size takes one or two numbers of pixels, got {' '.join(args.size)}")
         args.size = (size[0], size[-1])
-    late = [word for word in args.opts if word.startswith("--")]
+    late = [text for text in args.opts if text.startswith("--")]
     if late:
         parser.error(f"{late[0]} must come before KEY VALUE")
     if min(args.batch, args.segments, *(args.size or (1,))) < 1:
@@ -151,17 +142,16 @@ def analyse(cfg: CfgNode, *, height: int, width: int, batch: int = 1, segments: 
     if vocabulary is None:
         raise InputError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set, its classes are what is scored")
     text = text_cost(model, vocabulary)
-    model.text_encoder = ShapedWords(model.backbone.embed_dim)
+    model.text_encoder = ShapedText(model.backbone.embed_dim)
     image = torch.empty(3, height, width, dtype=torch.uint8, device="meta")
     with recording(model) as inference:
         model([{"image": image}] * batch, vocabulary=vocabulary, semantic="labels")
-    parameters = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    parameters, buffers = _bytes(model.parameters()), _bytes(model.buffers())
     report = {
         "schema": 1,
         "clip": cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME,
         "size": [height, width],
-        "padded_size": [_padded(side, cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY) for side in (height, width)],
+        "padded_size": list(padded_size([(height, width)], model.size_divisibility)),
         "batch": batch,
         "queries": cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES,
         "vocabulary": {"name": vocabulary.name, "classes": len(vocabulary), **text},
@@ -203,8 +193,9 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
         ValueError: a parameter of a part that is not known here.
     """
     counts = {part: {"parameters": 0, "trainable": 0} for part in (IMAGE, TEXT, PIXELS, MASKS, IN, OUT)}
+    frozen = [(f"{root}{prefix}", part) for root in frozen_prefixes(model) for prefix, part in _FROZEN_OWNERS]
     for name, weight in model.named_parameters():
-        part = next((part for prefix, part in _OWNERS if name.startswith(prefix)), None)
+        part = next((part for prefix, part in (*frozen, *_OWNERS) if name.startswith(prefix)), None)
         if part is None:
             raise InputError(f"parameter '{name}' belongs to no part that is known to this tool")
         counts[part]["parameters"] += weight.numel()
@@ -213,11 +204,11 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
 
 
 def text_cost(model: FCCLIP, vocabulary: Vocabulary) -> dict[str, int]:
-    """Words, prompts and FLOPs of encoding a vocabulary, which happens once; prompts are cut as when they are
-    encoded."""
-    clip = model.backbone.clip_model
-    words = list(dict.fromkeys(word for synonyms in vocabulary.synonyms for word in synonyms))
-    tokens = open_clip.tokenize(prompts(words), context_length=int(clip.positional_embedding.shape[0]))
+    """Class names with synonyms (`words`), prompts and FLOPs of encoding a vocabulary, which happens once; prompts are
+    cut as when they are encoded."""
+    clip = model.text_encoder.clip_model
+    names = list(dict.fromkeys(name for synonyms in vocabulary.synonyms for name in synonyms))
+    tokens = open_clip.tokenize(prompts(names), context_length=int(clip.positional_embedding.shape[0]))
     flops, of_shape = 0, {}
     for chunk in tokens.split(_TEXT_CHUNK):
         shape = (len(chunk), int(chunk.argmax(dim=-1).max()))
@@ -226,7 +217,7 @@ def text_cost(model: FCCLIP, vocabulary: Vocabulary) -> dict[str, int]:
                 encode_tokens(clip, chunk)
             of_shape[shape] = recorder.flops
         flops += of_shape[shape]
-    return {"words": len(words), "prompts": len(tokens), "flops": flops}
+    return {"words": len(names), "prompts": len(tokens), "flops": flops}
 
 
 def training_cost(
@@ -248,9 +239,8 @@ def training_cost(
         with recorder.within(BACKWARD):
             loss.backward()
     model.eval()
-    trainable = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
-    for weight in model.parameters():
-        weight.grad = None
+    model.zero_grad()
+    trainable = _bytes(weight for weight in model.parameters() if weight.requires_grad)
     return {
         "segments": segments,
         "parts": recorder.as_dict(),
@@ -266,7 +256,11 @@ def training_cost(
     }
 
 
-class ShapedWords:
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class ShapedText:
     """Stands in for the text encoder: vectors of the right shape."""
 
     def __init__(self, embed_dim: int) -> None:
@@ -274,10 +268,10 @@ class ShapedWords:
 
     def encode(self, vocabulary: Vocabulary) -> TextEmbeddings:
         """As `TextEncoder.encode`, without values."""
-        num_words = sum(len(synonyms) for synonyms in vocabulary.synonyms)
+        num_names = sum(len(synonyms) for synonyms in vocabulary.synonyms)
         return TextEmbeddings(
-            vectors=torch.empty(num_words, self.embed_dim, device="meta"),
-            class_of_vector=torch.empty(num_words, dtype=torch.int64, device="meta"),
+            vectors=torch.empty(num_names, self.embed_dim, device="meta"),
+            class_of_vector=torch.empty(num_names, dtype=torch.int64, device="meta"),
             num_classes=len(vocabulary),
         )
 
@@ -414,10 +408,9 @@ class Recorder(TorchDispatchMode):
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
-            inside = (
-                func._overloadpacket is aten.grid_sampler_2d and self._operator_depth
-            )  # the operator's own counts it
-            self._cost.flops += 0 if inside else formula(*args, **kwargs, out_val=result)
+            # inside the operator, its own formula counts the samples
+            is_counted = func._overloadpacket is aten.grid_sampler_2d and self._operator_depth
+            self._cost.flops += 0 if is_counted else formula(*args, **kwargs, out_val=result)
             self._cost.activations += outputs[0].numel() if self._part != BACKWARD else 0
         known = {id(tensor.untyped_storage()) for tensor in inputs}
         for tensor in outputs:
@@ -513,18 +506,18 @@ def _fused_attention(
 @contextlib.contextmanager
 def _autocast_on_meta() -> Iterator[None]:
     """Lets code ask for autocast, and turn it off, on the meta device, which torch knows no autocast for: it is off."""
-    asked, switch = torch.is_autocast_enabled, torch.autocast
+    is_enabled, switch = torch.is_autocast_enabled, torch.autocast
 
     class Switch(switch):
         def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
             super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
-    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else asked(*device)
+    torch.is_autocast_enabled = lambda *device: False if device == ("meta",) else is_enabled(*device)
     torch.autocast = Switch
     try:
         yield
     finally:
-        torch.is_autocast_enabled, torch.autocast = asked, switch
+        torch.is_autocast_enabled, torch.autocast = is_enabled, switch
 
 
 @contextlib.contextmanager
@@ -583,59 +576,41 @@ _WORST_CASES: Mapping[Any, Callable] = {
 }
 
 
-def _padded(side: int, divisibility: int) -> int:
-    step = max(1, divisibility)
-    return -(-side // step) * step
-
-
 # ---- printing ----
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """The tables."""
     height, width = report["padded_size"]
-    words = report["vocabulary"]
+    vocabulary, counts = report["vocabulary"], report["parameters"]
+    costs, memory = report["inference"]["parts"], report["inference"]["memory"]
     console.print(
         f"{report['clip']}, {report['batch']} x {height} x {width} pixels, {report['queries']} queries, "
-        f"{words['classes']} classes with {words['words']} words ('{words['name']}')\n"
+        f"{vocabulary['classes']} classes, with synonyms {vocabulary['words']} names ('{vocabulary['name']}')\n"
     )
     table = _table("part", "parameters", "trainable", "GFLOPs", "activ., M", "peak, MiB")
-    counts, costs = report["parameters"], report["inference"]["parts"]
-    for part in (*(part for part in PARTS if part in counts or part in costs), None):
-        own = counts.get(part, {}) if part else _sums(counts)
-        cost = costs.get(part, {}) if part else _sums(costs)
-        if part is None:
-            own = {key: value - counts[TEXT][key] for key, value in own.items()}
-            cost["peak"] = report["inference"]["memory"]["activations"]
-            table.add_section()
-        table.add_row(
-            part or "an inference",
-            *(_count(own.get(key, 0)) for key in ("parameters", "trainable")),
-            *_cost_cells(cost, "peak"),
-        )
+    for part in PARTS:
+        if part in counts or part in costs:
+            table.add_row(part, *_count_cells(counts.get(part, {})), *_cost_cells(costs.get(part, {}), "peak"))
     table.add_section()
-    text = counts[TEXT]
-    table.add_row(
-        f"{TEXT}, once", _count(text["parameters"]), _count(text["trainable"]), _short(words["flops"] / 1e9), "-", "-"
-    )
-    total = _sums(counts)
-    table.add_row("all parameters", _count(total["parameters"]), _count(total["trainable"]), "", "", "")
+    total, text = _sums(counts), counts[TEXT]
+    used = {key: total[key] - text[key] for key in total}
+    all_costs = {**_sums(costs), "peak": memory["activations"]}
+    table.add_row("an inference", *_count_cells(used), *_cost_cells(all_costs, "peak"))
+    table.add_section()
+    table.add_row(f"{TEXT}, once", *_count_cells(text), _short(vocabulary["flops"] / 1e9), "-", "-")
+    table.add_row("all parameters", *_count_cells(total), "", "", "")
     console.print(table)
-    memory = report["inference"]["memory"]
-    _print_memory(
-        console,
-        "memory of an inference",
-        {
-            "parameters": memory["parameters"],
-            "buffers": memory["buffers"],
-            f"activations at their peak ({memory['peak_part']})": memory["activations"],
-            "sum": memory["total"],
-        },
-    )
+    rows = {
+        "parameters": memory["parameters"],
+        "buffers": memory["buffers"],
+        f"activations at their peak ({memory['peak_part']})": memory["activations"],
+    }
+    _print_memory(console, "memory of an inference", rows, memory["total"])
     if "training" in report:
         _print_training(report["training"], console)
     console.print(
-        f"\nThe text tower encodes {words['prompts']:,} prompts once a vocabulary; later they come from the cache. "
+        f"\nThe text tower encodes {vocabulary['prompts']:,} prompts once a vocabulary; then they come from the cache. "
         "FLOPs: two for each multiply-add of convolutions, linear layers, matrix products, attention, grid_sample and "
         "multi-scale deformable attention; norms, activation functions, softmax, resizing and matching do not count. "
         "activ.: elements that the counted operations put out. peak: tensors alive at most while a part runs, in "
@@ -644,36 +619,33 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 
 def _print_training(training: Mapping[str, Any], console: Console) -> None:
+    memory = training["memory"]
     table = _table("a training step", "GFLOPs", "activ., M", "saved, MiB", "peak, MiB")
     for part, cost in training["parts"].items():
         table.add_row(part, *_cost_cells(cost, "saved", "peak"))
     table.add_section()
-    memory = training["memory"]
     table.add_row("a step", *_cost_cells({**_sums(training["parts"]), "peak": memory["activations"]}, "saved", "peak"))
     console.print()
     console.print(table)
-    _print_memory(
-        console,
-        f"memory of training, {training['segments']} segments an image",
-        {
-            "parameters and buffers": memory["model"],
-            "state of AdamW": memory["adamw"],
-            f"activations and gradients at their peak ({memory['peak_part']})": memory["activations"],
-            "sum": memory["total"],
-        },
-    )
+    rows = {
+        "parameters and buffers": memory["model"],
+        "state of AdamW": memory["adamw"],
+        f"activations and gradients at their peak ({memory['peak_part']})": memory["activations"],
+    }
+    title = f"memory of training, {training['segments']} segments an image"
+    _print_memory(console, title, rows, memory["total"])
     console.print(
         f"\nAll gradients take {_mebi(memory['gradients'])} MiB; for them the forward pass saves "
         f"{_mebi(memory['saved'])} MiB (saved), of which mixed precision halves a part."
     )
 
 
-def _print_memory(console: Console, title: str, rows: Mapping[str, int]) -> None:
+def _print_memory(console: Console, title: str, rows: Mapping[str, int], total: int) -> None:
     table = _table(title, "MiB")
     for name, size in rows.items():
-        if name == "sum":
-            table.add_section()
         table.add_row(name, _mebi(size))
+    table.add_section()
+    table.add_row("sum", _mebi(total))
     console.print()
     console.print(table)
 
@@ -691,13 +663,13 @@ def _sums(rows: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
     return {key: sum(row.get(key, 0) for row in rows.values()) for key in keys}
 
 
+def _count_cells(counts: Mapping[str, int]) -> list[str]:
+    return [f"{counts[key]:,}" if counts.get(key) else "-" for key in ("parameters", "trainable")]
+
+
 def _cost_cells(cost: Mapping[str, int], *memory: str) -> tuple[str, ...]:
     counts = _short(cost.get("flops", 0) / 1e9), _short(cost.get("activations", 0) / 1e6)
     return *counts, *(_mebi(cost.get(key, 0)) for key in memory)
-
-
-def _count(value: int) -> str:
-    return f"{value:,}" if value else "-"
 
 
 def _short(value: float) -> str:
@@ -710,7 +682,4 @@ def _mebi(size: int) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_program(main))

@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
-import json
 import logging
 import operator
 import os
@@ -33,14 +31,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import benchmark_ops
 import cv2
 import numpy as np
 import torch
+from benchmark_ops import add_arguments, load_peer
 from fvcore.common.config import CfgNode
 from PIL import Image
 from rich.console import Console
@@ -50,7 +49,7 @@ from fcclip.config import get_cfg, load_config, resolve_device
 from fcclip.data import build_train_mapper
 from fcclip.engine import amp_dtype, apply_numeric_settings, build_trainer, environment_report, peak_memory_mb
 from fcclip.engine.metrics import History
-from fcclip.errors import InputError
+from fcclip.errors import InputError, run_program
 from fcclip.evaluation import (
     EvaluationThreads,
     Evaluator,
@@ -61,7 +60,7 @@ from fcclip.evaluation import (
     encode_masks,
     write_id_map,
 )
-from fcclip.files import write_atomically
+from fcclip.files import write_json
 from fcclip.modeling import build_model
 from fcclip.modeling.output_masks import OutputMasks
 from fcclip.modeling.outputs import semantic_inference, semantic_labels
@@ -70,56 +69,64 @@ from fcclip.vocabulary import Vocabulary
 
 WARM_UP = 3  # steps that are not counted: caches fill, cuDNN chooses, the frozen copy is made
 PARTS = ("data_time", "forward_time", "backward_time", "step_time")
-PEERS = Path(__file__).resolve().parents[1] / "benchmarks" / "peers"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints, and writes the results where --output says."""
     options = parse_arguments(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        report = options.run(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    report = options.run(options)
     if options.output:
         path = Path(options.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write((json.dumps(report, indent=1) + "\n").encode()))
+        write_json(path, report, indent=1)
         print(f"written to {path}")
     return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = parser.add_subparsers(required=True, metavar="WHAT")
-    step = kinds.add_parser("training-step", help="one step of training: time split and peak memory")
-    step.add_argument("--config-file", required=True, metavar="FILE")
-    step.add_argument("--batch", type=int, nargs="+", default=[2], metavar="N", help="images a step (default 2)")
-    step.add_argument("--largest", action="store_true", help="also the largest batch that fits the GPU")
-    step.add_argument("--size", type=int, default=1024, metavar="PIXELS", help="side of the images (default 1024)")
-    step.add_argument("--segments", type=int, default=12, metavar="N", help="segments an image (default 12)")
-    step.add_argument("--steps", type=int, default=20, metavar="N", help=f"counted steps, after {WARM_UP} (default 20)")
-    step.add_argument("--output", metavar="FILE", help="JSON file for the results")
-    step.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys")
-    step.set_defaults(run=benchmark_training_step)
-    mapper = kinds.add_parser("mapper", help="the panoptic training mapper beside the published steps")
-    mapper.add_argument("--images", type=int, default=24, metavar="N", help="made-up images (default 24)")
-    mapper.add_argument("--rounds", type=int, default=8, metavar="N", help="times each is mapped (default 8)")
-    mapper.add_argument("--size", type=int, default=1024, metavar="PIXELS", help="side of the canvas (default 1024)")
-    mapper.add_argument("--segments", type=int, default=12, metavar="N", help="segments an image (default 12)")
-    mapper.add_argument("--output", metavar="FILE", help="JSON file for the results")
-    mapper.set_defaults(run=benchmark_mapper)
-    evaluation = kinds.add_parser("evaluation", help="evaluators beside the published steps, and beside a network")
-    evaluation.add_argument("--images", type=int, default=8, metavar="N", help="made-up images (default 8)")
-    evaluation.add_argument("--rounds", type=int, default=5, metavar="N", help="times each is evaluated (default 5)")
-    evaluation.add_argument("--size", type=int, nargs=2, default=[640, 960], metavar="PIXELS", help="height and width")
-    evaluation.add_argument("--classes", type=int, default=150, metavar="N", help="classes (default 150)")
-    evaluation.add_argument("--segments", type=int, default=20, metavar="N", help="segments an image (default 20)")
-    evaluation.add_argument("--queries", type=int, default=100, metavar="N", help="masks of the network (default 100)")
-    evaluation.add_argument("--instances", type=int, default=100, metavar="N", help="instances an image (default 100)")
-    evaluation.add_argument("--output", metavar="FILE", help="JSON file for the results")
-    evaluation.set_defaults(run=benchmark_evaluation)
-    benchmark_ops.add_arguments(kinds.add_parser("ops", help="multi-scale deformable attention, all engines in turns"))
+    commands = parser.add_subparsers(required=True, metavar="WHAT")
+
+    def command(name: str, run: Callable, description: str, numbers: Mapping[str, tuple[Any, str]]) -> Callable:
+        """`numbers`: option -> its default and what it counts."""
+        own = commands.add_parser(name, help=description)
+        own.set_defaults(run=run)
+        for option, (default, what) in numbers.items():
+            several = {"nargs": 2} if isinstance(default, list) else {}
+            own.add_argument(
+                option, type=int, default=default, metavar="N", help=f"{what} (default {default})", **several
+            )
+        own.add_argument("--output", metavar="FILE", help="JSON file for the results")
+        return own.add_argument
+
+    numbers = {
+        "--size": (1024, "side of the images in pixels"),
+        "--segments": (12, "segments an image"),
+        "--steps": (20, f"counted steps, after {WARM_UP} others"),
+    }
+    add = command("training-step", benchmark_training_step, "one step of training: time split and peak memory", numbers)
+    add("--config-file", required=True, metavar="FILE")
+    add("--batch", type=int, nargs="+", default=[2], metavar="N", help="images a step (default 2)")
+    add("--largest", action="store_true", help="also the largest batch that fits the GPU")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys")
+    numbers = {
+        "--images": (24, "made-up images"),
+        "--rounds": (8, "times each is mapped"),
+        "--size": (1024, "side of the canvas in pixels"),
+        "--segments": (12, "segments an image"),
+    }
+    command("mapper", benchmark_mapper, "the panoptic training mapper beside the published steps", numbers)
+    numbers = {
+        "--images": (8, "made-up images"),
+        "--rounds": (5, "times each is evaluated"),
+        "--size": ([640, 960], "height and width in pixels"),
+        "--classes": (150, "classes"),
+        "--segments": (20, "segments an image"),
+        "--queries": (100, "masks of the network"),
+        "--instances": (100, "instances an image"),
+    }
+    command("evaluation", benchmark_evaluation, "evaluators beside the published steps, and beside a network", numbers)
+    add_arguments(commands.add_parser("ops", help="multi-scale deformable attention, all engines in turns"))
     return parser.parse_args(arguments)
 
 
@@ -166,12 +173,11 @@ def measure_step(cfg: CfgNode, batch: int, options: argparse.Namespace) -> dict[
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    words = Vocabulary.from_names([f"class {index}" for index in range(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)])
-    model = build_model(cfg, train_vocabulary=words, test_vocabulary=words)
-    samples = [made_up_sample(index, options.size, options.segments, len(words)) for index in range(batch)]
-    trainer = build_trainer(
-        cfg, model, batches=lambda start: itertools.repeat(samples), device=device, vocabulary=words
-    )
+    vocabulary = Vocabulary.from_names([f"class {index}" for index in range(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)])
+    model = build_model(cfg, train_vocabulary=vocabulary, test_vocabulary=vocabulary)
+    samples = [made_up_sample(index, options.size, options.segments, len(vocabulary)) for index in range(batch)]
+    every_step = itertools.repeat(samples)
+    trainer = build_trainer(cfg, model, batches=lambda start: every_step, device=device, vocabulary=vocabulary)
     trainer.model.train()
     batches = trainer.batches(0)
     for _ in range(WARM_UP):
@@ -225,7 +231,7 @@ def made_up_sample(index: int, size: int, segments: int, num_classes: int) -> di
 
 def _print(report: dict[str, Any]) -> None:
     environment = report["environment"]
-    table = Table(title=f"one training step, {report['ground_truth'][1]} x {report['ground_truth'][2]} pixels")
+    table = Table(title=f"one training step, {report['image'][1]} x {report['image'][2]} pixels")
     for name in ("batch", "seconds", "images/s", "forward", "backward", "step", "peak, MiB"):
         table.add_column(name, justify="right")
     for row in report["rows"]:
@@ -254,51 +260,56 @@ def benchmark_mapper(options: argparse.Namespace) -> dict[str, Any]:
     cfg = get_cfg()
     cfg.INPUT.FORMAT, cfg.INPUT.DATASET_MAPPER_NAME, cfg.INPUT.IMAGE_SIZE = "RGB", "coco_panoptic_lsj", options.size
     ours, published = build_train_mapper(cfg), load_peer("published_panoptic_lsj").map_record
-
-    def theirs(record: dict, rng: np.random.Generator) -> dict[str, Any]:
-        return published(record, rng, size=options.size)
-
+    published = partial(published, size=options.size)
     with tempfile.TemporaryDirectory() as folder, one_thread():
         records = made_up_records(Path(folder), options.images, options.segments)
         for index, record in enumerate(records):
-            check_equal(ours(record, np.random.default_rng(index)), theirs(record, np.random.default_rng(index)))
-        rounds = [mapping_times({"ours": ours, "published": theirs}, records, turn) for turn in range(options.rounds)]
-    seconds = {name: [one[name] for one in rounds] for name in rounds[0]}
-    ratios = [slow / fast for fast, slow in zip(seconds["ours"], seconds["published"])]
+            check_equal(ours(record, np.random.default_rng(index)), published(record, np.random.default_rng(index)))
+
+        def mapping(mapper: Callable[..., Any], record: dict, turn: int) -> None:
+            mapper(record, np.random.default_rng((turn, record["image_id"])))  # the same augmentations for both
+
+        compared = compare(partial(mapping, ours), partial(mapping, published), records, options.rounds)
     report = {
         "benchmark": "mapper",
         "mapper": "coco_panoptic_lsj",
-        "images": [480, 640],
+        "image": [480, 640],
         "canvas": options.size,
         "segments": options.segments,
         "samples": options.images * options.rounds,
-        "seconds": seconds,
-        "images_per_second": {name: 1 / statistics.median(values) for name, values in seconds.items()},
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
+        **compared,
+        "images_per_second": {name: 1 / seconds for name, seconds in compared["seconds"].items()},
         "environment": environment_report(torch.device("cpu")),
     }
-    for name, values in seconds.items():
-        per_second = report["images_per_second"][name]
-        print(f"{name:>9}: {1000 * statistics.median(values):6.2f} ms an image, {per_second:.1f} images/s")
-    print(
-        f"ratio {report['ratio']:.2f} (median of {options.rounds} rounds, {min(ratios):.2f} to {max(ratios):.2f}); "
-        f"{options.images} samples compared, all equal"
-    )
+    for name, seconds in compared["seconds"].items():
+        print(f"{name:>9}: {1000 * seconds:6.2f} ms an image, {1 / seconds:.1f} images/s")
+    print(f"{_ratio(compared)}, {options.rounds} rounds; {options.images} samples compared, all equal")
     return report
 
 
-def mapping_times(mappers: dict[str, Callable[..., Any]], records: Sequence[dict], turn: int) -> dict[str, float]:
-    """Mean seconds an image of each mapper. They take turns image after image, with the same augmentations, so
-    that whatever else the machine does slows all of them."""
-    spent = dict.fromkeys(mappers, 0.0)
-    for index, record in enumerate(records):
-        names = list(mappers) if (turn + index) % 2 == 0 else list(reversed(mappers))
-        for name in names:
+def compare(ours: Callable, published: Callable, images: Sequence, rounds: int) -> dict[str, Any]:
+    """Median seconds an image of both, and how many times longer the published one takes, over the rounds.
+
+    They take turns image after image, so that whatever else the machine does slows both.
+
+    Args:
+        ours, published: called with an image and the number of the round.
+        images: what they work on.
+    """
+    functions = {"ours": ours, "published": published}
+    seconds = {name: [0.0] * rounds for name in functions}
+    for turn, (index, image) in itertools.product(range(rounds), enumerate(images)):
+        for name in functions if (turn + index) % 2 == 0 else reversed(functions):
             began = time.perf_counter()
-            mappers[name](record, np.random.default_rng((turn, index)))
-            spent[name] += time.perf_counter() - began
-    return {name: seconds / len(records) for name, seconds in spent.items()}
+            functions[name](image, turn)
+            seconds[name][turn] += (time.perf_counter() - began) / len(images)
+    ratios = [slow / fast for fast, slow in zip(seconds["ours"], seconds["published"])]
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {"seconds": medians, "ratio": statistics.median(ratios), "ratios": ratios, "rounds": seconds}
+
+
+def _ratio(compared: Mapping[str, Any]) -> str:
+    return f"ratio {compared['ratio']:.2f} ({min(compared['ratios']):.2f} to {max(compared['ratios']):.2f})"
 
 
 def check_equal(ours: dict[str, Any], published: dict[str, Any]) -> None:
@@ -320,26 +331,26 @@ def made_up_records(folder: Path, count: int, segments: int) -> list[dict]:
     for index in range(count):
         rng = np.random.default_rng(index)
         height, width = (640, 480) if index % 4 == 3 else (480, 640)
-        smooth = np.asarray(
-            Image.fromarray(rng.integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8)).resize(
-                (width, height)
-            )
-        )
+        coarse = Image.fromarray(rng.integers(0, 256, (height // 20, width // 20, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((width, height)))
         noisy = (smooth + rng.normal(0, 12, smooth.shape)).clip(0, 255).astype(np.uint8)
         Image.fromarray(noisy).save(folder / f"{index}.jpg", quality=90)
-        rows, columns = np.mgrid[:height, :width] + 20 * np.sin(np.mgrid[:height, :width][::-1] / 15)
-        centres = rng.random((segments + 1, 2)) * (height, width)
-        nearest = np.argmin([(rows - y) ** 2 + (columns - x) ** 2 for y, x in centres], axis=0)
-        ids = np.array([0, *rng.choice(np.arange(1, 1 << 24), segments, replace=False)])
-        pixels = ids[nearest]
-        colours = np.stack([pixels & 255, pixels >> 8 & 255, pixels >> 16], axis=-1)
-        Image.fromarray(colours.astype(np.uint8)).save(folder / f"{index}.png")
-        segments_info = [
-            {"id": int(one), "category_id": int(rng.integers(133)), "isthing": True, "iscrowd": 0} for one in ids[1:]
-        ]
+        numbers, ids = wavy_segments(rng, (height, width), segments)
+        write_id_map(folder / f"{index}.png", ids[numbers])
+        labels = [{"category_id": int(rng.integers(133)), "isthing": True, "iscrowd": 0} for _ in range(segments)]
+        described = [{"id": int(segment_id), **label} for segment_id, label in zip(ids[1:], labels)]
         names = {"file_name": str(folder / f"{index}.jpg"), "pan_seg_file_name": str(folder / f"{index}.png")}
-        records.append({**names, "image_id": index, "height": height, "width": width, "segments_info": segments_info})
+        records.append({**names, "image_id": index, "height": height, "width": width, "segments_info": described})
     return records
+
+
+def wavy_segments(rng: np.random.Generator, size: tuple[int, int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A map of segment numbers 0 (nothing) to `count`, (h, w), and the random id of each number, 0 for 0."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width] + 20 * np.sin(np.mgrid[:height, :width][::-1] / 15)
+    centres = rng.random((count + 1, 2)) * (height, width)
+    numbers = np.argmin([(rows - y) ** 2 + (columns - x) ** 2 for y, x in centres], axis=0)
+    return numbers, np.array([0, *rng.choice(np.arange(1, 1 << 24), count, replace=False)])
 
 
 # ---- evaluation ----
@@ -349,7 +360,7 @@ BUSY_IMAGES = 40  # beside which they are evaluated, so that what is done once f
 
 
 class MadeUpImage(NamedTuple):
-    """A record with its files, and what a network found there."""
+    """A record with its files, and what a network predicts for it."""
 
     record: dict
     output: dict[str, Any]  # panoptic_seg, sem_seg (labels), instances
@@ -378,14 +389,13 @@ def benchmark_evaluation(options: argparse.Namespace) -> dict[str, Any]:
         images, head = made_up_predictions(Path(folder), options)
         tasks = evaluation_tasks(peer, head, options.classes)
         for ours, published, same in tasks.values():
-            for ground_truth in images:
-                if not same(ours(ground_truth), published(ground_truth)):
-                    raise InputError(f"image {ground_truth.record['image_id']}: ours and the published steps differ")
+            for image in images:
+                if not same(ours(image), published(image)):
+                    raise InputError(f"image {image.record['image_id']}: ours and the published steps differ")
         rows = {}
         for name, (ours, published, _) in tasks.items():
-            both = {"ours": ours, "published": published}
-            rounds = [evaluation_times(both, images, turn) for turn in range(options.rounds)]
-            rows[name] = _ratios(rounds)
+            both = (lambda image, turn, run=run: run(image) for run in (ours, published))
+            rows[name] = compare(*both, images, options.rounds)
         added = added_to_network(images, options)
     report = {
         "benchmark": "evaluation",
@@ -398,10 +408,7 @@ def benchmark_evaluation(options: argparse.Namespace) -> dict[str, Any]:
     }
     for name, row in rows.items():
         ours, published = (1000 * row["seconds"][key] for key in ("ours", "published"))
-        print(
-            f"{name:>22}: ours {ours:7.2f} ms an image, published {published:7.2f} ms, ratio {row['ratio']:.2f} "
-            f"({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
-        )
+        print(f"{name:>22}: ours {ours:7.2f} ms an image, published {published:7.2f} ms, {_ratio(row)}")
     for name, row in added.items():
         print(f"{name:>22}: {1000 * row['seconds']:.1f} ms an image, {100 * row['added']:+.1f} % of the network alone")
     print(f"{len(images)} images compared in each task, all equal; allocator: {report['allocator']}")
@@ -412,48 +419,47 @@ def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str,
     """Task -> ours, the published one, and whether what they return is the same."""
     names = [f"class {index}" for index in range(num_classes)]
 
-    def panoptic(ground_truth: MadeUpImage) -> dict[int, tuple]:
+    def panoptic(image: MadeUpImage) -> dict[int, tuple]:
         evaluator = PanopticEvaluator(class_names=names, thing_classes=range(num_classes // 2))
-        evaluator.process(GroundTruth(ground_truth.record), ground_truth.output)
-        return evaluator.images[ground_truth.record["image_id"]]
+        evaluator.process(GroundTruth(image.record), image.output)
+        return evaluator.images[image.record["image_id"]]
 
-    def published_panoptic(ground_truth: MadeUpImage) -> Any:
+    def published_panoptic(image: MadeUpImage) -> Any:
         counts = peer.PanopticCounts()
-        id_map, segments = ground_truth.output["panoptic_seg"]
-        truth = ground_truth.record["pan_seg_file_name"], ground_truth.record["segments_info"]
+        id_map, segments = image.output["panoptic_seg"]
+        truth = image.record["pan_seg_file_name"], image.record["segments_info"]
         peer.compare_panoptic(*truth, peer.encode_panoptic(id_map), segments, counts)
         return counts
 
     def same_panoptic(ours: dict[int, tuple], published: Any) -> bool:
         theirs = (published.tp, published.fp, published.fn)
-        whole = all(tuple(count[k] for count in theirs) == tuple(one[:3]) for k, one in ours.items())
+        whole = all(tuple(count[k] for count in theirs) == tuple(quality[:3]) for k, quality in ours.items())
         known = {k for count in theirs for k in count} <= ours.keys()
-        return whole and known and all(abs(published.iou[k] - one.iou) < 1e-9 for k, one in ours.items())
+        return whole and known and all(abs(published.iou[k] - quality.iou) < 1e-9 for k, quality in ours.items())
 
-    def semantic(ground_truth: MadeUpImage) -> np.ndarray:
+    def semantic(image: MadeUpImage) -> np.ndarray:
         evaluator = SemanticEvaluator(class_names=names)
-        evaluator.process(GroundTruth(ground_truth.record), ground_truth.output)
+        evaluator.process(GroundTruth(image.record), image.output)
         return evaluator.confusion
 
-    def semantic_with_head(ground_truth: MadeUpImage) -> np.ndarray:
+    def semantic_with_head(image: MadeUpImage) -> np.ndarray:
         labels = semantic_labels(head.class_logits, OutputMasks.whole(head.mask_logits))
-        return semantic(MadeUpImage(ground_truth.record, {"sem_seg": labels}))
+        return semantic(MadeUpImage(image.record, {"sem_seg": labels}))
 
-    def published_semantic(ground_truth: MadeUpImage, scores: torch.Tensor = head.scores) -> np.ndarray:
+    def published_semantic(image: MadeUpImage, scores: torch.Tensor = head.scores) -> np.ndarray:
         counts = peer.SemanticCounts(num_classes)
-        peer.compare_semantic(scores, ground_truth.record["sem_seg_file_name"], 255, counts)
+        peer.compare_semantic(scores, image.record["sem_seg_file_name"], 255, counts)
         return counts.confusion[:-1, :-1].T
 
-    def published_with_head(ground_truth: MadeUpImage) -> np.ndarray:
-        return published_semantic(
-            ground_truth, semantic_inference(head.class_logits, OutputMasks.whole(head.mask_logits))
-        )
+    def published_with_head(image: MadeUpImage) -> np.ndarray:
+        scores = semantic_inference(head.class_logits, OutputMasks.whole(head.mask_logits))
+        return published_semantic(image, scores)
 
-    def instances(ground_truth: MadeUpImage) -> list[dict]:
-        return encode_masks(ground_truth.output["instances"].pred_masks)
+    def instances(image: MadeUpImage) -> list[dict]:
+        return encode_masks(image.output["instances"].pred_masks)
 
-    def published_instances(ground_truth: MadeUpImage) -> list[dict]:
-        return peer.encode_instances(ground_truth.output["instances"].pred_masks)
+    def published_instances(image: MadeUpImage) -> list[dict]:
+        return peer.encode_instances(image.output["instances"].pred_masks)
 
     return {
         "panoptic quality": (panoptic, published_panoptic, same_panoptic),
@@ -463,31 +469,13 @@ def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str,
     }
 
 
-def evaluation_times(both: dict[str, Callable], images: Sequence[MadeUpImage], turn: int) -> dict[str, float]:
-    """Mean seconds an image of each, which take turns image after image."""
-    spent = dict.fromkeys(both, 0.0)
-    for index, ground_truth in enumerate(images):
-        names = list(both) if (turn + index) % 2 == 0 else list(reversed(both))
-        for name in names:
-            began = time.perf_counter()
-            both[name](ground_truth)
-            spent[name] += time.perf_counter() - began
-    return {name: seconds / len(images) for name, seconds in spent.items()}
-
-
-def _ratios(rounds: Sequence[dict[str, float]]) -> dict[str, Any]:
-    ratios = [one["published"] / one["ours"] for one in rounds]
-    seconds = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
-    return {"seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios, "rounds": list(rounds)}
-
-
 def added_to_network(images: Sequence[MadeUpImage], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Seconds an image with all three tasks and their results, with the network alone, and the share that is added:
     in threads beside the network, and in its place."""
     work = busy_work()
     images = [
-        MadeUpImage(one.record | {"image_id": number}, one.output)
-        for number, one in zip(range(BUSY_IMAGES), itertools.cycle(images))
+        MadeUpImage(image.record | {"image_id": number}, image.output)
+        for number, image in zip(range(BUSY_IMAGES), itertools.cycle(images))
     ]
 
     def alone() -> None:
@@ -495,21 +483,21 @@ def added_to_network(images: Sequence[MadeUpImage], options: argparse.Namespace)
             work()
 
     def beside() -> None:
-        group = three_evaluators(images, options.classes)
+        group = three_evaluators(options.classes)
         with EvaluationThreads({"": group}) as threads:
-            for ground_truth in images:
+            for image in images:
                 work()
-                threads.process(GroundTruth(ground_truth.record), {"": ground_truth.output})
+                threads.process(GroundTruth(image.record), {"": image.output})
         for evaluator in group:
             evaluator.results()
 
     def in_turns() -> None:
-        group = three_evaluators(images, options.classes)
-        for ground_truth in images:
+        group = three_evaluators(options.classes)
+        for image in images:
             work()
-            shared = GroundTruth(ground_truth.record)
+            shared = GroundTruth(image.record)
             for evaluator in group:
-                evaluator.process(shared, ground_truth.output)
+                evaluator.process(shared, image.output)
         for evaluator in group:
             evaluator.results()
 
@@ -520,7 +508,7 @@ def added_to_network(images: Sequence[MadeUpImage], options: argparse.Namespace)
             run()
             seconds[name].append((time.perf_counter() - began) / len(images))
     added = {
-        name: [one / base - 1 for one, base in zip(values, seconds["network alone"])]
+        name: [value / base - 1 for value, base in zip(values, seconds["network alone"])]
         for name, values in seconds.items()
     }
     return {
@@ -544,7 +532,7 @@ def busy_work() -> Callable[[], None]:
     return lambda: multiply(times)
 
 
-def three_evaluators(images: Sequence[MadeUpImage], num_classes: int) -> tuple[Evaluator, ...]:
+def three_evaluators(num_classes: int) -> tuple[Evaluator, ...]:
     names = [f"class {index}" for index in range(num_classes)]
     things = range(num_classes // 2)
     return (
@@ -565,23 +553,22 @@ def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list
     images = []
     for index in range(options.images):
         rng = np.random.default_rng(index)
-        rows, columns = np.mgrid[:height, :width] + 20 * np.sin(np.mgrid[:height, :width][::-1] / 15)
-        centres = rng.random((options.segments + 1, 2)) * (height, width)
-        nearest = np.argmin([(rows - y) ** 2 + (columns - x) ** 2 for y, x in centres], axis=0)
-        ids = np.array([0, *rng.choice(np.arange(1, 1 << 24), options.segments, replace=False)])
+        nearest, ids = wavy_segments(rng, (height, width), options.segments)
         classes = np.array([255, *rng.integers(0, options.classes, options.segments)])
         write_id_map(folder / f"{index}.png", ids[nearest])
         Image.fromarray(classes[nearest].astype(np.uint8)).save(folder / f"{index}_labels.png")
         sizes = np.bincount(nearest.ravel(), minlength=len(ids)).tolist()
         segments = [
-            {"id": int(one), "category_id": int(label), "area": size, "iscrowd": int(rng.random() < 0.1)}
-            for one, label, size in zip(ids[1:], classes[1:], sizes[1:])
+            {"id": int(segment_id), "category_id": int(label), "area": size, "iscrowd": int(rng.random() < 0.1)}
+            for segment_id, label, size in zip(ids[1:], classes[1:], sizes[1:])
         ]
         shifted = np.roll(nearest, rng.integers(-6, 7, 2), (0, 1))
         guesses = np.where(rng.random(len(ids)) < 0.7, classes % options.classes, 0)
-        found = [{"id": one, "category_id": int(guesses[one])} for one in np.unique(shifted).tolist() if one]
-        things = [one for one in found if one["category_id"] < options.classes // 2] or found[:1]
-        masks = torch.from_numpy(np.stack([shifted == one["id"] for one in things]))
+        predicted = [
+            {"id": number, "category_id": int(guesses[number])} for number in np.unique(shifted).tolist() if number
+        ]
+        things = [segment for segment in predicted if segment["category_id"] < options.classes // 2] or predicted[:1]
+        masks = torch.from_numpy(np.stack([shifted == segment["id"] for segment in things]))
         chosen = torch.from_numpy(rng.integers(0, len(things), options.instances))
         instances = Instances(
             scores=torch.from_numpy(rng.random(options.instances)),
@@ -592,7 +579,7 @@ def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list
         record = {"image_id": index, "file_name": f"{index}.jpg", "segments_info": segments}
         files = {"pan_seg_file_name": f"{folder}/{index}.png", "sem_seg_file_name": f"{folder}/{index}_labels.png"}
         output = {
-            "panoptic_seg": (torch.from_numpy(shifted).to(torch.int32), found),
+            "panoptic_seg": (torch.from_numpy(shifted).to(torch.int32), predicted),
             "sem_seg": head.scores.argmax(0),
             "instances": instances,
         }
@@ -605,14 +592,6 @@ def allocator() -> str:
     names = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
     changed = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
     return ", ".join(changed) or "the system's default"
-
-
-def load_peer(name: str) -> Any:
-    """A module of benchmarks/peers: what ours is measured against."""
-    spec = importlib.util.spec_from_file_location(name, PEERS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @contextlib.contextmanager
@@ -629,4 +608,5 @@ def one_thread() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    sys.exit(run_program(main))

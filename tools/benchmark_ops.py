@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ DIRECTIONS = ("forward", "backward")
 CPU_DEFAULTS = {"sizes": ["512x512", "640x960"], "batch": [1], "dtypes": ["float32"]}  # about a minute on two cores
 GPU_DEFAULTS = {"sizes": list(SIZES), "batch": [1, 2, 8], "dtypes": ["float32", "bfloat16"]}
 ENOUGH_SECONDS = 0.02  # one measurement repeats what is shorter
-PEERS = {"published": "published_ms_deform_attn"}  # engines that are measured but never chosen: benchmarks/peers
+PEERS = {"published": "published_ms_deform_attn"}  # engines that are measured but never chosen
+PEER_FOLDER = Path(__file__).resolve().parents[1] / "benchmarks" / "peers"
 AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-4}  # half types: four times their epsilon
 MIB = 2**20
 
@@ -79,17 +81,15 @@ class Problem:
         weights = torch.randn(samples, generator=generator)
         if self.form == "locations":
             sizes = torch.tensor([(width, height) for height, width in self.shapes])[:, None]
-            centres = [
-                torch.stack(
-                    torch.meshgrid(*((torch.arange(size) + 0.5) / size for size in (width, height)), indexing="xy"), -1
-                )
-                for height, width in self.shapes
-            ]
-            offsets = torch.cat([one.flatten(0, 1) for one in centres])[:, None, None, None] + offsets / sizes
+            centres = []
+            for height, width in self.shapes:
+                x, y = ((torch.arange(size) + 0.5) / size for size in (width, height))
+                centres.append(torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1))
+            offsets = torch.cat(centres)[:, None, None, None] + offsets / sizes
             weights = weights.flatten(-2).softmax(-1).view(samples)
         value = torch.randn(self.batch, cells, HEADS, CHANNELS, generator=generator)
         grad_output = torch.randn(self.batch, cells, HEADS * CHANNELS, generator=generator)
-        return [one.to(self.device, DTYPES[self.dtype]) for one in (value, offsets, weights, grad_output)]
+        return [tensor.to(self.device, DTYPES[self.dtype]) for tensor in (value, offsets, weights, grad_output)]
 
     def cost(self, direction: str) -> tuple[int, int]:
         """Bytes that must move and floating-point operations. Forward multiplies and adds each channel of four corners
@@ -117,15 +117,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=benchmark_ops)
 
 
+def load_peer(name: str) -> ModuleType:
+    """A module of benchmarks/peers: what ours is measured against."""
+    spec = importlib.util.spec_from_file_location(name, PEER_FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @contextlib.contextmanager
 def with_peers() -> Iterator[None]:
     """For as long as it lasts, the peers are engines like all others."""
-    folder = Path(__file__).resolve().parents[1] / "benchmarks" / "peers"
     try:
-        for name, file in PEERS.items():
-            spec = importlib.util.spec_from_file_location(file, folder / f"{file}.py")
-            ENGINES[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(ENGINES[name])
+        ENGINES.update({name: load_peer(file) for name, file in PEERS.items()})
         yield
     finally:
         for name in PEERS:
@@ -137,7 +141,7 @@ def benchmark_ops(options: argparse.Namespace) -> dict[str, Any]:
     """Checks that all engines agree, measures them in turns, prints the table, and returns everything as JSON values.
 
     Raises:
-        ValueError: engines disagree, one that was asked for cannot run, or the options cannot work.
+        ValueError: engines disagree, one that is named cannot run, or the options cannot work.
     """
     device = resolve_device(options.device)
     defaults = GPU_DEFAULTS if device.type == "cuda" else CPU_DEFAULTS
@@ -191,20 +195,20 @@ def image_size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
-def engines_that_run(device: torch.device, wanted: list[str] | None) -> tuple[list[str], dict[str, str]]:
+def engines_that_run(device: torch.device, names: list[str] | None) -> tuple[list[str], dict[str, str]]:
     """Engines that can run, the one that others are compared with first, and why the others cannot.
 
     Raises:
-        ValueError: one of `wanted` does not exist or cannot run.
+        ValueError: one of `names` does not exist or cannot run.
     """
     absent = {}
-    for name in wanted or ENGINES:
+    for name in names or ENGINES:
         availability = lookup("engine", name, ENGINES).available(device)
-        if not availability and wanted:
+        if not availability and names:
             raise InputError(f"the engine '{name}' cannot run on {device}: {availability.reason}")
         if not availability:
             absent[name] = availability.reason
-    running = [name for name in dict.fromkeys(wanted or ENGINES) if name not in absent]
+    running = [name for name in dict.fromkeys(names or ENGINES) if name not in absent]
     baselines = [*PEERS, "torch"]
     return sorted(running, key=lambda name: baselines.index(name) if name in baselines else len(baselines)), absent
 
@@ -214,14 +218,14 @@ def check_agreement(problem: Problem, engines: list[str]) -> None:
     value, points, weights, grad_output = problem.tensors()
     results = {}
     for name in engines:
-        tensors = [one.requires_grad_() for one in (value, points, weights)]
+        tensors = [tensor.requires_grad_() for tensor in (value, points, weights)]
         output = FORMS[problem.form](tensors[0], problem.shapes, *tensors[1:], engine=name)
         results[name] = [output.detach(), *torch.autograd.grad(output, tensors, grad_output)]
     first = engines[0]
     share = AGREEMENT.get(value.dtype, 4 * torch.finfo(value.dtype).eps)
     for name in engines[1:]:
-        for one, other in zip(results[name], results[first]):
-            difference, largest = float((one - other).abs().max()), float(other.abs().max())
+        for result, expected in zip(results[name], results[first]):
+            difference, largest = float((result - expected).abs().max()), float(expected.abs().max())
             if not difference <= share * largest:
                 raise InputError(
                     f"engines '{name}' and '{first}' differ by {difference:.1e} of {largest:.1e} ({problem.form}, "
@@ -269,8 +273,8 @@ def measure(problem: Problem, engines: list[str], speed: dict[str, float], round
 def calls_of(problem: Problem, name: str, *tensors: Tensor) -> dict[str, Callable[[], Any]]:
     """What is measured of an engine: forward without autograd, and its gradients once forward is done."""
     *inputs, grad_output = tensors
-    leaves = [one.detach().requires_grad_() for one in inputs]
-    plain = [one.detach() for one in inputs]
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+    plain = [tensor.detach() for tensor in inputs]
 
     def run(value: Tensor, points: Tensor, weights: Tensor) -> Tensor:
         return FORMS[problem.form](value, problem.shapes, points, weights, engine=name)

@@ -63,16 +63,16 @@ def compare_panoptic(
     truth_map, predicted_map = decode_panoptic(truth_file), decode_panoptic(io.BytesIO(predicted_png))
     truth = {segment["id"]: segment for segment in truth_segments}
     predicted = {segment["id"]: dict(segment) for segment in predicted_segments}
-    listed = set(predicted)
-    for one, area in zip(*np.unique(predicted_map, return_counts=True)):
-        if one not in predicted:
-            if one == 0:
+    missing = set(predicted)
+    for segment_id, area in zip(*np.unique(predicted_map, return_counts=True)):
+        if segment_id not in predicted:
+            if segment_id == 0:
                 continue
-            raise KeyError(f"segment {one} is in the PNG and not in the JSON")
-        predicted[one]["area"] = area
-        listed.remove(one)
-    if listed:
-        raise KeyError(f"segments {listed} are in the JSON and not in the PNG")
+            raise KeyError(f"segment {segment_id} is in the PNG and not in the JSON")
+        predicted[segment_id]["area"] = area
+        missing.remove(segment_id)
+    if missing:
+        raise KeyError(f"segments {missing} are in the JSON and not in the PNG")
 
     pairs = truth_map.astype(np.uint64) * _PAIR + predicted_map.astype(np.uint64)
     pixels = {}

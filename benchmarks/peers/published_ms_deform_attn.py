@@ -74,8 +74,8 @@ def backward_fused(
     return grads[0], (grads[1] / sizes).to(value.dtype), grad_logits.view(logits.shape).to(value.dtype)
 
 
-def _wide(one: Tensor) -> Tensor:
-    return one if one.dtype == torch.float64 else one.float()
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _call(name: str, value: Tensor, locations: Tensor, tensors: Sequence[Tensor]
     sizes = (batch, cells, heads, channels, locations.shape[1], locations.shape[3], locations.shape[4])
     if channels > 1024:
         raise ValueError(f"the published operator as written here takes at most 1024 channels a head, got {channels}")
-    memory = [ctypes.c_void_p(one.data_ptr()) for one in tensors]
+    memory = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     numbers = (ctypes.c_int64 * len(sizes))(*sizes)
     with _on(value.device) as stream:
         function = getattr(_library(), f"published_{name}")

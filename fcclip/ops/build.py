@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 from fcclip.config import lookup
+from fcclip.errors import UserError, run_program
 from fcclip.ops.builder import BuildError, NoCompilerError, build
 from fcclip.ops.engines import ENGINES
 
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except NoCompilerError as error:
             failed += bool(options.engines)
             print(f"{name}: not built: {error}", file=sys.stderr)
-        except ValueError as error:
+        except UserError as error:
             failed += 1
             print(f"{name}: {'not built: ' if isinstance(error, BuildError) else ''}{error}", file=sys.stderr)
         else:
@@ -42,4 +43,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

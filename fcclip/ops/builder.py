@@ -27,6 +27,8 @@ import torch
 from filelock import FileLock
 
 from fcclip.config import cache_folder
+from fcclip.errors import UserError
+from fcclip.ops.availability import Availability
 
 SOURCES = Path(__file__).parent / "csrc"
 COMMAND = "python -m fcclip.ops.build"
@@ -36,7 +38,7 @@ _SHOWN_LINES = 20  # of a compiler's complaints
 _WORK = ".building-"
 
 
-class BuildError(ValueError):
+class BuildError(UserError, ValueError):
     """A library that cannot be built or loaded; the message says why and what to do."""
 
 
@@ -71,14 +73,14 @@ class Extension:
 
 def find(extension: Extension) -> Path | None:
     """The newest library that was built for this source, torch and processor, by whatever compiler."""
-    return next(iter(_found(extension)), None)
+    return next(iter(_built(extension)), None)
 
 
-def _found(extension: Extension) -> list[Path]:
+def _built(extension: Extension) -> list[Path]:
     """All of them, the newest first."""
     with contextlib.suppress(OSError):
-        found = cache_folder(_LIBRARIES).glob(f"{extension.name}-{_key(extension)}-*.so")
-        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+        libraries = cache_folder(_LIBRARIES).glob(f"{extension.name}-{_key(extension)}-*.so")
+        return sorted(libraries, key=lambda path: path.stat().st_mtime, reverse=True)
     return []
 
 
@@ -92,10 +94,21 @@ def load(extension: Extension) -> ctypes.CDLL:
     return _load(extension, cache_folder(_LIBRARIES))
 
 
+def availability(extension: Extension) -> Availability:
+    """Whether the library of an engine is there and can be loaded."""
+    try:
+        load(extension)
+    except NotBuiltError as error:
+        return Availability(str(error))
+    except BuildError as error:
+        return Availability(str(error), broken=True)
+    return Availability()
+
+
 @functools.cache
 def _load(extension: Extension, _folder: Path) -> ctypes.CDLL:
     libraries = []
-    for path in _found(extension):
+    for path in _built(extension):
         libraries.append(_open(path, f"`{COMMAND} {extension.name} --force` builds it again"))
         if extension.fits(libraries[-1]):
             return libraries[-1]
@@ -152,29 +165,29 @@ def build(extension: Extension, *, force: bool = False) -> tuple[Path, bool]:
     return target, True
 
 
-def compiler_version(command: list[str], advice: str) -> str:
-    """The first line that `command --version` prints.
+def ask_compiler(command: list[str], question: str, advice: str) -> str:
+    """What a compiler prints when it is called with `question`, such as "--version".
 
     Raises:
-        NoCompilerError: it is not there or fails; the message ends with `advice`.
+        NoCompilerError: it is not there, fails or prints nothing; the message ends with `advice`.
     """
     try:
-        told = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*command, question], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NoCompilerError(f"the compiler {shlex.join(command)} cannot be run: {error}. {advice}") from error
-    if told.returncode:
+    if done.returncode or not done.stdout.strip():
         raise NoCompilerError(
-            f"the compiler {shlex.join(command)} does not work: `--version` ended with status {told.returncode}: "
-            f"{_last_lines(told.stderr or told.stdout)}. {advice}"
+            f"the compiler {shlex.join(command)} does not work: `{question}` ended with status {done.returncode}: "
+            f"{_last_lines(done.stderr or done.stdout)}. {advice}"
         )
-    return next(iter(told.stdout.splitlines()), "")
+    return done.stdout.strip()
 
 
 def accepts(command: list[str], *flags: str, program: str = "int main() { return 0; }\n") -> bool:
     """Whether a C++ compiler takes these flags for a program; looks at its syntax alone."""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        words = [*command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", "-"]
-        return subprocess.run(words, input=program, capture_output=True, text=True, timeout=60).returncode == 0
+        arguments = [*command, *flags, "-Werror", "-fsyntax-only", "-x", "c++", "-"]
+        return subprocess.run(arguments, input=program, capture_output=True, text=True, timeout=60).returncode == 0
     return False
 
 

@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,15 +18,7 @@ from torch import Tensor
 
 from fcclip.ops import torch_engine
 from fcclip.ops.availability import Availability
-from fcclip.ops.builder import (
-    BuildError,
-    Extension,
-    NoCompilerError,
-    NotBuiltError,
-    accepts,
-    compiler_version,
-    load,
-)
+from fcclip.ops.builder import BuildError, Extension, NoCompilerError, accepts, ask_compiler, availability, load
 
 DEVICES = ("cpu",)
 Shapes = Sequence[tuple[int, int]]
@@ -38,13 +31,7 @@ def available(device: torch.device) -> Availability:
     """On a CPU, once it is built."""
     if device.type not in DEVICES:
         return Availability(f"it computes on the CPU, not on {device.type}")
-    try:
-        load(EXTENSION)
-    except NotBuiltError as error:
-        return Availability(str(error))
-    except BuildError as error:
-        return Availability(str(error), broken=True)
-    return Availability()
+    return availability(EXTENSION)
 
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -92,10 +79,10 @@ def _backward(
     weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if value.dtype == torch.float16:
-        inputs = [one.float() for one in (grad_output, value, points, weights)]
+        inputs = [tensor.float() for tensor in (grad_output, value, points, weights)]
         grads = _backward(library, fused, inputs[0], inputs[1], shapes, inputs[2], inputs[3])
         return tuple(grad.half() for grad in grads)
-    grads = tuple(torch.empty_like(one) for one in (value, points, weights))
+    grads = tuple(torch.empty_like(tensor) for tensor in (value, points, weights))
     _call(library.fcclip_msda_backward, fused, shapes, (value, points, weights), grads, grad_output)
     return grads
 
@@ -112,7 +99,7 @@ def _call(
     value, points, _ = inputs
     batch, cells, heads, channels = value.shape
     sizes = (batch, cells, heads, channels, points.shape[1], len(shapes), points.shape[4])
-    memory = [ctypes.c_void_p(one.data_ptr()) for one in (*first, *inputs, *outputs)]
+    memory = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*first, *inputs, *outputs)]
     flat = [size for pair in shapes for size in pair]
     status = function(_DTYPES[value.dtype], int(fused), _array(sizes), _array(flat), *memory)
     if status:
@@ -136,7 +123,7 @@ def _compiler() -> tuple[list[str], str]:
     if sys.platform == "win32":
         raise NoCompilerError("the C++ engine is built with GCC or Clang, not on Windows; the engine 'torch' serves")
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    return command, compiler_version(command, advice)
+    return command, ask_compiler(command, "--version", advice).splitlines()[0]
 
 
 def _arguments(command: list[str]) -> list[str]:
@@ -162,15 +149,9 @@ def _try_out(library: ctypes.CDLL) -> None:
     shapes = [(4, 5), (2, 3)]
     value, points, weights = random(2, 26, 2, 20), random(2, 26, 2, 2, 3, 2), random(2, 26, 2, 2, 3)
     grad_output = random(2, 26, 40)
-    for fused, truth in enumerate((torch_engine.forward, torch_engine.forward_fused)):
-        truth_backward = torch_engine.backward_fused if fused else torch_engine.backward
-        pairs = [
-            (_forward(library, bool(fused), value, shapes, points, weights), truth(value, shapes, points, weights))
-        ]
-        inputs = (grad_output, value, shapes, points, weights)
-        pairs += zip(_backward(library, bool(fused), *inputs), truth_backward(*inputs))
-        if not all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4) for ours, theirs in pairs):
-            raise BuildError("the library was built but computes wrong numbers; please report this with your compiler")
+    engine = partial(_forward, library), partial(_backward, library)
+    if not torch_engine.agrees(*engine, grad_output, value, shapes, points, weights, tolerance=1e-4):
+        raise BuildError("the library was built but computes wrong numbers; please report this with your compiler")
 
 
 EXTENSION = Extension("cpp", "ms_deform_attn_cpu.cpp", _compiler, _arguments, _try_out)

@@ -11,10 +11,9 @@ import contextlib
 import ctypes
 import os
 import re
-import shlex
 import shutil
-import subprocess
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,15 +22,7 @@ from torch import Tensor
 from fcclip.errors import InputError
 from fcclip.ops import torch_engine
 from fcclip.ops.availability import Availability
-from fcclip.ops.builder import (
-    COMMAND,
-    BuildError,
-    Extension,
-    NoCompilerError,
-    NotBuiltError,
-    compiler_version,
-    load,
-)
+from fcclip.ops.builder import COMMAND, BuildError, Extension, NoCompilerError, ask_compiler, availability, load
 
 DEVICES = ("cuda",)
 Shapes = Sequence[tuple[int, int]]
@@ -50,16 +41,10 @@ def available(device: torch.device) -> Availability:
         return Availability(f"it computes on CUDA devices, not on {device.type}")
     if torch.version.hip is not None or not torch.cuda.is_available():
         return Availability("torch sees no NVIDIA GPU")
-    try:
-        library = load(EXTENSION)
-    except NotBuiltError as error:
-        return Availability(str(error))
-    except BuildError as error:
-        return Availability(str(error), broken=True)
-    capability = torch.cuda.get_device_capability(device)
-    if not _covers(_architectures_of(library), capability):
-        return Availability(_no_kernel_for(library, device), broken=True)
-    return Availability()
+    built = availability(EXTENSION)
+    if built and not _covers(_architectures_of(load(EXTENSION)), torch.cuda.get_device_capability(device)):
+        return Availability(_no_kernel_for(load(EXTENSION), device), broken=True)
+    return built
 
 
 def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
@@ -108,7 +93,8 @@ def _backward(
     grad_value = None
     if not torch.are_deterministic_algorithms_enabled():
         grad_value = torch.zeros_like(value, dtype=_computed_in(value.dtype))
-    memory = (grad_output, value, points, weights, grad_value, grad_points, grad_weights)
+    target = ctypes.c_void_p() if grad_value is None else grad_value
+    memory = (grad_output, value, points, weights, target, grad_points, grad_weights)
     _call(library, "backward", fused, value, shapes, points, memory)
     if grad_value is None:
         grad_value = _sorted_grad_value(library, fused, grad_output, value, shapes, points, weights)
@@ -150,7 +136,7 @@ def _call(
     value: Tensor,
     shapes: Shapes,
     points: Tensor,
-    memory: Sequence[Tensor | ctypes.c_int32 | None],
+    memory: Sequence[Tensor | ctypes.c_int32 | ctypes.c_void_p],
 ) -> None:
     """Queues a kernel on the current stream of the device of its tensors.
 
@@ -165,10 +151,7 @@ def _call(
     if max(*sizes, heads * channels * value.element_size(), sizes[5] * sizes[6]) > _INT_MAX:
         raise InputError(f"the engine 'cuda' counts to {_INT_MAX}, got (B, S, M, D, N, L, P) = {sizes}")
     flat = [size for pair in shapes for size in pair]
-    arguments = [
-        ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else one if one is not None else ctypes.c_void_p()
-        for one in memory
-    ]
+    arguments = [ctypes.c_void_p(part.data_ptr()) if isinstance(part, Tensor) else part for part in memory]
     with _on(value.device) as (index, stream):
         status = getattr(library, f"fcclip_msda_{kernel}")(
             _DTYPES[value.dtype], int(fused), _array(sizes), _array(flat), index, ctypes.c_void_p(stream), *arguments
@@ -210,8 +193,8 @@ def _architectures_of(library: ctypes.CDLL) -> list[str]:
 
 def _covers(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
     """Machine code runs on its own generation from its own number on, PTX on everything that came later."""
-    for one in architectures:
-        kind, _, digits = one.partition("_")
+    for architecture in architectures:
+        kind, _, digits = architecture.partition("_")
         major, minor = int(digits[:-1]), int(digits[-1])
         if kind == "compute" and (major, minor) <= capability:
             return True
@@ -229,7 +212,7 @@ def _no_kernel_for(library: ctypes.CDLL, device: torch.device) -> str:
     )
 
 
-def wanted_architectures(known: Sequence[str]) -> list[str]:
+def target_architectures(known: Sequence[str]) -> list[str]:
     """What to compile for: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else the GPUs of this machine, else sm_80 and sm_90
     with PTX for later ones.
 
@@ -237,7 +220,7 @@ def wanted_architectures(known: Sequence[str]) -> list[str]:
         known: what nvcc can compile for, as "compute_80".
 
     Raises:
-        NoCompilerError: something that nvcc does not know, or a word that is no architecture.
+        NoCompilerError: something that nvcc does not know, or that is not an architecture.
     """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     source = "TORCH_CUDA_ARCH_LIST"
@@ -247,20 +230,20 @@ def wanted_architectures(known: Sequence[str]) -> list[str]:
         source = "a GPU of this machine"
     if not listed:
         listed, source = ["8.0", "9.0+PTX"], "the default"
-    wanted = []
-    for word in listed:
-        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
-        if not found:
-            raise NoCompilerError(f"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0+PTX', got '{word}'")
-        number = found[1] + found[2]  # the letter of 9.0a gives instructions that nothing here uses
+    targets = []
+    for entry in listed:
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if not match:
+            raise NoCompilerError(f"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0+PTX', got '{entry}'")
+        number = match[1] + match[2]  # the letter of 9.0a gives instructions that nothing here uses
         if f"compute_{number}" not in known:
             raise NoCompilerError(
-                f"{source} asks for compute capability {found[1]}.{found[2]}, which this nvcc does not know (it knows "
+                f"{source} asks for compute capability {match[1]}.{match[2]}, which this nvcc does not know (it knows "
                 f"{', '.join(known)}); another CUDA toolkit does, or TORCH_CUDA_ARCH_LIST='9.0+PTX' leaves the rest "
                 f"to the driver of a later GPU"
             )
-        wanted += [f"sm_{number}"] + [f"compute_{number}"] * bool(found[4])
-    return list(dict.fromkeys(wanted))
+        targets += [f"sm_{number}"] + [f"compute_{number}"] * bool(match[4])
+    return list(dict.fromkeys(targets))
 
 
 # ---- build ----
@@ -279,31 +262,17 @@ def _compiler() -> tuple[list[str], str]:
         usual = Path("/usr/local/cuda/bin/nvcc")
         nvcc = str(usual) if usual.exists() else "nvcc"
     command = [nvcc]
-    compiler_version(command, advice)
-    wanted = wanted_architectures(_told(command, "--list-gpu-arch", advice).split())
-    release = _told(command, "--version", advice).strip().splitlines()[-1]
-    return command, f"{release} for {' '.join(wanted)}"
-
-
-def _told(command: list[str], question: str, advice: str) -> str:
-    try:
-        told = subprocess.run([*command, question], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoCompilerError(f"the compiler {shlex.join(command)} cannot be run: {error}. {advice}") from error
-    if told.returncode or not told.stdout.strip():
-        raise NoCompilerError(
-            f"the compiler {shlex.join(command)} does not work: `{question}` ended with status {told.returncode}: "
-            f"{(told.stderr or told.stdout).strip() or 'no message'}. {advice}"
-        )
-    return told.stdout
+    release = ask_compiler(command, "--version", advice).splitlines()[-1]
+    targets = target_architectures(ask_compiler(command, "--list-gpu-arch", advice).split())
+    return command, f"{release} for {' '.join(targets)}"
 
 
 def _arguments(command: list[str]) -> list[str]:
-    wanted = wanted_architectures(_told(command, "--list-gpu-arch", "").split())
-    codes = [f"-gencode=arch=compute_{one.partition('_')[2]},code={one}" for one in wanted]
+    targets = target_architectures(ask_compiler(command, "--list-gpu-arch", "").split())
+    codes = [f"-gencode=arch=compute_{target.partition('_')[2]},code={target}" for target in targets]
     return [
         *("-std=c++17", "-O3", "--threads", "0", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"),
-        f'-DFCCLIP_ARCHITECTURES="{" ".join(wanted)}"',
+        f'-DFCCLIP_ARCHITECTURES="{" ".join(targets)}"',
         *codes,
     ]
 
@@ -319,26 +288,17 @@ def _try_out(library: ctypes.CDLL) -> None:
 
     shapes = [(4, 5), (2, 3), (3, 1)]
     total = sum(height * width for height, width in shapes)
-    tensors = (
-        random(2, total, 64),
-        random(2, total, 2, 32),
-        random(2, total, 2, 3, 4, 2),
-        random(2, total, 2, 3, 4),
-    )
+    tensors = random(2, total, 64), random(2, total, 2, 32), random(2, total, 2, 3, 4, 2), random(2, total, 2, 3, 4)
+    engine = partial(_forward, library), partial(_backward, library)
     for index in range(torch.cuda.device_count()):
         if not _covers(_architectures_of(library), torch.cuda.get_device_capability(index)):
             continue
-        grad_output, value, points, weights = (one.cuda(index) for one in tensors)
-        for fused, truth in enumerate((torch_engine.forward, torch_engine.forward_fused)):
-            truth_backward = torch_engine.backward_fused if fused else torch_engine.backward
-            inputs = (value, shapes, points, weights)
-            pairs = [(_forward(library, bool(fused), *inputs), truth(*inputs))]
-            pairs += zip(_backward(library, bool(fused), grad_output, *inputs), truth_backward(grad_output, *inputs))
-            if not all(torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3) for ours, theirs in pairs):
-                raise BuildError(
-                    f"the library was built but computes wrong numbers on {torch.cuda.get_device_name(index)}; please "
-                    f"report this with your versions of CUDA and its driver"
-                )
+        grad_output, value, points, weights = (tensor.cuda(index) for tensor in tensors)
+        if not torch_engine.agrees(*engine, grad_output, value, shapes, points, weights, tolerance=1e-3):
+            raise BuildError(
+                f"the library was built but computes wrong numbers on {torch.cuda.get_device_name(index)}; please "
+                f"report this with your versions of CUDA and its driver"
+            )
 
 
 def _fits(library: ctypes.CDLL) -> bool:

@@ -43,22 +43,22 @@ def select_engine(name: str = "auto", device: torch.device | str = "cpu") -> str
     """
     device = torch.device(device)
     variable = os.environ.get("FCCLIP_MSDA")
-    wanted = variable or name
-    if wanted == "auto":
+    chosen = variable or name
+    if chosen == "auto":
         automatic_engine(device.type)
-        return wanted
-    engine = lookup(KIND, wanted, ENGINES)
+        return chosen
+    engine = lookup(KIND, chosen, ENGINES)
     if device.type == "meta":  # shapes only: nothing is computed
-        return wanted
+        return chosen
     availability = engine.available(device)
     if not availability:
         source = "the variable FCCLIP_MSDA" if variable else "MODEL.MSDA_ENGINE"
         raise InputError(
-            f"{source} asks for the engine '{wanted}' of multi-scale deformable attention, which cannot run on "
+            f"{source} asks for the engine '{chosen}' of multi-scale deformable attention, which cannot run on "
             f"{device}: {availability.reason}. 'auto' takes the fastest that can."
         )
-    logger.info("multi-scale deformable attention: engine '%s', asked for", wanted)
-    return wanted
+    logger.info("multi-scale deformable attention: engine '%s', asked for", chosen)
+    return chosen
 
 
 def build_advice(device: torch.device | str) -> str:

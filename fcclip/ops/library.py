@@ -57,13 +57,13 @@ def check_tensors(form: str, value: Tensor, spatial_shapes: Sequence[int], point
             f"{tuple(weights.shape)} and {tuple(points.shape)}"
         )
     tensors = {"value": value, _POINTS[form]: points, _WEIGHTS[form]: weights}
-    if value.dtype not in DTYPES or len({one.dtype for one in tensors.values()}) > 1:
-        found = ", ".join(f"{name} {one.dtype}" for name, one in tensors.items())
+    if value.dtype not in DTYPES or len({tensor.dtype for tensor in tensors.values()}) > 1:
+        got = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise InputError(f"{form} computes in one dtype of {known}, got {found}; convert them to one")
-    if len({one.device for one in tensors.values()}) > 1:
-        found = ", ".join(f"{name} on {one.device}" for name, one in tensors.items())
-        raise InputError(f"{form} computes on one device, got {found}")
+        raise InputError(f"{form} computes in one dtype of {known}, got {got}; convert them to one")
+    if len({tensor.device for tensor in tensors.values()}) > 1:
+        got = ", ".join(f"{name} on {tensor.device}" for name, tensor in tensors.items())
+        raise InputError(f"{form} computes on one device, got {got}")
 
 
 def _engine(name: str, device: torch.device):
@@ -114,7 +114,7 @@ def _define(form: str, forward: str, backward: str) -> None:
             )
         if 0 in (*expected, points.shape[4]):
             return tuple(
-                torch.zeros_like(one, memory_format=torch.contiguous_format) for one in (value, points, weights)
+                torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (value, points, weights)
             )
         tensors = (value.contiguous(), points.contiguous(), weights.contiguous())
         grads = run(grad_output.contiguous(), tensors[0], pairs(spatial_shapes), *tensors[1:])
@@ -122,7 +122,7 @@ def _define(form: str, forward: str, backward: str) -> None:
 
     @backward_operator.register_fake
     def _(grad_output, value, spatial_shapes, points, weights, engine):
-        return tuple(one.new_empty(one.shape) for one in (value, points, weights))
+        return tuple(tensor.new_empty(tensor.shape) for tensor in (value, points, weights))
 
     def keep(ctx, inputs, output):
         value, ctx.spatial_shapes, points, weights, ctx.engine = inputs

@@ -39,16 +39,8 @@ def ms_deform_attn(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an unknown engine, or one that cannot run here.
     """
-    run = torch.ops.fcclip.ms_deform_attn
     return _run(
-        "ms_deform_attn",
-        run,
-        torch_engine.forward,
-        value,
-        spatial_shapes,
-        sampling_locations,
-        attention_weights,
-        engine,
+        "ms_deform_attn", torch_engine.forward, value, spatial_shapes, sampling_locations, attention_weights, engine
     )
 
 
@@ -76,10 +68,8 @@ def ms_deform_attn_fused(
     Raises:
         ValueError: as `ms_deform_attn`.
     """
-    run = torch.ops.fcclip.ms_deform_attn_fused
     return _run(
         "ms_deform_attn_fused",
-        run,
         torch_engine.forward_fused,
         value,
         spatial_shapes,
@@ -91,7 +81,6 @@ def ms_deform_attn_fused(
 
 def _run(
     form: str,
-    operator: Callable[..., Tensor],
     plain: Callable[..., Tensor],
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
@@ -105,15 +94,14 @@ def _run(
     if engine == "auto":
         engine = automatic_engine(value.device.type)
     if engine != "torch":
-        return operator(value, flat, points, weights, engine)
+        return getattr(torch.ops.fcclip, form)(value, flat, points, weights, engine)
     # Plain operations instead of the operator: exports show GridSample, compilers look inside, and autograd keeps what
     # the operator's backward would compute a second time.
     kind = value.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        value, points, weights = (
-            one if one.dtype == torch.float64 else one.float() for one in (value, points, weights)
-        )
+        tensors = (value, points, weights)
+        value, points, weights = (tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
         with torch.autocast(kind, enabled=False):
-            return _run(form, operator, plain, value, spatial_shapes, points, weights, engine)
+            return _run(form, plain, value, spatial_shapes, points, weights, engine)
     library.check_tensors(form, value, flat, points, weights)
     return plain(value, library.pairs(flat), points, weights)

@@ -9,7 +9,7 @@ the custom operator, below which autograd does not record.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +86,27 @@ def backward_fused(
     weighted = (weights * grad_weights).sum((-2, -1), keepdim=True)
     sizes = _constants(shapes, offsets)[1]
     return grad_value, grad_locations / sizes[:, None], weights * (grad_weights - weighted)
+
+
+def agrees(
+    forward_of: Callable[..., Tensor],
+    backward_of: Callable[..., tuple[Tensor, ...]],
+    grad_output: Tensor,
+    *inputs: Tensor | Shapes,
+    tolerance: float,
+) -> bool:
+    """Whether a compiled engine computes what this one does, in both forms.
+
+    Args:
+        forward_of, backward_of: its functions, called with `fused` and then as those above.
+        grad_output, inputs: value, shapes, points and weights, as for both forms.
+        tolerance: relative and absolute.
+    """
+    pairs = []
+    for fused, truth, truth_backward in ((False, forward, backward), (True, forward_fused, backward_fused)):
+        pairs.append((forward_of(fused, *inputs), truth(*inputs)))
+        pairs += zip(backward_of(fused, grad_output, *inputs), truth_backward(grad_output, *inputs))
+    return all(torch.allclose(ours, expected, rtol=tolerance, atol=tolerance) for ours, expected in pairs)
 
 
 def _sample(maps: Tensor, grid: Tensor) -> Tensor:

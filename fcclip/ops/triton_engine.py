@@ -95,9 +95,9 @@ def _backward(
     num_places = sum((height + 1) * (width + 1) for height, width in shapes)
     if in_order:
         grad_value = torch.empty_like(value)
-        found = torch.empty(weights.shape, dtype=torch.int64, device=value.device)
+        sample_places = torch.empty(weights.shape, dtype=torch.int64, device=value.device)
         coefficients = torch.empty(*weights.shape, 4, dtype=computed_in, device=value.device)
-        first_pass = (grad_value, grad_points, grad_weights, found, coefficients)
+        first_pass = (grad_value, grad_points, grad_weights, sample_places, coefficients)
     else:
         grad_value = torch.zeros_like(value, dtype=computed_in)
         first_pass = (grad_value, grad_points, grad_weights, grad_points, grad_points)  # the last two are not used
@@ -118,9 +118,9 @@ def _backward(
             **constants,
         )
         if in_order:
-            found, order = torch.sort(found.flatten(), stable=True)
+            sample_places, order = torch.sort(sample_places.flatten(), stable=True)
             every_place = torch.arange(batch * heads * num_places + 1, device=value.device)
-            starts = torch.searchsorted(found, every_place)
+            starts = torch.searchsorted(sample_places, every_place)
             constants = {name: constants[name] for name in ("M", "D", "L", "P", "BLOCK")}
             inputs = (grad_output, order, starts, coefficients, grad_value, *sizes[:-2], cells, num_places)
             kernels.gather[(cells * heads, batch)](*inputs, **constants, num_warps=1)

@@ -225,7 +225,7 @@ def backward(
     grad_value,
     grad_points,
     grad_weights,
-    found,
+    sample_places,
     coefficients,
     h0,
     h1,
@@ -258,7 +258,7 @@ def backward(
     BLOCK_K: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """grad_value (B, S, M, D) fp32, or fp64 for fp64, of zeros. SORTED: nothing is added to it; instead `found`
+    """grad_value (B, S, M, D) fp32, or fp64 for fp64, of zeros. SORTED: nothing is added to it; instead `sample_places`
     (B, N, M, K) gets the place of each sample and `coefficients` (B, N, M, K, 4) its shares, for `gather`.
     """
     heights = (h0, h1, h2, h3, h4, h5, h6, h7)
@@ -324,7 +324,7 @@ def backward(
             if SORTED:
                 nowhere = B * M * places
                 here = before + (top + 1).to(tl.int64) * (width + 1) + left + 1
-                tl.store(found + at, tl.where(counts, (image * M + head) * places + here, nowhere), mask=exists)
+                tl.store(sample_places + at, tl.where(counts, (image * M + head) * places + here, nowhere), mask=exists)
                 tl.store(coefficients + 4 * at, high * (1 - right_share), mask=exists)
                 tl.store(coefficients + 4 * at + 1, high * right_share, mask=exists)
                 tl.store(coefficients + 4 * at + 2, low * (1 - right_share), mask=exists)

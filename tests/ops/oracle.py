@@ -52,7 +52,7 @@ def oracle_fused(value, shapes, offsets, logits, grad_output) -> Truth:
 
 
 def _arrays(*tensors: Tensor) -> list[np.ndarray]:
-    return [one.detach().cpu().double().numpy() for one in tensors]
+    return [tensor.detach().cpu().double().numpy() for tensor in tensors]
 
 
 def _loop(value, locations, weights, grad_output, shapes) -> Truth:
@@ -61,7 +61,7 @@ def _loop(value, locations, weights, grad_output, shapes) -> Truth:
     starts = np.cumsum([0] + [height * width for height, width in shapes])
     grads = grad_output.reshape(batch, queries, heads, channels)
     output = np.zeros((batch, queries, heads, channels))
-    grad_value, grad_points, grad_weights = (np.zeros_like(one) for one in (value, locations, weights))
+    grad_value, grad_points, grad_weights = (np.zeros_like(tensor) for tensor in (value, locations, weights))
     smooth = np.ones(weights.shape, dtype=bool)
     for at in np.ndindex(batch, queries, heads, levels, points):
         b, q, m, level, _ = at
@@ -84,4 +84,4 @@ def _loop(value, locations, weights, grad_output, shapes) -> Truth:
                     grad_points[at][0] += width * weight * share_y * dot * (1 if right else -1)
                     grad_points[at][1] += height * weight * share_x * dot * (1 if low else -1)
     arrays = (output.reshape(batch, queries, -1), grad_value, grad_points, grad_weights, smooth)
-    return Truth(*(torch.from_numpy(one) for one in arrays))
+    return Truth(*(torch.from_numpy(tensor) for tensor in arrays))

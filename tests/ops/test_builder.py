@@ -207,9 +207,9 @@ def test_of_several_libraries_the_newest_that_this_machine_can_use_is_loaded(cac
     assert load(replace(EXTENSION, fits=lambda one: False))._name == str(second)
 
 
-def start_build(*words: str) -> subprocess.Popen:
+def start_build(*arguments: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fcclip.ops.build", "cpp", *words]
+    command = [sys.executable, "-m", "fcclip.ops.build", "cpp", *arguments]
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )

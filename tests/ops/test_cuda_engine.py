@@ -10,10 +10,10 @@ import subprocess
 import pytest
 import torch
 
-from fcclip.ops import cuda_engine
+from fcclip.ops import builder, cuda_engine
 from fcclip.ops.build import main
 from fcclip.ops.builder import SOURCES, BuildError, NoCompilerError, build
-from fcclip.ops.cuda_engine import EXTENSION, MAX_LEVELS, wanted_architectures
+from fcclip.ops.cuda_engine import EXTENSION, MAX_LEVELS, target_architectures
 
 KNOWN = ["compute_75", "compute_80", "compute_86", "compute_90", "compute_100"]
 SHELL = shutil.which("sh")
@@ -87,28 +87,28 @@ esac
 def test_the_list_of_torch_says_what_to_compile_for(monkeypatch, gpus, listed, expected):
     gpus((7, 5))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    assert wanted_architectures(KNOWN) == expected
+    assert target_architectures(KNOWN) == expected
 
 
 def test_without_a_list_it_is_compiled_for_the_gpus_of_the_machine(gpus):
     gpus((9, 0), (8, 6), (9, 0))
-    assert wanted_architectures(KNOWN) == ["sm_86", "sm_90"]
+    assert target_architectures(KNOWN) == ["sm_86", "sm_90"]
 
 
 def test_without_gpus_it_is_compiled_for_two_generations_and_what_follows(no_gpu):
-    assert wanted_architectures(KNOWN) == ["sm_80", "sm_90", "compute_90"]
+    assert target_architectures(KNOWN) == ["sm_80", "sm_90", "compute_90"]
 
 
 def test_architectures_that_cannot_be_compiled_for_are_named(monkeypatch, gpus):
     gpus((7, 0))
     with pytest.raises(NoCompilerError, match="a GPU of this machine asks for compute capability 7.0, which this nvcc"):
-        wanted_architectures(KNOWN)
+        target_architectures(KNOWN)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0")
     with pytest.raises(NoCompilerError, match="TORCH_CUDA_ARCH_LIST asks for .* 12.0, .*it knows .*toolkit"):
-        wanted_architectures(KNOWN)
+        target_architectures(KNOWN)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(NoCompilerError, match=r"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0\+PTX', got 'Hopper'"):
-        wanted_architectures(KNOWN)
+        target_architectures(KNOWN)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_architectures_that_cannot_be_compiled_for_are_named(monkeypatch, gpus):
     ],
 )
 def test_which_gpus_a_library_runs_on(architectures, runs, does_not):
-    assert all(cuda_engine._covers(architectures, one) for one in runs)
-    assert not any(cuda_engine._covers(architectures, one) for one in does_not)
+    assert all(cuda_engine._covers(architectures, capability) for capability in runs)
+    assert not any(cuda_engine._covers(architectures, capability) for capability in does_not)
 
 
 # ---- what it says when it cannot run ----
@@ -142,7 +142,8 @@ def test_a_gpu_without_the_library_hears_how_to_build_it(gpus):
 
 def test_a_library_for_other_gpus_is_broken_and_says_so(gpus, monkeypatch):
     gpus((7, 5))
-    monkeypatch.setattr(cuda_engine, "load", lambda extension: None)
+    for module in (builder, cuda_engine):
+        monkeypatch.setattr(module, "load", lambda extension: None)
     monkeypatch.setattr(cuda_engine, "_architectures_of", lambda library: ["sm_80", "sm_90"])
     availability = cuda_engine.available(CUDA)
     assert availability.broken
@@ -157,7 +158,7 @@ def test_a_library_that_cannot_be_loaded_is_broken(gpus, monkeypatch):
         raise BuildError("its library cannot be loaded: truncated")
 
     gpus((9, 0))
-    monkeypatch.setattr(cuda_engine, "load", load)
+    monkeypatch.setattr(builder, "load", load)
     availability = cuda_engine.available(CUDA)
     assert availability.broken and "truncated" in availability.reason
 
@@ -197,17 +198,17 @@ def test_other_architectures_and_other_toolkits_are_other_libraries(no_gpu, nvcc
 
 
 def test_the_command_line_tells_nvcc_what_to_compile_for(no_gpu, nvcc, tmp_path):
-    nvcc(f'echo "$@" > "{tmp_path}/words"; exit 3')
+    nvcc(f'echo "$@" > "{tmp_path}/arguments"; exit 3')
     with pytest.raises(BuildError, match="status 3"):
         build(EXTENSION)
-    words = (tmp_path / "words").read_text()
-    for word in (
+    passed = (tmp_path / "arguments").read_text()
+    for argument in (
         "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
         '-DFCCLIP_ARCHITECTURES="sm_80 sm_90 compute_90"',
         str(SOURCES / "ms_deform_attn.cu"),
     ):
-        assert word in words
+        assert argument in passed
 
 
 # ---- compiling ----
@@ -233,8 +234,8 @@ def test_the_source_compiles_for_sm_80_and_sm_90_without_spilling_in_the_common_
         done.stdout + done.stderr,
         re.DOTALL,
     )
-    common = [one for one in kernels if re.search(r"msda_(forward|backward)IfLi4ELi8ELi3ELi4E", one[0])]
-    assert sorted(one[1] for one in common) == ["sm_80", "sm_80", "sm_90", "sm_90"]
+    common = [kernel for kernel in kernels if re.search(r"msda_(forward|backward)IfLi4ELi8ELi3ELi4E", kernel[0])]
+    assert sorted(kernel[1] for kernel in common) == ["sm_80", "sm_80", "sm_90", "sm_90"]
     assert all(int(spilled) == 0 and int(registers) <= 64 for _, _, spilled, registers in common), common
 
 

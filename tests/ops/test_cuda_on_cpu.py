@@ -23,7 +23,7 @@ from tests.ops.test_ms_deform_attn import FORMS, assert_agrees, compute, inputs,
 HEADERS = Path(__file__).parent / "cuda_on_cpu"
 PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 
-globals().update({name: one for name, one in vars(every_engine).items() if name.startswith("test_")})
+globals().update({name: value for name, value in vars(every_engine).items() if name.startswith("test_")})
 for _name in ("test_the_same_bits_with_any_number_of_threads", "test_gradients_are_those_of_finite_differences"):
     del globals()[_name]  # there are no such threads; the loop knows the gradients already, and 50 times faster
 
@@ -91,9 +91,9 @@ def test_no_barrier_is_missing(engine, library, form, channels):
         library.fcclip_cpu_order(seed)
         results.append(compute(form, engine, *with_shapes(COMMON, tensors)))
     for other in results[1:]:
-        for name, one, first in zip(NAMES, other, results[0]):
+        for name, tensor, first in zip(NAMES, other, results[0]):
             tolerance = 1e-5 if name == "grad_value" else 0
-            assert (one - first).abs().max() <= tolerance, name
+            assert (tensor - first).abs().max() <= tolerance, name
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -105,7 +105,7 @@ def test_deterministic_gradients_equal_the_loop_and_keep_every_bit(engine, libra
     for seed in range(3):
         library.fcclip_cpu_order(seed)
         results.append(compute(form, engine, *with_shapes(COMMON, tensors)))
-    assert all(torch.equal(one, first) for other in results[1:] for one, first in zip(other, results[0]))
+    assert all(torch.equal(tensor, first) for other in results[1:] for tensor, first in zip(other, results[0]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -129,15 +129,15 @@ def test_every_sample_may_look_at_cells_of_its_own(engine, form):
     """Tables as full as they become."""
     shapes = [(40, 40)]
     tensors = inputs(shapes, form=form, dtype=torch.float32, batch=1, heads=1, channels=4, queries=130, points=4)
-    assert_agrees(form, engine, *with_shapes(shapes, [one[:, :1600] for one in tensors]))
+    assert_agrees(form, engine, *with_shapes(shapes, [tensor[:, :1600] for tensor in tensors]))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_memory_that_does_not_begin_at_16_bytes(engine, form):
     tensors = []
-    for one in common(form, batch=1):
-        room = torch.empty(one.numel() + 1, dtype=one.dtype)[1:].view(one.shape)
-        assert room.copy_(one).data_ptr() % 16 == 4
+    for tensor in common(form, batch=1):
+        room = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+        assert room.copy_(tensor).data_ptr() % 16 == 4
         tensors.append(room)
     assert_agrees(form, engine, *with_shapes(COMMON, tensors))
 

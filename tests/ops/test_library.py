@@ -22,9 +22,9 @@ BACKWARDS = {
 def test_the_operator_keeps_the_contract_of_torch(engine, form, dtype):
     """Schema, fake kernel, autograd registration and tracing with shapes that change."""
     value, points, weights, grad_output = (
-        one.to(engine.device) for one in inputs(SHAPES, form=form, dtype=dtype, spread=1.5)
+        tensor.to(engine.device) for tensor in inputs(SHAPES, form=form, dtype=dtype, spread=1.5)
     )
-    tensors = [one.requires_grad_() for one in (value, points, weights)]
+    tensors = [tensor.requires_grad_() for tensor in (value, points, weights)]
     torch.library.opcheck(OPERATORS[form], (tensors[0], FLAT, *tensors[1:], engine.name))
     backward_inputs = (grad_output, value.detach(), FLAT, points.detach(), weights.detach(), engine.name)
     torch.library.opcheck(BACKWARDS[form], backward_inputs)
@@ -33,13 +33,13 @@ def test_the_operator_keeps_the_contract_of_torch(engine, form, dtype):
 @pytest.mark.parametrize("form", FORMS)
 def test_the_operator_and_the_function_give_the_same(engine, form):
     """For the engine `torch` the function is plain operations, and the operator has gradients that are written out."""
-    value, points, weights, grad_output = (one.to(engine.device) for one in inputs(SHAPES, form=form, spread=1.5))
-    tensors = [one.requires_grad_() for one in (value, points, weights)]
+    value, points, weights, grad_output = (tensor.to(engine.device) for tensor in inputs(SHAPES, form=form, spread=1.5))
+    tensors = [tensor.requires_grad_() for tensor in (value, points, weights)]
     function = FORMS[form][0](tensors[0], SHAPES, *tensors[1:], engine=engine.name)
     operator = OPERATORS[form](tensors[0], FLAT, *tensors[1:], engine.name)
     torch.testing.assert_close(operator, function)
-    for one, other in zip(*(torch.autograd.grad(output, tensors, grad_output) for output in (operator, function))):
-        torch.testing.assert_close(one, other)
+    for tensor, other in zip(*(torch.autograd.grad(output, tensors, grad_output) for output in (operator, function))):
+        torch.testing.assert_close(tensor, other)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -49,11 +49,13 @@ def test_torch_compile_takes_it_as_one_graph(engine, form, dynamic):
     function = partial(FORMS[form][0], engine=engine.name)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for shapes in ([(4, 6), (2, 3)], [(3, 5), (2, 2)]):
-        value, points, weights, grad_output = (one.to(engine.device) for one in inputs(shapes, form=form, spread=1.5))
-        tensors = [one.requires_grad_() for one in (value, points, weights)]
+        value, points, weights, grad_output = (
+            tensor.to(engine.device) for tensor in inputs(shapes, form=form, spread=1.5)
+        )
+        tensors = [tensor.requires_grad_() for tensor in (value, points, weights)]
         results = []
-        for one in (function, compiled):
-            output = one(tensors[0], shapes, *tensors[1:])
+        for run in (function, compiled):
+            output = run(tensors[0], shapes, *tensors[1:])
             results.append((output.detach(), *torch.autograd.grad(output, tensors, grad_output)))
         for ours, expected in zip(*results):
             torch.testing.assert_close(ours, expected)
@@ -73,7 +75,7 @@ class Attention(torch.nn.Module):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 def test_torch_export_keeps_it_and_its_numbers(engine, form, strict):
-    tensors = [one.to(engine.device) for one in inputs(SHAPES, form=form)[:3]]
+    tensors = [tensor.to(engine.device) for tensor in inputs(SHAPES, form=form)[:3]]
     module = Attention(form, engine.name)
     expected = module(*tensors)
     program = torch.export.export(module, tuple(tensors), strict=strict)
@@ -81,7 +83,7 @@ def test_torch_export_keeps_it_and_its_numbers(engine, form, strict):
     torch.testing.assert_close(module(*tensors), expected)  # nothing of the tracer stayed behind
     operations = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     if engine.name == "torch":
-        assert any("grid_sampler" in one for one in operations) and not any("fcclip" in one for one in operations)
+        assert any("grid_sampler" in name for name in operations) and not any("fcclip" in name for name in operations)
     else:
         assert operations == {f"{OPERATORS[form]}.default".removeprefix("torch.ops.")}
 
@@ -89,7 +91,7 @@ def test_torch_export_keeps_it_and_its_numbers(engine, form, strict):
 def test_onnx_sees_grid_sample():
     onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
     pytest.importorskip("onnxscript")
-    tensors = tuple(one.float() for one in inputs(SHAPES, form="fused")[:3])
+    tensors = tuple(tensor.float() for tensor in inputs(SHAPES, form="fused")[:3])
     program = torch.onnx.export(Attention("fused", "torch"), tensors, dynamo=True)
     assert "GridSample" in {node.op_type for node in program.model_proto.graph.node}
     onnx.checker.check_model(program.model_proto)
@@ -98,19 +100,19 @@ def test_onnx_sees_grid_sample():
 @pytest.mark.parametrize("form", FORMS)
 def test_under_autocast_everything_is_computed_in_fp32(engine, form):
     """As the published model does; the gradients have the types of the inputs."""
-    tensors = [one.to(engine.device) for one in inputs(SHAPES, form=form, dtype=torch.bfloat16)[:3]]
+    tensors = [tensor.to(engine.device) for tensor in inputs(SHAPES, form=form, dtype=torch.bfloat16)[:3]]
     tensors = [
-        one.to(dtype).requires_grad_() for one, dtype in zip(tensors, (torch.bfloat16, torch.float32, torch.half))
+        tensor.to(dtype).requires_grad_() for tensor, dtype in zip(tensors, (torch.bfloat16, torch.float32, torch.half))
     ]
     function = partial(FORMS[form][0], engine=engine.name)
-    expected = function(tensors[0].float(), SHAPES, *(one.float() for one in tensors[1:]))
+    expected = function(tensors[0].float(), SHAPES, *(tensor.float() for tensor in tensors[1:]))
     with torch.autocast(engine.device, dtype=torch.bfloat16):
-        found = function(tensors[0], SHAPES, *tensors[1:])
-    torch.testing.assert_close(found, expected)
-    found.sum().backward()
-    assert [one.grad.dtype for one in tensors] == [torch.bfloat16, torch.float32, torch.half]
+        computed = function(tensors[0], SHAPES, *tensors[1:])
+    torch.testing.assert_close(computed, expected)
+    computed.sum().backward()
+    assert [tensor.grad.dtype for tensor in tensors] == [torch.bfloat16, torch.float32, torch.half]
     with torch.autocast(engine.device, dtype=torch.bfloat16):
-        assert function(*with_shapes([one.detach().double() for one in tensors])).dtype == torch.float64
+        assert function(*with_shapes([tensor.detach().double() for tensor in tensors])).dtype == torch.float64
 
 
 def test_sizes_past_32_bits_have_shapes(engine):
@@ -140,7 +142,7 @@ def test_more_cells_than_their_indices_can_count_are_refused():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_shapes_that_do_not_fit_are_refused(engine, form):
-    value, points, weights, grad_output = (one.to(engine.device) for one in inputs(SHAPES, form=form))
+    value, points, weights, grad_output = (tensor.to(engine.device) for tensor in inputs(SHAPES, form=form))
     function = partial(FORMS[form][0], engine=engine.name)
     for arguments, message in (
         (
@@ -172,7 +174,7 @@ def test_the_queries_of_the_fused_form_are_the_cells():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_mixed_and_unknown_types_are_refused(engine, form):
-    value, points, weights, _ = (one.to(engine.device) for one in inputs(SHAPES, form=form))
+    value, points, weights, _ = (tensor.to(engine.device) for tensor in inputs(SHAPES, form=form))
     function = partial(FORMS[form][0], engine=engine.name)
     with pytest.raises(ValueError, match=r"one dtype of float32, .* value torch.float32, sampling_\w+ torch.float64"):
         function(value.float(), SHAPES, points, weights)
@@ -183,7 +185,7 @@ def test_mixed_and_unknown_types_are_refused(engine, form):
 
 
 def test_tensors_on_different_devices_are_refused(engine):
-    value, points, weights, _ = (one.to(engine.device) for one in inputs(SHAPES, form="fused"))
+    value, points, weights, _ = (tensor.to(engine.device) for tensor in inputs(SHAPES, form="fused"))
     with pytest.raises(ValueError, match=f"one device, got value on {engine.device}.*, sampling_offsets on meta"):
         ms_deform_attn_fused(value, SHAPES, points.to("meta"), weights, engine=engine.name)
 

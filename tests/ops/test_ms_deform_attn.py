@@ -35,15 +35,15 @@ def inputs(shapes, *, form, dtype=torch.float64, batch=2, heads=2, channels=3, q
         weights,
         rand(batch, queries, heads * channels) - 0.5,
     )
-    return [one.to(dtype) for one in tensors]
+    return [tensor.to(dtype) for tensor in tensors]
 
 
 def compute(form, engine, value, shapes, points, weights, grad_output):
     """Output and the three gradients, on the CPU."""
-    tensors = [one.detach().to(engine.device).requires_grad_() for one in (value, points, weights)]
+    tensors = [tensor.detach().to(engine.device).requires_grad_() for tensor in (value, points, weights)]
     output = FORMS[form][0](tensors[0], shapes, *tensors[1:], engine=engine.name)
     grads = torch.autograd.grad(output, tensors, grad_output.to(engine.device))
-    return [one.detach().cpu() for one in (output, *grads)]
+    return [tensor.detach().cpu() for tensor in (output, *grads)]
 
 
 def assert_agrees(form, engine, value, shapes, points, weights, grad_output):
@@ -56,10 +56,10 @@ def assert_agrees(form, engine, value, shapes, points, weights, grad_output):
     rounding = torch.finfo(dtype).eps / 2 if dtype in HALVES else 0
     truth = FORMS[form][1](value, shapes, points, weights, grad_output)
     names = ("output", "grad_value", "grad_points", "grad_weights")
-    for name, found in zip(names, compute(form, engine, value, shapes, points, weights, grad_output)):
+    for name, computed in zip(names, compute(form, engine, value, shapes, points, weights, grad_output)):
         expected = getattr(truth, name)
-        assert found.dtype == dtype and found.shape == expected.shape, name
-        difference = (found.double() - expected).abs()
+        assert computed.dtype == dtype and computed.shape == expected.shape, name
+        difference = (computed.double() - expected).abs()
         if name == "grad_points":
             difference = difference * truth.smooth[..., None]
         largest = expected.abs().max().clamp(min=1)
@@ -118,9 +118,9 @@ def test_borders_corners_and_whole_pixels_count_as_in_the_loop(engine, dtype):
     locations = grid.view(1, -1, 1, 1, 1, 2)
     weights, grad = torch.ones(1, len(grid), 1, 1, 1, dtype=dtype), torch.ones(1, len(grid), 3, dtype=dtype)
     truth = oracle(value, shapes, locations, weights, grad)
-    found = compute("locations", engine, value, shapes, locations, weights, grad)
-    for name, one in zip(("output", "grad_value", "grad_points", "grad_weights"), found):
-        torch.testing.assert_close(one.double(), getattr(truth, name), msg=lambda text, name=name: f"{name}: {text}")
+    computed = compute("locations", engine, value, shapes, locations, weights, grad)
+    for name, tensor in zip(("output", "grad_value", "grad_points", "grad_weights"), computed):
+        torch.testing.assert_close(tensor.double(), getattr(truth, name), msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -171,9 +171,9 @@ def test_logits_of_any_size_become_shares(engine):
 def test_inputs_need_not_be_contiguous(engine, form):
     shapes = LEVELS[:2]
     value, points, weights, grad_output = inputs(shapes, form=form)
-    scattered = [torch.stack([one, one], dim=-1)[..., 0] for one in (value, points, weights)]
+    scattered = [torch.stack([tensor, tensor], dim=-1)[..., 0] for tensor in (value, points, weights)]
     scattered.append(grad_output.transpose(1, 2).contiguous().transpose(1, 2))
-    assert not any(one.is_contiguous() for one in scattered)
+    assert not any(tensor.is_contiguous() for tensor in scattered)
     assert_agrees(form, engine, *with_shapes(shapes, scattered))
 
 
@@ -185,15 +185,17 @@ def test_nothing_gives_nothing(engine, form, empty):
     shapes = LEVELS[:2]
     value, points, weights, grad_output = inputs(shapes, form=form, **{empty: 0})
     results = compute(form, engine, value, shapes, points, weights, grad_output)
-    assert [tuple(one.shape) for one in results] == [tuple(one.shape) for one in (grad_output, value, points, weights)]
-    assert all(one.abs().sum() == 0 for one in results)
+    assert [tuple(tensor.shape) for tensor in results] == [
+        tuple(tensor.shape) for tensor in (grad_output, value, points, weights)
+    ]
+    assert all(tensor.abs().sum() == 0 for tensor in results)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_are_those_of_finite_differences(engine, form):
     shapes = [(3, 4), (2, 2)]
     value, points, weights, _ = inputs(shapes, form=form, batch=1, queries=2, channels=2)
-    tensors = [one.to(engine.device).requires_grad_() for one in (value, points, weights)]
+    tensors = [tensor.to(engine.device).requires_grad_() for tensor in (value, points, weights)]
     function = partial(FORMS[form][0], engine=engine.name)
     assert torch.autograd.gradcheck(lambda v, x, w: function(v, shapes, x, w), tensors)
 
@@ -212,7 +214,7 @@ def test_the_same_bits_with_any_number_of_threads(engine, form):
             results.append(compute(form, engine, *with_shapes(shapes, tensors)))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(one, first) for other in results[1:] for one, first in zip(other, results[0]))
+    assert all(torch.equal(tensor, first) for other in results[1:] for tensor, first in zip(other, results[0]))
 
 
 def with_shapes(shapes, tensors):

@@ -38,11 +38,11 @@ def deterministic():
 def problem(form, *, dtype=torch.float32, device="cuda", **sizes):
     """value, points, weights and gradient of the output on the GPU, in the sizes of a small image."""
     sizes = {"batch": 2, "heads": 8, "channels": 32, "points": 4, "queries": 300, "spread": 0.3, **sizes}
-    return [one.to(device) for one in inputs(SHAPES, form=form, dtype=dtype, **sizes)]
+    return [tensor.to(device) for tensor in inputs(SHAPES, form=form, dtype=dtype, **sizes)]
 
 
 def forward_and_backward(form, name, value, points, weights, grad_output):
-    leaves = [one.detach().requires_grad_() for one in (value, points, weights)]
+    leaves = [tensor.detach().requires_grad_() for tensor in (value, points, weights)]
     output = FORMS[form][0](leaves[0], SHAPES, *leaves[1:], engine=name)
     return [output.detach(), *torch.autograd.grad(output, leaves, grad_output)]
 
@@ -51,7 +51,7 @@ def forward_and_backward(form, name, value, points, weights, grad_output):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_images_of_real_size_equal_plain_torch(name, form, dtype):
     tensors = problem(form, dtype=dtype)
-    exact = [one.double() for one in tensors]
+    exact = [tensor.double() for tensor in tensors]
     share = {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 2 * torch.finfo(dtype).eps)
     names = ("output", "grad_value", "grad_points", "grad_weights")
     pairs = zip(names, forward_and_backward(form, name, *tensors), forward_and_backward(form, "torch", *exact))
@@ -69,7 +69,9 @@ def test_deterministic_gradients_have_the_same_bits_each_time(name, deterministi
     tensors = problem(form)
     first = forward_and_backward(form, name, *tensors)
     for _ in range(5):
-        assert all(torch.equal(one, other) for one, other in zip(forward_and_backward(form, name, *tensors), first))
+        assert all(
+            torch.equal(tensor, other) for tensor, other in zip(forward_and_backward(form, name, *tensors), first)
+        )
     torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(forward_and_backward(form, name, *tensors), first, rtol=1e-4, atol=1e-4)
 
@@ -105,8 +107,8 @@ def test_graphs_replay_it_with_new_numbers(name, form):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = forward_and_backward(form, name, *static)
-    for one, other in zip(static, problem(form, seed=7)):
-        one.copy_(other)
+    for tensor, other in zip(static, problem(form, seed=7)):
+        tensor.copy_(other)
     graph.replay()
     torch.testing.assert_close(results, forward_and_backward(form, name, *static), rtol=1e-4, atol=1e-4)
 
@@ -130,9 +132,9 @@ def test_it_runs_on_the_device_of_its_tensors(name):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     expected = forward_and_backward("fused", name, *problem("fused"))[0]
-    found = forward_and_backward("fused", name, *problem("fused", device="cuda:1"))[0]
-    assert found.device.index == 1 and torch.cuda.current_device() == 0
-    torch.testing.assert_close(found.cpu(), expected.cpu())
+    computed = forward_and_backward("fused", name, *problem("fused", device="cuda:1"))[0]
+    assert computed.device.index == 1 and torch.cuda.current_device() == 0
+    torch.testing.assert_close(computed.cpu(), expected.cpu())
 
 
 def test_memory_beyond_32_bits(name):

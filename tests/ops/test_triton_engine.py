@@ -217,7 +217,7 @@ def compile_kernels(capability: int) -> None:
 
     target = GPUTarget("cuda", capability, 32)
     answers = {"get_current_device": 0, "get_current_stream": 0, "get_current_target": target}
-    driver.set_active(SimpleNamespace(**{name: lambda *_, one=one: one for name, one in answers.items()}))
+    driver.set_active(SimpleNamespace(**{name: lambda *_, answer=answer: answer for name, answer in answers.items()}))
     kernels = triton_engine._kernels()
     images = ([(32, 32), (64, 64), (128, 128)], [(25, 38), (50, 76), (99, 151)])
     for dtype, fused in ((torch.float32, True), (torch.bfloat16, False)):
@@ -233,7 +233,7 @@ def compile_kernels(capability: int) -> None:
             constants.update(SORTED=False, BLOCK_K=16)
             backward = kernels.backward.fn.warmup(*memory, *sizes, 2, cells + 500, **constants, **tuned)
             compiled.append((forward, backward))
-            assert all("global.v4" in one.asm["ptx"] for one in compiled[0]), "no loads of 16 bytes"
+            assert all("global.v4" in kernel.asm["ptx"] for kernel in compiled[0]), "no loads of 16 bytes"
         assert compiled[0][0] is compiled[1][0] and compiled[0][1] is compiled[1][1]
     constants = {name: constants[name] for name in ("M", "D", "L", "P", "BLOCK")}
     memory = (torch.float32, torch.int64, torch.int64, torch.float32, torch.float32)

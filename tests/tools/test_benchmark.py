@@ -2,10 +2,13 @@
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from fcclip.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,8 +27,8 @@ def config(tiny_cfg, tmp_path) -> str:
 
 
 def test_a_step_is_measured_in_its_parts_and_recorded_with_its_surroundings(benchmark, config, tmp_path, capsys):
-    words = ["--config-file", config, "--batch", "1", "2", "--size", "64", "--steps", "2"]
-    assert benchmark.main(["training-step", *words, "--output", str(tmp_path / "a" / "step.json")]) == 0
+    arguments = ["--config-file", config, "--batch", "1", "2", "--size", "64", "--steps", "2"]
+    assert benchmark.main(["training-step", *arguments, "--output", str(tmp_path / "a" / "step.json")]) == 0
     report = json.loads((tmp_path / "a" / "step.json").read_text())
     assert [row["batch"] for row in report["rows"]] == [1, 2]
     for row in report["rows"]:
@@ -66,9 +69,9 @@ def test_made_up_samples_have_the_wanted_segments_and_cover_the_image(benchmark)
 
 
 def test_what_cannot_be_measured_is_one_line(benchmark, config, capsys):
-    assert benchmark.main(["training-step", "--config-file", config, "--batch", "0"]) == 1
-    assert benchmark.main(["training-step", "--config-file", config, "--largest"]) == 1
-    assert benchmark.main(["training-step", "--config-file", "gone.yaml"]) == 1
+    assert run_program(partial(benchmark.main, ["training-step", "--config-file", config, "--batch", "0"])) == 1
+    assert run_program(partial(benchmark.main, ["training-step", "--config-file", config, "--largest"])) == 1
+    assert run_program(partial(benchmark.main, ["training-step", "--config-file", "gone.yaml"])) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("error: ") for line in lines)
     assert "--largest fills a GPU, but the device is cpu" in lines[1]

@@ -5,11 +5,14 @@ import importlib
 import json
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from fcclip.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--images", "2", "--rounds", "2", "--size", "48", "64", "--classes", "6", "--queries", "5"]
@@ -50,14 +53,14 @@ def world(benchmark, tmp_path):
 def test_made_up_predictions_are_neither_right_nor_hopeless(benchmark, world):
     images, head = world
     assert head.scores.shape == (6, 48, 64)
-    for ground_truth in images:
-        assert len(ground_truth.output["instances"]) == 11 and ground_truth.output["sem_seg"].shape == (48, 64)
-        ids, segments = ground_truth.output["panoptic_seg"]
+    for image in images:
+        assert len(image.output["instances"]) == 11 and image.output["sem_seg"].shape == (48, 64)
+        ids, segments = image.output["panoptic_seg"]
         assert set(np.unique(ids)) - {0} == {segment["id"] for segment in segments}
-    group = benchmark.three_evaluators(images, 6)
-    for ground_truth in images:
+    group = benchmark.three_evaluators(6)
+    for image in images:
         for evaluator in group:
-            evaluator.process(benchmark.GroundTruth(ground_truth.record), ground_truth.output)
+            evaluator.process(benchmark.GroundTruth(image.record), image.output)
     assert 0 < group[0].results()["panoptic_seg"]["PQ"] < 100
 
 
@@ -80,7 +83,7 @@ def test_numbers_that_differ_are_not_measured(benchmark, monkeypatch, capsys, fu
 
     setattr(peer, function, broken)
     monkeypatch.setattr(benchmark, "load_peer", lambda name: peer)
-    assert benchmark.main(["evaluation", *SMALL]) == 1
+    assert run_program(partial(benchmark.main, ["evaluation", *SMALL])) == 1
     assert "image 0: ours and the published steps differ" in capsys.readouterr().err
 
 
@@ -107,8 +110,8 @@ def test_an_allocator_that_is_not_the_usual_one_is_told(benchmark, monkeypatch):
     assert benchmark.allocator() == "MALLOC_TRIM_THRESHOLD_=1000000"
 
 
-@pytest.mark.parametrize("words", [["--rounds", "0"], ["--size", "0", "9"], ["--classes", "1"]])
-def test_nothing_to_measure_is_one_line(benchmark, capsys, words):
-    assert benchmark.main(["evaluation", *words]) == 1
+@pytest.mark.parametrize("arguments", [["--rounds", "0"], ["--size", "0", "9"], ["--classes", "1"]])
+def test_nothing_to_measure_is_one_line(benchmark, capsys, arguments):
+    assert run_program(partial(benchmark.main, ["evaluation", *arguments])) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: --images, --rounds") and error.count("\n") == 1

@@ -2,10 +2,13 @@
 
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+
+from fcclip.errors import run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,11 +21,11 @@ def benchmark(monkeypatch):
 
 def test_both_mappers_are_compared_measured_in_turns_and_recorded(benchmark, tmp_path, capsys):
     threads = torch.get_num_threads()
-    words = ["--images", "5", "--rounds", "2", "--size", "256", "--output", str(tmp_path / "mapper.json")]
-    assert benchmark.main(["mapper", *words]) == 0
+    arguments = ["--images", "5", "--rounds", "2", "--size", "256", "--output", str(tmp_path / "mapper.json")]
+    assert benchmark.main(["mapper", *arguments]) == 0
     report = json.loads((tmp_path / "mapper.json").read_text())
     assert len(report["ratios"]) == 2 and report["samples"] == 10
-    assert all(seconds > 0 for values in report["seconds"].values() for seconds in values)
+    assert all(seconds > 0 for seconds in report["seconds"].values())
     assert {"CPU", "git", "torch"} <= set(report["environment"])
     out = capsys.readouterr().out
     assert f"ratio {report['ratio']:.2f}" in out and "5 samples compared, all equal" in out
@@ -46,10 +49,10 @@ def test_samples_that_differ_are_not_measured(benchmark, monkeypatch, capsys):
 
     original, peer.map_record = peer.map_record, wrong
     monkeypatch.setattr(benchmark, "load_peer", lambda name: peer)
-    assert benchmark.main(["mapper", "--images", "1", "--rounds", "1", "--size", "64"]) == 1
+    assert run_program(partial(benchmark.main, ["mapper", "--images", "1", "--rounds", "1", "--size", "64"])) == 1
     assert "the two mappers give different samples" in capsys.readouterr().err
 
 
 def test_nothing_to_measure_is_one_line(benchmark, capsys):
-    assert benchmark.main(["mapper", "--rounds", "0"]) == 1
+    assert run_program(partial(benchmark.main, ["mapper", "--rounds", "0"])) == 1
     assert capsys.readouterr().err == "error: --images, --rounds and --size must be at least 1, --segments 0 or more\n"

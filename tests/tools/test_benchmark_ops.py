@@ -3,11 +3,13 @@
 import csv
 import importlib
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from fcclip.errors import run_program
 from fcclip.ops import ENGINES
 from tests.msda_engines import built  # noqa: F401
 
@@ -66,31 +68,30 @@ def test_the_floor_counts_every_number_once_and_every_corner(ops):
 def test_both_forms_are_the_same_problem(ops):
     fused, located = (ops.Problem("64x96", 1, "float64", form, "cpu") for form in ("fused", "locations"))
     outputs = [
-        ops.FORMS[one.form](*(lambda t: (t[0], one.shapes, t[1], t[2]))(one.tensors()), engine="torch")
-        for one in (fused, located)
+        ops.FORMS[problem.form](*(lambda t: (t[0], problem.shapes, t[1], t[2]))(problem.tensors()), engine="torch")
+        for problem in (fused, located)
     ]
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)  # centres in fp32
 
 
 def test_engines_that_disagree_are_not_compared(benchmark, monkeypatch, capsys):
     wrong = ENGINES["torch"]
-    for name in ("cpp",):
-        monkeypatch.setattr(ENGINES[name], "available", wrong.available)
-        monkeypatch.setattr(ENGINES[name], "forward", lambda *inputs: 1.1 * wrong.forward(*inputs))
-        monkeypatch.setattr(ENGINES[name], "backward", wrong.backward)
-    assert benchmark.main([*SMALL, "--engines", "torch", "cpp", "--forms", "locations"]) == 1
+    monkeypatch.setattr(ENGINES["cpp"], "available", wrong.available)
+    monkeypatch.setattr(ENGINES["cpp"], "forward", lambda *inputs: 1.1 * wrong.forward(*inputs))
+    monkeypatch.setattr(ENGINES["cpp"], "backward", wrong.backward)
+    assert run_program(partial(benchmark.main, [*SMALL, "--engines", "torch", "cpp", "--forms", "locations"])) == 1
     assert "engines 'cpp' and 'torch' differ by" in capsys.readouterr().err
 
 
 def test_what_cannot_be_measured_is_one_line(benchmark, capsys):
-    for words, message in (
+    for arguments, message in (
         (["--sizes", "64"], "--sizes takes HEIGHTxWIDTH in pixels, e.g. 640x960, got '64'"),
         (["--dtypes", "float23"], "unknown dtype 'float23'"),
         (["--forms", "fussed"], "Did you mean 'fused'?"),
         (["--engines", "cpp"], "the engine 'cpp' cannot run on cpu: it is not built"),
         (["--batch", "0"], "--rounds and --batch must be at least 1"),
     ):
-        assert benchmark.main([*SMALL, *words]) == 1
+        assert run_program(partial(benchmark.main, [*SMALL, *arguments])) == 1
         error = capsys.readouterr().err
         assert error.startswith("error: ") and message in error and error.count("\n") == 1
 
