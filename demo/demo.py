@@ -21,7 +21,7 @@ from pathlib import Path
 from fcclip import Segmenter
 from fcclip.config import load_config
 from fcclip.data import read_image
-from fcclip.errors import InputError, MissingFileError
+from fcclip.errors import InputError, MissingFileError, run_program
 from fcclip.vocabulary import Vocabulary
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -54,21 +54,21 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def find_images(inputs: Iterable[str]) -> list[Path]:
     """The images that files, folders and globs stand for: each once, those of a folder or glob sorted by name."""
-    found: dict[Path, None] = {}
+    unique: dict[Path, None] = {}
     for given in inputs:
         path = Path(given).expanduser()
         if path.is_dir():
-            images = sorted(one for one in path.iterdir() if one.suffix.lower() in IMAGE_SUFFIXES)
+            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
             if not images:
                 raise MissingFileError(f"folder '{given}' holds no image ({', '.join(IMAGE_SUFFIXES)})")
         elif path.exists():
             images = [path]
         else:
-            images = sorted(Path(one) for one in glob.glob(str(path)) if Path(one).is_file())
+            images = sorted(Path(name) for name in glob.glob(str(path)) if Path(name).is_file())
             if not images:
                 raise MissingFileError(f"input '{given}' does not exist, and as a glob it matches nothing")
-        found.update(dict.fromkeys(images))
-    return list(found)
+        unique.update(dict.fromkeys(images))
+    return list(unique)
 
 
 def plan_outputs(images: Sequence[Path], output: Path) -> list[Path]:
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         start = time.perf_counter()
         try:
             image = read_image(path)
-        except ValueError as error:
+        except InputError as error:
             print(f"error: {error}", file=sys.stderr)
             unreadable += 1
             continue
@@ -136,7 +136,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_program(main))

@@ -12,7 +12,7 @@ interrupted.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import logging
 import math
 import os
@@ -24,9 +24,11 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import yaml
-from PIL import Image
 
 from fcclip.data import get_dataset, read_id_map
+from fcclip.errors import UserError, run_program
+from fcclip.evaluation import write_id_map
+from fcclip.files import read_json, write_json
 from fcclip.finetuning import format_comparison
 from fcclip.preparation.shapes_world import SETS
 from fcclip.vocabulary import Vocabulary
@@ -37,35 +39,28 @@ WEIGHTS = "shapes_fcclip.safetensors"
 OWN = ("orange square", "orange triangle", "orange star", "orange heart", "orange cross")
 WORLD_SEED, OWN_SEED = 0, 1  # the world of the former data and of the tests; the one of the own images
 OWN_SETS = tuple(name for name in SETS if name != "train")  # sets that show unseen classes, or may
-METHODS = {
-    "plain": (),
-    "replay": ("FINETUNE.REPLAY_DATASETS", "('shapes_train',)"),
-    "distill": (),
-}
+METHODS = {"plain": (), "replay": ("FINETUNE.REPLAY_DATASETS", "('shapes_train',)"), "distill": ()}
 COLOURS = {"before": "#b8b8b8", "plain": "#c44e52", "replay": "#4c72b0", "distill": "#55a868"}
 GROUPS = {"own": "own classes (5, new)", "seen": "former classes (40)", "unseen": "unseen classes (15)"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("output/finetuning"), help="folder (default: %(default)s)")
-    parser.add_argument("--figure", type=Path, help="image to write (default: finetuning.png in the folder)")
-    parser.add_argument("--iterations", type=int, default=300, help="of each fine-tuning (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=2000, help="former training images (default: %(default)s)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config keys for every fine-tuning, after --")
+    add = parser.add_argument
+    add("--output", type=Path, default=Path("output/finetuning"), help="folder (default: %(default)s)")
+    add("--figure", type=Path, help="image to write (default: finetuning.png in the folder)")
+    add("--iterations", type=int, default=300, help="of each fine-tuning (default: %(default)s)")
+    add("--images", type=int, default=2000, help="former training images (default: %(default)s)")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    add("opts", nargs="*", metavar="KEY VALUE", help="config keys for every fine-tuning, after --")
     args = parser.parse_args(arguments)
     output = args.output.expanduser().resolve()
-    try:
-        found = run(output, args)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for method, content in found.items():
+    results = run(output, args)
+    for method, content in results.items():
         print(f"{method}:\n{format_comparison(*(figures_of(content[when]) for when in ('before', 'after')))}\n")
     figure = args.figure or output / "finetuning.png"
     figure.parent.mkdir(parents=True, exist_ok=True)
-    draw(found, "shapes_val").savefig(figure, dpi=150)
+    draw(results, "shapes_val").savefig(figure, dpi=150)
     print(f"figure: {figure}")
     return 0
 
@@ -74,17 +69,16 @@ def run(output: Path, args: argparse.Namespace) -> dict[str, dict]:
     """Method -> the content of its finetune.json."""
     worlds = {"world": (WORLD_SEED, args.images), "own_world": (OWN_SEED, 1)}
     for name, (seed, images) in worlds.items():
-        words = ("--seed", str(seed), "--images", str(images), "--out", str(output / name))
-        call("datasets/prepare_shapes.py", *words)
+        call("datasets/prepare_shapes.py", "--seed", seed, "--images", images, "--out", output / name)
     train = write_own_data(output / "own" / "train", output / "own_world", OWN_SETS)
     test = write_own_data(output / "own" / "test", output / "world", ("val",))
     os.environ["DETECTRON2_DATASETS"] = str(output / "world")
-    found = {}
+    results = {}
     for method in args.methods:
         folder = output / method
         call("train_net.py", "--resume", "--config-file", CONFIG, *overrides(method, train, test, folder, args))
-        found[method] = json.loads((folder / "finetune.json").read_text(encoding="utf-8"))
-    return found
+        results[method] = read_json(folder / "finetune.json", what="results")
+    return results
 
 
 def overrides(method: str, train: Path, test: Path, folder: Path, args: argparse.Namespace) -> list[str]:
@@ -101,67 +95,67 @@ def overrides(method: str, train: Path, test: Path, folder: Path, args: argparse
         "SOLVER.WARMUP_ITERS": 20,
         "OUTPUT_DIR": folder,
     }
-    return [str(word) for pair in keys.items() for word in pair] + [*METHODS[method], *args.opts]
+    return [str(part) for part in (*itertools.chain(*keys.items()), *METHODS[method], *args.opts)]
 
 
-def call(script: str, *arguments: str) -> None:
-    """Runs a script of the repository as a user would, from its root."""
-    subprocess.run([sys.executable, script, *arguments], cwd=REPOSITORY, check=True)
+def call(script: str, *arguments: object) -> None:
+    """Runs a script of the repository as a user would, from its root.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    if status := subprocess.run([sys.executable, script, *map(str, arguments)], cwd=REPOSITORY).returncode:
+        raise UserError(f"{script} ended with status {status}")
 
 
 def write_own_data(folder: Path, world: Path, splits: Sequence[str]) -> Path:
     """Images of a world that show an orange shape, with these labelled and nothing else; returns the YAML."""
-    kept = [index for index, name in enumerate(Vocabulary.builtin("shapes").class_names) if name in OWN]
+    vocabulary = Vocabulary.builtin("shapes")
+    kept = [index for index, name in enumerate(vocabulary.class_names) if name in OWN]
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for split in splits:
         for record in get_dataset(f"shapes_{split}", world).records():
-            segments = [one for one in record["segments_info"] if one["category_id"] in kept]
+            segments = own_segments(record["segments_info"], kept)
             if not segments:
                 continue
             number, source = len(images) + 1, Path(record["file_name"])
             stem = f"{split}_{source.stem}"
             (folder / "images" / f"{stem}.jpg").write_bytes(source.read_bytes())
-            ids = [one["id"] for one in segments]
-            write_labels(folder / "labels" / f"{stem}.png", record["pan_seg_file_name"], ids)
+            id_map = read_id_map(record["pan_seg_file_name"])
+            own_ids = np.isin(id_map, [segment["id"] for segment in segments])
+            write_id_map(folder / "labels" / f"{stem}.png", np.where(own_ids, id_map, 0))
             size = {"height": record["height"], "width": record["width"]}
             images.append({"id": number, "file_name": f"{stem}.jpg", **size})
-            described = [
-                {"id": one["id"], "category_id": kept.index(one["category_id"]) + 1, "iscrowd": 0} | area_and_box(one)
-                for one in segments
-            ]
-            annotations.append({"image_id": number, "file_name": f"{stem}.png", "segments_info": described})
+            annotations.append({"image_id": number, "file_name": f"{stem}.png", "segments_info": segments})
     categories = [{"id": index + 1, "name": name, "isthing": 1} for index, name in enumerate(OWN)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "labels.json").write_text(json.dumps(content), encoding="utf-8")
-    words = {entry.name: ", ".join(entry.synonyms) for entry in Vocabulary.builtin("shapes").classes}
+    write_json(folder / "labels.json", {"images": images, "annotations": annotations, "categories": categories})
     description = {
         "type": "panoptic",
         "images": "images",
         "annotations": "labels.json",
         "masks": "labels",
-        "classes": [words[name] for name in OWN],
+        "classes": [", ".join(vocabulary.synonyms[index]) for index in kept],
         "things": list(OWN),
     }
     path = folder / f"orange_{folder.name}.yaml"
     path.write_text(yaml.safe_dump(description, sort_keys=False), encoding="utf-8")
-    print(f"{path}: {len(images)} images, {sum(len(one['segments_info']) for one in annotations)} orange shapes")
+    print(f"{path}: {len(images)} images, {sum(len(image['segments_info']) for image in annotations)} orange shapes")
     return path
 
 
-def area_and_box(segment: Mapping) -> dict:
-    return {key: segment[key] for key in ("area", "bbox")}
+def own_segments(segments: Sequence[Mapping], kept: Sequence[int]) -> list[dict]:
+    """Those of the kept classes, which are numbered anew from 1."""
+    return [
+        {"id": segment["id"], "category_id": kept.index(segment["category_id"]) + 1, "iscrowd": 0}
+        | {key: segment[key] for key in ("area", "bbox")}
+        for segment in segments
+        if segment["category_id"] in kept
+    ]
 
 
-def write_labels(path: Path, source: str, ids: Sequence[int]) -> None:
-    """An id PNG in which only some of the segments are left."""
-    id_map = read_id_map(source)
-    id_map = np.where(np.isin(id_map, ids), id_map, 0)
-    Image.fromarray(np.stack([id_map % 256, id_map // 256 % 256, id_map // 65536], -1).astype(np.uint8)).save(path)
-
-
-# ---- what came out ----
+# ---- results ----
 
 
 def figures_of(sets: Mapping) -> dict:
@@ -175,10 +169,10 @@ def figures_of(sets: Mapping) -> dict:
     }
 
 
-def draw(found: Mapping[str, Mapping], name: str) -> matplotlib.figure.Figure:
+def draw(results: Mapping[str, Mapping], name: str) -> matplotlib.figure.Figure:
     """PQ, AP and mIoU of own, former and unseen classes of one data set, before and after each method."""
-    start = figures_of(next(iter(found.values()))["before"])[name]
-    bars = {"before": start} | {method: figures_of(content["after"])[name] for method, content in found.items()}
+    start = figures_of(next(iter(results.values()))["before"])[name]
+    bars = {"before": start} | {method: figures_of(content["after"])[name] for method, content in results.items()}
     figure = matplotlib.figure.Figure(figsize=(9.6, 3.1), layout="constrained")
     panels = figure.subplots(1, len(start), sharey=True)
     width = 0.8 / len(bars)
@@ -205,4 +199,4 @@ def draw(found: Mapping[str, Mapping], name: str) -> matplotlib.figure.Figure:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fcclip").setLevel(logging.INFO)
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -26,6 +26,7 @@ from PIL import Image
 from fcclip import Segmenter
 from fcclip.config import load_config, resolve_device
 from fcclip.data import dataset_vocabulary, get_dataset, read_id_map, read_image
+from fcclip.errors import UserError, is_users, run_program
 from fcclip.evaluation import evaluate, format_table, write_results
 from fcclip.modeling import build_model, test_modes
 from fcclip.ops import build_advice
@@ -76,9 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_results(results_file, sets, seconds={name: round(value, 1) for name, value in seconds.items()})
     title = f"zero-shot on the shapes world after {cfg.SOLVER.MAX_ITER} iterations, percent"
     print(format_table(sets, title=title))
-    print(f"results:  {results_file}")
+    print(f"results: {results_file}")
     for sheet in sheets:
-        print(f"images: {sheet}")
+        print(f"images:  {sheet}")
     return 0
 
 
@@ -89,15 +90,22 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     try:
         yield
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"error: the quickstart failed in stage '{name}': {error}")
+    except Exception as error:
+        if not is_users(error):
+            raise
+        raise UserError(f"the quickstart failed in stage '{name}': {error}") from error
     seconds[name] = time.perf_counter() - start
     print(f"== {name}: {seconds[name]:.0f} s", flush=True)
 
 
 def call(script: str, *arguments: str) -> None:
-    """Runs a script of the repository as a user would, from its root."""
-    subprocess.run([sys.executable, script, *arguments], cwd=REPOSITORY, check=True)
+    """Runs a script of the repository as a user would, from its root.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    if status := subprocess.run([sys.executable, script, *arguments], cwd=REPOSITORY).returncode:
+        raise UserError(f"{script} ended with status {status}")
 
 
 def evaluate_sets(cfg: CfgNode, max_images: int | None) -> dict:
@@ -119,7 +127,7 @@ def draw_set(segmenter: Segmenter, name: str, folder: Path) -> Path:
         ids = read_id_map(record["pan_seg_file_name"])
         truth = [Segment(s["id"], s["category_id"], s["isthing"], 1.0, s["area"]) for s in record["segments_info"]]
         drawn_truth = draw_panoptic(image, ids, truth, vocabulary.class_names, scores=False)
-        rows.append([image, drawn_truth, segmenter(image, words=vocabulary).draw()])
+        rows.append([image, drawn_truth, segmenter(image, vocabulary).draw()])
     sheet = folder / f"{name}.png"
     Image.fromarray(contact_sheet(rows, titles=("image", "ground truth", "prediction"))).save(sheet)
     return sheet
@@ -128,4 +136,4 @@ def draw_set(segmenter: Segmenter, name: str, folder: Path) -> Path:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("fcclip").setLevel(logging.INFO)
-    sys.exit(main())
+    sys.exit(run_program(main))

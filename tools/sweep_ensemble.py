@@ -12,6 +12,7 @@ alpha = beta = 1 the out-of-vocabulary one.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import math
 import sys
@@ -22,7 +23,7 @@ from rich.table import Table
 
 from fcclip.config import load_config
 from fcclip.data import get_dataset
-from fcclip.errors import InputError
+from fcclip.errors import InputError, run_program
 from fcclip.evaluation import evaluate, format_value
 from fcclip.modeling import build_model
 from fcclip.reports.zero_shot import benchmark, set_config
@@ -41,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     head, task = METRICS[metric]
     if head not in heads:
         raise InputError(f"data set '{dataset.name}' is evaluated for {', '.join(heads)}, which gives no {metric}")
-    only = {f"MODEL.MASK_FORMER.TEST.{one.upper()}_ON": str(one == head) for one, _ in METRICS.values()}
-    words = [word for pair in only.items() for word in pair]
-    cfg = load_config(args.config_file, [*words, *args.opts])
+    switches = {f"MODEL.MASK_FORMER.TEST.{name.upper()}_ON": str(name == head) for name, _ in METRICS.values()}
+    cfg = load_config(args.config_file, [*itertools.chain(*switches.items()), *args.opts])
     model = build_model(cfg)
     load_weights(model, args.weights or cfg.MODEL.WEIGHTS)
-    cfg = set_config(cfg, dataset, given=[*only, *args.opts[::2]])
+    cfg = set_config(cfg, dataset, given=[*switches, *args.opts[::2]])
 
     pairs = {f"{alpha:g} {beta:g}": (alpha, beta) for alpha in args.alphas for beta in args.betas}
-    options = {"modes": pairs, "training_vocabulary": model.seen_vocabulary, "max_images": args.first}
-    results = evaluate(model, cfg, dataset, **options)
+    results = evaluate(
+        model, cfg, dataset, modes=pairs, training_vocabulary=model.seen_vocabulary, max_images=args.first
+    )
     quality = {pairs[name]: tasks[task] for name, tasks in results.items()}
 
     print(f"{metric} on {dataset.name}, percent: all / seen / unseen")
@@ -68,24 +69,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"MODEL.FC_CLIP.GEOMETRIC_ENSEMBLE_BETA {best[1]:g}"
     )
     if benchmark(dataset.name) is not None:
-        print(
-            f"'{dataset.name}' is reported in the table of the model zoo: what is chosen on it looks better than it is"
-        )
+        print(f"'{dataset.name}' is reported in the model zoo: what is chosen on it looks better than it is")
     return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config-file", required=True, metavar="FILE")
-    parser.add_argument("--dataset", required=True, metavar="NAME", help="a data set that is not reported, or a YAML")
-    parser.add_argument("--weights", metavar="FILE", help="default: the config's MODEL.WEIGHTS")
-    parser.add_argument(
-        "--alphas", nargs="+", type=float, default=STEPS, help="for seen classes (default: %(default)s)"
-    )
-    parser.add_argument("--betas", nargs="+", type=float, default=STEPS, help="for unseen ones (default: %(default)s)")
-    parser.add_argument("--metric", choices=METRICS, help="default: PQ where there is one, else mIoU, else AP")
-    parser.add_argument("--first", type=int, metavar="N", help="only the first images")
-    parser.add_argument("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides")
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE")
+    add("--dataset", required=True, metavar="NAME", help="a data set that is not reported, or a YAML")
+    add("--weights", metavar="FILE", help="default: the config's MODEL.WEIGHTS")
+    add("--alphas", nargs="+", type=float, default=STEPS, help="for seen classes (default: %(default)s)")
+    add("--betas", nargs="+", type=float, default=STEPS, help="for unseen ones (default: %(default)s)")
+    add("--metric", choices=METRICS, help="default: PQ where there is one, else mIoU, else AP")
+    add("--first", type=int, metavar="N", help="only the first images")
+    add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides")
     return parser.parse_args(arguments)
 
 
@@ -96,7 +94,4 @@ def figures(metrics: dict[str, float], metric: str) -> str:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(run_program(main))

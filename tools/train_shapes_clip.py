@@ -16,7 +16,8 @@ import math
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,12 +26,16 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fcclip.errors import InputError
+from fcclip.errors import InputError, MissingFileError, run_program
+from fcclip.files import read_json, write_atomically
+from fcclip.modeling.classifier import text_logits
+from fcclip.modeling.out_of_vocabulary import MaskPool
+from fcclip.modeling.text import TextEncoder, encode_tokens
 from fcclip.preparation.shapes_world import COLOURS, GROUNDS, IMAGE_SIZE, SHAPES, render_image, world_classes
-from fcclip.vocabulary import TEMPLATES, prompts
+from fcclip.vocabulary import TEMPLATES, Vocabulary
 
 ASSETS = Path(__file__).resolve().parents[1] / "fcclip" / "assets"
 PIXEL_MEAN = (122.7709383, 116.7460125, 104.09373615)  # CLIP's, RGB in 0..255
@@ -39,7 +44,7 @@ MAX_LOGIT_SCALE = math.log(100)
 CLASSES = world_classes()
 NUM_THINGS = sum(c.thing for c in CLASSES)
 FACTS = (*(c.name for c in CLASSES), *COLOURS, *SHAPES)
-WORDS = (
+NAMES = (
     *((c.name, *c.synonyms) for c in CLASSES),
     *((f"{colour} shape", f"{synonym} shape") for colour, (_, synonym) in COLOURS.items()),
     *((shape, synonym) if synonym else (shape,) for shape, synonym in SHAPES.items()),
@@ -48,23 +53,12 @@ FACTS_OF_CLASS = np.array(
     [[fact in (c.name, c.colour, c.shape) for fact in FACTS] for c in CLASSES]
 )  # (classes, F) what a class implies
 
-# ---------------------------------------------------------------------------------------------------------------- model
+# ---- model ----
 
 
 def build_clip(architecture: Path) -> nn.Module:
     """The open_clip model of a JSON file, with random weights."""
-    config = json.loads(architecture.read_text(encoding="utf-8"))
-    return open_clip.model.CLIP(**config)
-
-
-def encode_text(clip: nn.Module, tokens: Tensor) -> Tensor:
-    """Unit text vectors (N, E); cut after the last end of text, which is exact because attention looks backwards."""
-    length = int(tokens.argmax(1).max()) + 1
-    tokens = tokens[:, :length]
-    x = clip.token_embedding(tokens) + clip.positional_embedding[:length]
-    x = clip.ln_final(clip.transformer(x, attn_mask=clip.attn_mask[:length, :length]))
-    x = x[torch.arange(len(x)), tokens.argmax(1)] @ clip.text_projection
-    return F.normalize(x, dim=-1)
+    return open_clip.model.CLIP(**read_json(architecture, what="architecture (--architecture)"))
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -73,7 +67,7 @@ def normalise(images: Tensor) -> Tensor:
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------- images
+# ---- images ----
 
 
 @dataclass(frozen=True)
@@ -106,11 +100,11 @@ def render_pool(*, seed: int, rule_name: str, num_images: int, workers: int) -> 
             rendered = processes.map(_render_for_pool, tasks, chunksize=16)
     else:
         rendered = [_render_for_pool(task) for task in tasks]
-    images, piece_maps, *lists = (list(x) for x in zip(*rendered, strict=True))
+    images, piece_maps, *lists = map(list, zip(*rendered, strict=True))
     return Pool(np.stack(images), np.stack(piece_maps), *lists)
 
 
-# --------------------------------------------------------------------------------------------------- crops and captions
+# ---- crops and captions ----
 
 
 @dataclass(frozen=True)
@@ -136,8 +130,8 @@ def sample_crops(
 ) -> CropBatch:
     """Random crops that are `size_px` wide after enlarging the images by about `scale`.
 
-    A share `plain` of them shows mainly one shape and tells of that one only; a share `attributes` of these gets a
-    second caption about form or colour alone.
+    A share `plain` of them shows mainly one shape and names only that; a share `attributes` of these gets a second
+    caption about form or colour alone.
     """
     images, captions, crop_of_caption, mentioned, present = [], [], [], [], []
     while len(images) < num_crops:
@@ -191,7 +185,7 @@ def _choose_window(
 def _tell(
     rng: np.random.Generator, shares: np.ndarray, whole: set[int], is_plain: bool, attributes: float
 ) -> list[list[int]]:
-    """The facts of each caption of a crop, in the order of telling; no caption when there is nothing sure to tell."""
+    """The facts of each caption of a crop, in their order; no caption when nothing can be said for sure."""
     things = sorted((c for c in whole if shares[c] > 0.02), key=lambda c: -shares[c])
     grounds = [int(c) for c in rng.permutation(np.arange(NUM_THINGS, len(CLASSES))) if shares[c] > 0.15]
     covered = shares[:NUM_THINGS].sum()
@@ -200,14 +194,14 @@ def _tell(
     if is_plain:
         if shares[things[0]] < 0.65 * covered:
             return []
-        told = [[things[0]]]
+        statements = [[things[0]]]
         if rng.random() < attributes:
             entry = CLASSES[things[0]]
-            told.append([FACTS.index(entry.shape if rng.random() < 0.8 else entry.colour)])
-        return told
+            statements.append([FACTS.index(entry.shape if rng.random() < 0.8 else entry.colour)])
+        return statements
     if len(things) > 1 and shares[things[0]] > 2.5 * shares[things[1]] and rng.random() < 0.6:
         things = things[:1]
-    if covered > 1.6 * shares[things].sum():  # too much that would not be told
+    if covered > 1.6 * shares[things].sum():  # too much that would not be named
         return [grounds] if grounds and covered < 0.3 else []
     things = [int(c) for c in rng.permutation(things)][:4]
     if grounds and covered < 0.35 and rng.random() < 0.5:
@@ -217,21 +211,21 @@ def _tell(
 
 def write_caption(rng: np.random.Generator, named: list[int]) -> str:
     """A sentence about facts: shapes first, then what they lie on."""
-    words = [rng.choice([WORDS[fact][0], *WORDS[fact]]) for fact in named]
-    things = [w for w, fact in zip(words, named, strict=True) if FACTS[fact] not in GROUNDS]
-    grounds = [w for w, fact in zip(words, named, strict=True) if FACTS[fact] in GROUNDS]
+    names = [rng.choice([NAMES[fact][0], *NAMES[fact]]) for fact in named]
+    things = [name for name, fact in zip(names, named, strict=True) if FACTS[fact] not in GROUNDS]
+    grounds = [name for name, fact in zip(names, named, strict=True) if FACTS[fact] in GROUNDS]
     article = "a " if rng.random() < 0.5 else ""
-    phrase = _list([things[0], *(article + t for t in things[1:])]) if things else _list(grounds)
+    phrase = _list([things[0], *(article + name for name in things[1:])]) if things else _list(grounds)
     if things and grounds:
         phrase += (" on " if rng.random() < 0.7 else " and ") + _list(grounds)
     return phrase if rng.random() < 0.15 else TEMPLATES[rng.integers(len(TEMPLATES))].format(phrase)
 
 
-def _list(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+def _list(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-# ------------------------------------------------------------------------------------------------------------- training
+# ---- training ----
 
 
 def contrastive_loss(logits: Tensor, batch: CropBatch) -> Tensor:
@@ -301,7 +295,7 @@ def train(
             attributes=float(np.interp(done, (0.2, 0.5), (1.0, 0.2))),
         )
         image_vectors = F.normalize(clip.visual(normalise(batch.images)), dim=-1)
-        text_vectors = encode_text(clip, tokenizer(batch.captions))
+        text_vectors = F.normalize(encode_tokens(clip, tokenizer(batch.captions)), dim=-1)
         loss = contrastive_loss(clip.logit_scale.exp() * image_vectors @ text_vectors.T, batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -322,58 +316,28 @@ def train(
 def build_optimizer(clip: nn.Module, learning_rate: float, text_learning_rate: float) -> torch.optim.Optimizer:
     """AdamW; the text tower learns slower, and only matrices outside the embeddings decay."""
     groups = []
-    for visual, rate in ((True, learning_rate), (False, text_learning_rate)):
-        chosen = [(n, p) for n, p in clip.named_parameters() if n.startswith("visual.") == visual]
-        decays = [p.ndim >= 2 and "embedding" not in n for n, p in chosen]
-        groups.append(
-            {
-                "params": [p for (_, p), d in zip(chosen, decays, strict=True) if d],
-                "full_lr": rate,
-                "weight_decay": 0.05,
-            }
-        )
-        groups.append(
-            {
-                "params": [p for (_, p), d in zip(chosen, decays, strict=True) if not d],
-                "full_lr": rate,
-                "weight_decay": 0.0,
-            }
-        )
+    for is_visual, rate in ((True, learning_rate), (False, text_learning_rate)):
+        weights = [(n, p) for n, p in clip.named_parameters() if n.startswith("visual.") == is_visual]
+        for decays, weight_decay in ((True, 0.05), (False, 0.0)):
+            params = [p for n, p in weights if (p.ndim >= 2 and "embedding" not in n) == decays]
+            groups.append({"params": params, "full_lr": rate, "weight_decay": weight_decay})
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
 def save_clip(clip: nn.Module, path: Path, metadata: dict) -> None:
-    tensors = {k: v.detach().half().contiguous() for k, v in clip.state_dict().items()}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    """Writes half-precision weights as safetensors, with JSON values beside them."""
+    tensors = {name: weight.detach().half().contiguous() for name, weight in clip.state_dict().items()}
+    content = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
+    write_atomically(path, lambda file: file.write(content))
 
 
-# ----------------------------------------------------------------------------------------------------------------- gate
-
-
-@torch.no_grad()
-def word_vectors(clip: nn.Module) -> tuple[Tensor, Tensor]:
-    """One vector per synonym of the all classes (W, E), and the class of each (W,)."""
-    tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    vectors, owners = [], []
-    for index, entry in enumerate(CLASSES):
-        for name in (entry.name, *entry.synonyms):
-            vectors.append(F.normalize(encode_text(clip, tokenizer(prompts([name]))).mean(0), dim=0))
-            owners.append(index)
-    return torch.stack(vectors), torch.tensor(owners)
-
-
-def class_logits(image_vectors: Tensor, words: Tensor, owners: Tensor, logit_scale: Tensor) -> Tensor:
-    scores = F.normalize(image_vectors, dim=-1) @ words.T * logit_scale.exp().clamp(max=100)
-    logits = scores.new_full((len(scores), len(CLASSES)), -torch.inf)
-    return logits.scatter_reduce(1, owners.expand_as(scores), scores, "amax")
+# ---- gate ----
 
 
 def enlarge(images: np.ndarray, size_px: int) -> Tensor:
+    """uint8 (N, S, S, 3) -> float (N, 3, size_px, size_px), normalised."""
     if size_px != images.shape[1]:
-        images = np.stack([cv2.resize(i, (size_px, size_px), interpolation=cv2.INTER_LINEAR) for i in images])
+        images = np.stack([cv2.resize(image, (size_px, size_px), interpolation=cv2.INTER_LINEAR) for image in images])
     return normalise(torch.from_numpy(images))
 
 
@@ -381,43 +345,43 @@ def enlarge(images: np.ndarray, size_px: int) -> Tensor:
 def gate(clip: nn.Module, *, singles: Pool, tune: Pool, input_px: int) -> dict[str, float]:
     """Percentages right, and mean confidences, for the names of MEANINGS."""
     clip.eval()
-    trunk, head = clip.visual.trunk, clip.visual.head
-    words, owners = word_vectors(clip)
-    figures: dict[str, list[tuple[bool, float]]] = {
-        k: [] for k in ("single", "crop", "seen", "unseen", "grounds", "seen_grounds", "unseen_grounds")
-    }
-    for begin in range(0, len(singles.images), 32):
-        images = singles.images[begin : begin + 32]
-        logits = class_logits(clip.visual(enlarge(images, input_px)), words, owners, clip.logit_scale)[:, :48]
-        for row, classes in zip(logits, singles.piece_classes[begin : begin + 32], strict=True):
-            figures["single"].append((int(row.argmax()) == int(classes[-1]), float(row.softmax(0).max())))
-    scale = input_px / IMAGE_SIZE
-    for image, classes, centres in zip(singles.images, singles.piece_classes, singles.piece_centres, strict=True):
-        side = 112
+    text, pool = TextEncoder(clip).encode(Vocabulary.builtin("shapes")), MaskPool(clip.visual)
+    results: dict[str, list[tuple[bool, float]]] = defaultdict(list)  # right, confidence
+
+    def classify(vectors: Tensor, truth: Sequence[int], groups: Callable[[int], Sequence[str]], only: int) -> None:
+        for row, label in zip(text_logits(vectors, text, clip.logit_scale)[:, :only], truth, strict=True):
+            result = int(row.argmax()) == label, float(row.softmax(0).max())
+            for group in groups(label):
+                results[group].append(result)
+
+    shapes = [int(classes[-1]) for classes in singles.piece_classes]
+    for begin in range(0, len(shapes), 32):
+        vectors = clip.visual(enlarge(singles.images[begin : begin + 32], input_px))
+        classify(vectors, shapes[begin : begin + 32], lambda label: ["single"], NUM_THINGS)
+    side = 112  # of a crop around the shape
+    crop_px = round(side * input_px / IMAGE_SIZE / 32) * 32
+    for image, shape, centres in zip(singles.images, shapes, singles.piece_centres, strict=True):
         top, left = np.clip(centres[-1] - side / 2, 0, IMAGE_SIZE - side).astype(int)
-        crop = image[None, top : top + side, left : left + side]
-        logits = class_logits(
-            clip.visual(enlarge(crop, round(side * scale / 32) * 32)), words, owners, clip.logit_scale
-        )[0, :48]
-        figures["crop"].append((int(logits.argmax()) == int(classes[-1]), float(logits.softmax(0).max())))
+        crop = enlarge(image[None, top : top + side, left : left + side], crop_px)
+        classify(clip.visual(crop), [shape], lambda label: ["crop"], NUM_THINGS)
     for begin in range(0, len(tune.images), 16):
-        features = trunk.forward_features(enlarge(tune.images[begin : begin + 16], input_px))
-        for offset in range(len(features)):
-            piece_map, classes = tune.piece_maps[begin + offset], tune.piece_classes[begin + offset]
-            masks = torch.from_numpy(piece_map[None] == np.arange(len(classes))[:, None, None]).float() * 2 - 1
-            cells = F.interpolate(masks[None], size=features.shape[-2:], mode="bilinear", align_corners=False)[0] > 0
-            cells = cells.flatten(1).float()
-            pooled = cells @ features[offset].flatten(1).T / (cells.sum(1, keepdim=True) + 1e-8)
-            logits = class_logits(head(trunk.head(pooled[..., None, None])), words, owners, clip.logit_scale)
-            for row, truth in zip(logits, classes, strict=True):
-                entry = CLASSES[truth]
-                result = (int(row.argmax()) == int(truth), float(row.softmax(0).max()))
-                figures[("seen" if entry.seen else "unseen") if entry.thing else "grounds"].append(result)
-                if not entry.thing:
-                    figures["seen_grounds" if entry.seen else "unseen_grounds"].append(result)
-    return {k: 100 * float(np.mean([right for right, _ in v])) for k, v in figures.items()} | {
-        f"{k}_confidence": 100 * float(np.mean([c for _, c in v])) for k, v in figures.items()
-    }
+        features = clip.visual.trunk.forward_features(enlarge(tune.images[begin : begin + 16], input_px))
+        for index, dense in enumerate(features, begin):
+            classes = tune.piece_classes[index]
+            masks = tune.piece_maps[index][None] == np.arange(len(classes))[:, None, None]
+            vectors = pool(dense[None], torch.from_numpy(masks)[None].float() * 2 - 1)[0]
+            classify(vectors, classes.tolist(), _groups_of, len(CLASSES))
+    figures = {group: 100 * float(np.mean([right for right, _ in pairs])) for group, pairs in results.items()}
+    confidences = {group: 100 * float(np.mean([value for _, value in pairs])) for group, pairs in results.items()}
+    return figures | {f"{group}_confidence": value for group, value in confidences.items()}
+
+
+def _groups_of(label: int) -> list[str]:
+    """The rows of the table that a class on a ground-truth mask counts for."""
+    entry = CLASSES[label]
+    if entry.thing:
+        return ["seen" if entry.seen else "unseen"]
+    return ["grounds"] if entry.seen else ["grounds", "unseen_grounds"]
 
 
 FLOORS = {"single": 95.0, "unseen": 70.0, "grounds": 85.0}
@@ -458,9 +422,8 @@ def forward_seconds(clip: nn.Module, *, input_px: int, batch: int = 8, repeats: 
 
 def load_clip(architecture: Path, weights: Path) -> nn.Module:
     """The CLIP of a JSON with the weights of a file, in float32."""
-    for path, meaning in ((architecture, "architecture (--architecture)"), (weights, "weights (--output)")):
-        if not path.is_file():
-            raise InputError(f"no {meaning} at {path}")
+    if not weights.is_file():
+        raise MissingFileError(f"no weights (--output) at {weights}")
     clip = build_clip(architecture)
     clip.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()})
     return clip.eval()
@@ -468,51 +431,33 @@ def load_clip(architecture: Path, weights: Path) -> nn.Module:
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trains the CLIP of the shapes world and checks it.")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ASSETS / "shapes_clip.safetensors",
-        help="weights file to write, or to check with --gate-only",
-    )
-    parser.add_argument(
-        "--architecture", type=Path, default=ASSETS / "shapes_convnext.json", help="open_clip model description"
-    )
-    parser.add_argument("--gate-only", action="store_true", help="check the weights, train nothing")
-    parser.add_argument(
-        "--input",
-        type=int,
-        nargs="+",
-        default=[256],
-        help="widths to which the gate enlarges the images; the first one decides",
-    )
-    parser.add_argument(
-        "--gate-seed", type=int, default=0, help="world of the gate (default 0, the one that is shipped)"
-    )
-    parser.add_argument(
-        "--gate-images", type=int, default=200, help="images of the set tune, and twice as many with a single shape"
-    )
-    parser.add_argument("--seed", type=int, default=90001, help="world to train on; must not be the gate's")
-    parser.add_argument("--images", type=int, default=5000, help="images to cut crops from")
-    parser.add_argument("--iterations", type=int, default=6000)
-    parser.add_argument("--pixels-per-batch", type=int, default=393_216, help="crops of a batch times their area")
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--workers", type=int, default=2, help="processes that render")
-    parser.add_argument("--threads", type=int, default=2, help="threads that compute")
+    add = parser.add_argument
+    add("--output", type=Path, default=ASSETS / "shapes_clip.safetensors", help="weights to write, or to check")
+    add("--architecture", type=Path, default=ASSETS / "shapes_convnext.json", help="open_clip model description")
+    add("--gate-only", action="store_true", help="check the weights, train nothing")
+    widths = "widths to which the gate enlarges the images; the first one decides"
+    add("--input", type=int, nargs="+", default=[256], help=widths)
+    add("--gate-seed", type=int, default=0, help="world of the gate (default 0, the one that is shipped)")
+    add("--gate-images", type=int, default=200, help="images of the set tune, and twice as many with a single shape")
+    add("--seed", type=int, default=90001, help="world to train on; must not be the gate's")
+    add("--images", type=int, default=5000, help="images to cut crops from")
+    add("--iterations", type=int, default=6000)
+    add("--pixels-per-batch", type=int, default=393_216, help="crops of a batch times their area")
+    add("--learning-rate", type=float, default=4e-3)
+    add("--workers", type=int, default=2, help="processes that render")
+    add("--threads", type=int, default=2, help="threads that compute")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Trains unless told not to, and returns 0 when the weights pass the gate, else 1."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    try:
-        if not options.gate_only:
-            if options.seed == options.gate_seed:
-                raise InputError(f"--seed and --gate-seed are both {options.seed}: the gate needs images of its own")
-            run_training(options)
-        return 0 if run_gate(options) else 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not options.gate_only:
+        if options.seed == options.gate_seed:
+            raise InputError(f"--seed and --gate-seed are both {options.seed}: the gate needs images of its own")
+        run_training(options)
+    return 0 if run_gate(options) else 1
 
 
 def run_training(options: argparse.Namespace) -> None:
@@ -525,33 +470,27 @@ def run_training(options: argparse.Namespace) -> None:
     start_weights(clip)
     recipe = {"iterations": options.iterations, "pixels_per_batch": options.pixels_per_batch}
     recipe |= {"seed": options.seed, "learning_rate": options.learning_rate}
-    architecture = json.loads(options.architecture.read_text(encoding="utf-8"))
-    metadata = {"architecture": architecture, "training": {**recipe, "images": options.images}}
-    train(clip, pool, **recipe, on_log=lambda so_far: save_clip(so_far, options.output, metadata))
+    metadata = {"architecture": read_json(options.architecture), "training": {**recipe, "images": options.images}}
+    train(clip, pool, **recipe, on_log=lambda clip: save_clip(clip, options.output, metadata))
     save_clip(clip, options.output, metadata)
     print(f"wrote {options.output} ({options.output.stat().st_size / 2**20:.1f} MiB)")
 
 
 def run_gate(options: argparse.Namespace) -> bool:
     clip = load_clip(options.architecture, options.output)
-    singles = render_pool(
-        seed=options.gate_seed, rule_name="single", num_images=2 * options.gate_images, workers=options.workers
-    )
-    tune = render_pool(
-        seed=options.gate_seed, rule_name="tune", num_images=options.gate_images, workers=options.workers
-    )
+    world = {"seed": options.gate_seed, "workers": options.workers}
+    singles = render_pool(rule_name="single", num_images=2 * options.gate_images, **world)
+    tune = render_pool(rule_name="tune", num_images=options.gate_images, **world)
     results = []
     for input_px in options.input:
         figures = gate(clip, singles=singles, tune=tune, input_px=input_px)
         results.append(passes(figures))
         print(format_gate(figures, input_px=input_px))
         seconds = forward_seconds(clip, input_px=input_px)
-        print(
-            f"{'passed' if results[-1] else 'FAILED'}; trunk, 8 images, {options.threads} threads: {seconds:.3f} s\n",
-            flush=True,
-        )
+        verdict = "passed" if results[-1] else "FAILED"
+        print(f"{verdict}; trunk, 8 images, {options.threads} threads: {seconds:.3f} s\n", flush=True)
     return results[0]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -52,13 +52,16 @@ def test_own_data_are_the_images_of_orange_shapes_with_nothing_else_labelled(pro
     names, expected = Vocabulary.builtin("shapes").class_names, []
     for split in ("val", "val_unseen"):
         for record in get_dataset(f"shapes_{split}", world).records():
-            found = {one["id"]: names[one["category_id"]] for one in record["segments_info"]}
-            expected.append({id: name for id, name in found.items() if name in program.OWN})
+            labels = {segment["id"]: names[segment["category_id"]] for segment in record["segments_info"]}
+            expected.append({id: name for id, name in labels.items() if name in program.OWN})
     records = dataset.records()
-    found = [{one["id"]: program.OWN[one["category_id"]] for one in record["segments_info"]} for record in records]
-    assert found and found == [one for one in expected if one]
+    labelled = [
+        {segment["id"]: program.OWN[segment["category_id"]] for segment in record["segments_info"]}
+        for record in records
+    ]
+    assert labelled and labelled == [labels for labels in expected if labels]
     for record in records:
-        ids = {one["id"] for one in record["segments_info"]}
+        ids = {segment["id"] for segment in record["segments_info"]}
         assert set(np.unique(read_id_map(record["pan_seg_file_name"]))) == ids | {0}
 
 
@@ -66,8 +69,8 @@ def test_every_method_has_a_command_line_that_can_start(program, world, tmp_path
     monkeypatch.setenv("DETECTRON2_DATASETS", str(world))
     args = Namespace(iterations=60, opts=["SEED", "1"])
     for method in program.METHODS:
-        words = program.overrides(method, tmp_path / "train.yaml", tmp_path / "test.yaml", tmp_path / method, args)
-        cfg = load_config(REPOSITORY / program.CONFIG, words)
+        arguments = program.overrides(method, tmp_path / "train.yaml", tmp_path / "test.yaml", tmp_path / method, args)
+        cfg = load_config(REPOSITORY / program.CONFIG, arguments)
         assert method == cfg.FINETUNE.METHOD and cfg.SOLVER.MAX_ITER == 60 and cfg.SEED == 1
         check_finetuning(cfg, world_size=1)
 
@@ -77,8 +80,8 @@ def test_the_figure_has_a_bar_for_each_method_and_group(program, tmp_path):
         groups = {"all": value, "seen": value, "own": value + 5, "unseen": None}
         return {"shapes_val": {metric: dict(groups) for metric in ("PQ", "AP", "mIoU")}}
 
-    found = {name: {"before": figures(50.0), "after": figures(40.0)} for name in program.METHODS}
-    figure = program.draw(found, "shapes_val")
+    results = {name: {"before": figures(50.0), "after": figures(40.0)} for name in program.METHODS}
+    figure = program.draw(results, "shapes_val")
     assert [len(panel.patches) for panel in figure.axes] == [12, 12, 12]
     heights = [patch.get_height() for patch in figure.axes[0].patches]
     assert heights[0] == 55.0 and heights[3] == 45.0 and np.isnan(heights[2])

@@ -7,6 +7,7 @@ from PIL import Image
 
 from fcclip.config import load_config
 from fcclip.data import DATASETS
+from fcclip.errors import UserError
 from fcclip.segmenter import Segmentation
 from fcclip.vocabulary import Vocabulary
 
@@ -24,7 +25,7 @@ def quickstart():
 def test_a_failing_script_ends_the_quickstart_and_the_stage_is_named(quickstart, tmp_path):
     seconds, script = {}, tmp_path / "script.py"
     script.write_text("import sys; sys.exit(2)")
-    with pytest.raises(SystemExit, match=r"failed in stage 'train'.*status 2"), quickstart.stage("train", seconds):
+    with pytest.raises(UserError, match=r"failed in stage 'train'.*status 2"), quickstart.stage("train", seconds):
         quickstart.call(str(script))
     assert seconds == {}
 
@@ -50,19 +51,19 @@ def test_a_sheet_shows_image_ground_truth_and_prediction_of_the_first_images(qui
     segment = {"id": 7, "category_id": 1, "isthing": True, "area": 4096}
     record = {"file_name": str(pixels), "pan_seg_file_name": str(ids), "segments_info": [segment]}
 
-    words = Vocabulary.from_names("red circle; blue star")
+    classes = Vocabulary.from_names("red circle; blue star")
 
     class TenImages:
         def records(self):
             return [record] * 10
 
-    class NothingFound:
-        def __call__(self, image, words):
-            return Segmentation(image, np.zeros(image.shape[:2], np.int32), (), words.class_names)
+    class FindsNothing:
+        def __call__(self, image, vocabulary):
+            return Segmentation(image, np.zeros(image.shape[:2], np.int32), (), vocabulary.class_names)
 
     monkeypatch.setattr(quickstart, "get_dataset", lambda name: TenImages())
-    monkeypatch.setattr(quickstart, "dataset_vocabulary", lambda dataset: words)
-    sheet = np.array(Image.open(quickstart.draw_set(NothingFound(), "some_set", tmp_path / "new")))
+    monkeypatch.setattr(quickstart, "dataset_vocabulary", lambda dataset: classes)
+    sheet = np.array(Image.open(quickstart.draw_set(FindsNothing(), "some_set", tmp_path / "new")))
     height, width = sheet.shape[:2]
     assert width > 3 * 768
     assert height > quickstart.ROWS_DRAWN * 768

@@ -25,8 +25,8 @@ def tiny(tmp_path_factory):
     return ["--config-file", str(folder / "tiny.yaml"), "--weights", str(folder / "tiny.safetensors")]
 
 
-def run(tiny, *words):
-    return tool.main([*tiny, *words, "--opts", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"])
+def run(tiny, *arguments):
+    return tool.main([*tiny, *arguments, "--opts", "INPUT.MIN_SIZE_TEST", "64", "INPUT.MAX_SIZE_TEST", "64"])
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_every_kind_of_data_set_is_swept_by_its_metric(tiny, name, metric, warne
     printed = capsys.readouterr().out
     assert f"{metric} on {name}, percent" in printed and f"best {metric} " in printed
     assert "GEOMETRIC_ENSEMBLE_BETA 0.5" in printed
-    assert ("is reported in the table" in printed) == warned
+    assert ("is reported in the model zoo" in printed) == warned
 
 
 def test_a_metric_that_the_data_set_does_not_have_is_refused(tiny):
