@@ -210,8 +210,8 @@ class Segmenter:
         return self.model.test_vocabulary
 
     @torch.no_grad()
-    def _segment(self, image: ImageInput, vocabulary: Vocabulary, min_score: float) -> Segmentation:
-        image = _read(image)
+    def _segment(self, source: ImageInput, vocabulary: Vocabulary, min_score: float) -> Segmentation:
+        image = _read(source)
         height, width = image.shape[:2]
         resized = resize_image(image, *self._mapper.resized(height, width))
         if self._mapper.channel_order == "BGR":
@@ -227,7 +227,7 @@ class Segmenter:
         kept = sorted(
             (segment for segment in segments if segment.id not in dropped), key=lambda segment: -segment.score
         )
-        file_name = str(image) if isinstance(image, (str, Path)) else ""
+        file_name = str(source) if isinstance(source, (str, Path)) else ""
         return Segmentation(image, panoptic_map, tuple(kept), vocabulary.class_names, file_name)
 
 
