@@ -12,7 +12,7 @@ from PIL import Image
 
 from fcclip.data import get_dataset
 from fcclip.evaluation import evaluate
-from fcclip.reports import PageSet, Report, write_page
+from fcclip.reports import ORACLES, PageSet, Report, write_page
 from fcclip.reports.page import choose_cases
 from fcclip.reports.zero_shot import cells_of, set_config
 from tests.data.published_trees import write_tree
@@ -103,7 +103,7 @@ def test_label_maps_are_drawn_too(tmp_path, tiny_model, tiny_cfg):
     tiny_cfg.INPUT.MIN_SIZE_TEST = tiny_cfg.INPUT.MAX_SIZE_TEST = 64
     cfg = set_config(tiny_cfg, dataset, given=["INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"])
     model = tiny_model(cfg=cfg)
-    options = {"output_dir": tmp_path / "out", "save_predictions": True, "progress": False, "oracle": "masks"}
+    options = {"output_dir": tmp_path / "out", "save_predictions": True, "progress": False, "oracle": ORACLES["masks"]}
     (results,) = evaluate(model, cfg, dataset, **options).values()  # with pixels without a class
     report = Report([], {}, {}, {}, "")
     path = write_page(report, [PageSet(dataset, tmp_path / "out" / dataset.name, results)], tmp_path, images=1)

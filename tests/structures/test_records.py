@@ -30,7 +30,7 @@ def test_targets_refuse_what_does_not_belong_together():
         Targets(labels=labels, id_map=torch.zeros(3, 3, dtype=torch.int32))
     with pytest.raises(ValueError, match="1 labels for 2 segments"):
         Targets(labels=labels[:1], masks=masks)
-    with pytest.raises(ValueError, match="2 vectors for 1 words"):
+    with pytest.raises(ValueError, match="2 vectors for 1 synonyms"):
         TextEmbeddings(torch.zeros(2, 4), torch.zeros(1, dtype=torch.long), 1)
 
 
