@@ -18,6 +18,7 @@ of quality 75: published numbers were measured on such images. The comment in ea
 from __future__ import annotations
 
 import functools
+import mmap
 import sys
 from pathlib import Path
 
@@ -76,11 +77,11 @@ def read_index(path: Path) -> list[tuple[str, str]]:
     Raises:
         ValueError: it is not such an index.
     """
-    from fcclip.weights.plain_pickle import PICKLE_CALLS, run_pickle  # not in every process: it imports the models
+    from fcclip.weights.pickles import PickleReader  # not in every process: it imports torch
 
     try:
-        with open(path, "rb") as stream:
-            index = run_pickle(stream, PICKLE_CALLS)
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+            index = PickleReader(stream).load()
         rows = list(zip(index["folder"], index["filename"], strict=True))
     except Exception as error:  # damaged pickles raise anything
         raise InputError(
