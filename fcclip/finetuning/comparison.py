@@ -60,7 +60,8 @@ class Comparison:
         self.own = own
         self.before: dict[str, Figures] = {}
         folder = cfg.MODEL.FC_CLIP.VOCABULARIES
-        self._sets = [(one, dataset_vocabulary(one, folder)) for one in distinct_datasets(cfg.DATASETS.TEST)]
+        datasets = distinct_datasets(cfg.DATASETS.TEST)
+        self._sets = [(dataset, dataset_vocabulary(dataset, folder)) for dataset in datasets]
 
     def measure(self, model: FCCLIP) -> None:
         """Evaluates the start, to which the former classes alone are seen; writes `finetune.json` on rank 0. Random

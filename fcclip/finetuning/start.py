@@ -1,8 +1,8 @@
 """Fine-tuning: a training on other classes that starts from weights of FC-CLIP and is not to forget the former ones.
 
 The former classes come from the checkpoint, and go into those of the new training: what counts as seen at test time is
-both. FINETUNE.METHOD says how forgetting is fought: by former images (`data/replay.py`), or by the answers of the
-frozen start (`modeling/teacher.py`).
+both. FINETUNE.METHOD says how forgetting is fought: by former images (replay.py), or by the answers of the
+frozen start (teacher.py).
 """
 
 from __future__ import annotations
