@@ -73,7 +73,7 @@ def test_an_evaluation_of_both_is_broken_off_and_done_again(folder):
 
 def test_a_dry_run_of_both_changes_nothing(folder):
     told = left_by_both(folder / "dry_run")
-    assert told["found"]["batch"] == ["0_0.jpg", "0_1.jpg"]
+    assert [sample.split(",")[0] for sample in told["samples"]] == ["0_0.jpg", "0_1.jpg"]
     assert_equal_weights(told["model"], left_by_both(folder / "whole")["model"])
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.comm import all_gather_object, get_rank
-from fcclip.engine import OnNonFinite, StopRequest, Trainer
+from fcclip.engine import OnNonFinite, StopRequest, Trainer, dry_run
 from tests.engine import training_processes
 from tests.engine.toys import ToyModel, make_batch, make_trainer
 
@@ -100,9 +100,9 @@ def stop_in_an_evaluation(folder: Path) -> None:
 def try_out(folder: Path) -> None:
     """A dry run before a training."""
     trainer = trainer_in(folder)
-    found = trainer.dry_run()
+    tried = dry_run(trainer)
     trainer.train()
-    tell(folder, trainer, found=found)
+    tell(folder, trainer, samples=tried.samples)
 
 
 def everything(folder: str) -> None:

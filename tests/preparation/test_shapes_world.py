@@ -205,7 +205,8 @@ def test_training_files_know_the_seen_classes_only_and_the_others_all(written):
         )
 
 
-def test_two_processes_write_the_same_bytes_as_one(written, tmp_path):
+def test_two_processes_write_the_same_bytes_as_one(written, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "prepare_shapes", prepare_shapes)  # pickling finds it, whoever imported it anew
     prepare_shapes.prepare(out=tmp_path, seed=3, num_images=4, num_workers=2, num_evaluation=3)
     files = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
     assert files == sorted(
