@@ -97,7 +97,7 @@ class Segmentation:
         Missing folders are made. The file appears whole or not at all.
 
         Raises:
-            ValueError: an extension that is no image format.
+            ValueError: an extension that is not an image format.
             OSError: the folder cannot be made or written to.
         """
         path = Path(path).expanduser()
@@ -109,7 +109,7 @@ class Segmentation:
             Image.fromarray(self.draw()).save(content, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
             content = content.getvalue()
         else:
-            raise InputError(f"cannot save '{path}': '{path.suffix}' is no image format; use .png, .jpg or .json")
+            raise InputError(f"cannot save '{path}': '{path.suffix}' is not an image format; use .png, .jpg or .json")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content))
         return path
@@ -193,7 +193,7 @@ class Segmenter:
 
         Raises:
             FileNotFoundError: there is no such image.
-            ValueError: an image that cannot be read or is no RGB array, no vocabulary, or `min_score` outside 0..1.
+            ValueError: an image that cannot be read or is not an RGB array, no vocabulary, or `min_score` outside 0..1.
         """
         if not 0 <= min_score <= 1:
             raise InputError(f"min_score must be in 0..1, got {min_score}")

@@ -157,7 +157,7 @@ def test_saving_writes_the_drawing_or_the_json_by_the_extension_and_makes_folder
 
 
 def test_an_unknown_extension_is_refused_and_nothing_is_written(segmenter, image, tmp_path):
-    with pytest.raises(ValueError, match=r"'\.xyz' is no image format; use \.png"):
+    with pytest.raises(ValueError, match=r"'\.xyz' is not an image format; use \.png"):
         segmenter(image, vocabulary="cat").save(tmp_path / "a.xyz")
     assert list(tmp_path.iterdir()) == []
 

@@ -102,7 +102,7 @@ class InstanceEvaluator(ClassEvaluator):
         folder: where `save` writes `coco_instances_results.json`; None: nowhere.
 
     Raises:
-        ValueError: the file has annotations of a category that is no thing class of the data set, or lacks a thing
+        ValueError: the file has annotations of a category that is not a thing class of the data set, or lacks a thing
             class.
     """
 

@@ -2,7 +2,7 @@
 
 Nobody has looked for every one of 1203 classes in every image. An image counts for a class only if its annotation
 has instances of it, or says that there are none (`neg_category_ids`); where not all instances are marked
-(`not_exhaustive_category_ids`), a detection without a partner is no mistake. 300 detections of an image count, and
+(`not_exhaustive_category_ids`), a detection without a partner is not a mistake. 300 detections of an image count, and
 the classes are also averaged by how many images of the training split show them.
 """
 

@@ -50,7 +50,7 @@ class SemanticEvaluator(ClassEvaluator):
             name: what errors call the ground truth.
 
         Raises:
-            ValueError: sizes that differ, a value that is no class.
+            ValueError: sizes that differ, a value that is not a class.
         """
         self.check(truth, predicted, name=name)
         if isinstance(predicted, Tensor) and predicted.is_cuda:
@@ -66,7 +66,7 @@ class SemanticEvaluator(ClassEvaluator):
         return histogram
 
     def check(self, truth: Tensor | np.ndarray, predicted: Tensor | np.ndarray, *, name: str) -> None:
-        """Refuses a prediction of another size than the ground truth, or with a value that is no class."""
+        """Refuses a prediction of another size than the ground truth, or with a value that is not a class."""
         if truth.shape != predicted.shape or predicted.ndim != 2 or 0 in predicted.shape:
             raise InputError(
                 f"{name}: the prediction has shape {tuple(predicted.shape)}, the ground truth {tuple(truth.shape)}; "

@@ -124,7 +124,8 @@ class ResultsSource:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not in the format, a category that is no thing class of the data set, a score that is no number.
+        ValueError: not in the format, a category that is not a thing class of the data set, a score that is not a
+            number.
     """
 
     outputs = ("instances",)

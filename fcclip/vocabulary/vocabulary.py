@@ -158,7 +158,7 @@ class Vocabulary:
             things: contiguous indices of the thing classes; None: every unmarked class is a thing.
 
         Raises:
-            ValueError: no entries, an entry without a name, an index in `things` that is no class.
+            ValueError: no entries, an entry without a name, an index in `things` that is not a class.
 
         Example:
             >>> Vocabulary.from_names("surfboard, surf board; sand:stuff").thing_classes

@@ -346,7 +346,7 @@ def initialise_from(
             continue
         left.setdefault(reason, []).append(key)
     if not taken:
-        raise InputError(f"no weights of '{source}' fit the model, so it is no start for a training:\n{_lines(left)}")
+        raise InputError(f"no weights of '{source}' fit the model, so it cannot start a training:\n{_lines(left)}")
     _copy(taken, model)
     fresh = [key for key in model_weights(model) if key not in taken and key not in _IGNORED]
     return Start(source, tuple(taken), {reason: tuple(names) for reason, names in left.items()}, tuple(fresh))

@@ -466,7 +466,7 @@ ENTRIES = {
         lambda content: content["annotations"][1].update(file_name="000000000139.png"),
         "duplicate-file", "000000000139.png", False, 3,
     ),
-    "a category that is no class": (
+    "a category that is not a class": (
         lambda content: segment(content).update(category_id=12),
         "unknown-category", "category_id 12: 1 segment, first in 000000000285.png", True, 4,
     ),
@@ -528,7 +528,7 @@ def test_a_segment_left_out_for_its_category_is_told_once(copy):
 
 # change of an instance: kind, whether the reader refuses it
 INSTANCE_ENTRIES = {
-    "a category that is no class": (lambda entry: entry.update(category_id=12), "unknown-category", True),
+    "a category that is not a class": (lambda entry: entry.update(category_id=12), "unknown-category", True),
     "an image that is not listed": (lambda entry: entry.update(image_id=5), "unlisted-image", True),
     "an id used twice": (lambda entry: entry.update(id=900_000_000_001), "duplicate-annotation-id", False),
     "no segmentation": (lambda entry: entry.pop("segmentation"), "no-mask", False),

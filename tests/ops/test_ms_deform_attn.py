@@ -129,7 +129,7 @@ def test_borders_corners_and_whole_pixels_count_as_in_the_loop(engine, dtype):
 def test_far_away_and_nowhere_is_zero_and_so_are_its_gradients(engine, form, dtype, where):
     """One sample of each query, in x or in y; the others are not touched by it."""
     if torch.finfo(dtype).max < abs(where) < float("inf"):
-        pytest.skip(f"{where} is no number in {dtype}")
+        pytest.skip(f"{where} is not a number in {dtype}")
     shapes = LEVELS[:2]
     value, points, weights, grad_output = inputs(shapes, form=form, dtype=dtype)
     points[..., 0, 0, 0] = where

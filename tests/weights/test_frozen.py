@@ -27,7 +27,7 @@ class Sam(FrozenPart):
         super().__init__()
         self.encoder = nn.Linear(3, 2)
         self.inner = nn.Sequential()
-        self.inner.is_frozen = True  # a part of a part is no part of its own
+        self.inner.is_frozen = True  # a part of a part is not a part of its own
 
 
 @pytest.fixture
