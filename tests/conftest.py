@@ -54,6 +54,30 @@ def tiny_config() -> CfgNode:
     return cfg
 
 
+def tiny_fusioner_config() -> CfgNode:
+    """Fusioner made tiny: a random CLIP ViT, width 16, one layer, on the CPU; not frozen."""
+    overrides = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.FC_CLIP.CLIP_MODEL_NAME": str(DATA / "tiny_vit.json"),
+        "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS": "",
+        "MODEL.FC_CLIP.EMBED_DIM": 16,
+        "MODEL.FUSIONER.WIDTH": 16,
+        "MODEL.FUSIONER.LAYERS": 1,
+        "MODEL.FUSIONER.HEADS": 2,
+        "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": 8,
+        "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": True,
+        "MODEL.MASK_FORMER.TEST.INSTANCE_ON": True,
+        "DATALOADER.NUM_WORKERS": 0,
+        "INPUT.IMAGE_SIZE": 64,
+        "INPUT.MIN_SIZE_TEST": 64,
+        "INPUT.MAX_SIZE_TEST": 96,
+        "SEED": 0,
+    }
+    cfg = load_config("fusioner/Base-Fusioner.yaml", [word for pair in overrides.items() for word in pair])
+    cfg.defrost()
+    return cfg
+
+
 @pytest.fixture
 def tiny_cfg() -> CfgNode:
     """`tiny_config`, to be changed at will."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import math
 import sys
@@ -46,7 +47,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from fcclip.config import load_config
 from fcclip.errors import InputError, run_program
 from fcclip.files import write_json
-from fcclip.modeling import FCCLIP, build_model
+from fcclip.modeling import Architecture, build_model
 from fcclip.modeling.inputs import padded_size
 from fcclip.modeling.pixel_decoder import MSDeformAttn
 from fcclip.modeling.text import encode_tokens
@@ -58,11 +59,18 @@ aten = torch.ops.aten
 
 IMAGE, TEXT, PIXELS = "CLIP image tower", "CLIP text tower", "pixel decoder"
 MASKS, IN, OUT = "mask decoder", "in-vocabulary scores", "out-of-vocabulary scores"
+FUSION, DECODER = "fusion", "visual decoder"  # of Fusioner
 PREPARATION, OUTPUTS, LOSSES, BACKWARD = "preparation", "outputs", "losses", "backward pass"
-PARTS = (PREPARATION, IMAGE, PIXELS, MASKS, IN, OUT, OUTPUTS, LOSSES, BACKWARD)  # in the order in which they run
+# In the order in which they run.
+PARTS = (PREPARATION, IMAGE, PIXELS, MASKS, FUSION, DECODER, IN, OUT, OUTPUTS, LOSSES, BACKWARD)
 
 # The first prefix that fits says where a parameter belongs: of the frozen parts, and of all others.
-_FROZEN_OWNERS = (("clip_model.visual.", IMAGE), ("clip_model.logit_scale", OUT), ("clip_model.", TEXT))
+_FROZEN_OWNERS = (
+    ("vit.", IMAGE),
+    ("clip_model.visual.", IMAGE),
+    ("clip_model.logit_scale", OUT),
+    ("clip_model.", TEXT),
+)
 _OWNERS = (
     ("sem_seg_head.pixel_decoder.", PIXELS),
     ("sem_seg_head.predictor.class_embed.", IN),
@@ -70,6 +78,20 @@ _OWNERS = (
     ("sem_seg_head.predictor.logit_scale", IN),
     ("sem_seg_head.predictor.", MASKS),
     ("void_embedding.", IN),
+    ("fusion.", FUSION),
+    ("decoder.", DECODER),
+)
+# Calls that are a part each, where a model has them: what owns the method, from the model on.
+_WATCHED = (
+    ("text_encoder", "encode", TEXT),
+    ("", "preprocess", PREPARATION),
+    ("backbone", "forward", IMAGE),
+    ("sem_seg_head.pixel_decoder", "forward", PIXELS),
+    ("sem_seg_head.predictor", "forward", MASKS),
+    ("sem_seg_head.predictor", "classify", IN),
+    ("", "classify", OUT),
+    ("fusion", "forward", FUSION),
+    ("decoder", "forward", DECODER),
 )
 _SEGMENTS = 12  # of a training image, about COCO's mean
 _TEXT_CHUNK = 256  # prompts that are encoded at once
@@ -142,7 +164,7 @@ def analyse(cfg: CfgNode, *, height: int, width: int, batch: int = 1, segments: 
     if vocabulary is None:
         raise InputError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set, its classes are what is scored")
     text = text_cost(model, vocabulary)
-    model.text_encoder = ShapedText(model.backbone.embed_dim)
+    model.text_encoder = ShapedText(model.text_encoder.dim)
     image = torch.empty(3, height, width, dtype=torch.uint8, device="meta")
     with recording(model) as inference:
         model([{"image": image}] * batch, vocabulary=vocabulary, semantic="labels")
@@ -153,7 +175,7 @@ def analyse(cfg: CfgNode, *, height: int, width: int, batch: int = 1, segments: 
         "size": [height, width],
         "padded_size": list(padded_size([(height, width)], model.size_divisibility)),
         "batch": batch,
-        "queries": cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES,
+        "queries": cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES if hasattr(model, "sem_seg_head") else len(vocabulary),
         "vocabulary": {"name": vocabulary.name, "classes": len(vocabulary), **text},
         "parameters": count_parameters(model),
         "inference": {
@@ -172,11 +194,11 @@ def analyse(cfg: CfgNode, *, height: int, width: int, batch: int = 1, segments: 
     return report
 
 
-def build_on_meta(cfg: CfgNode) -> FCCLIP:
+def build_on_meta(cfg: CfgNode) -> Architecture:
     """The model of a config as shapes only; nothing is downloaded or read besides architecture and vocabularies."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE, cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS = "meta", ""
+    cfg.MODEL.DEVICE, cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, cfg.MODEL.FUSIONER.TIMM_WEIGHTS = "meta", "", ""
     with torch.device("meta"):
         model = build_model(cfg)
     for module in model.modules():
@@ -192,18 +214,19 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
     Raises:
         ValueError: a parameter of a part that is not known here.
     """
-    counts = {part: {"parameters": 0, "trainable": 0} for part in (IMAGE, TEXT, PIXELS, MASKS, IN, OUT)}
+    counts: dict[str, dict[str, int]] = {}
     frozen = [(f"{root}{prefix}", part) for root in frozen_prefixes(model) for prefix, part in _FROZEN_OWNERS]
     for name, weight in model.named_parameters():
         part = next((part for prefix, part in (*frozen, *_OWNERS) if name.startswith(prefix)), None)
         if part is None:
             raise InputError(f"parameter '{name}' belongs to no part that is known to this tool")
+        counts.setdefault(part, {"parameters": 0, "trainable": 0})
         counts[part]["parameters"] += weight.numel()
         counts[part]["trainable"] += weight.numel() * weight.requires_grad
     return counts
 
 
-def text_cost(model: FCCLIP, vocabulary: Vocabulary) -> dict[str, int]:
+def text_cost(model: Architecture, vocabulary: Vocabulary) -> dict[str, int]:
     """Class names with synonyms (`words`), prompts and FLOPs of encoding a vocabulary, which happens once; prompts are
     cut as when they are encoded."""
     clip = model.text_encoder.clip_model
@@ -221,7 +244,7 @@ def text_cost(model: FCCLIP, vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def training_cost(
-    model: FCCLIP, height: int, width: int, batch: int, segments: int, model_bytes: int
+    model: Architecture, height: int, width: int, batch: int, segments: int, model_bytes: int
 ) -> dict[str, Any]:
     """One step with AdamW: FLOPs, activations and what is saved by part, and the memory it needs."""
     if model.train_vocabulary is None:
@@ -291,18 +314,15 @@ class Cost:
 
 
 @contextlib.contextmanager
-def recording(model: FCCLIP) -> Iterator[Recorder]:
+def recording(model: Architecture) -> Iterator[Recorder]:
     """Counts what a model does inside, on any device; its parts are told apart by their published names."""
-    head = model.sem_seg_head
-    watched = (
-        (model.text_encoder, "encode", TEXT),
-        (model, "preprocess", PREPARATION),
-        (model.backbone, "forward", IMAGE),
-        (head.pixel_decoder, "forward", PIXELS),
-        (head.predictor, "forward", MASKS),
-        (head.predictor, "classify", IN),
-        (model, "classify", OUT),
-    )
+    watched = []
+    for path, name, part in _WATCHED:
+        owner = functools.reduce(
+            lambda module, child: getattr(module, child, None), filter(None, path.split(".")), model
+        )
+        if hasattr(owner, name):
+            watched.append((owner, name, part))
     recorder = Recorder(model.device, rest=LOSSES if model.training else OUTPUTS)
     with contextlib.ExitStack() as stack:
         for owner, name, part in watched:

@@ -18,8 +18,8 @@ from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.config import resolve_file
 from fcclip.errors import InputError
 from fcclip.files import listed
-from fcclip.modeling.backbones.clip import CONSTANTS, FROZEN_PREFIX, build_clip, tag_has_quick_gelu
-from fcclip.weights import WeightFile
+from fcclip.modeling.backbones.clip import CONSTANTS, CLIPBackbone, build_clip, tag_has_quick_gelu
+from fcclip.weights import WeightFile, frozen_parts
 
 _SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".pkl")
 _HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -30,27 +30,34 @@ def check_clip(issues: Issues, cfg: CfgNode, model: nn.Module | None, weights: W
     """The CLIP that a run would have, of the file that the config names and of what MODEL.WEIGHTS hold of it."""
     if model is None:
         return issues.add(NOTE, "not looked at, because the model cannot be built")
+    clips = {prefix: part for prefix, part in frozen_parts(model).items() if isinstance(part, CLIPBackbone)}
+    if not clips:
+        return issues.add(NOTE, "the model has none")
+    [(prefix, clip)] = clips.items()
+    prefix += "clip_model."
     fingerprint = weights.rest.get("clip") if weights is not None else None
     tensors = weights.tensors if weights is not None else {}
-    held = {key.removeprefix(FROZEN_PREFIX): value for key, value in tensors.items() if key.startswith(FROZEN_PREFIX)}
-    known = {key: value.shape for key, value in model.backbone.clip_model.state_dict().items()}
+    held = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    known = {key: value.shape for key, value in clip.clip_model.state_dict().items()}
     foreign = [key for key, value in held.items() if key not in CONSTANTS and known.get(key) != value.shape]
     if foreign:
         text = f"{len(foreign)} tensors of the CLIP in MODEL.WEIGHTS are unknown to it or of another shape"
         remedy = "set MODEL.FC_CLIP.CLIP_MODEL_NAME to the architecture of the weights"
         issues.add(ERROR, f"{cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}: {text}: {listed(foreign)}", remedy)
     if cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS:
-        _check_file(issues, cfg, fingerprint, is_replaced=bool(held))
+        _check_file(issues, cfg, fingerprint, family=type(clip), is_replaced=bool(held))
     else:
         missing = [key for key in known if key not in held and not key.endswith("num_batches_tracked")]
         _check_without_file(issues, cfg, held=len(held), missing=missing, fingerprint=fingerprint)
     if held:  # a text tower brings its activation
         own = {f"clip_model.{key}": value for key, value in held.items()}
-        model.backbone.check(fingerprint or {}, own, source="MODEL.WEIGHTS", complete=True)
+        clip.check(fingerprint or {}, own, source="MODEL.WEIGHTS", complete=True)
     return None
 
 
-def _check_file(issues: Issues, cfg: CfgNode, fingerprint: Any, *, is_replaced: bool) -> None:
+def _check_file(
+    issues: Issues, cfg: CfgNode, fingerprint: Any, *, family: type[CLIPBackbone], is_replaced: bool
+) -> None:
     """The weights that the config names; they must be those of the fingerprint, unless MODEL.WEIGHTS replace them."""
     name, pretrained = cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME, cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS
     quick_gelu = cfg.MODEL.FC_CLIP.QUICK_GELU
@@ -71,7 +78,7 @@ def _check_file(issues: Issues, cfg: CfgNode, fingerprint: Any, *, is_replaced: 
     compares = bool(fingerprint) and not is_replaced
     with torch.device("cpu" if compares else "meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that tensors without values are not written to
-        clip = build_clip(name, str(path), quick_gelu=quick_gelu)
+        clip = build_clip(name, str(path), quick_gelu=quick_gelu, families=(family,))
     issues.add(OK, f"{name}: the weights '{pretrained}' fit")
     if compares:
         clip.check(fingerprint, {}, source="MODEL.WEIGHTS")

@@ -33,7 +33,8 @@ def check_vocabularies(
         The vocabulary of the training classes; None: it cannot be read.
     """
     former = _former_vocabulary(issues, cfg, weights, training=training)
-    context = int(model.backbone.clip_model.positional_embedding.shape[0]) if model is not None else 77
+    context = model.text_encoder.context_length if model is not None else 77
+    templates = model.text_encoder.templates if model is not None else TEMPLATES
     if not cfg.DATASETS.TRAIN:
         issues.add(ERROR, "DATASETS.TRAIN is empty; its data set decides which classes are seen", "name a data set")
     to_train_on: list[Dataset] = []
@@ -51,8 +52,8 @@ def check_vocabularies(
                 remedy = "put the published files into a folder and name it in MODEL.FC_CLIP.VOCABULARIES"
                 text = "not the published vocabulary, so numbers cannot be compared with published ones"
                 issues.add(NOTE, f"{name}: {text}", f"{remedy} (datasets/README.md)")
-            for synonym, tokens in long_prompts(vocabulary, context).items():
-                text = f"the longest prompt of '{synonym}' has {tokens} tokens, but CLIP reads {context}"
+            for synonym, tokens in long_prompts(vocabulary, context, templates).items():
+                text = f"the longest prompt of '{synonym}' has {tokens} tokens, but {context} are read"
                 issues.add(WARNING, f"{text}: the rest is cut off", "shorten the name")
     if to_train_on:
         with issues.attempt(ERROR if training else WARNING):
@@ -88,11 +89,11 @@ def _described(vocabulary: Vocabulary, trained: Vocabulary | None, former: Vocab
     return f"{text}; {seen} classes seen in training, {len(vocabulary) - seen} unseen"
 
 
-def long_prompts(vocabulary: Vocabulary, context: int) -> dict[str, int]:
+def long_prompts(vocabulary: Vocabulary, context: int, templates: Sequence[str] = TEMPLATES) -> dict[str, int]:
     """Name -> tokens of its longest prompt, for names whose prompts are longer than the context of the text tower."""
     names = list(dict.fromkeys(name for synonyms in vocabulary.synonyms for name in synonyms))
-    lengths = _token_counts(prompts(["word"]), context)
-    longest = TEMPLATES[lengths.index(max(lengths))]
+    lengths = _token_counts(prompts(["word"], templates), context)
+    longest = templates[lengths.index(max(lengths))]
     counts = _token_counts([longest.format(name) for name in names], context)
     return {name: count for name, count in zip(names, counts) if count > context}
 

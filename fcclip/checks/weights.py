@@ -15,9 +15,9 @@ from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.machine import sized
 from fcclip.config import flatten, keys_that, resolve_file
 from fcclip.modeling import build_model
-from fcclip.modeling.backbones.clip import FROZEN_PREFIX
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import WeightFile, initialise_from, is_mask2former, load_state, read_weight_file
+from fcclip.weights import WeightFile, frozen_prefixes, initialise_from, is_mask2former, load_state, read_weight_file
+from fcclip.weights.checkpoint import own_names
 
 
 def check_model(issues: Issues, cfg: CfgNode) -> nn.Module:
@@ -28,16 +28,21 @@ def check_model(issues: Issues, cfg: CfgNode) -> nn.Module:
     """
     shapes = cfg.clone()
     shapes.defrost()
-    shapes.MODEL.DEVICE, shapes.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS = "meta", ""
+    shapes.MODEL.DEVICE, shapes.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, shapes.MODEL.FUSIONER.TIMM_WEIGHTS = (
+        "meta",
+        "",
+        "",
+    )
     anything = Vocabulary.from_names("anything")
     with torch.device("meta"):
         model = build_model(shapes, train_vocabulary=anything, test_vocabulary=anything)
+    queries = f"; {cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES} queries" if hasattr(model, "sem_seg_head") else ""
     total = sum(weight.numel() for weight in model.parameters()) / 1e6
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6
     issues.add(
         OK,
         f"{cfg.MODEL.META_ARCHITECTURE} on {cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}: {total:,.1f} M parameters, of which "
-        f"{learning:,.1f} M learn; {cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES} queries",
+        f"{learning:,.1f} M learn{queries}",
     )
     return model
 
@@ -52,8 +57,8 @@ def check_weights(issues: Issues, cfg: CfgNode, model: nn.Module | None, *, trai
             issues.add(ERROR, "nothing to evaluate: MODEL.WEIGHTS is empty", "--weights FILE, or MODEL.WEIGHTS FILE")
         return None
     path = resolve_file(name, what="MODEL.WEIGHTS")
-    file = read_weight_file(path, what="MODEL.WEIGHTS")
-    frozen = sum(key.startswith(FROZEN_PREFIX) for key in file.tensors)
+    file = own_names(read_weight_file(path, what="MODEL.WEIGHTS"))
+    frozen = sum("clip_model." in key for key in file.tensors)
     size = f"{sized(path.stat().st_size)}, {len(file.tensors)} tensors, {frozen} of them CLIP's"
     issues.add(OK, f"{name}: {file.kind}, {size}")
     if model is not None:
@@ -76,7 +81,8 @@ def _check_fit(issues: Issues, file: WeightFile, model: nn.Module, name: str, *,
             what = f"{len(start.taken)} tensors taken, {len(start.fresh)} stay fresh"
             issues.add(OK, f"a start from Mask2Former: {what}")
             return
-        own = {key: value for key, value in file.tensors.items() if not key.startswith(FROZEN_PREFIX)}
+        frozen = frozen_prefixes(model)
+        own = {key: value for key, value in file.tensors.items() if not key.startswith(frozen)}
         load_state(heads, own, source=name)
     issues.add(OK, "keys and shapes are those of the model")
 

@@ -15,6 +15,7 @@ from fcclip.config.marks import (
     changes_model,
     changes_prediction,
     changes_shapes,
+    changes_training,
     chooses_clip,
     chooses_clip_weights,
     harmless,
@@ -79,6 +80,7 @@ def _model() -> Keys:
 
     model.RESNETS = _resnets()
     model.FC_CLIP = _fc_clip()
+    model.FUSIONER = _fusioner()
     model.SEM_SEG_HEAD = _sem_seg_head()
     model.MASK_FORMER = _mask_former()
     model.SWIN = _swin()
@@ -119,6 +121,25 @@ def _fc_clip() -> Keys:
     fc_clip.QUICK_GELU = chooses_clip("auto")  # auto | on | off: activation of the CLIP; auto: on for OpenAI weights
     fc_clip.ZERO_BOXES = changes_prediction(False)  # the published all-zero boxes instead of real ones
     return fc_clip
+
+
+def _fusioner() -> Keys:
+    fusioner = Keys()  # the vision encoder is MODEL.BACKBONE.NAME: CLIP, that of FC_CLIP, or timm
+    fusioner.TIMM_MODEL = chooses_clip("vit_base_patch16_224")  # a vision transformer
+    fusioner.TIMM_WEIGHTS = chooses_clip_weights("dino")  # tag of timm, a local file, or "" for random weights
+    fusioner.TEXT_ENCODER = chooses_clip("CLIP")  # that of FC_CLIP; or BERT
+    fusioner.BERT = chooses_clip("bert-base-uncased")  # name at huggingface.co, or a folder
+    fusioner.TEMPLATES = changes_meaning("fusioner")  # prompts of a class name: fusioner (32) or vild (14)
+    fusioner.WIDTH = changes_shapes(512)  # of fusion and decoder
+    fusioner.LAYERS = changes_shapes(12)  # of the fusion
+    fusioner.HEADS = changes_meaning(8)
+    fusioner.DROPOUT = changes_training(0.0)
+    fusioner.DROP_PATH_RATE = changes_training(0.0)  # stochastic depth of the last layer
+    fusioner.TEMPERATURE = changes_meaning(0.07)  # that divides cosines
+    # Predictions look at windows of this side, pixels; 0: at the whole image, position embeddings resized.
+    fusioner.WINDOW = changes_prediction(0)
+    fusioner.WINDOW_BORDER = changes_prediction("shift")  # the last window ends with the image; or pad (published)
+    return fusioner
 
 
 def _sem_seg_head() -> Keys:
@@ -250,12 +271,14 @@ def _solver() -> Keys:
     solver.MOMENTUM = 0.9  # SGD only
     solver.NESTEROV = False  # SGD only
     solver.WEIGHT_DECAY = 0.0001
+    solver.WEIGHT_DECAY_END = -1.0  # Fusioner: the decay of matrices goes there along a cosine; negative: constant
     solver.WEIGHT_DECAY_NORM = 0.0  # of norm layers
     solver.WEIGHT_DECAY_EMBED = 0.0  # of nn.Embedding
     solver.WEIGHT_DECAY_BIAS = without_effect("biases decay like weights")(None)
     solver.BIAS_LR_FACTOR = without_effect("biases learn like weights")(1.0)
     solver.BACKBONE_MULTIPLIER = without_effect("no trainable parameter belongs to the backbone")(0.1)
-    solver.LR_SCHEDULER_NAME = "WarmupMultiStepLR"  # or WarmupPolyLR, WarmupCosineLR
+    solver.DECODER_LR = 0.001  # Fusioner: constant rate of its decoder
+    solver.LR_SCHEDULER_NAME = "WarmupMultiStepLR"  # or WarmupPolyLR, WarmupCosineLR; FusionerLR
     solver.MAX_ITER = 40000
     solver.STEPS = (30000,)  # iterations at which the learning rate is multiplied by GAMMA
     solver.GAMMA = 0.1

@@ -6,6 +6,7 @@ import bisect
 import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch.optim import Optimizer
@@ -47,6 +48,24 @@ def cosine(*, max_iter: int, end: float) -> Multiplier:
 def poly(*, max_iter: int, power: float) -> Multiplier:
     """(1 - iteration / max_iter) ** power."""
     return lambda iteration: max(1.0 - iteration / max_iter, 0.0) ** power
+
+
+def fusioner(*, max_iter: int, warm_up: int, end: float) -> Multiplier:
+    """Fusioner's: from 0 to 1 in `warm_up` iterations, the last of which has 1, as has the first of half a cosine over
+    the others, which comes near to `end`; after `max_iter` the last value stays.
+
+    Example:
+        >>> rate = fusioner(max_iter=6, warm_up=3, end=0.0)
+        >>> [round(rate(iteration), 3) for iteration in range(8)]
+        [0.0, 0.5, 1.0, 1.0, 0.75, 0.25, 0.25, 0.25]
+    """
+    falling = cosine(max_iter=max(max_iter - warm_up, 1), end=end)
+
+    def multiplier(iteration: int) -> float:
+        iteration = min(iteration, max_iter - 1)
+        return iteration / max(warm_up - 1, 1) if iteration < warm_up else falling(iteration - warm_up)
+
+    return multiplier
 
 
 def warm_up_to(
@@ -102,7 +121,10 @@ def build_multiplier(cfg: CfgNode) -> Multiplier:
         raise InputError(f"SOLVER.MAX_ITER must be at least 1, got {length}")
     warm_up = {"iters": solver.WARMUP_ITERS, "factor": solver.WARMUP_FACTOR, "method": solver.WARMUP_METHOD}
     name = solver.LR_SCHEDULER_NAME
-    lookup("SOLVER.LR_SCHEDULER_NAME", name, dict.fromkeys(("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR")))
+    known = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR", "FusionerLR")
+    lookup("SOLVER.LR_SCHEDULER_NAME", name, dict.fromkeys(known))
+    if name == "FusionerLR":
+        return fusioner(max_iter=length, warm_up=solver.WARMUP_ITERS, end=solver.BASE_LR_END / solver.BASE_LR)
     if name == "WarmupPolyLR":
         schedule = poly(max_iter=length, power=solver.POLY_LR_POWER)
         return scaled_by_warm_up(schedule, **warm_up, constant_ending=solver.POLY_LR_CONSTANT_ENDING)
@@ -113,9 +135,40 @@ def build_multiplier(cfg: CfgNode) -> Multiplier:
     return warm_up_to(schedule, max_iter=length, **warm_up, rescale_interval=solver.RESCALE_INTERVAL)
 
 
+class GroupLR(LambdaLR):
+    """The schedule on the groups of an optimiser, but for those with `constant_lr`; call `step()` once per iteration.
+
+    Args:
+        optimizer: of whose groups those with `decay_end` have their weight decay moved there from where it is, along
+            half a cosine over `max_iter` iterations, after which the last value stays.
+        multiplier: factor on the learning rates.
+        max_iter: length of the training.
+    """
+
+    def __init__(self, optimizer: Optimizer, multiplier: Multiplier, *, max_iter: int) -> None:
+        self._rise = fusioner(max_iter=max_iter, warm_up=0, end=0.0)
+        groups = optimizer.param_groups
+        for group in groups:
+            if "decay_end" in group:
+                group.setdefault("decay_start", group["weight_decay"])
+        super().__init__(optimizer, [(lambda _: 1.0) if group.get("constant_lr") else multiplier for group in groups])
+
+    def step(self, *epoch: int) -> None:
+        """The next iteration."""
+        super().step(*epoch)
+        for group in self.optimizer.param_groups:
+            if "decay_end" in group:
+                start, end = group["decay_start"], group["decay_end"]
+                group["weight_decay"] = end + (start - end) * self._rise(self.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs: functions have no state."""
+        return {key: value for key, value in super().state_dict().items() if key != "_rise"}
+
+
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LambdaLR:
     """The schedule of the config on `optimizer`; call `step()` once per iteration."""
-    return LambdaLR(optimizer, build_multiplier(cfg))
+    return GroupLR(optimizer, build_multiplier(cfg), max_iter=cfg.SOLVER.MAX_ITER)
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

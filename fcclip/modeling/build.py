@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from fvcore.common.config import CfgNode
+from torch import nn
 
 from fcclip.config import cache_folder, lookup, resolve_device
 from fcclip.data.vocabularies import dataset_vocabulary
@@ -16,15 +17,19 @@ from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
 from fcclip.modeling.architecture import Architecture, Ensemble
 from fcclip.modeling.backbones.clip import FAMILIES, CLIPBackbone, build_clip
+from fcclip.modeling.backbones.vit import TimmViT, ViTCLIP
 from fcclip.modeling.fcclip import FCCLIP
+from fcclip.modeling.fusion import ConvDecoder, Fusion
+from fcclip.modeling.fusioner import Fusioner, TextVectors
 from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
 from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS, RegionClassifier
 from fcclip.modeling.outputs import OutputSettings
 from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
 from fcclip.modeling.text import TextEncoder
+from fcclip.modeling.windows import Windows
 from fcclip.ops import select_engine
-from fcclip.vocabulary import Vocabulary
+from fcclip.vocabulary import TEMPLATE_SETS, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +145,6 @@ def check_embed_dim(cfg: CfgNode, backbone: CLIPBackbone) -> None:
 
 def fcclip_arguments(cfg: CfgNode, backbone: CLIPBackbone) -> dict[str, Any]:
     """What `FCCLIP` takes besides its backbone, its head and its vocabularies."""
-    cache = cfg.MODEL.FC_CLIP.TEXT_CACHE_DIR
     return {
         "classifier": build_classifier(cfg, backbone),
         "criterion": build_criterion(cfg),
@@ -151,10 +155,65 @@ def fcclip_arguments(cfg: CfgNode, backbone: CLIPBackbone) -> dict[str, Any]:
         "ensemble": lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg)),
         "ensemble_on_valid_mask": cfg.MODEL.FC_CLIP.ENSEMBLE_ON_VALID_MASK,
         "output_settings": build_output_settings(cfg),
-        "text_encoder": TextEncoder(
-            backbone.clip_model, cache_dir=Path(cache).expanduser() if cache else cache_folder()
-        ),
+        "text_encoder": TextEncoder(backbone.clip_model, cache_dir=text_cache(cfg)),
     }
+
+
+def text_cache(cfg: CfgNode) -> Path:
+    """The folder of text features."""
+    folder = cfg.MODEL.FC_CLIP.TEXT_CACHE_DIR
+    return Path(folder).expanduser() if folder else cache_folder()
+
+
+def build_fusioner(
+    cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None
+) -> Fusioner:
+    """Fusioner from its config."""
+    key, fusioner = "MODEL.BACKBONE.NAME", cfg.MODEL.FUSIONER
+    backbone = lookup(key, cfg.MODEL.BACKBONE.NAME, VISION_ENCODERS)(cfg)
+    [patch] = backbone.strides.values() if len(backbone.strides) == 1 else [1]
+    divisibility = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
+    if divisibility % patch or fusioner.WINDOW % patch:
+        raise InputError(
+            f"MODEL.MASK_FORMER.SIZE_DIVISIBILITY {divisibility} and MODEL.FUSIONER.WINDOW {fusioner.WINDOW} must be "
+            f"multiples of {patch}, the patch of the vision encoder"
+        )
+    text_backbone, text_encoder, text_dim = lookup("MODEL.FUSIONER.TEXT_ENCODER", fusioner.TEXT_ENCODER, TEXT_ENCODERS)(
+        cfg, backbone
+    )
+    return Fusioner(
+        backbone=backbone,
+        text_backbone=text_backbone,
+        text_encoder=text_encoder,
+        fusion=Fusion(
+            vision_dim=[*backbone.channels.values()][-1],
+            text_dim=text_dim,
+            width=fusioner.WIDTH,
+            num_layers=fusioner.LAYERS,
+            heads=fusioner.HEADS,
+            dropout=fusioner.DROPOUT,
+            drop_path_rate=fusioner.DROP_PATH_RATE,
+        ),
+        decoder=ConvDecoder(width=fusioner.WIDTH),
+        temperature=fusioner.TEMPERATURE,
+        windows=Windows(fusioner.WINDOW, fusioner.WINDOW_BORDER) if fusioner.WINDOW else None,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+        size_divisibility=divisibility,
+        heads=enabled_heads(cfg),
+        ensemble=lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg)),
+        output_settings=build_output_settings(cfg),
+        train_vocabulary=train_vocabulary,
+        test_vocabulary=test_vocabulary,
+    )
+
+
+def build_clip_text(cfg: CfgNode, backbone: nn.Module) -> tuple[CLIPBackbone | None, TextVectors, int]:
+    """CLIP's text tower, that of the vision encoder if it has one; and the width of its vectors."""
+    own = None if isinstance(backbone, CLIPBackbone) else build_clip_backbone(cfg, FUSIONER_FAMILIES)
+    clip = own or backbone
+    templates = lookup("MODEL.FUSIONER.TEMPLATES", cfg.MODEL.FUSIONER.TEMPLATES, TEMPLATE_SETS)
+    return own, TextEncoder(clip.clip_model, cache_dir=text_cache(cfg), templates=templates), clip.embed_dim
 
 
 def build_classifier(cfg: CfgNode, backbone: CLIPBackbone) -> RegionClassifier:
@@ -305,8 +364,14 @@ COMPILABLE = {
     "mask_decoder": lambda model: model.sem_seg_head.predictor,
 }
 # Published names; one line adds a part.
-META_ARCHITECTURES = {"FCCLIP": build_fcclip}
+META_ARCHITECTURES = {"FCCLIP": build_fcclip, "Fusioner": build_fusioner}
 BACKBONES = {"CLIP": build_clip_backbone}
+FUSIONER_FAMILIES = (ViTCLIP, *FAMILIES)
+VISION_ENCODERS: dict[str, Callable[[CfgNode], CLIPBackbone | TimmViT]] = {
+    "CLIP": lambda cfg: build_clip_backbone(cfg, FUSIONER_FAMILIES),
+    "timm": lambda cfg: TimmViT(cfg.MODEL.FUSIONER.TIMM_MODEL, cfg.MODEL.FUSIONER.TIMM_WEIGHTS),
+}
+TEXT_ENCODERS = {"CLIP": build_clip_text}
 SEM_SEG_HEADS = {"FCCLIPHead": build_fcclip_head}
 PIXEL_DECODERS = {"MSDeformAttnPixelDecoder": build_pixel_decoder}
 TRANSFORMER_DECODERS = {"MultiScaleMaskedTransformerDecoder": build_mask_decoder}

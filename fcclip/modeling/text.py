@@ -36,19 +36,31 @@ class TextEncoder:
     Args:
         clip_model: an open_clip model; it is not copied.
         cache_dir: folder for vectors on disk; None keeps them in memory only.
+        templates: the sentences that a class name is put into.
     """
 
-    def __init__(self, clip_model: nn.Module, *, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self, clip_model: nn.Module, *, cache_dir: Path | None = None, templates: Sequence[str] = TEMPLATES
+    ) -> None:
         self.clip_model = clip_model
         self.cache_dir = cache_dir
+        self.templates = tuple(templates)
         self._memory: OrderedDict[tuple, TextEmbeddings] = OrderedDict()
         self._weights: tuple[tuple, str] | None = None
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of a prompt that are read."""
+        return int(self.clip_model.positional_embedding.shape[0])
+
+    @property
+    def dim(self) -> int:
+        """Width of the vectors."""
+        return int(self.clip_model.text_projection.shape[-1])
+
     @torch.inference_mode(mode=False)  # what is kept must serve training too
     def encode(self, vocabulary: Vocabulary) -> TextEmbeddings:
-        """One unit vector a synonym: the mean of its fourteen unit-length prompt embeddings, normalised; fp32, no
-        gradient.
-        """
+        """One unit vector a synonym: the mean of its unit-length prompt embeddings, normalised; fp32, no gradient."""
         names = tuple(name for synonyms in vocabulary.synonyms for name in synonyms)
         counts = tuple(len(synonyms) for synonyms in vocabulary.synonyms)
         key = (self._version(), names, counts)
@@ -72,7 +84,7 @@ class TextEncoder:
                 return load_file(path)["vectors"]
             except (SafetensorError, KeyError, OSError) as error:
                 logger.warning("text cache %s is unreadable (%s); encoding %d names again", path, error, len(names))
-        vectors = encode_class_names(self.clip_model, names).cpu()
+        vectors = encode_class_names(self.clip_model, names, self.templates).cpu()
         if path is not None:
             _write(path, vectors)
         return vectors
@@ -87,7 +99,7 @@ class TextEncoder:
         version = self._version()
         if self._weights is None or self._weights[0] != version:
             self._weights = (version, text_weights_hash(self.clip_model))
-        digest = hashlib.sha256("\n".join([self._weights[1], *TEMPLATES, *names]).encode()).hexdigest()
+        digest = hashlib.sha256("\n".join([self._weights[1], *self.templates, *names]).encode()).hexdigest()
         return self.cache_dir / f"text-{digest[:32]}.safetensors"
 
 
@@ -105,15 +117,15 @@ def _text_weights(clip_model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def encode_class_names(clip_model: nn.Module, names: Sequence[str]) -> Tensor:
+def encode_class_names(clip_model: nn.Module, names: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
     """(len(names), D) float32, unit length, on the model's device; see `TextEncoder.encode`."""
     device = clip_model.text_projection.device
-    tokens = open_clip.tokenize(prompts(names), context_length=int(clip_model.positional_embedding.shape[0]))
+    tokens = open_clip.tokenize(prompts(names, templates), context_length=int(clip_model.positional_embedding.shape[0]))
     with torch.autocast(device.type, enabled=False):
         chunks = [encode_tokens(clip_model, chunk.to(device)) for chunk in tokens.split(_CHUNK)]
         embeddings = torch.cat(chunks).float()
         embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
-        means = embeddings.unflatten(0, (len(names), len(TEMPLATES))).mean(dim=1)
+        means = embeddings.unflatten(0, (len(names), len(templates))).mean(dim=1)
         return F.normalize(means, dim=-1, eps=0)
 
 

@@ -1,10 +1,10 @@
 """Classes, their synonyms and the prompts made of them. Names are data: one JSON a label set in `names/`.
 
 vocabulary.py  Vocabulary and ClassEntry: reading, parsing, comparing
-templates.py   TEMPLATES and prompts: the sentences that CLIP's text tower reads
+templates.py   TEMPLATE_SETS and prompts: the sentences that text encoders read
 """
 
-from fcclip.vocabulary.templates import TEMPLATES, prompts
+from fcclip.vocabulary.templates import TEMPLATE_SETS, TEMPLATES, prompts
 from fcclip.vocabulary.vocabulary import ClassEntry, Vocabulary, builtin_names
 
-__all__ = ["TEMPLATES", "ClassEntry", "Vocabulary", "builtin_names", "prompts"]
+__all__ = ["TEMPLATES", "TEMPLATE_SETS", "ClassEntry", "Vocabulary", "builtin_names", "prompts"]

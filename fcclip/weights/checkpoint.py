@@ -9,8 +9,8 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from fcclip.config import resolve_file
 from fcclip.errors import InputError
 from fcclip.files import listed, write_atomically
 from fcclip.vocabulary import ClassEntry, Vocabulary, builtin_names
-from fcclip.weights.files import read_weight_file
+from fcclip.weights.files import WeightFile, read_weight_file
 from fcclip.weights.frozen import FrozenPart, frozen_notes, frozen_parts, frozen_prefixes, unwrap
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ PIXEL_DECODER, PREDICTOR = "sem_seg_head.pixel_decoder.", "sem_seg_head.predicto
 # Keys that files may hold and that never come from a file: constants, and the class weights that the config decides.
 _IGNORED = {"pixel_mean", "pixel_std", "criterion.empty_weight"}
 FORMER = "former_vocabulary"  # note of a fine-tuned file
+# Prefixes of the two towers in files of the published Fusioner, and here.
+_FUSIONER_TOWERS = {"img_model.": "backbone.clip_model.visual.", "text_model.": "backbone.clip_model."}
 _COUNTER = ".num_batches_tracked"  # of batch normalisation; nothing reads it in evaluation mode
 
 
@@ -55,7 +57,7 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
         InputError: unreadable or unsafe file, weights of another model or on another frozen part; names the keys and
             the likely cause.
     """
-    file = read_weight_file(resolve_file(path, what="weights file"))
+    file = own_names(read_weight_file(resolve_file(path, what="weights file")))
     if initialise and is_mask2former(file.tensors):
         start = initialise_from(model, file.tensors, versions=file.versions, source=str(path))
         logger.info("%s", start.report())
@@ -65,6 +67,20 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
     if hasattr(bare, "seen_vocabulary"):
         bare.seen_vocabulary = seen_vocabulary(file.rest, bare.train_vocabulary)
     return file.rest
+
+
+def own_names(file: WeightFile) -> WeightFile:
+    """A file of the published Fusioner under the names of this package; any other file as it is.
+
+    Both towers of its CLIP are in it, and they are OpenAI's, with QuickGELU.
+    """
+    if not any(key.startswith("img_model.") for key in file.tensors):
+        return file
+    tensors = {}
+    for key, value in file.tensors.items():
+        prefix = next((prefix for prefix in _FUSIONER_TOWERS if key.startswith(prefix)), "")
+        tensors[_FUSIONER_TOWERS.get(prefix, "") + key.removeprefix(prefix)] = value
+    return replace(file, tensors=tensors, rest={"clip": {"quick_gelu": True}, **file.rest})
 
 
 def vocabulary_note(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -390,6 +406,8 @@ def _likely_cause(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     def layers(keys: Iterable[str], prefix: str) -> int:
         return len({key.removeprefix(prefix).split(".")[0] for key in keys if key.startswith(prefix)})
 
+    if "fusion.cls_emb" in expected:
+        return _fusioner_cause(sizes, layers(weights, "fusion.blocks."), layers(expected, "fusion.blocks."))
     if not any(key.startswith("sem_seg_head.") for key in weights):
         if any(".resblocks." in key or "visual." in key for key in weights):
             return "a CLIP, not a segmenter: it belongs in MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, not in MODEL.WEIGHTS."
@@ -424,6 +442,19 @@ def _likely_cause(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
             return f"the file was trained with {theirs} layers where the model has {own}: set {key} {theirs + extra}."
     if pair := sizes(PREDICTOR + "transformer_ffn_layers.0.linear1.weight", 0):
         return f"the file was trained with MODEL.MASK_FORMER.DIM_FEEDFORWARD {pair[0]}, the model has {pair[1]}."
+    return "the file belongs to another config; use the YAML it was trained with."
+
+
+def _fusioner_cause(sizes: Callable[[str, int], tuple[int, int] | None], theirs: int, own: int) -> str:
+    if not theirs:
+        return "this is not a file of Fusioner weights: no key starts with 'fusion.blocks.'."
+    if theirs != own:
+        return f"the file was trained with {theirs} fusion layers, not {own}: set MODEL.FUSIONER.LAYERS {theirs}."
+    if pair := sizes("fusion.cls_emb", 1):
+        return f"the file was trained with MODEL.FUSIONER.WIDTH {pair[0]}, not {pair[1]}."
+    for part, key in (("vision", "fusion.visual_proj.0.weight"), ("text", "fusion.text_proj.0.weight")):
+        if pair := sizes(key, 0):
+            return f"weights of another {part} encoder, whose tokens have {pair[0]} channels instead of {pair[1]}."
     return "the file belongs to another config; use the YAML it was trained with."
 
 

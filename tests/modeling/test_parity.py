@@ -60,7 +60,7 @@ class Deviations:
     def of(self, key: str, value: torch.Tensor) -> np.ndarray:
         """Deviation of each recorded element."""
         assert list(value.shape) == self.info[key]["shape"], key
-        recorded = self.arrays[key]
+        recorded = self.arrays[key].reshape(-1)
         flat = value.detach().flatten()[:: self.info[key]["step"]][: len(recorded)].double().numpy()
         deviation = np.abs(flat - recorded) / self.info[key]["std"]
         self.worst[key] = float(deviation.max())

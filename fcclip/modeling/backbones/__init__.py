@@ -1,5 +1,6 @@
 """Frozen encoders, one module each.
 
 clip.py         the frozen CLIP: features, weights
+vit.py          vision transformers: CLIP's, and timm's without a text tower
 fingerprint.py  what a CLIP is and computes, stored beside weights and compared when they are loaded
 """

@@ -369,8 +369,9 @@ def has_quick_gelu(clip_model: nn.Module) -> bool:
 
 
 def set_quick_gelu(backbone: CLIPBackbone, quick: bool, *, source: str) -> None:
-    """Gives the text tower the activation its weights were trained with; `source` says who knows."""
-    for block in backbone.clip_model.transformer.resblocks:
+    """Gives the transformers the activation their weights were trained with; `source` says who knows."""
+    towers = (backbone.clip_model.transformer, getattr(backbone.clip_model.visual, "transformer", None))
+    for block in (block for tower in towers if tower is not None for block in tower.resblocks):
         block.mlp.gelu = QuickGELU() if quick else nn.GELU()
     backbone.quick_gelu, backbone.activation_source = quick, source
     logger.info("CLIP '%s': %s (%s)", backbone.architecture, "QuickGELU" if quick else "GELU", source)

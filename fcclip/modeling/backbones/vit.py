@@ -1,0 +1,172 @@
+"""Frozen vision transformers that give dense features: CLIP's own, and timm's (DINO, MoCo v3) without a text tower.
+
+A token of the last layer is a cell of `Features.dense`; the class token takes part and is dropped. Images of any size
+that is a multiple of the patch are taken: the position embedding is resized to their grid.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import timm
+import torch
+import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fcclip.config import resolve_file
+from fcclip.errors import InputError, NotReachableError
+from fcclip.modeling.backbones.clip import CLIPBackbone
+from fcclip.structures import Features
+from fcclip.weights.files import read_weight_file
+from fcclip.weights.frozen import FrozenPart
+
+logger = logging.getLogger(__name__)
+
+
+class ViTCLIP(CLIPBackbone):
+    """CLIP with a vision transformer; its tokens are projected into the joint space."""
+
+    region_classifier = "mask_pool"
+    needs_activation = True  # OpenAI's towers have QuickGELU; others have not
+
+    def __init__(self, clip_model: nn.Module) -> None:
+        super().__init__(clip_model, channels={"tokens": int(clip_model.text_projection.shape[-1])})
+        self.strides = {"tokens": int(clip_model.visual.conv1.stride[0])}
+
+    @staticmethod
+    def fits(visual: nn.Module) -> bool:
+        """See `CLIPBackbone`."""
+        return isinstance(visual, VisionTransformer) and visual.proj is not None
+
+    def tap(self, visual: nn.Module, images: Tensor) -> Features:
+        """The projected tokens (B, D, h, w) of the last layer."""
+        check_grid(images, self.strides["tokens"])
+        x = visual.conv1(images)
+        grid = tuple(x.shape[-2:])
+        first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat([first, x.flatten(2).transpose(1, 2)], dim=1)
+        x = visual.ln_pre(x + resized_positions(visual.positional_embedding, grid).to(x.dtype))
+        batch_first = getattr(visual.transformer, "batch_first", True)  # open_clip before 2.25 swaps outside
+        x = visual.transformer(x) if batch_first else visual.transformer(x.transpose(0, 1)).transpose(0, 1)
+        x = visual.ln_post(x[:, 1:]) @ visual.proj
+        dense = x.transpose(1, 2).unflatten(-1, grid)
+        return Features({"tokens": dense}, dense=dense)
+
+    def image_embeddings(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) of any size -> (B, D): the mean token at 4 x 4 patches."""
+        side = 4 * self.strides["tokens"]
+        return self(F.interpolate(images, size=(side, side), mode="bilinear")).dense.flatten(2).mean(-1)
+
+
+class TimmViT(FrozenPart):
+    """A frozen vision transformer of timm.
+
+    Args:
+        name: of timm, such as "vit_base_patch16_224".
+        weights: a tag of timm ("dino"), a file, or "" for random weights.
+
+    Raises:
+        InputError: a model that timm does not know or that is no vision transformer, or weights that do not fit.
+        NotReachableError: a tag whose weights cannot be downloaded.
+    """
+
+    notes_key = "vision"
+    config_keys = ("MODEL.FUSIONER.TIMM_MODEL", "MODEL.FUSIONER.TIMM_WEIGHTS")
+    level: ClassVar[str] = "tokens"
+
+    def __init__(self, name: str, weights: str = "") -> None:
+        super().__init__()
+        tag = weights if weights and "." not in weights and "/" not in weights else ""
+        if not timm.is_model(name) or not name.startswith(("vit_", "deit")):
+            raise InputError(
+                f"MODEL.FUSIONER.TIMM_MODEL: '{name}' is not a vision transformer of timm {timm.__version__}"
+            )
+        full_name = f"{name}.{tag}" if tag else name
+        try:
+            self.vit = timm.create_model(full_name, pretrained=bool(tag), num_classes=0, dynamic_img_size=True)
+        except Exception as error:  # every downloader behind timm has errors of its own
+            raise NotReachableError(
+                f"timm cannot make '{full_name}' ({type(error).__name__}: {error}). Download the weights where there "
+                "is a network and give the file as MODEL.FUSIONER.TIMM_WEIGHTS, or '' for random weights."
+            ) from error
+        if weights and not tag:
+            _load(self.vit, weights)
+        self.vit.requires_grad_(False).eval()
+        self.name, self.weights = name, weights
+        self.channels = {self.level: int(self.vit.embed_dim)}
+        self.strides = {self.level: int(self.vit.patch_embed.patch_size[0])}
+
+    def train(self, mode: bool = True) -> TimmViT:
+        """Marks the module as training; the encoder inside stays in evaluation mode."""
+        super().train(mode)
+        self.vit.eval()
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Normalised images (B, 3, H, W) -> the normalised tokens of the last layer as a map."""
+        stride = self.strides[self.level]
+        check_grid(images, stride)
+        tokens = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
+        dense = tokens.transpose(1, 2).unflatten(-1, (images.shape[-2] // stride, images.shape[-1] // stride))
+        return Features({self.level: dense}, dense=dense)
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether no weights were loaded."""
+        return self.weights == ""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, weights as the config named them, and their hash."""
+        return {"architecture": self.name, "pretrained": Path(self.weights).name, "weights": self.weights_hash()}
+
+
+def check_grid(images: Tensor, patch: int) -> None:
+    """Refuses images (B, 3, H, W) whose sides are no multiples of the patch.
+
+    Raises:
+        InputError: they are not.
+    """
+    height, width = images.shape[-2:]
+    if height % patch or width % patch:
+        raise InputError(
+            f"the vision transformer cuts images into patches of {patch} x {patch} pixels, which a network input of "
+            f"{height} x {width} is no multiple of; set MODEL.MASK_FORMER.SIZE_DIVISIBILITY to {patch}"
+        )
+
+
+def resized_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings (1 + s * s, C), class token first, for another grid (bicubic); the input itself for its own.
+
+    Returns:
+        (1 + h * w, C).
+    """
+    side = round((len(positions) - 1) ** 0.5)
+    if (side, side) == tuple(grid):
+        return positions
+    old = positions[1:].T.unflatten(-1, (side, side))
+    new = F.interpolate(old[None], size=grid, mode="bicubic", antialias=True, align_corners=False)[0]
+    return torch.cat([positions[:1], new.flatten(1).T])
+
+
+def _load(vit: nn.Module, path: str) -> None:
+    """Loads a file of timm's or of the authors' names (DINO; MoCo v3, whose encoder is `module.base_encoder.`)."""
+    file = read_weight_file(resolve_file(path, what="MODEL.FUSIONER.TIMM_WEIGHTS"), what="weights of a ViT")
+    expected = vit.state_dict()
+    tensors = {}
+    for key, value in file.tensors.items():
+        for prefix in ("module.base_encoder.", "module.", "backbone."):
+            key = key.removeprefix(prefix)
+        if key in expected:
+            tensors[key] = value
+    missing = sorted(set(expected) - set(tensors))
+    wrong = [key for key, value in tensors.items() if value.shape != expected[key].shape]
+    if missing or wrong:
+        raise InputError(
+            f"MODEL.FUSIONER.TIMM_WEIGHTS: '{path}' does not fit the vision transformer: {len(missing)} tensors are "
+            f"missing and {len(wrong)} have another shape (e.g. {[*missing, *wrong][0]})"
+        )
+    vit.load_state_dict(tensors)

@@ -1,0 +1,124 @@
+"""The trained parts of Fusioner (Ma et al., BMVC 2022, section 3): cross-modality fusion and visual decoder.
+
+Legend: B images, L = h * w visual tokens, N class names, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from fcclip.errors import InputError
+
+NUM_UPSAMPLINGS = 3  # by two each, after the first three convolutions of the decoder
+
+
+class Fusion(nn.Module):
+    """Self-attention over visual tokens and class tokens together; no positions, no mask.
+
+    Args:
+        vision_dim, text_dim: width of the tokens of the two encoders.
+        width: D.
+        num_layers, heads: of the transformer.
+        dropout: of its projections.
+        drop_path_rate: stochastic depth of the last layer, rising linearly from 0.
+    """
+
+    def __init__(
+        self,
+        *,
+        vision_dim: int,
+        text_dim: int,
+        width: int,
+        num_layers: int,
+        heads: int,
+        dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if heads < 1 or width % heads:
+            raise InputError(f"MODEL.FUSIONER.WIDTH {width} must be divisible by MODEL.FUSIONER.HEADS {heads}")
+        self.visual_proj = nn.Sequential(nn.LayerNorm(vision_dim), nn.Linear(vision_dim, width), nn.LayerNorm(width))
+        self.text_proj = nn.Sequential(nn.LayerNorm(text_dim), nn.Linear(text_dim, width))
+        self.cls_emb = nn.Parameter(torch.randn(1, width))
+        rates = [drop_path_rate * layer / max(num_layers - 1, 1) for layer in range(num_layers)]
+        self.blocks = nn.ModuleList(
+            Block(width, heads, qkv_bias=True, proj_drop=dropout, drop_path=rate, norm_layer=nn.LayerNorm)
+            for rate in rates
+        )
+        self.norm = nn.LayerNorm(width)
+        self.proj_patch = nn.Parameter(width**-0.5 * torch.randn(width, width))
+        self.proj_classes = nn.Parameter(width**-0.5 * torch.randn(width, width))
+
+    def forward(self, patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """patches (B, L, ·) and classes (B, N, ·), of unit length -> fused (B, L, D) and (B, N, D)."""
+        x = torch.cat([self.visual_proj(patches), self.text_proj(classes) + self.cls_emb], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        patches, classes = self.norm(x).split([patches.shape[1], classes.shape[1]], dim=1)
+        return patches @ self.proj_patch, classes @ self.proj_classes
+
+
+class ConvDecoder(nn.Module):
+    """Upsamples a map by eight: 3 x 3 convolutions with instance norm, the last one 1 x 1.
+
+    Args:
+        width: channels, in and out.
+    """
+
+    def __init__(self, *, width: int) -> None:
+        super().__init__()
+        for index in range(NUM_UPSAMPLINGS + 1):
+            self.add_module(f"conv_{index}", nn.Conv2d(width, width, 3, padding=1))
+        self.conv_4 = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, D, 8 h, 8 w)."""
+        for index, conv in enumerate((self.conv_0, self.conv_1, self.conv_2, self.conv_3)):
+            x = F.relu(F.instance_norm(conv(x)))
+            if index < NUM_UPSAMPLINGS:
+                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        return self.conv_4(x)
+
+
+def cosine_parts(
+    pixels: Tensor, classes: Tensor, size: tuple[int, int], *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Class and pixel embeddings whose products are the logits: cosines over the temperature.
+
+    Args:
+        pixels: (B, D, ·, ·) float, resized bilinearly before they are normalised.
+        classes: (B, N, D) float.
+        size: (height, width).
+
+    Returns:
+        (B, N, D) of length 1 / temperature and (B, D, *size) of unit length.
+    """
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    return F.normalize(classes, dim=-1) / temperature, F.normalize(pixels, dim=1)
+
+
+def cosine_logits(pixels: Tensor, classes: Tensor, size: tuple[int, int], *, temperature: float) -> Tensor:
+    """The products of `cosine_parts`, (B, N, *size), within ± 1 / temperature."""
+    classes, pixels = cosine_parts(pixels, classes, size, temperature=temperature)
+    return (classes @ pixels.flatten(2)).unflatten(-1, size)
+
+
+def binary_loss(logits: Tensor, truth: Tensor, ignored: Tensor | None = None) -> Tensor:
+    """Binary cross-entropy of one image, summed over its classes and its valid pixels, over the number of the latter.
+
+    Args:
+        logits: (N, h, w) float.
+        truth: (N, h, w) float, 0 or 1.
+        ignored: (h, w) bool, pixels that do not count. Where none would be left, all of them count.
+
+    Returns:
+        A scalar.
+    """
+    losses = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").sum(0)
+    if ignored is None:
+        return losses.mean()
+    valid = torch.where(ignored.all(), torch.ones_like(ignored), ~ignored)
+    return (losses * valid).sum() / valid.sum()

@@ -1,0 +1,292 @@
+"""Fusioner put together (Ma et al., BMVC 2022): two frozen encoders, fusion, decoder, one binary decision a class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fcclip.modeling.architecture import Ensemble, ExtraLosses, ScoredMasks
+from fcclip.modeling.backbones.clip import CLIPBackbone
+from fcclip.modeling.backbones.vit import TimmViT
+from fcclip.modeling.fusion import ConvDecoder, Fusion, binary_loss, cosine_logits, cosine_parts
+from fcclip.modeling.inputs import (
+    Samples,
+    batch_vocabularies,
+    class_slices,
+    normalised_images,
+    output_size,
+    vocabulary_of,
+)
+from fcclip.modeling.mask_decoder import MaskProposals
+from fcclip.modeling.output_masks import OutputMasks
+from fcclip.modeling.outputs import OutputSettings, make_outputs
+from fcclip.modeling.windows import Windows
+from fcclip.structures import Features, TextEmbeddings
+from fcclip.vocabulary import Vocabulary
+
+NEVER = -1e4  # the logit of a class that a plane is not of; its probability is exactly 0
+
+
+class TextVectors(Protocol):
+    """Turns a vocabulary into vectors of unit length; `modeling.text.TextEncoder` is one."""
+
+    def encode(self, vocabulary: Vocabulary) -> TextEmbeddings:
+        """One vector a synonym."""
+
+
+class Fusioner(nn.Module):
+    """Says of every pixel and every class name whether they belong together; an `Architecture`.
+
+    To the rest of the house it is a model with one query a class, whose mask is the class's plane and whose class is
+    sure: semantic maps, panoptic maps (one segment a class; 0 where no class is above 0.5, the published prediction)
+    and everything made of them come from the common code, and the ensemble has nothing to decide. What names a call
+    asks for changes the planes, since they see each other in the fusion.
+
+    Args:
+        backbone: the frozen vision encoder.
+        text_backbone: the frozen text encoder, where it is not that of the backbone.
+        text_encoder: turns vocabularies into vectors with it.
+        fusion, decoder: the trained parts.
+        temperature: that divides cosines.
+        windows: how predictions look at an image; None: at all of it, the position embedding resized.
+        pixel_mean, pixel_std, size_divisibility, heads, ensemble, output_settings, train_vocabulary, test_vocabulary:
+            as for `FCCLIP`; training images should have one size, since padding is decided upon like any pixel.
+
+    Attributes:
+        seen_vocabulary, extra_losses: as for `FCCLIP`. Extra losses get one more pass with all of their classes.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: CLIPBackbone | TimmViT,
+        text_backbone: nn.Module | None,
+        text_encoder: TextVectors,
+        fusion: Fusion,
+        decoder: ConvDecoder,
+        temperature: float,
+        windows: Windows | None,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        size_divisibility: int,
+        heads: Sequence[str],
+        ensemble: Ensemble,
+        output_settings: OutputSettings,
+        train_vocabulary: Vocabulary | None = None,
+        test_vocabulary: Vocabulary | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.text_backbone = text_backbone
+        self.text_encoder = text_encoder
+        self.fusion = fusion
+        self.decoder = decoder
+        self.temperature = temperature
+        self.windows = windows
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.size_divisibility = size_divisibility
+        self.heads = tuple(heads)
+        self.ensemble = ensemble
+        self.output_settings = output_settings
+        self.train_vocabulary = train_vocabulary
+        self.seen_vocabulary = train_vocabulary
+        self.test_vocabulary = test_vocabulary
+        self.extra_losses: list[ExtraLosses] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where its inputs go."""
+        return self.fusion.cls_emb.device
+
+    def forward(
+        self,
+        inputs: Samples,
+        *,
+        vocabulary: Vocabulary | None = None,
+        heads: Sequence[str] | None = None,
+        semantic: str = "scores",
+    ) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Losses while training, else predictions; as `FCCLIP.forward`, with these differences.
+
+        Every class of a training sample's vocabulary is prompted; the published training has samples with a
+        `vocabulary` of one class. `ignored` (H, W) bool may name pixels that no loss looks at.
+        """
+        if self.training:
+            return self.losses(inputs)
+        return [
+            self.outputs(scored, heads=heads, semantic=semantic) for scored in self.score(inputs, vocabulary=vocabulary)
+        ]
+
+    def losses(self, batch: Samples) -> dict[str, Tensor]:
+        """The loss of a batch, the mean of those of its images, or the share of a part of one
+        (`structures.TrainingBatch`)."""
+        images, _ = self.preprocess(batch)
+        vocabularies = batch_vocabularies(batch, self.train_vocabulary)
+        features = self.backbone(images)
+        planes = self.planes(features.dense, vocabularies, tuple(images.shape[-2:]))
+        losses = [self.image_loss(sample, own) for sample, own in zip(batch, planes)]
+        num_images = len(getattr(batch, "segment_counts", None) or batch)
+        named = {"loss_bce": torch.stack(losses).sum() / num_images}
+        if self.extra_losses:
+            extra = [vocabulary for hook in self.extra_losses for vocabulary in hook.vocabularies]
+            scored = list(dict.fromkeys([*vocabularies, *extra]))
+            text = TextEmbeddings.joined([self.text_encoder.encode(vocabulary) for vocabulary in scored])
+            proposals = self.propose(features, text, tuple(images.shape[-2:]))
+            for hook in self.extra_losses:
+                named |= hook(features, proposals, text, class_slices(scored), batch)
+        return named
+
+    def image_loss(self, sample: Any, planes: Tensor) -> Tensor:
+        """See `binary_loss`; a pixel belongs to a class if it lies in any of its segments."""
+        targets = sample["targets"].to(self.device)
+        height, width = targets.image_size
+        truth = planes.new_zeros(len(planes), height, width)
+        truth.index_add_(0, targets.labels, targets.expand().to(truth.dtype)).clamp_(max=1)
+        ignored = sample.get("ignored")
+        return binary_loss(
+            planes[:, :height, :width].float(), truth, None if ignored is None else ignored.to(self.device)
+        )
+
+    @torch.no_grad()
+    def score(self, inputs: Samples, vocabulary: Vocabulary | None = None) -> list[ScoredMasks]:
+        """One pass of the network, or one a window; one record an image.
+
+        Args:
+            inputs, vocabulary: as for `forward`.
+        """
+        images, sizes = self.preprocess(inputs)
+        default = self.test_vocabulary if vocabulary is None else vocabulary
+        vocabularies = [vocabulary_of(sample, default) for sample in inputs]
+        size = tuple(images.shape[-2:])
+        if self.windows is None:
+            dense = self.backbone(images).dense
+            planes = self.planes(dense, vocabularies, size)
+        else:
+            dense = images  # nothing is pooled
+            planes = [
+                self.windows.mean(image[:, :h, :w], lambda part, own=own: self.look(part, own))
+                for image, (h, w), own in zip(images, sizes, vocabularies)
+            ]
+        return [
+            ScoredMasks(
+                in_logits=sure(len(own), self.device),
+                out_logits=sure(len(own), self.device)[:, :-1],
+                seen=own.seen_by(self.seen_vocabulary),
+                valid=None,
+                masks=OutputMasks(
+                    mask_logits=planes[index],
+                    padded_size=size if self.windows is None else sizes[index],
+                    image_size=sizes[index],
+                    output_size=output_size(sample, sizes[index]),
+                    query_chunk=self.output_settings.query_chunk,
+                ),
+                dense=dense[index],
+                vocabulary=own,
+            )
+            for index, (sample, own) in enumerate(zip(inputs, vocabularies))
+        ]
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        scored: ScoredMasks,
+        *,
+        heads: Sequence[str] | None = None,
+        ensemble: Ensemble | tuple[float, float] | None = None,
+        semantic: str = "scores",
+        settings: OutputSettings | None = None,
+    ) -> dict[str, Any]:
+        """What `forward` gives for one image; what is None is the model's, and the ensemble changes nothing."""
+        return make_outputs(
+            scored.in_logits,
+            scored.masks,
+            scored.vocabulary.thing_classes,
+            heads=self.heads if heads is None else heads,
+            settings=settings or self.output_settings,
+            semantic=semantic,
+        )
+
+    def parameter_groups(
+        self, *, lr: float, decoder_lr: float, weight_decay: float, decay_end: float
+    ) -> list[dict[str, Any]]:
+        """The published groups of the optimiser: matrices of the fusion decay, to `decay_end` by and by unless that is
+        negative; its biases and other vectors do not; the decoder learns at a constant rate without decay.
+
+        AdamW without decay is Adam, as which the decoder's is published.
+        """
+        ends = {} if decay_end < 0 else {"decay_end": decay_end}
+        fusion = [(f"fusion.{name}", weight) for name, weight in self.fusion.named_parameters()]
+        decoder = [(f"decoder.{name}", weight) for name, weight in self.decoder.named_parameters()]
+        undecayed = {"weight_decay": 0.0}
+
+        def is_vector(name: str, weight: Tensor) -> bool:
+            return weight.dim() == 1 or name.endswith(".bias")
+
+        return [
+            {"params": [p for p in fusion if not is_vector(*p)], "lr": lr, "weight_decay": weight_decay, **ends},
+            {"params": [p for p in fusion if is_vector(*p)], "lr": lr, **undecayed},
+            {"params": decoder, "lr": decoder_lr, "constant_lr": True, **undecayed},
+        ]
+
+    # ---- steps ----
+
+    def preprocess(self, inputs: Samples) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
+        return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=self.size_divisibility)
+
+    def look(self, images: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Normalised images (B, 3, H, W) -> the planes (B, K, H, W) of their classes."""
+        size = tuple(images.shape[-2:])
+        return torch.stack(self.planes(self.backbone(images).dense, [vocabulary] * len(images), size))
+
+    def planes(self, dense: Tensor, vocabularies: Sequence[Vocabulary], size: tuple[int, int]) -> list[Tensor]:
+        """The logits (K, *size) of the classes of each image.
+
+        Args:
+            dense: (B, C, h, w), the tokens of the vision encoder.
+            vocabularies: of the B images; those with as many names go through the network together.
+            size: (height, width).
+        """
+        texts = [self.text_encoder.encode(vocabulary) for vocabulary in vocabularies]
+        groups: dict[int, list[int]] = {}
+        for index, text in enumerate(texts):
+            groups.setdefault(len(text.vectors), []).append(index)
+        planes: dict[int, Tensor] = {}
+        for indices in groups.values():
+            own = dense if len(groups) == 1 else dense[indices]
+            pixels, classes = self.fuse(own, torch.stack([texts[index].vectors for index in indices]))
+            logits = cosine_logits(pixels, classes, size, temperature=self.temperature)
+            planes |= {index: best_names(names, texts[index]) for index, names in zip(indices, logits)}
+        return [planes[index] for index in range(len(texts))]
+
+    def fuse(self, dense: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
+        """dense (B, C, h, w) and names (B, N, ·) -> pixels (B, D, 8 h, 8 w) and class tokens (B, N, D)."""
+        patches = nn.functional.normalize(dense.flatten(2).transpose(1, 2), dim=-1)
+        patches, classes = self.fusion(patches, names.to(patches))
+        return self.decoder(patches.transpose(1, 2).unflatten(-1, dense.shape[-2:])), classes
+
+    def propose(self, features: Features, text: TextEmbeddings, size: tuple[int, int]) -> MaskProposals:
+        """All names prompted for every image, as proposals: one a name."""
+        pixels, classes = self.fuse(features.dense, text.vectors.expand(len(features.dense), -1, -1))
+        embeddings, pixels = cosine_parts(pixels, classes, size, temperature=self.temperature)
+        logits = sure(text.num_classes, self.device)[text.class_of_vector.to(self.device)]
+        return MaskProposals([logits.expand(len(pixels), -1, -1)], [embeddings], pixels)
+
+
+def best_names(planes: Tensor, text: TextEmbeddings) -> Tensor:
+    """(W, h, w) of names -> (K, h, w) of classes: a class scores as its best synonym."""
+    if len(planes) == text.num_classes:
+        return planes
+    owner = text.class_of_vector.to(planes.device)[:, None, None].expand_as(planes)
+    result = planes.new_full((text.num_classes, *planes.shape[1:]), -torch.inf)
+    return result.scatter_reduce(0, owner, planes, "amax")
+
+
+def sure(num_classes: int, device: torch.device) -> Tensor:
+    """(K, K + 1) class logits of K queries, each of its own class, none void."""
+    logits = torch.full((num_classes, num_classes + 1), NEVER, device=device)
+    return logits.fill_diagonal_(0.0)
