@@ -12,6 +12,7 @@ from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.ade20k import ade20k_full_sem_seg, ade20k_instances, ade20k_panoptic, ade20k_sem_seg
 from fcclip.data.datasets.cityscapes import cityscapes_panoptic
 from fcclip.data.datasets.coco import coco_instances, coco_panoptic, coco_stuff_sem_seg
+from fcclip.data.datasets.folds import COCO_20I, NUM_FOLDS, PASCAL_5I, SPLITS, Folds, fold_dataset
 from fcclip.data.datasets.lvis import lvis_instances
 from fcclip.data.datasets.mapillary_vistas import mapillary_vistas_panoptic
 from fcclip.data.datasets.pascal import pascal_context_59, pascal_context_459, pascal_voc_20, pascal_voc_21
@@ -25,6 +26,21 @@ def _splits(template: str, build: Callable[..., Dataset], *splits: str) -> dict[
     """`template` with each split in place of {}: the function that builds it from the root folder."""
     names = {template.format(split): split for split in splits or ("train", "val")}
     return {name: partial(build, name=name, split=split) for name, split in names.items()}
+
+
+def _folds(folds: Folds) -> dict[str, Callable[[Path], Dataset]]:
+    """`pascal_5i_fold0_train`, …, with the published names, and `pascal_5i_readable_fold0_train`, …."""
+    build = partial(fold_dataset, folds=folds)
+    return {
+        name: made
+        for names in ("", "readable")
+        for fold in range(NUM_FOLDS)
+        for name, made in _splits(
+            "_".join(filter(None, (folds.name, names, f"fold{fold}", "{}"))),
+            partial(build, fold=fold, names=names),
+            *SPLITS,
+        ).items()
+    }
 
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
@@ -43,6 +59,8 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     **_splits("openvocab_pascal_ctx459_sem_seg_{}", pascal_context_459),
     **_splits("openvocab_pascal20_sem_seg_{}", pascal_voc_20),
     **_splits("openvocab_pascal21_sem_seg_{}", pascal_voc_21),
+    **_folds(PASCAL_5I),
+    **_folds(COCO_20I),
     **_splits("shapes_{}", shapes_panoptic, "train", "tune", "val", "val_seen", "val_unseen"),
 }
 

@@ -23,6 +23,7 @@ EVALUATORS: dict[str, tuple[str, ...]] = {
     "cityscapes_panoptic_seg": ("panoptic", "instance", "semantic"),
     "mapillary_vistas_panoptic_seg": ("panoptic", "instance", "semantic"),
     "sem_seg": ("semantic",),
+    "one_class_pairs": ("panoptic",),  # of an image one class is asked for, its pixels against all others
     "coco": ("instance",),
     "lvis": ("instance",),
 }

@@ -13,6 +13,7 @@ and the names of the record. The same record and the same random numbers give th
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -39,6 +40,7 @@ from fcclip.data.transforms import (
 from fcclip.errors import InputError
 from fcclip.files import listed
 from fcclip.structures import Targets
+from fcclip.vocabulary import ClassEntry, Vocabulary
 
 VOID_ID = 0  # of pixels without a segment in an id PNG
 CHANNEL_ORDERS = ("RGB", "BGR")
@@ -440,7 +442,14 @@ def _distinct(values: np.ndarray) -> set[int]:
 
 def _kept(record: dict, size: tuple[int, int]) -> dict[str, Any]:
     names = {key: record[key] for key in _KEPT if key in record}
-    return {**names, "height": size[0], "width": size[1]}
+    prompt = {"vocabulary": one_class(record["class_name"])} if "class_name" in record else {}
+    return {**names, **prompt, "height": size[0], "width": size[1]}
+
+
+@functools.cache
+def one_class(name: str) -> Vocabulary:
+    """The vocabulary of a pair of an image and one class, which is all that is asked for."""
+    return Vocabulary(name, (ClassEntry(0, name, (name,), thing=False),))
 
 
 def _to_tensor(image: np.ndarray, channel_order: str) -> torch.Tensor:
