@@ -62,15 +62,18 @@ def tiny_fusioner_config() -> CfgNode:
         "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS": "",
         "MODEL.FC_CLIP.EMBED_DIM": 16,
         "MODEL.FUSIONER.WIDTH": 16,
+        "MODEL.FUSIONER.WINDOW": 0,
         "MODEL.FUSIONER.LAYERS": 1,
         "MODEL.FUSIONER.HEADS": 2,
         "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": 8,
         "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": True,
         "MODEL.MASK_FORMER.TEST.INSTANCE_ON": True,
         "DATALOADER.NUM_WORKERS": 0,
+        "INPUT.DATASET_MAPPER_NAME": "coco_panoptic_lsj",
         "INPUT.IMAGE_SIZE": 64,
         "INPUT.MIN_SIZE_TEST": 64,
         "INPUT.MAX_SIZE_TEST": 96,
+        "SOLVER.LR_SCHEDULER_NAME": "WarmupMultiStepLR",
         "SEED": 0,
     }
     cfg = load_config("fusioner/Base-Fusioner.yaml", [word for pair in overrides.items() for word in pair])

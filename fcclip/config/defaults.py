@@ -241,7 +241,7 @@ def _input() -> Keys:
     inputs = Keys()
     inputs.FORMAT = changes_meaning("BGR")  # channel order of the images given to the model
     # How a record becomes a training sample: coco_panoptic_lsj, coco_instance_lsj, mask_former_semantic,
-    # mask_former_panoptic or mask_former_instance.
+    # mask_former_panoptic, mask_former_instance or fusioner_pairs.
     inputs.DATASET_MAPPER_NAME = "mask_former_semantic"
     inputs.IMAGE_SIZE = 1024  # large-scale jitter: side of the square canvas, pixels
     inputs.MIN_SCALE = 0.1  # large-scale jitter: smallest scale
@@ -249,12 +249,19 @@ def _input() -> Keys:
     inputs.RANDOM_FLIP = "horizontal"  # or none
     inputs.MIN_SIZE_TEST = changes_prediction(800)  # evaluation: shorter side, pixels; 0 keeps the size
     inputs.MAX_SIZE_TEST = changes_prediction(1333)  # evaluation: limit of the longer side
+    inputs.SQUARE_TEST = changes_prediction(0)  # evaluation: squash images to a square of this side; 0: do not
     inputs.MIN_SIZE_TRAIN = (800,)  # mask_former_* mappers
     inputs.MAX_SIZE_TRAIN = 1333
     inputs.MIN_SIZE_TRAIN_SAMPLING = "choice"
     inputs.COLOR_AUG_SSD = False
     inputs.SIZE_DIVISIBILITY = -1  # mask_former_* mappers: side of the padded square (a target size, not a divisor)
     inputs.MASK_FORMAT = without_effect("polygons and run-length codes are told by what they are")("polygon")
+    inputs.PAIRS = Keys()  # fusioner_pairs; images become squares of IMAGE_SIZE
+    inputs.PAIRS.AUG_PROB = 0.5  # probability of a crop of random size, and of colours, noise, flip and warps
+    inputs.PAIRS.SCALE_RANGE = [0.5, 1.0]  # share of the image that such a crop has
+    inputs.PAIRS.JITTER = 0.5  # of colours; published for COCO 0.2
+    inputs.PAIRS.ROTATE = 20.0  # degrees; published for COCO 10
+    inputs.PAIRS.BORDER = "ignore"  # label of pixels that a warp brings in; or background (published)
     inputs.CROP = Keys()
     inputs.CROP.ENABLED = False
     inputs.CROP.TYPE = "relative_range"

@@ -10,6 +10,7 @@ images.py           reading images, id PNGs and label maps, with errors that nam
 segmentations.py    polygons and run-length codes to masks, segments to classes
 transforms.py       geometry of the published augmentations and of the test-time resize
 color_jitter.py     colour augmentation
+pair_augmentation.py  that of Fusioner: crop, colours, noise, flip, warps
 mappers.py          from a record to a sample, for training and for testing
 samplers.py         which record comes when
 transport.py        how records and batches travel between processes

@@ -27,6 +27,7 @@ from fcclip.data.catalog import DATASETS, get_dataset
 from fcclip.data.color_jitter import ColorJitter
 from fcclip.data.images import read_id_map, read_label_map, read_pil_image
 from fcclip.data.own_description import is_own_data
+from fcclip.data.pair_augmentation import PairAugmentation, PairGeometry
 from fcclip.data.segmentations import fill_polygons, has_area, paint_classes, read_run_lengths
 from fcclip.data.transforms import (
     Geometry,
@@ -64,7 +65,7 @@ class JitterMapper(ABC):
         self,
         *,
         name: str,
-        augmentation: LargeScaleJitter | ShortestEdgeJitter,
+        augmentation: LargeScaleJitter | ShortestEdgeJitter | PairAugmentation,
         colors: ColorJitter | None = None,
         channel_order: str = "RGB",
     ) -> None:
@@ -185,6 +186,40 @@ class SemanticJitterMapper(JitterMapper):
         return truth
 
 
+class PairMapper(JitterMapper):
+    """An image and one of its classes, which alone is prompted: everything else is a negative. A sample has
+
+        vocabulary  that class alone
+        ignored     (H, W) bool, pixels that no loss looks at
+
+    A crop may leave nothing of the class.
+
+    Args:
+        ignore_label: of the masks.
+        options: as for `JitterMapper`.
+    """
+
+    needs = (("sem_seg_file_name", "mask_value", "class_name"),)
+
+    def __init__(self, *, ignore_label: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.ignore_label = ignore_label
+
+    def __call__(self, record: dict, rng: RandomNumbers) -> dict[str, Any]:
+        sample = super().__call__(record, rng)
+        return {**sample, "ignored": sample["targets"].id_map == self.ignore_label}
+
+    def read(self, record: dict, size: tuple[int, int]) -> np.ndarray:
+        return _read_labels(record, size)
+
+    def targets(self, record: dict, truth: np.ndarray, geometry: PairGeometry) -> Targets:
+        labels = geometry.apply_label_map(truth, padding=self.ignore_label)
+        id_map = np.where(labels == self.ignore_label, labels, labels == record["mask_value"]).astype(np.int32)
+        return Targets(
+            labels=torch.zeros(1, dtype=torch.int64), id_map=torch.from_numpy(id_map), ids=torch.ones(1).long()
+        )
+
+
 class InstanceJitterMapper(JitterMapper):
     """Instances of COCO annotations, which may overlap, as masks; `coco_instance_lsj` and `mask_former_instance`.
 
@@ -253,10 +288,11 @@ class ShortestEdgeMapper:
     Args:
         min_size: the shorter side after the resize, pixels; 0 keeps the size.
         max_size: limit of the longer side, pixels.
+        square: side of the square that every image is squashed to instead; 0: none.
         channel_order: "RGB" or "BGR", of the image that comes out.
     """
 
-    def __init__(self, *, min_size: int, max_size: int, channel_order: str = "RGB") -> None:
+    def __init__(self, *, min_size: int, max_size: int, square: int = 0, channel_order: str = "RGB") -> None:
         _check_channel_order(channel_order)
         if min_size < 0 or (min_size > 0 and max_size < 1):
             raise InputError(
@@ -265,10 +301,13 @@ class ShortestEdgeMapper:
             )
         self.min_size = min_size
         self.max_size = max_size
+        self.square = square
         self.channel_order = channel_order
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) that an image of this size gets."""
+        if self.square:
+            return self.square, self.square
         return shortest_edge_size(height, width, min_size=self.min_size, max_size=self.max_size)
 
     def __call__(self, record: dict) -> dict[str, Any]:
@@ -301,6 +340,9 @@ def build_train_mapper(cfg, metadata: Mapping[str, Any] | None = None) -> Jitter
     if kind is SemanticJitterMapper:
         options["ignore_label"] = metadata.get("ignore_label", ignore_value)
         options["num_classes"] = len(metadata["stuff_classes"]) if "ignore_label" in metadata else None
+    if kind is PairMapper:
+        ignore_label = metadata.get("ignore_label", ignore_value)
+        return kind(augmentation=_pair_augmentation(cfg), ignore_label=ignore_label, **options)
     if augmentation is LargeScaleJitter:
         inputs = cfg.INPUT
         scales = {"min_scale": inputs.MIN_SCALE, "max_scale": inputs.MAX_SCALE}
@@ -315,16 +357,18 @@ def build_train_mapper(cfg, metadata: Mapping[str, Any] | None = None) -> Jitter
 def build_test_mapper(cfg) -> ShortestEdgeMapper:
     """The test-time mapper."""
     inputs = cfg.INPUT
-    return ShortestEdgeMapper(min_size=inputs.MIN_SIZE_TEST, max_size=inputs.MAX_SIZE_TEST, channel_order=inputs.FORMAT)
+    sizes = {"min_size": inputs.MIN_SIZE_TEST, "max_size": inputs.MAX_SIZE_TEST, "square": inputs.SQUARE_TEST}
+    return ShortestEdgeMapper(**sizes, channel_order=inputs.FORMAT)
 
 
 # INPUT.DATASET_MAPPER_NAME -> what reads the ground truth, and what draws the geometry.
-MAPPERS: dict[str, tuple[type[JitterMapper], type[LargeScaleJitter] | type[ShortestEdgeJitter]]] = {
+MAPPERS: dict[str, tuple[type[JitterMapper], type]] = {
     "coco_panoptic_lsj": (PanopticJitterMapper, LargeScaleJitter),
     "coco_instance_lsj": (InstanceJitterMapper, LargeScaleJitter),
     "mask_former_semantic": (SemanticJitterMapper, ShortestEdgeJitter),
     "mask_former_panoptic": (PanopticJitterMapper, ShortestEdgeJitter),
     "mask_former_instance": (InstanceJitterMapper, ShortestEdgeJitter),
+    "fusioner_pairs": (PairMapper, PairAugmentation),
 }
 
 
@@ -352,6 +396,18 @@ def check_ground_truth(record: Mapping[str, Any], mapper: JitterMapper, *, where
 
 def _can_read(mapper: JitterMapper | type[JitterMapper], record: Mapping[str, Any]) -> bool:
     return any(all(key in record for key in fields) for fields in mapper.needs)
+
+
+def _pair_augmentation(cfg) -> PairAugmentation:
+    pairs = cfg.INPUT.PAIRS
+    return PairAugmentation(
+        side=cfg.INPUT.IMAGE_SIZE,
+        probability=pairs.AUG_PROB,
+        scales=tuple(pairs.SCALE_RANGE),
+        jitter=pairs.JITTER,
+        rotate=pairs.ROTATE,
+        border=pairs.BORDER,
+    )
 
 
 def _shortest_edge_jitter(cfg, *, judges_crops: bool) -> ShortestEdgeJitter:

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> metric -> percent
 
-_TASKS = ("panoptic_seg", "segm", "bbox", "sem_seg")
+_TASKS = ("panoptic_seg", "segm", "bbox", "sem_seg", "pairs")
 
 
 @dataclass(frozen=True)

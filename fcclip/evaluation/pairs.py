@@ -71,7 +71,7 @@ class PairEvaluator(ClassEvaluator):
         return {
             "pairs": {
                 "mIoU": mean_of_defined(ious),
-                "FB-IoU": sum(both) / 2,
+                "FB_IoU": sum(both) / 2,
                 "pairs": float(len(self.images) - skipped),
                 "skipped": float(skipped),
                 **{f"IoU-{name}": iou for name, iou in zip(self.class_names, ious)},

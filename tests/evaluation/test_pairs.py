@@ -18,7 +18,7 @@ def test_sums_and_scores_are_the_recorded_ones():
     assert np.array_equal(intersection, arrays["intersection"]) and np.array_equal(union, arrays["union"])
     scores = evaluator.results()["pairs"]
     assert scores["mIoU"] / 100 == pytest.approx(recorded["miou"], abs=1e-6)
-    assert scores["FB-IoU"] / 100 == pytest.approx(recorded["fb_iou"], abs=1e-6)
+    assert scores["FB_IoU"] / 100 == pytest.approx(recorded["fb_iou"], abs=1e-6)
 
 
 def pair(mask, predicted, *, category, value):
@@ -34,7 +34,7 @@ def test_sums_come_before_the_division_and_ignored_pixels_count_nowhere():
     scores = evaluator.results()["pairs"]
     assert scores["IoU-cat"] == 50 and scores["IoU-dog"] == 75 and scores["mIoU"] == 62.5
     # foreground (1 + 3) / (2 + 4), background (1 + 0) / (2 + 1)
-    assert scores["FB-IoU"] == pytest.approx(100 * (4 / 6 + 1 / 3) / 2)
+    assert scores["FB_IoU"] == pytest.approx(100 * (4 / 6 + 1 / 3) / 2)
     assert evaluator.per_image == {"0-3": 50, "1-9": 75}
 
 
