@@ -4,7 +4,7 @@
     python tools/fusioner.py test --dataset_name pascal --dataset_root DIR --fold all --load_ckpt_path RUN_{fold}.pth
 
 A training writes checkpoints, log and metrics into the output folder, a test results.json; `--fold all` does all four,
-one after the other ({fold} in a path stands for the number), and prints the mean. Numbers are in percent. "Unseen" means:
+one after the other ({fold} in a path stands for the number), and prints the mean. Numbers are in percent. Unseen means:
 the novel classes were never prompted in training; images that show them may have been in it (not with `--strict`).
 """
 

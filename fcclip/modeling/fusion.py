@@ -76,11 +76,44 @@ class ConvDecoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, D, 8 h, 8 w)."""
-        for index, conv in enumerate((self.conv_0, self.conv_1, self.conv_2, self.conv_3)):
-            x = F.relu(F.instance_norm(conv(x)))
-            if index < NUM_UPSAMPLINGS:
-                x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        x = F.relu(F.instance_norm(self.conv_0(x)))
+        for conv in (self.conv_1, self.conv_2, self.conv_3):
+            x = F.relu(F.instance_norm(upsampled_conv(x, conv.weight, conv.bias)))
         return self.conv_4(x)
+
+
+def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3 x 3 convolution, padding 1, of what is upsampled bilinearly by two, without upsampling the input.
+
+    Upsampling treats all channels alike, so the nine taps can mix channels before it, at a quarter of the pixels; then
+    it shifts and adds what they gave, column by column and row by row. The same numbers up to rounding.
+
+    Args:
+        x: (B, C, h, w).
+        weight, bias: (D, C, 3, 3) and (D,).
+
+    Returns:
+        (B, D, 2 h, 2 w).
+    """
+    (batch, _, height, width), channels = x.shape, len(weight)
+    taps = weight.permute(3, 0, 2, 1).flatten(0, 2)[..., None, None]  # (column * D * row, C, 1, 1)
+    mixed = F.conv2d(x, taps).unflatten(1, (3, -1)).flatten(2, 3)  # (B, column, D * row * h, w)
+    columns = _shifted_upsampling(width, x).transpose(1, 2)[:, None].expand(-1, batch, -1, -1)
+    wide = torch.bmm(mixed[:, 0], columns[0])
+    for tap in (1, 2):
+        wide = torch.baddbmm(wide, mixed[:, tap], columns[tap])
+    wide = wide.view(batch * channels, 3 * height, 2 * width)
+    rows = torch.cat([*_shifted_upsampling(height, x)], dim=1).expand(batch * channels, -1, -1)
+    return torch.baddbmm(bias.repeat(batch)[:, None, None], rows, wide).unflatten(0, (batch, channels))
+
+
+def _shifted_upsampling(length: int, like: Tensor) -> Tensor:
+    """(3, 2 length, length) matrices: bilinear upsampling by two, seen one before, at and one after each place; beyond
+    the ends there is 0."""
+    eye = torch.eye(length, dtype=like.dtype, device=like.device)
+    up = F.interpolate(eye[None], scale_factor=2, mode="linear", align_corners=False)[0].T  # (2 length, length)
+    padded = F.pad(up, (0, 0, 1, 1))
+    return torch.stack([padded[tap : tap + 2 * length] for tap in range(3)])
 
 
 def cosine_parts(

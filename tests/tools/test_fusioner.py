@@ -65,7 +65,7 @@ def words(root, *more):
 
 
 @pytest.mark.slow
-def test_it_trains_writes_checkpoints_and_tests_all_folds(root, capfd):
+def test_it_trains_writes_a_checkpoint_and_tests_it(root, capfd):
     epochs = ["--warmup_epochs", "1", "--training_epochs", "1", "--norm", "reference", "--border", "background"]
     assert tool.main(["train", *words(root, "--fold", "2", *epochs), *TINY]) == 0
     folder = root / "out" / "fold2"
@@ -73,11 +73,19 @@ def test_it_trains_writes_checkpoints_and_tests_all_folds(root, capfd):
     assert "fold 2: mIoU" in capfd.readouterr().out
 
     weights = ["--load_ckpt_path", str(folder / "model_final.pth"), "--norm", "reference"]
-    windows = ["--test_with_org_resolution", "--windows", "pad", "--fold", "all"]
+    windows = ["--test_with_org_resolution", "--windows", "pad", "--fold", "1"]
     assert tool.main(["test", *words(root, *weights, *windows), *TINY]) == 0
     printed = capfd.readouterr().out
-    assert "mean of the folds: mIoU" in printed and "(1 pairs, 0 without a pixel)" in printed
+    assert "fold 1: mIoU" in printed and "(1 pairs, 0 without a pixel)" in printed
     assert "training images may show novel classes" in printed
+
+
+def test_the_mean_of_four_folds_is_printed(capsys):
+    folds = {fold: {"mIoU": 10.0 * fold, "FB_IoU": 50.0, "pairs": 3.0, "skipped": 1.0} for fold in range(4)}
+    tool.print_results(folds, strict=True, names="reference", pairs="all")
+    assert "mean of the folds: mIoU 15.00, FB-IoU 50.00" in (printed := capsys.readouterr().out)
+    assert "fold 3: mIoU 30.00, FB-IoU 50.00 (3 pairs, 1 without a pixel)" in printed
+    assert "no training image shows a novel class" in printed
 
 
 def test_the_published_flags_become_keys(root):

@@ -80,7 +80,7 @@ class TimmViT(FrozenPart):
     def __init__(self, name: str, weights: str = "") -> None:
         super().__init__()
         tag = weights if weights and "." not in weights and "/" not in weights else ""
-        if not timm.is_model(name) or not name.startswith(("vit_", "deit")):
+        if not timm.is_model(name) or not name.startswith(("vit_", "deit", "test_vit")):
             raise InputError(
                 f"MODEL.FUSIONER.TIMM_MODEL: '{name}' is not a vision transformer of timm {timm.__version__}"
             )
@@ -158,7 +158,7 @@ def _load(vit: nn.Module, path: str) -> None:
     expected = vit.state_dict()
     tensors = {}
     for key, value in file.tensors.items():
-        for prefix in ("module.base_encoder.", "module.", "backbone."):
+        for prefix in ("module.", "base_encoder.", "backbone."):
             key = key.removeprefix(prefix)
         if key in expected:
             tensors[key] = value
