@@ -3,8 +3,8 @@
     python tools/benchmark_fusioner.py [--batch 4] [--rounds 3] [--clip ViT-L-14-quickgelu] [--json FILE]
 
 The published loop is written out below: image after image, with the 32 prompts of its class encoded anew, all 77 tokens
-of each, and the decoder's maps upsampled before each convolution. Both must give the same loss and gradients. Weights are
-random; they cost the same.
+of each, and maps of the decoder upsampled before each convolution. Both must give the same loss and gradients. Weights
+are random; they cost the same.
 """
 
 from __future__ import annotations

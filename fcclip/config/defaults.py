@@ -125,10 +125,9 @@ def _fc_clip() -> Keys:
 
 def _fusioner() -> Keys:
     fusioner = Keys()  # the vision encoder is MODEL.BACKBONE.NAME: CLIP, that of FC_CLIP, or timm
-    fusioner.TIMM_MODEL = chooses_clip("vit_base_patch16_224")  # a vision transformer
-    fusioner.TIMM_WEIGHTS = chooses_clip_weights("dino")  # tag of timm, a local file, or "" for random weights
-    fusioner.TEXT_ENCODER = chooses_clip("CLIP")  # that of FC_CLIP; or BERT
-    fusioner.BERT = chooses_clip("bert-base-uncased")  # name at huggingface.co, or a folder
+    fusioner.TIMM_MODEL = changes_shapes("vit_base_patch16_224")  # a vision transformer
+    fusioner.TIMM_WEIGHTS = harmless("dino")  # tag of timm, a local file, or "" for random weights
+    fusioner.TEXT_ENCODER = changes_meaning("CLIP")  # that of FC_CLIP
     fusioner.TEMPLATES = changes_meaning("fusioner")  # prompts of a class name: fusioner (32) or vild (14)
     fusioner.WIDTH = changes_shapes(512)  # of fusion and decoder
     fusioner.LAYERS = changes_shapes(12)  # of the fusion

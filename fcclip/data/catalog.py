@@ -59,10 +59,12 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     **_splits("openvocab_pascal_ctx459_sem_seg_{}", pascal_context_459),
     **_splits("openvocab_pascal20_sem_seg_{}", pascal_voc_20),
     **_splits("openvocab_pascal21_sem_seg_{}", pascal_voc_21),
-    **_folds(PASCAL_5I),
-    **_folds(COCO_20I),
     **_splits("shapes_{}", shapes_panoptic, "train", "tune", "val", "val_seen", "val_unseen"),
 }
+
+
+# Pairs of an image and one of its classes, for Fusioner alone.
+PAIRS: dict[str, Callable[[Path], Dataset]] = {**_folds(PASCAL_5I), **_folds(COCO_20I)}
 
 
 def get_dataset(name: str, root: str | Path | None = None) -> Dataset:
@@ -71,7 +73,7 @@ def get_dataset(name: str, root: str | Path | None = None) -> Dataset:
     No file of a registered data set is read or looked for.
 
     Args:
-        name: a key of `DATASETS`, or the path of a YAML file (.yaml, .yml).
+        name: a key of `DATASETS` or `PAIRS`, or the path of a YAML file (.yaml, .yml).
         root: folder of all registered data sets; None: $DETECTRON2_DATASETS, else "datasets". A leading `~` is
             expanded.
 
@@ -81,12 +83,13 @@ def get_dataset(name: str, root: str | Path | None = None) -> Dataset:
     """
     if is_own_data(name):
         return own_dataset(name)
-    if name not in DATASETS and Path(name).expanduser().exists():
+    known = {**DATASETS, **PAIRS}
+    if name not in known and Path(name).expanduser().exists():
         raise InputError(
             f"data set '{name}' is a path, but not of a YAML file. Write one that describes the data set (see "
             'GETTING_STARTED.md, "Your own data"), and give its path.'
         )
-    return lookup("data set", name, DATASETS)(root_folder(root))
+    return lookup("data set", name, known)(root_folder(root))
 
 
 def distinct_datasets(names: Iterable[str]) -> list[Dataset]:

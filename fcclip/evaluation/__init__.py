@@ -7,6 +7,7 @@ panoptic.py   panoptic_quality of files, PanopticEvaluator of id maps
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
 instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
+pairs.py      PairEvaluator: mIoU and FB-IoU of one prompted class an image, in folds of classes
 cityscapes.py CityscapesInstanceEvaluator, CityscapesSemanticEvaluator: the protocol of cityscapesScripts
 predictions.py  PredictionWriter, SavedPredictions: what a model predicted, on the disk; evaluations that resume
 thread_pool.py  EvaluationThreads: evaluation in threads while the network runs

@@ -3,6 +3,9 @@
 architecture.py   Architecture: what every model can be asked; ScoredMasks, Ensemble, the hook of extra losses
 build.py          build_model: from a config to a model; the dicts in which names become parts
 fcclip.py         FCCLIP: the parts put together; losses in training, predictions else
+fusioner.py       Fusioner: the same for tokens of two encoders and one binary decision a class
+fusion.py         its trained parts: fusion, decoder, cosines and loss
+windows.py        Windows: what a network of a fixed input size says of a larger image
 backbones/        one module a frozen encoder
 inputs.py         what models are called with: checked, and made into one tensor
 text.py           class names become vectors, cached

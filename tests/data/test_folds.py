@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from fcclip.data import get_dataset
-from fcclip.data.catalog import DATASETS
+from fcclip.data.catalog import PAIRS
 from fcclip.data.datasets.folds import COCO_20I, NUM_FOLDS, PASCAL_5I, fold_dataset
 from fcclip.vocabulary import Vocabulary
 
 IMAGES = ["2007_000001", "2007_000002", "2008_000003", "2008_000004"]
-PAIRS = {0: [(0, 1), (1, 5)], 1: [(0, 6), (2, 8)], 2: [(1, 15)], 3: [(2, 20), (3, 20)]}  # fold -> (image, class)
+LISTED = {0: [(0, 1), (1, 5)], 1: [(0, 6), (2, 8)], 2: [(1, 15)], 3: [(2, 20), (3, 20)]}  # fold -> (image, class)
 
 
 def write_pascal(root, *, masks="SegmentationClassAug", ending="\n"):
@@ -22,7 +22,7 @@ def write_pascal(root, *, masks="SegmentationClassAug", ending="\n"):
         Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(root / "VOCdevkit/VOC2012/JPEGImages" / f"{name}.jpg")
         Image.fromarray(np.zeros((20, 30), np.uint8)).save(root / masks / f"{name}.png")
     for kind in ("trn", "val"):
-        for fold, pairs in PAIRS.items():
+        for fold, pairs in LISTED.items():
             lines = "\n".join(f"{IMAGES[image]}__{label:02d}" for image, label in pairs)
             (root / "pascal_5i" / kind / f"fold{fold}.txt").write_text(lines + ending)
 
@@ -79,7 +79,7 @@ def pairs_of(name, root):
 def test_a_training_set_has_the_pairs_of_the_other_folds_and_a_test_set_its_own(root):
     assert pairs_of("pascal_5i_fold3_val", root) == ["2008_000003__20", "2008_000004__20"]
     assert pairs_of("pascal_5i_fold3_train", root) == [
-        f"{IMAGES[image]}__{label:02d}" for fold in range(3) for image, label in PAIRS[fold]
+        f"{IMAGES[image]}__{label:02d}" for fold in range(3) for image, label in LISTED[fold]
     ]
 
 
@@ -137,7 +137,7 @@ def test_a_fold_that_does_not_exist_is_refused():
         fold_dataset(None, name="x", split="val", folds=PASCAL_5I, fold=4)
     with pytest.raises(ValueError, match="Did you mean 'pascal_5i_fold"):
         get_dataset("pascal_5i_fold4_val")
-    assert "coco_20i_fold3_val_first1000" in DATASETS
+    assert "coco_20i_fold3_val_first1000" in PAIRS
 
 
 def test_missing_lists_masks_and_broken_lines_are_named(tmp_path):
