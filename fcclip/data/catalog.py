@@ -12,7 +12,7 @@ from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.ade20k import ade20k_full_sem_seg, ade20k_instances, ade20k_panoptic, ade20k_sem_seg
 from fcclip.data.datasets.cityscapes import cityscapes_panoptic
 from fcclip.data.datasets.coco import coco_instances, coco_panoptic, coco_stuff_sem_seg
-from fcclip.data.datasets.folds import COCO_20I, NUM_FOLDS, PASCAL_5I, SPLITS, Folds, fold_dataset
+from fcclip.data.datasets.folds import COCO_20I, NUM_FOLDS, PASCAL_5I, SPLITS, Folds, fold_dataset, transfer_dataset
 from fcclip.data.datasets.lvis import lvis_instances
 from fcclip.data.datasets.mapillary_vistas import mapillary_vistas_panoptic
 from fcclip.data.datasets.pascal import pascal_context_59, pascal_context_459, pascal_voc_20, pascal_voc_21
@@ -64,7 +64,15 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 
 
 # Pairs of an image and one of its classes, for Fusioner alone.
-PAIRS: dict[str, Callable[[Path], Dataset]] = {**_folds(PASCAL_5I), **_folds(COCO_20I)}
+PAIRS: dict[str, Callable[[Path], Dataset]] = {
+    **_folds(PASCAL_5I),
+    **_folds(COCO_20I),
+    **{
+        name: partial(transfer_dataset, name=name, fold=fold)
+        for fold in range(NUM_FOLDS)
+        for name in [f"pascal_voc_of_coco_20i_fold{fold}_val"]
+    },
+}
 
 
 def get_dataset(name: str, root: str | Path | None = None) -> Dataset:

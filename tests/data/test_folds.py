@@ -96,6 +96,21 @@ def test_a_record_says_what_is_prompted_and_which_value_it_has_in_the_mask(root)
     assert readable["class_name"] == "tv monitor" and "SegmentationClassAug" in readable["sem_seg_file_name"]
 
 
+def test_pascal_voc_is_split_by_the_folds_of_coco_for_the_transfer(root):
+    names = [get_dataset(f"pascal_voc_of_coco_20i_fold{fold}_val").own_vocabulary().class_names for fold in range(4)]
+    assert names == [
+        ("aeroplane", "boat", "chair", "diningtable", "dog", "person"),
+        ("bicycle", "bus", "horse", "sofa"),
+        ("bird", "car", "pottedplant", "sheep", "train", "tvmonitor"),
+        ("bottle", "cat", "cow", "motorbike"),
+    ]
+    pairs = get_dataset("pascal_voc_of_coco_20i_fold3_val", root).records()
+    assert [(pair["image_id"], pair["mask_value"], pair["class_name"]) for pair in pairs] == [
+        ("2007_000002__05", 5, "bottle"),
+        ("2008_000003__08", 8, "cat"),
+    ]
+
+
 def test_the_strict_split_leaves_out_images_with_novel_objects(root):
     assert pairs_of("pascal_5i_fold0_train_strict", root) == ["2008_000003__08", "2008_000003__20", "2008_000004__20"]
     for split in ("train", "train_strict"):

@@ -11,6 +11,7 @@ its fold; a training set reads the lists of the other three folds.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -149,60 +150,91 @@ def fold_dataset(root: Path, *, name: str, split: str, folds: Folds, fold: int, 
     novel = folds.novel(fold)
     classes = [index for index in range(len(Vocabulary.builtin(source))) if (index in novel) == (kind == "val")]
 
-    def read_vocabulary() -> Vocabulary:
-        whole = Vocabulary.builtin(source)
-        kept = tuple(whole.classes[index] for index in classes)
-        return dataclasses.replace(whole, name=f"{source}_fold{fold}_{kind}", classes=kept)
-
     own = folds.counts[kind]
     count = own[fold] if kind == "val" else sum(own) - own[fold]
-    published = {"": count, "published": count - (NUM_FOLDS - 1)}.get(variant)
-    return Dataset(
+    dataset = _pair_dataset(
         name=name,
-        metadata={
-            **class_metadata(read_vocabulary(), things=False),
-            "ignore_label": IGNORE_LABEL,
-            "evaluator_type": "one_class_pairs",
-            "novel_means": "no prompt of a novel class in training; images with novel objects "
-            + ("were left out" if variant == "strict" else "may be in it, as negatives"),
-        },
-        load=partial(_records, root, folds, fold, kind, variant, classes, read_vocabulary),
+        source=source,
         vocabulary=f"{source}_fold{fold}_{kind}",
-        read_vocabulary=read_vocabulary,
-        published_count=published,
-        benchmark=f"{folds.name} fold {fold}",
+        classes=classes,
+        pairs=partial(_pairs, root, folds, fold, kind, variant),
+        places=partial(_places, root, folds, kind),
+        folds=folds,
+    )
+    dataset.metadata["novel_means"] = "no prompt of a novel class in training; images with novel objects " + (
+        "were left out" if variant == "strict" else "may be in it, as negatives"
+    )
+    published = {"": count, "published": count - (NUM_FOLDS - 1)}.get(variant)
+    return dataclasses.replace(dataset, published_count=published, benchmark=f"{folds.name} fold {fold}")
+
+
+def transfer_dataset(root: Path, *, name: str, fold: int) -> Dataset:
+    """PASCAL VOC for a model that was trained on a fold of COCO-20^i: the pairs of all four test lists of PASCAL-5^i
+    whose class is novel in that fold. All twenty classes of VOC are classes of COCO under the same published string."""
+    novel = {Vocabulary.builtin(COCO_20I.name).class_names[index] for index in COCO_20I.novel(fold)}
+    names = Vocabulary.builtin(PASCAL_5I.name).class_names
+    classes = [index for index, class_name in enumerate(names) if class_name in novel]
+
+    def pairs() -> list[tuple[str, int]]:
+        every = [pair for other in range(NUM_FOLDS) for pair in PASCAL_5I.read(root, "val", other)]
+        return [pair for pair in every if pair[1] in classes]
+
+    return _pair_dataset(
+        name=name,
+        source=PASCAL_5I.name,
+        vocabulary=f"pascal_voc_of_coco_20i_fold{fold}",
+        classes=classes,
+        pairs=pairs,
+        places=partial(_places, root, PASCAL_5I, "val"),
+        folds=PASCAL_5I,
     )
 
 
-def _records(
-    root: Path,
-    folds: Folds,
-    fold: int,
-    kind: str,
-    variant: str,
+def _pair_dataset(
+    *,
+    name: str,
+    source: str,
+    vocabulary: str,
     classes: list[int],
-    read_vocabulary: Callable[[], Vocabulary],
-) -> list[dict[str, Any]]:
-    """One record a pair: `file_name, sem_seg_file_name, image_id, category_id` (contiguous), `mask_value` and
-    `class_name`, what is prompted."""
+    pairs: Callable[[], list[tuple[str, int]]],
+    places: Callable[[str], dict[str, str]],
+    folds: Folds,
+) -> Dataset:
+    """Pairs of an image and one of some classes, positions in the built-in vocabulary `source`."""
+
+    def read_vocabulary() -> Vocabulary:
+        whole = Vocabulary.builtin(source)
+        return dataclasses.replace(whole, name=vocabulary, classes=tuple(whole.classes[index] for index in classes))
+
     position = {index: contiguous for contiguous, index in enumerate(classes)}
     class_names = read_vocabulary().class_names
-    places: dict[str, dict[str, str]] = {}  # of each image
-    records = []
-    for image, index in _pairs(root, folds, fold, kind, variant):
-        if image not in places:
-            files = {"file_name": folds.images, "sem_seg_file_name": folds.masks}
-            places[image] = {key: str(_existing(of(root, image, kind))) for key, of in files.items()}
-        records.append(
+
+    def load() -> list[dict[str, Any]]:
+        """One record a pair: `file_name, sem_seg_file_name, image_id, category_id` (contiguous), `mask_value` and
+        `class_name`, what is prompted."""
+        files = functools.cache(places)
+        return [
             {
-                **places[image],
+                **files(image),
                 "image_id": f"{image}__{index + folds.first_class:02d}",
                 "category_id": position[index],
                 "mask_value": index + 1,
                 "class_name": class_names[position[index]],
             }
-        )
-    return records
+            for image, index in pairs()
+        ]
+
+    metadata = {
+        **class_metadata(read_vocabulary(), things=False),
+        "ignore_label": IGNORE_LABEL,
+        "evaluator_type": "one_class_pairs",
+    }
+    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary, read_vocabulary=read_vocabulary)
+
+
+def _places(root: Path, folds: Folds, kind: str, image: str) -> dict[str, str]:
+    files = {"file_name": folds.images, "sem_seg_file_name": folds.masks}
+    return {key: str(_existing(of(root, image, kind))) for key, of in files.items()}
 
 
 def _pairs(root: Path, folds: Folds, fold: int, kind: str, variant: str) -> list[tuple[str, int]]:
