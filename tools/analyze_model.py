@@ -231,7 +231,9 @@ def text_cost(model: Architecture, vocabulary: Vocabulary) -> dict[str, int]:
     cut as when they are encoded."""
     clip = model.text_encoder.clip_model
     names = list(dict.fromkeys(name for synonyms in vocabulary.synonyms for name in synonyms))
-    tokens = open_clip.tokenize(prompts(names), context_length=int(clip.positional_embedding.shape[0]))
+    tokens = open_clip.tokenize(
+        prompts(names, model.text_encoder.templates), context_length=model.text_encoder.context_length
+    )
     flops, of_shape = 0, {}
     for chunk in tokens.split(_TEXT_CHUNK):
         shape = (len(chunk), int(chunk.argmax(dim=-1).max()))
