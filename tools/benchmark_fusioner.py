@@ -36,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measures and prints."""
     args = parse_arguments(arguments)
     overrides = ["MODEL.FC_CLIP.CLIP_MODEL_NAME", args.clip, "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", ""]
-    cfg = load_config("fusioner/Base-Fusioner.yaml", [*overrides, "MODEL.DEVICE", args.device, *args.opts])
+    cfg = load_config(
+        "fusioner/Base-Fusioner.yaml",
+        [*overrides, "MODEL.FUSIONER.WINDOW", "0", "MODEL.DEVICE", args.device, *args.opts],
+    )
     torch.manual_seed(0)
     model = build_model(cfg, train_vocabulary=Vocabulary.from_names(list(NAMES))).train()
     batch = samples(args.batch, cfg.INPUT.IMAGE_SIZE)
