@@ -26,9 +26,9 @@ def counted(monkeypatch) -> list[int]:
     """The number of names of every encoding that really ran."""
     calls, encode = [], text.encode_class_names
 
-    def encode_and_count(clip_model, names):
+    def encode_and_count(clip_model, names, templates):
         calls.append(len(names))
-        return encode(clip_model, names)
+        return encode(clip_model, names, templates)
 
     monkeypatch.setattr(text, "encode_class_names", encode_and_count)
     return calls
