@@ -54,6 +54,15 @@ def tiny_config() -> CfgNode:
     return cfg
 
 
+def tiny_frozenseg() -> CfgNode:
+    """`tiny_config` as FrozenSeg, with a random SAM of two narrow blocks; both injectors work in its two layers."""
+    cfg = tiny_config()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NAME = "FrozenSeg", "FrozenSegHead"
+    cfg.MODEL.SAM_NAME, cfg.MODEL.SAM_WEIGHTS = str(DATA / "tiny_sam.json"), ""
+    cfg.MODEL.MASK_FORMER.SAM_QUERY_FUSE_LAYER = 0
+    return cfg
+
+
 @pytest.fixture
 def tiny_cfg() -> CfgNode:
     """`tiny_config`, to be changed at will."""

@@ -15,11 +15,11 @@ from fcclip.modeling.build import META_ARCHITECTURES
 from fcclip.structures import TrainingBatch
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import frozen_prefixes, load_weights, model_weights
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, tiny_frozenseg
 from tests.evaluation import tiny_world
 from tests.modeling.test_fcclip import sample_image, training_sample
 
-SMALLEST = {"FCCLIP": tiny_config}  # name -> the config of a model that trains in a moment
+SMALLEST = {"FCCLIP": tiny_config, "FrozenSeg": tiny_frozenseg}  # name -> the config of a model that trains in a moment
 TRAINING = Vocabulary.from_names("cup; sea:stuff; dog", name="train")
 
 

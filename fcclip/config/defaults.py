@@ -62,7 +62,7 @@ def all_keys() -> Keys:
 def _model() -> Keys:
     model = Keys(changes_model)
     model.DEVICE = harmless("auto")  # auto: the first of cuda, mps, cpu; or a torch device
-    model.META_ARCHITECTURE = "GeneralizedRCNN"  # FCCLIP in every published file
+    model.META_ARCHITECTURE = "GeneralizedRCNN"  # FCCLIP or FrozenSeg in every published file
     model.WEIGHTS = harmless("")  # checkpoint; "" starts from freshly initialised heads
     # In the order of INPUT.FORMAT, 0..255; published files set CLIP's.
     model.PIXEL_MEAN = changes_meaning([103.53, 116.28, 123.675])
@@ -78,7 +78,15 @@ def _model() -> Keys:
     model.BACKBONE.FREEZE_AT = frozen_backbone(2)
 
     model.RESNETS = _resnets()
-    model.FC_CLIP = _fc_clip()
+    model.FC_CLIP = _fc_clip()  # published files of FrozenSeg call it MODEL.FROZEN_SEG
+    model.SAM_NAME = changes_meaning(
+        "vit_b"
+    )  # FrozenSeg: vit_b, vit_l, vit_h, or the path of a JSON (backbones/sam.py)
+    # Of SAM: a file, or the folder with Meta's; "" for random weights, or where MODEL.WEIGHTS hold SAM too.
+    model.SAM_WEIGHTS = harmless("pretrained_checkpoint")
+    model.SAM_RESIZE = changes_meaning("squash")  # images become squares: squash (published) | pad, which keeps aspect
+    # Keeps what SAM sees of evaluated images, rounded to half precision, 2 MiB each; "": nothing.
+    model.SAM_CACHE_DIR = changes_prediction("")
     model.SEM_SEG_HEAD = _sem_seg_head()
     model.MASK_FORMER = _mask_former()
     model.SWIN = _swin()
@@ -123,7 +131,7 @@ def _fc_clip() -> Keys:
 
 def _sem_seg_head() -> Keys:
     head = Keys()
-    head.NAME = "SemSegFPNHead"  # FCCLIPHead in every published file
+    head.NAME = "SemSegFPNHead"  # FCCLIPHead or FrozenSegHead in every published file
     head.IN_FEATURES = changes_meaning(["p2", "p3", "p4", "p5"])  # backbone levels given to the pixel decoder
     head.IGNORE_VALUE = 255  # label of pixels without a class
     head.NUM_CLASSES = 54  # training classes: size of the class loss; logits follow the vocabulary
@@ -171,6 +179,9 @@ def _mask_former() -> Keys:
     former.TRAIN_NUM_POINTS = 12544  # points sampled per mask, in matching and in the mask losses
     former.OVERSAMPLE_RATIO = 3.0  # candidates drawn per point
     former.IMPORTANCE_SAMPLE_RATIO = 0.75  # share of points that are the most uncertain candidates
+    # Level of the decoder, 0..2 coarse to fine, after whose layers queries take what SAM sees in their masks; 3: none.
+    former.SAM_QUERY_FUSE_LAYER = changes_meaning(2)
+    former.SAM_FEATURE_FUSE_LAYER = changes_shapes(0)  # level whose memory looks at SAM's features; 3: none
     former.TEST = Keys(changes_prediction)
     former.TEST.SEMANTIC_ON = True
     former.TEST.INSTANCE_ON = False

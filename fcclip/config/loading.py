@@ -96,6 +96,7 @@ def _parse(text: str) -> Any:
 
 
 def _assign(cfg: CfgNode, key: str, value: Any, *, where: str) -> None:
+    key = key.replace("MODEL.FROZEN_SEG.", "MODEL.FC_CLIP.")  # as files of FrozenSeg call the same keys
     *parents, name = key.split(".")
     node = cfg
     for parent in parents:

@@ -16,12 +16,15 @@ from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
 from fcclip.modeling.architecture import Architecture, Ensemble
 from fcclip.modeling.backbones.clip import FAMILIES, CLIPBackbone, build_clip
+from fcclip.modeling.backbones.sam import SamImageEncoder, build_sam
 from fcclip.modeling.fcclip import FCCLIP
+from fcclip.modeling.frozenseg import FrozenSeg, FrozenSegDecoder, FrozenSegHead
 from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
 from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS, RegionClassifier
 from fcclip.modeling.outputs import OutputSettings
 from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
+from fcclip.modeling.sam_pixel_decoder import FrozenSegPixelDecoder
 from fcclip.modeling.text import TextEncoder
 from fcclip.ops import select_engine
 from fcclip.vocabulary import Vocabulary
@@ -299,13 +302,68 @@ def mask_decoder_arguments(cfg: CfgNode, *, embed_dim: int) -> dict[str, Any]:
     }
 
 
+def build_frozenseg(
+    cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None
+) -> FrozenSeg:
+    """FrozenSeg from its config."""
+    backbone = lookup("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONES)(cfg)
+    check_embed_dim(cfg, backbone)
+    lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, {"FrozenSegHead": None})
+    sam = build_sam_encoder(cfg)
+    return FrozenSeg(
+        backbone=backbone,
+        sam=sam,
+        sem_seg_head=build_frozenseg_head(cfg, backbone, sam),
+        **fcclip_arguments(cfg, backbone),
+        train_vocabulary=train_vocabulary,
+        test_vocabulary=test_vocabulary,
+    )
+
+
+def build_sam_encoder(cfg: CfgNode) -> SamImageEncoder | None:
+    """The frozen SAM; None where no injector looks at it."""
+    model, former = cfg.MODEL, cfg.MODEL.MASK_FORMER
+    if former.SAM_QUERY_FUSE_LAYER == former.SAM_FEATURE_FUSE_LAYER == NO_FUSE_LAYER:
+        return None
+    if cfg.INPUT.FORMAT != "RGB":
+        raise InputError(f"INPUT.FORMAT must be RGB for SAM, got {cfg.INPUT.FORMAT}")
+    cache_dir = Path(model.SAM_CACHE_DIR).expanduser() if model.SAM_CACHE_DIR else None
+    sam = build_sam(model.SAM_NAME, model.SAM_WEIGHTS, resize=model.SAM_RESIZE, cache_dir=cache_dir)
+    if sam.channels != former.HIDDEN_DIM:
+        raise InputError(
+            f"MODEL.MASK_FORMER.HIDDEN_DIM ({former.HIDDEN_DIM}) must equal the channels of SAM '{model.SAM_NAME}' "
+            f"({sam.channels}), whose features are added to the queries"
+        )
+    return sam
+
+
+def build_frozenseg_head(cfg: CfgNode, backbone: Levels, sam: SamImageEncoder | None) -> FrozenSegHead:
+    """FC-CLIP's decoders with what FrozenSeg adds to them, as far as the config turns it on."""
+    check_decoder_input(cfg)
+    head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+    lookup("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", head.PIXEL_DECODER_NAME, PIXEL_DECODERS)
+    lookup("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", former.TRANSFORMER_DECODER_NAME, TRANSFORMER_DECODERS)
+    arguments = pixel_decoder_arguments(cfg, backbone)
+    if former.SAM_FEATURE_FUSE_LAYER == NO_FUSE_LAYER:
+        pixel_decoder = MSDeformAttnPixelDecoder(**arguments)
+    else:
+        pixel_decoder = FrozenSegPixelDecoder(sam_channels=sam.channels, **arguments)
+    predictor = FrozenSegDecoder(
+        feature_level=former.SAM_FEATURE_FUSE_LAYER,
+        query_level=former.SAM_QUERY_FUSE_LAYER,
+        **mask_decoder_arguments(cfg, embed_dim=backbone.embed_dim),
+    )
+    return FrozenSegHead(pixel_decoder=pixel_decoder, predictor=predictor)
+
+
+NO_FUSE_LAYER = 3  # of MODEL.MASK_FORMER.SAM_*_FUSE_LAYER
 COMPILABLE = {
     "backbone": lambda model: model.backbone,
     "pixel_decoder": lambda model: model.sem_seg_head.pixel_decoder,
     "mask_decoder": lambda model: model.sem_seg_head.predictor,
 }
 # Published names; one line adds a part.
-META_ARCHITECTURES = {"FCCLIP": build_fcclip}
+META_ARCHITECTURES = {"FCCLIP": build_fcclip, "FrozenSeg": build_frozenseg}
 BACKBONES = {"CLIP": build_clip_backbone}
 SEM_SEG_HEADS = {"FCCLIPHead": build_fcclip_head}
 PIXEL_DECODERS = {"MSDeformAttnPixelDecoder": build_pixel_decoder}

@@ -140,7 +140,7 @@ class FCCLIP(nn.Module):
         extra = [vocabulary for hook in self.extra_losses for vocabulary in hook.vocabularies]
         scored = list(dict.fromkeys([*vocabularies, *extra]))
         text = TextEmbeddings.joined([self.text_encoder.encode(vocabulary) for vocabulary in scored])
-        features = self.backbone(images)
+        features = self.see(images, batch)
         proposals = self.propose(features, text, all_sets=self.criterion.deep_supervision)
         class_logits, targets = own_classes(proposals.class_logits, targets, vocabularies)
         losses = self.criterion(
@@ -169,7 +169,7 @@ class FCCLIP(nn.Module):
         for index, sample in enumerate(inputs):
             groups.setdefault(vocabulary_of(sample, default), []).append(index)
         texts = [self.text_encoder.encode(own) for own in groups]
-        features = self.backbone(images)
+        features = self.see(images, inputs)
         proposals = self.propose(features, TextEmbeddings.joined(texts))
         class_logits, mask_logits = proposals.class_logits[-1], proposals.mask_logits()
         records: list[ScoredMasks | None] = [None] * len(inputs)
@@ -240,6 +240,10 @@ class FCCLIP(nn.Module):
     def preprocess(self, inputs: Samples) -> tuple[Tensor, list[tuple[int, int]]]:
         """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
         return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=self.size_divisibility)
+
+    def see(self, images: Tensor, inputs: Samples) -> Features:
+        """What the frozen parts see in preprocessed images (B, 3, H, W), which were made of `inputs`."""
+        return self.backbone(images)
 
     def propose(self, features: Features, text: TextEmbeddings, *, all_sets: bool = False) -> MaskProposals:
         """Masks with the opinion of the in-vocabulary classifier on K classes and void."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,19 @@ class MSDeformAttn(nn.Module):
 class EncoderLayer(nn.Module):
     """Deformable self-attention over all levels, then a ReLU network; norms after the residuals."""
 
-    def __init__(self, *, dim: int, levels: int, heads: int, feedforward: int, dropout: float, engine: str) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        levels: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        engine: str,
+        attention: type[MSDeformAttn] = MSDeformAttn,
+    ) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(dim=dim, levels=levels, heads=heads, engine=engine)
+        self.self_attn = attention(dim=dim, levels=levels, heads=heads, engine=engine)
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, feedforward)
         self.linear2 = nn.Linear(feedforward, dim)
@@ -99,18 +110,10 @@ class DeformableEncoder(nn.Module):
     position.
     """
 
-    def __init__(
-        self, *, dim: int, levels: int, heads: int, feedforward: int, num_layers: int, dropout: float, engine: str
-    ) -> None:
+    def __init__(self, *, dim: int, levels: int, num_layers: int, **layer: Any) -> None:
+        """`layer`: what each `EncoderLayer` takes besides its width and its levels."""
         super().__init__()
-        self.encoder = _Encoder(
-            [
-                EncoderLayer(
-                    dim=dim, levels=levels, heads=heads, feedforward=feedforward, dropout=dropout, engine=engine
-                )
-                for _ in range(num_layers)
-            ]
-        )
+        self.encoder = _Encoder([EncoderLayer(dim=dim, levels=levels, **layer) for _ in range(num_layers)])
         self.level_embed = nn.Parameter(torch.empty(levels, dim))
         nn.init.normal_(self.level_embed)
         for layer in self.encoder.layers:

@@ -132,8 +132,13 @@ def load_state(
     model = unwrap(model)
     parts = frozen_parts(model)
     ignored = _IGNORED | {prefix + name for prefix, part in parts.items() for name in part.constants}
+    groups = tuple(name for name in ignored if name.endswith("."))
     expected = {key: value for key, value in model.state_dict().items() if key not in ignored}
-    weights = {key: value for key, value in weights.items() if key not in ignored}
+    weights = {key: value for key, value in weights.items() if key not in ignored and not key.startswith(groups)}
+    for name, module in model.named_modules():
+        if hasattr(module, "state_like"):  # comes in several layouts, and takes that of the file when it is loaded
+            own = module.state_like(_below(f"{name}.", weights))
+            expected |= {f"{name}.{key}": value for key, value in own.items()}
     _check_fit(weights, expected, tuple(parts), source)
     complete = {
         prefix: _check_frozen(part, _below(prefix, weights), _below(prefix, expected), notes or {}, source=source)

@@ -23,7 +23,8 @@ class FrozenPart(nn.Module):
     Attributes:
         notes_key: the entry of a file that tells of it; in capitals its name in messages.
         config_keys: what a user sets to choose it; the last one names its weights.
-        constants: names in its state dict that files may hold and that are never loaded.
+        constants: names that files may hold and that are never loaded; one with a dot at its end stands for all that
+            begin with it.
         hash_prefix: what stands before each name in its hash, so that hashes of earlier files stay true.
     """
 
@@ -97,6 +98,29 @@ def frozen_prefixes(model: nn.Module) -> tuple[str, ...]:
 def frozen_notes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What a file says of the frozen parts of a model: entry -> fingerprint."""
     return {part.notes_key: part.fingerprint() for part in frozen_parts(model).values()}
+
+
+def load_frozen(part: nn.Module, tensors: Mapping[str, Tensor], *, source: str, what: str) -> None:
+    """Loads all weights of a frozen part from a file that holds nothing else, in the precision of the part.
+
+    Args:
+        part: into which.
+        tensors: by the part's own names.
+        source, what: name file and part in messages.
+
+    Raises:
+        InputError: a name is missing, unexpected or has another shape; the part is as it was.
+    """
+    expected = part.state_dict()
+    misfits = {
+        "missing": sorted(set(expected) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(expected)),
+        "of another shape": [key for key in expected if key in tensors and expected[key].shape != tensors[key].shape],
+    }
+    if any(misfits.values()):
+        parts = [f"{len(keys)} {kind} (e.g. {keys[0]})" for kind, keys in misfits.items() if keys]
+        raise InputError(f"weights '{source}' do not fit {what}: {', '.join(parts)}. Are they of another architecture?")
+    part.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in tensors.items()})
 
 
 def sampled_hash(tensors: Mapping[str, Tensor]) -> str:

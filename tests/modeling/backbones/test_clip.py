@@ -58,9 +58,9 @@ def test_the_low_precision_copy_gives_the_numbers_of_autocast_and_is_made_once(b
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = backbone(images)  # in evaluation mode: the original, cast at every use
         found = backbone.train()(images)
-        copy_of_weights = backbone._cast[1]
+        copy_of_weights = backbone._cast.module
         backbone(images)
-    assert backbone._cast[1] is copy_of_weights
+    assert backbone._cast.module is copy_of_weights
     assert torch.equal(found.dense, expected.dense)
     for name, value in expected.levels.items():
         assert torch.equal(found.levels[name], value) and found.levels[name].dtype == value.dtype, name
