@@ -8,16 +8,19 @@ import pytest
 import torch
 
 from fcclip import Segmenter
-from fcclip.engine import PeriodicEvaluation, build_trainer
+from fcclip.checks.issue import ERROR
+from fcclip.checks.run import check_run
+from fcclip.engine import PeriodicEvaluation, build_trainer, dry_run
 from fcclip.evaluation import evaluate
 from fcclip.modeling import build_model, test_modes
 from fcclip.modeling.build import META_ARCHITECTURES
 from fcclip.structures import TrainingBatch
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import frozen_prefixes, load_weights, model_weights
+from fcclip.weights import frozen_prefixes, load_weights, model_weights, save_weights
 from tests.conftest import tiny_config, tiny_frozenseg
 from tests.evaluation import tiny_world
 from tests.modeling.test_fcclip import sample_image, training_sample
+from tests.tools.conftest import REPOSITORY, load_program
 
 SMALLEST = {"FCCLIP": tiny_config, "FrozenSeg": tiny_frozenseg}  # name -> the config of a model that trains in a moment
 TRAINING = Vocabulary.from_names("cup; sea:stuff; dog", name="train")
@@ -74,6 +77,48 @@ def test_it_trains_for_two_steps_is_evaluated_and_its_checkpoint_is_loaded(cfg, 
     load_weights(other, tmp_path / "model_final.pth")
     assert all(torch.equal(value, model_weights(other)[key]) for key, value in after.items())
     assert other.seen_vocabulary is TRAINING
+
+
+def trainer_of(cfg, model, folder):
+    return build_trainer(
+        cfg,
+        model,
+        batches=lambda start: itertools.repeat(batch()),
+        device=model.device,
+        vocabulary=TRAINING,
+        output_dir=folder,
+    )
+
+
+def test_a_dry_run_and_a_resumed_training_change_nothing(cfg, model, tmp_path):
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    trainer = trainer_of(cfg, model, tmp_path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert dry_run(trainer, steps=1).iterations == 2
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert trainer.train()
+    torch.manual_seed(1)
+    other = build_model(cfg, train_vocabulary=TRAINING, test_vocabulary=tiny_world.VOCABULARY)
+    resumed = trainer_of(cfg, other, tmp_path)
+    resumed.resume(tmp_path / "model_0000000.pth")
+    assert resumed.iteration == 1 and resumed.train()
+    for key, value in model_weights(model).items():
+        torch.testing.assert_close(model_weights(other)[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_the_checker_and_the_analyser_know_its_parts(cfg, model, tmp_path):
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("shapes_train",)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    save_weights(model, tmp_path / "weights.safetensors", full=True)
+    issues = check_run(str(tmp_path / "config.yaml"), weights=str(tmp_path / "weights.safetensors"), training=False)
+    errors = [issue.text for issue in issues if issue.level == ERROR and issue.section != "test data"]
+    assert not errors
+    report = load_program(REPOSITORY / "tools" / "analyze_model.py").analyse(cfg, height=64, width=96, segments=2)
+    assert sum(part["parameters"] for part in report["parameters"].values()) == sum(
+        weight.numel() for weight in model.parameters()
+    )
+    for parts in (report["inference"]["parts"], report["training"]["parts"]):
+        assert all(parts[part]["flops"] for part, counts in report["parameters"].items() if part in parts and counts)
 
 
 def test_the_losses_of_the_parts_of_a_batch_add_up(model):

@@ -56,13 +56,18 @@ from fcclip.weights import frozen_prefixes
 
 aten = torch.ops.aten
 
-IMAGE, TEXT, PIXELS = "CLIP image tower", "CLIP text tower", "pixel decoder"
+IMAGE, TEXT, SAM, PIXELS = "CLIP image tower", "CLIP text tower", "SAM image encoder", "pixel decoder"
 MASKS, IN, OUT = "mask decoder", "in-vocabulary scores", "out-of-vocabulary scores"
 PREPARATION, OUTPUTS, LOSSES, BACKWARD = "preparation", "outputs", "losses", "backward pass"
-PARTS = (PREPARATION, IMAGE, PIXELS, MASKS, IN, OUT, OUTPUTS, LOSSES, BACKWARD)  # in the order in which they run
+PARTS = (PREPARATION, IMAGE, SAM, PIXELS, MASKS, IN, OUT, OUTPUTS, LOSSES, BACKWARD)  # in the order in which they run
 
 # The first prefix that fits says where a parameter belongs: of the frozen parts, and of all others.
-_FROZEN_OWNERS = (("clip_model.visual.", IMAGE), ("clip_model.logit_scale", OUT), ("clip_model.", TEXT))
+_FROZEN_OWNERS = (
+    ("clip_model.visual.", IMAGE),
+    ("clip_model.logit_scale", OUT),
+    ("clip_model.", TEXT),
+    ("image_encoder.", SAM),
+)
 _OWNERS = (
     ("sem_seg_head.pixel_decoder.", PIXELS),
     ("sem_seg_head.predictor.class_embed.", IN),
@@ -176,7 +181,7 @@ def build_on_meta(cfg: CfgNode) -> FCCLIP:
     """The model of a config as shapes only; nothing is downloaded or read besides architecture and vocabularies."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.DEVICE, cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS = "meta", ""
+    cfg.MODEL.DEVICE, cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, cfg.MODEL.SAM_WEIGHTS = "meta", "", ""
     with torch.device("meta"):
         model = build_model(cfg)
     for module in model.modules():
@@ -198,6 +203,7 @@ def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:
         part = next((part for prefix, part in (*frozen, *_OWNERS) if name.startswith(prefix)), None)
         if part is None:
             raise InputError(f"parameter '{name}' belongs to no part that is known to this tool")
+        counts.setdefault(part, {"parameters": 0, "trainable": 0})
         counts[part]["parameters"] += weight.numel()
         counts[part]["trainable"] += weight.numel() * weight.requires_grad
     return counts
@@ -298,7 +304,9 @@ def recording(model: FCCLIP) -> Iterator[Recorder]:
         (model.text_encoder, "encode", TEXT),
         (model, "preprocess", PREPARATION),
         (model.backbone, "forward", IMAGE),
+        (getattr(model, "sam", None), "forward", SAM),
         (head.pixel_decoder, "forward", PIXELS),
+        (head.pixel_decoder, "refine", PIXELS),
         (head.predictor, "forward", MASKS),
         (head.predictor, "classify", IN),
         (model, "classify", OUT),
@@ -306,6 +314,8 @@ def recording(model: FCCLIP) -> Iterator[Recorder]:
     recorder = Recorder(model.device, rest=LOSSES if model.training else OUTPUTS)
     with contextlib.ExitStack() as stack:
         for owner, name, part in watched:
+            if not hasattr(owner, name):  # of FrozenSeg alone
+                continue
             stack.enter_context(_around(owner, name, lambda call, part=part: recorder.within(part)))
         for module in model.modules():
             if isinstance(module, MSDeformAttn):
@@ -500,6 +510,10 @@ def _fused_attention(
     if attn_mask is not None:
         attn_mask = attn_mask.to(query.dtype)  # a mask of bools becomes one of floats inside, too
     fused = aten._scaled_dot_product_flash_attention_for_cpu
+    if query.dim() == 3:  # (B * heads, N, d), as SAM's
+        query, key, value = query[None], key[None], value[None]
+        attn_mask = None if attn_mask is None else attn_mask[None]
+        return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=options.get("scale"))[0][0]
     return fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=options.get("scale"))[0]
 
 

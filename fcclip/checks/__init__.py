@@ -10,6 +10,7 @@ machine.py      device, operators, output folder, disk
 weights.py      the model on the meta device, and MODEL.WEIGHTS
 vocabulary.py   vocabularies of data sets and weights; names that cannot be told apart
 clip.py         the weights of the CLIP
+sam.py          the weights of SAM, where the model has one
 training.py     settings of training and evaluation
 data.py         data sets as a run reads them
 

@@ -10,6 +10,7 @@ from fcclip.checks.config import check_config
 from fcclip.checks.data import check_test_set, check_training_set
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.machine import check_disk, check_machine, check_output_folder
+from fcclip.checks.sam import check_sam
 from fcclip.checks.training import check_evaluation, check_settings
 from fcclip.checks.vocabulary import check_vocabularies
 from fcclip.checks.weights import check_model, check_weights
@@ -61,6 +62,9 @@ def check_run(
         vocabulary = check_vocabularies(issues, cfg, names, model=model, weights=file, training=training)
     with issues.section("CLIP"):
         check_clip(issues, cfg, model, file)
+    if getattr(model, "sam", None) is not None:
+        with issues.section("SAM"):
+            check_sam(issues, cfg, model, file)
     if training:
         with issues.section("training"):
             check_settings(issues, cfg, model=model, vocabulary=vocabulary, world_size=world_size)

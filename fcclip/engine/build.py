@@ -27,7 +27,7 @@ from fcclip.engine.signals import StopRequest
 from fcclip.engine.trainer import Batches, Trainer
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import frozen_notes, vocabulary_note
+from fcclip.weights import frozen_notes, unnamed_parts, vocabulary_note
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,9 @@ def build_trainer(
     check_training(cfg, vocabulary, world_size=get_world_size())
     solver = cfg.SOLVER
     optimizer = build_optimizer(cfg, model)
-    random_clip = not cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS
-    if random_clip:
-        logger.info("the CLIP has random weights, which no other file holds: checkpoints store it too")
+    unnamed = unnamed_parts(model, cfg)
+    for name in unnamed:
+        logger.info("the config names no weights of the %s: checkpoints store it too", name)
     about = {"config": cfg.dump(), "vocabulary": vocabulary_note(vocabulary), **frozen_notes(model)}
     return Trainer(
         model=_distribute(model, device),
@@ -79,7 +79,7 @@ def build_trainer(
             checkpointer=None if output_dir is None else Checkpointer(output_dir, keep=solver.CHECKPOINT_KEEP),
             period=solver.CHECKPOINT_PERIOD,
             notes={**about, "seed": cfg.SEED, **(notes or {})},
-            full=solver.CHECKPOINT_FULL or random_clip,
+            full=solver.CHECKPOINT_FULL or bool(unnamed),
         ),
         evaluation=evaluation,
         recorder=None if output_dir is None else build_recorder(cfg, Path(output_dir)),

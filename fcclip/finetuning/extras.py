@@ -18,7 +18,7 @@ from fcclip.engine import REQUEUE_EXIT_CODE, Checkpointer, StopRequest, StopRequ
 from fcclip.finetuning.comparison import Comparison
 from fcclip.finetuning.replay import build_replay_loader
 from fcclip.finetuning.start import begin_finetuning, replay_sets
-from fcclip.weights import load_weights
+from fcclip.weights import has_layouts, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ def begin(cfg: CfgNode, model: nn.Module, *, last: Path | None) -> Extras:
                 model.train_vocabulary
             )  # an ordinary training knows the classes of DATASETS.TRAIN alone
             logger.info("starting from the weights in %s", cfg.MODEL.WEIGHTS)
+        elif last is not None and has_layouts(model):
+            load_weights(model, last)  # also when it is resumed, but shapes must not change once it is distributed
         return Extras()
     resumed = None if last is None else Checkpointer(cfg.OUTPUT_DIR).load(last)
     tuning = begin_finetuning(cfg, model, resumed=resumed)

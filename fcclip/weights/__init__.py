@@ -7,7 +7,9 @@ frozen.py      FrozenPart: an encoder that no training changes, which files name
 """
 
 from fcclip.weights.checkpoint import (
+    has_layouts,
     initialise_from,
+    is_base,
     is_mask2former,
     load_state,
     load_weights,
@@ -20,7 +22,15 @@ from fcclip.weights.checkpoint import (
     write_safetensors,
 )
 from fcclip.weights.files import WeightFile, read_plain_data, read_weight_file
-from fcclip.weights.frozen import FrozenPart, frozen_notes, frozen_parts, frozen_prefixes, sampled_hash, unwrap
+from fcclip.weights.frozen import (
+    FrozenPart,
+    frozen_notes,
+    frozen_parts,
+    frozen_prefixes,
+    sampled_hash,
+    unnamed_parts,
+    unwrap,
+)
 
 __all__ = [
     "FrozenPart",
@@ -28,7 +38,9 @@ __all__ = [
     "frozen_notes",
     "frozen_parts",
     "frozen_prefixes",
+    "has_layouts",
     "initialise_from",
+    "is_base",
     "is_mask2former",
     "load_state",
     "load_weights",
@@ -39,6 +51,7 @@ __all__ = [
     "save_weights",
     "seen_vocabulary",
     "trained_vocabulary",
+    "unnamed_parts",
     "unwrap",
     "vocabulary_note",
     "weights_hash",

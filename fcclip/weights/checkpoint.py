@@ -45,7 +45,8 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
     Args:
         model: the model, or its DistributedDataParallel wrapper.
         path: a file of any kind that `read_weight_file` reads, or the name of a shipped asset.
-        initialise: a file of Mask2Former is taken too, as a start for a training (see `initialise_from`).
+        initialise: a file of Mask2Former is taken too, as a start for a training (see `initialise_from`), or of the
+            architecture that the model adds parts to (`is_base`).
 
     Returns:
         What else the file says: a checkpoint's other entries, or the metadata of a safetensors file.
@@ -59,6 +60,11 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
     if initialise and is_mask2former(file.tensors):
         start = initialise_from(model, file.tensors, versions=file.versions, source=str(path))
         logger.info("%s", start.report())
+    elif initialise and is_base(model, file.tensors):
+        added = unwrap(model).added_parts
+        load_state(model, file.tensors, source=str(path), notes=file.rest, may_lack=added)
+        fresh = [key for key in model_weights(model) if key.startswith(added)]
+        logger.info("%s", Start(str(path), tuple(file.tensors), {}, tuple(fresh), of="FC-CLIP").report())
     else:
         load_state(model, file.tensors, source=str(path), notes=file.rest)
     bare = unwrap(model)
@@ -117,7 +123,12 @@ def _noted_vocabulary(note: Any) -> Vocabulary | None:
 
 
 def load_state(
-    model: nn.Module, weights: Mapping[str, Tensor], *, source: str, notes: Mapping[str, Any] | None = None
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    source: str,
+    notes: Mapping[str, Any] | None = None,
+    may_lack: tuple[str, ...] = (),
 ) -> None:
     """Copies weights into a model under the rules of `load_weights`.
 
@@ -125,6 +136,7 @@ def load_state(
         model, weights: the model, or its DistributedDataParallel wrapper, and a state dict.
         source: names the weights in messages.
         notes: what stands beside the weights, with the fingerprints of the frozen parts they were trained with.
+        may_lack: beginnings of names that may be missing and then stay as they are.
 
     Raises:
         InputError: weights of another model, or on another frozen part; the model is as it was.
@@ -139,7 +151,7 @@ def load_state(
         if hasattr(module, "state_like"):  # comes in several layouts, and takes that of the file when it is loaded
             own = module.state_like(_below(f"{name}.", weights))
             expected |= {f"{name}.{key}": value for key, value in own.items()}
-    _check_fit(weights, expected, tuple(parts), source)
+    _check_fit(weights, expected, (*parts, *may_lack), source)
     complete = {
         prefix: _check_frozen(part, _below(prefix, weights), _below(prefix, expected), notes or {}, source=source)
         for prefix, part in parts.items()
@@ -159,7 +171,7 @@ def _copy(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _check_fit(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], frozen: tuple[str, ...], source: str
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], optional: tuple[str, ...], source: str
 ) -> None:
     both = [key for key in weights if key in expected]
     misfits = {
@@ -168,7 +180,7 @@ def _check_fit(
             for key in both
             if weights[key].shape != expected[key].shape
         ],
-        "missing from the file": [key for key in expected if key not in weights and not key.startswith(frozen)],
+        "missing from the file": [key for key in expected if key not in weights and not key.startswith(optional)],
         "unknown to the model": [key for key in weights if key not in expected],
         "not floating-point": [
             f"{key} ({str(weights[key].dtype).removeprefix('torch.')})"
@@ -179,7 +191,7 @@ def _check_fit(
     if any(misfits.values()):
         raise InputError(
             f"the weights in '{source}' do not fit the model:\n{_lines(misfits)}\n"
-            f"  likely cause: {_likely_cause(weights, expected, frozen)}"
+            f"  likely cause: {_likely_cause(weights, expected, optional)}"
         )
     broken = [key for key in both if weights[key].is_floating_point() and not weights[key].isfinite().all()]
     if broken:
@@ -282,7 +294,7 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# ---- Mask2Former as a start ----
+# ---- other models as a start ----
 
 
 @dataclass(frozen=True)
@@ -294,25 +306,40 @@ class Start:
         taken: names, as the model has them.
         left: reason -> names in the file that were not taken.
         fresh: names of the model's own parts that stay freshly initialised.
+        of: what the weights are of.
     """
 
     source: str
     taken: tuple[str, ...]
     left: dict[str, tuple[str, ...]]
     fresh: tuple[str, ...]
+    of: str = "Mask2Former"
 
     def report(self) -> str:
         """Counts and names, a line per kind; names with a common beginning are put together."""
         left = {f"left, {reason}": names for reason, names in self.left.items()}
         kinds = {"taken": self.taken, **left, "freshly initialised": self.fresh}
         lines = [f"  {kind} ({len(names)}): {', '.join(_grouped(names))}" for kind, names in kinds.items() if names]
-        return "\n".join([f"starting from the Mask2Former weights in '{self.source}':", *lines])
+        return "\n".join([f"starting from the {self.of} weights in '{self.source}':", *lines])
 
 
 def is_mask2former(weights: Mapping[str, Tensor]) -> bool:
     """Whether these are weights of Mask2Former: its decoder, and a class layer for a fixed list of classes."""
     decoder = any(key.startswith(PREDICTOR + "transformer_") for key in weights)
     return decoder and PREDICTOR + "class_embed.weight" in weights
+
+
+def is_base(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are weights of the architecture that a model adds parts to, as FrozenSeg does to FC-CLIP, which
+    names their beginnings as `added_parts`."""
+    added = getattr(unwrap(model), "added_parts", ())
+    has_some = any(key.startswith(added) for key in unwrap(model).state_dict()) if added else False
+    return has_some and not any(key.startswith(added) for key in weights)
+
+
+def has_layouts(model: nn.Module) -> bool:
+    """Whether loaded weights may give parts of a model another shape (`state_like`)."""
+    return any(hasattr(module, "state_like") for module in model.modules())
 
 
 def initialise_from(
@@ -406,6 +433,14 @@ def _likely_cause(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         )
     if PREDICTOR + "class_embed.weight" in weights:
         return "weights of a closed-vocabulary MaskFormer, which has another decoder and class head than FC-CLIP."
+    injectors = [any("_layers_sam." in key for key in keys) for keys in (weights, expected)]
+    if injectors == [False, True]:
+        return (
+            "weights of FC-CLIP, which lacks what FrozenSeg adds. They can be the start of a training (MODEL.WEIGHTS "
+            "without --eval-only), not more."
+        )
+    if injectors == [True, False]:
+        return "weights of FrozenSeg: use its YAML (MODEL.META_ARCHITECTURE)."
     queries = PREDICTOR + "query_feat.weight"
     if pair := sizes(queries, 1):
         return f"the file was trained with MODEL.MASK_FORMER.HIDDEN_DIM (CONVS_DIM, MASK_DIM) {pair[0]}, not {pair[1]}."

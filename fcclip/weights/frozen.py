@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fcclip.config import flatten
 from fcclip.errors import InputError
 
 
@@ -74,6 +75,17 @@ class FrozenPart(nn.Module):
 
     def loaded(self, notes: Mapping[str, Any] | str, *, source: str, complete: bool) -> None:
         """After weights were loaded: warns if the part computes something else than where they were trained."""
+
+
+def unnamed_parts(model: nn.Module, cfg: Mapping[str, Any]) -> list[str]:
+    """The frozen parts that the config names no weights for, as messages call them; checkpoints hold them, because no
+    other file may.
+
+    Args:
+        cfg: a full config.
+    """
+    values = flatten(cfg)
+    return [part.notes_key.upper() for part in frozen_parts(model).values() if not values[part.config_keys[-1]]]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

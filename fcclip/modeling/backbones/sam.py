@@ -177,8 +177,9 @@ def build_sam(
     sam = SamImageEncoder(image_encoder, resize=resize, cache_dir=cache_dir)
     sam.architecture = name
     if weights:
-        path = Path(weights).expanduser() / _META_FILES.get(name, "")
-        path = resolve_file(path if Path(weights).expanduser().is_dir() else weights, what=_KEY)
+        given, file_name = Path(weights).expanduser(), _META_FILES.get(name, "")
+        what = f"{_KEY} ({f'a file, or the folder with {file_name}' if file_name else 'a file'})"
+        path = resolve_file(given / file_name if given.is_dir() else weights, what=what)
         load_frozen(sam, _sam_weights(path), source=str(path), what=f"SAM '{name}' ({' and '.join(sam.config_keys)})")
         sam.pretrained = weights
     logger.info("SAM '%s': %s", name, f"weights from '{weights}'" if weights else f"random weights ({_KEY} is empty)")
@@ -193,7 +194,7 @@ def _architecture(name: str) -> dict[str, Any]:
     if not isinstance(own, dict) or not needed <= set(own) <= needed | set(_COMMON):
         raise InputError(
             f"MODEL.SAM_NAME: '{path}' must hold {', '.join(sorted(needed))} and may hold {', '.join(_COMMON)}; it has "
-            f"{', '.join(own) if isinstance(own, dict) else own!r}"
+            f"{', '.join(own) if isinstance(own, dict) else 'no mapping'}"
         )
     return _COMMON | own
 
