@@ -322,6 +322,12 @@ def _test() -> Keys:
     test.EXPECTED_RESULTS = []  # [[task, metric, expected, tolerance], ...], checked after evaluation
     test.MODE = "ensemble"  # or in_vocabulary (alpha = beta = 0), out_of_vocabulary (alpha = beta = 1)
     test.BATCH_SIZE = 1
+    # FrozenSeg: automatic masks of SAM raise unseen classes in semantic maps (the OpenSeg ensemble). They lie in
+    # SAM_MASKS_DIR/PKL_SAM_MODEL_NAME, one file an image (tools/precompute_sam_masks.py).
+    test.USE_SAM_MASKS = changes_prediction(False)
+    test.SAM_MASK_PRED_ALPHA = changes_prediction(0.2)  # their share in the scores of unseen classes
+    test.SAM_MASKS_DIR = changes_prediction("output/SAM_masks_pred")
+    test.PKL_SAM_MODEL_NAME = changes_prediction("vit_h")
     test.QUERY_CHUNK = 0  # masks held at the output size at once; 0: what fits into 64 MiB (GPU: 256 MiB)
     test.CLASS_CHUNK = 0  # classes whose semantic scores are held at once, some rows of them; 0: all
     test.AUG = Keys()

@@ -21,6 +21,7 @@ from fcclip.modeling.fcclip import FCCLIP
 from fcclip.modeling.frozenseg import FrozenSeg, FrozenSegDecoder, FrozenSegHead
 from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
+from fcclip.modeling.openseg import OpenSegEnsemble
 from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS, RegionClassifier
 from fcclip.modeling.outputs import OutputSettings
 from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
@@ -313,11 +314,28 @@ def build_frozenseg(
     return FrozenSeg(
         backbone=backbone,
         sam=sam,
+        openseg=build_openseg(cfg),
         sem_seg_head=build_frozenseg_head(cfg, backbone, sam),
         **fcclip_arguments(cfg, backbone),
         train_vocabulary=train_vocabulary,
         test_vocabulary=test_vocabulary,
     )
+
+
+def build_openseg(cfg: CfgNode) -> OpenSegEnsemble | None:
+    """The ensemble with SAM's masks; None where the config does not ask for it."""
+    test = cfg.TEST
+    if not test.USE_SAM_MASKS:
+        return None
+    if test.AUG.ENABLED:
+        raise InputError("TEST.USE_SAM_MASKS and TEST.AUG.ENABLED do not go together: SAM's masks are of whole images")
+    folder = Path(test.SAM_MASKS_DIR).expanduser() / test.PKL_SAM_MODEL_NAME
+    if not folder.is_dir():
+        raise InputError(
+            f"TEST.USE_SAM_MASKS: there is no folder '{folder}' (TEST.SAM_MASKS_DIR and TEST.PKL_SAM_MODEL_NAME); "
+            "tools/precompute_sam_masks.py makes it"
+        )
+    return OpenSegEnsemble(folder, test.SAM_MASK_PRED_ALPHA)
 
 
 def build_sam_encoder(cfg: CfgNode) -> SamImageEncoder | None:

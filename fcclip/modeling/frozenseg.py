@@ -5,15 +5,17 @@ Legend: B images, Q queries, d width, hw cells of a level.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fcclip.errors import InputError
+from fcclip.modeling.architecture import Ensemble, ScoredMasks
 from fcclip.modeling.backbones.sam import SamImageEncoder
-from fcclip.modeling.classifier import mask_pool, resize_masks
+from fcclip.modeling.classifier import mask_pool, resize_masks, text_logits, with_void
 from fcclip.modeling.fcclip import FCCLIP
 from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.inputs import Samples
@@ -25,11 +27,21 @@ from fcclip.modeling.mask_decoder import (
     MultiScaleMaskedTransformerDecoder,
     mask_product,
 )
+from fcclip.modeling.openseg import OpenSegEnsemble, ensembled_semantic, on_grid, read_sam_masks, unseen_shares
+from fcclip.modeling.outputs import OutputSettings
 from fcclip.modeling.position import sine_positions
 from fcclip.modeling.sam_pixel_decoder import FrozenSegPixelDecoder
 from fcclip.structures import Features, TextEmbeddings
+from fcclip.vocabulary import Vocabulary
 
 SAM_LEVEL = "sam"  # name of SAM's features among the levels
+
+
+@dataclass(frozen=True)
+class NamedScoredMasks(ScoredMasks):
+    """Scored masks of an image whose file is known: `file_name`, "" for none."""
+
+    file_name: str
 
 
 class FrozenSeg(FCCLIP):
@@ -37,6 +49,7 @@ class FrozenSeg(FCCLIP):
 
     Args:
         sam: the frozen SAM; None where no injector looks at it.
+        openseg: the ensemble of semantic maps with SAM's masks; None: there is none.
         parts: as for `FCCLIP`.
 
     Attributes:
@@ -49,9 +62,9 @@ class FrozenSeg(FCCLIP):
         "sem_seg_head.predictor.transformer_cross_attention_layers_sam.",
     )
 
-    def __init__(self, *, sam: SamImageEncoder | None, **parts: Any) -> None:
+    def __init__(self, *, sam: SamImageEncoder | None, openseg: OpenSegEnsemble | None = None, **parts: Any) -> None:
         super().__init__(**parts)
-        self.sam = sam
+        self.sam, self.openseg = sam, openseg
 
     def see(self, images: Tensor, inputs: Samples) -> Features:
         """CLIP's features, and SAM's as one more level."""
@@ -60,6 +73,52 @@ class FrozenSeg(FCCLIP):
             return features
         sam = self.sam(inputs, divisibility=self.size_divisibility)
         return Features({**features.levels, SAM_LEVEL: sam}, dense=features.dense)
+
+    def score(self, inputs: Samples, vocabulary: Vocabulary | None = None) -> list[NamedScoredMasks]:
+        """As `FCCLIP.score`."""
+        files = [str(sample.get("file_name", "")) for sample in inputs]
+        return [
+            NamedScoredMasks(**vars(scored), file_name=file)
+            for scored, file in zip(super().score(inputs, vocabulary), files)
+        ]
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        scored: ScoredMasks,
+        *,
+        heads: Sequence[str] | None = None,
+        ensemble: Ensemble | tuple[float, float] | None = None,
+        semantic: str = "scores",
+        settings: OutputSettings | None = None,
+    ) -> dict[str, Any]:
+        """As `FCCLIP.outputs`; SAM's masks take part in semantic maps alone."""
+        heads, settings = self.heads if heads is None else heads, settings or self.output_settings
+        outputs = super().outputs(scored, heads=heads, ensemble=ensemble, semantic=semantic, settings=settings)
+        if self.openseg is None or "semantic" not in heads:
+            return outputs
+        masks = scored.masks
+        logits = read_sam_masks(self.openseg.folder, scored.file_name, masks.output_size).to(self.device)
+        if len(logits):
+            seen = scored.seen.to(self.device)
+            outputs["sem_seg"] = ensembled_semantic(
+                scored.class_logits(self.ensemble if ensemble is None else ensemble),
+                masks,
+                sam_logits=logits,
+                sam_shares=unseen_shares(self.name_masks(scored, logits), seen),
+                seen=seen,
+                epsilon=self.openseg.epsilon,
+                masks_first=settings.masks_first,
+                labels=semantic == "labels",
+                class_chunk=settings.class_chunk,
+            )
+        return outputs
+
+    def name_masks(self, scored: ScoredMasks, logits: Tensor) -> Tensor:
+        """What CLIP alone says of SAM's masks (J, ·, ·) over the image: (J, K + 1) logits, void last."""
+        text = with_void(self.text_encoder.encode(scored.vocabulary), self.void_embedding.weight)
+        small = on_grid(logits, scored.masks, scored.dense.shape[-2:])
+        return text_logits(self.classifier(scored.dense[None], small[None]), text, self.backbone.logit_scale)[0]
 
 
 class FrozenSegDecoder(MultiScaleMaskedTransformerDecoder):
