@@ -6,6 +6,7 @@ deviations, and one to five of 250 queries by up to 1e-2 where a mask logit near
 
 import gzip
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,10 @@ from fcclip.config import load_config
 from fcclip.modeling import build_model
 from fcclip.modeling.classifier import with_void
 from fcclip.modeling.inputs import normalised_images
+from fcclip.modeling.openseg import OpenSegEnsemble, unseen_shares
 from fcclip.vocabulary import Vocabulary
 from tests.modeling import test_parity
-from tests.parity_weights import seeded_image, seeded_state_dict, seeded_tensor
+from tests.parity_weights import seeded_image, seeded_mask_predictions, seeded_state_dict, seeded_tensor
 
 DATA = test_parity.DATA / "frozenseg"
 CONFIG = "coco/frozenseg/convnext_large_eval_ade20k.yaml"
@@ -221,6 +223,28 @@ def test_an_injector_at_another_level_or_turned_off_agrees_with_its_recording(mo
     recording = Recording(f"clean_160x224_31_{variant}", model)
     assert_queries_agree(recording)
     assert_outputs_agree(recording, recording.output(monkeypatch))
+
+
+@pytest.mark.parametrize("variant", ["ensemble", "ensemble_semantic"])
+def test_the_openseg_ensemble_inside_the_model_agrees_with_the_recording(model, variant, monkeypatch, tmp_path):
+    """The second with semantic maps alone, which are made at the size of the input and resized."""
+    recording = Recording(f"clean_160x224_31_{variant}", model)
+    setup = recording.info["_setup"]["sam_masks"]
+    logits = seeded_mask_predictions(setup["count"], 3, *setup["size"], setup["seed"])[1]
+    monkeypatch.setattr("fcclip.modeling.frozenseg.read_sam_masks", lambda *_: logits)
+    settings = replace(model.output_settings, masks_first=variant == "ensemble")
+    features = recording.features()
+    monkeypatch.setattr(type(model), "see", lambda *_: features)
+    [scored] = model.score([recording.sample])
+    named = model.name_masks(scored, logits)
+    assert recording.of("openseg.sam_logits", named).max() < 1e-3
+    kept = unseen_shares(named, scored.seen).any(-1).nonzero().flatten().tolist()
+    assert kept == recording.info["openseg"]["kept"]
+    for ensemble, key in ((OpenSegEnsemble(tmp_path, setup["alpha"]), "sem_seg"), (None, "openseg.without")):
+        monkeypatch.setattr(model, "openseg", ensemble)
+        found = model.outputs(scored, heads=("semantic",), settings=settings)["sem_seg"]
+        deviation = recording.of(key, found)
+        assert float((deviation < 5e-4).mean()) >= 0.999 and deviation.max() < 5e-3, key
 
 
 @pytest.mark.parametrize("name", ["clean_160x224_31", pytest.param("reference_160x224_33", marks=pytest.mark.slow)])
