@@ -186,6 +186,7 @@ def _mask_former() -> Keys:
     former.TEST.SEMANTIC_ON = True
     former.TEST.INSTANCE_ON = False
     former.TEST.PANOPTIC_ON = False
+    former.TEST.RECALL_ON = False  # also the recall of masks, whatever they are called
     former.TEST.OBJECT_MASK_THRESHOLD = 0.0  # panoptic: queries must score more
     former.TEST.OVERLAP_THRESHOLD = 0.0  # panoptic: share of a mask that must stay visible
     # Resize mask logits, not class scores; implied by the other two heads.

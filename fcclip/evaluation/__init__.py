@@ -5,6 +5,7 @@ evaluators.py build_evaluators: which evaluators a data set gets
 ground_truth.py  GroundTruth and Evaluator: what the runner hands over and expects
 panoptic.py   panoptic_quality of files, PanopticEvaluator of id maps
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
+recall.py     MaskRecallEvaluator: whether some proposal covers a class, whatever it is called
 instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
 cityscapes.py CityscapesInstanceEvaluator, CityscapesSemanticEvaluator: the protocol of cityscapesScripts
@@ -31,6 +32,7 @@ from fcclip.evaluation.panoptic import (
     write_id_map,
 )
 from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, saved_modes
+from fcclip.evaluation.recall import MaskRecallEvaluator
 from fcclip.evaluation.results import (
     copypaste_lines,
     current_commit,
@@ -54,6 +56,7 @@ __all__ = [
     "InstanceEvaluator",
     "InstanceTruth",
     "LvisEvaluator",
+    "MaskRecallEvaluator",
     "Oracle",
     "PanopticEvaluator",
     "PredictionWriter",

@@ -16,6 +16,7 @@ from fcclip.evaluation.ground_truth import Evaluator
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth
 from fcclip.evaluation.lvis import LvisEvaluator
 from fcclip.evaluation.panoptic import PanopticEvaluator
+from fcclip.evaluation.recall import MaskRecallEvaluator
 from fcclip.evaluation.semantic import SemanticEvaluator
 
 
@@ -42,6 +43,8 @@ def build_evaluators(
     metadata = dataset.metadata
     kind = metadata["evaluator_type"]
     tasks = enabled_tasks(cfg, dataset.name, kind)
+    if cfg.MODEL.MASK_FORMER.TEST.RECALL_ON and "semantic" not in EVALUATORS[kind]:
+        raise InputError(f"MODEL.MASK_FORMER.TEST.RECALL_ON: data set '{dataset.name}' has no semantic ground truth")
     names = distinct_names(metadata["stuff_classes"])
     thing_index = metadata.get("thing_dataset_id_to_contiguous_id", {})
     things = {index: identifier for identifier, index in thing_index.items()}
@@ -53,6 +56,8 @@ def build_evaluators(
             mode_folder.mkdir(parents=True, exist_ok=True)
         if "panoptic" in tasks:
             yield PanopticEvaluator(**common, thing_classes=things)
+        if cfg.MODEL.MASK_FORMER.TEST.RECALL_ON:
+            yield MaskRecallEvaluator(**common)
         if kind == "cityscapes_panoptic_seg":
             ids = {index: identifier for identifier, index in metadata["stuff_dataset_id_to_contiguous_id"].items()}
             if "instance" in tasks:

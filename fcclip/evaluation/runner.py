@@ -168,7 +168,8 @@ def evaluate_augmented(model: Architecture, cfg: CfgNode, dataset: Dataset, **op
     augmented, settings = build_augmented(cfg, model), build_output_settings(cfg)
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+    test = cfg.MODEL.MASK_FORMER.TEST
+    test.PANOPTIC_ON = test.INSTANCE_ON = test.RECALL_ON = False
     cfg.freeze()
     logger.info(
         "test-time augmentation: each image of %s in %d variants, shorter side %s%s",

@@ -102,7 +102,7 @@ def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
         raise InputError(
             "MODEL.MASK_FORMER.TEST turns SEMANTIC_ON, INSTANCE_ON and PANOPTIC_ON off: nothing would be computed"
         )
-    return heads
+    return (*heads, "recall") if test.RECALL_ON else heads
 
 
 class Levels(Protocol):

@@ -28,6 +28,7 @@ from fcclip.modeling.mask_decoder import (
     mask_product,
 )
 from fcclip.modeling.openseg import OpenSegEnsemble, ensembled_semantic, on_grid, read_sam_masks, unseen_shares
+from fcclip.modeling.output_masks import OutputMasks
 from fcclip.modeling.outputs import OutputSettings
 from fcclip.modeling.position import sine_positions
 from fcclip.modeling.sam_pixel_decoder import FrozenSegPixelDecoder
@@ -92,14 +93,17 @@ class FrozenSeg(FCCLIP):
         semantic: str = "scores",
         settings: OutputSettings | None = None,
     ) -> dict[str, Any]:
-        """As `FCCLIP.outputs`; SAM's masks take part in semantic maps alone."""
+        """As `FCCLIP.outputs`; SAM's masks take part in semantic maps and in recall alone."""
         heads, settings = self.heads if heads is None else heads, settings or self.output_settings
         outputs = super().outputs(scored, heads=heads, ensemble=ensemble, semantic=semantic, settings=settings)
-        if self.openseg is None or "semantic" not in heads:
+        if self.openseg is None or not {"semantic", "recall"} & set(heads):
             return outputs
         masks = scored.masks
         logits = read_sam_masks(self.openseg.folder, scored.file_name, masks.output_size).to(self.device)
-        if len(logits):
+        if "recall" in heads:
+            size = tuple(logits.shape[-2:])
+            outputs["recall_seg"].append(OutputMasks(logits, size, size, masks.output_size, masks.query_chunk))
+        if len(logits) and "semantic" in heads:
             seen = scored.seen.to(self.device)
             outputs["sem_seg"] = ensembled_semantic(
                 scored.class_logits(self.ensemble if ensemble is None else ensemble),

@@ -16,7 +16,7 @@ from fcclip.errors import InputError
 from fcclip.modeling.output_masks import OutputMasks, best_classes, semantic_blocks
 from fcclip.structures import Instances, boxes_of_masks
 
-HEADS = ("semantic", "panoptic", "instances")
+HEADS = ("semantic", "panoptic", "instances", "recall")
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,8 @@ def make_outputs(
     settings: OutputSettings,
     semantic: str = "scores",
 ) -> dict[str, Any]:
-    """What a model gives for an image: `sem_seg`, `panoptic_seg` and `instances`, as far as `heads` ask for them.
+    """What a model gives for an image: `sem_seg`, `panoptic_seg`, `instances` and `recall_seg`, a list of all masks, as
+    far as `heads` ask for them.
 
     Args:
         class_logits, masks, thing_classes: as for the functions above.
@@ -254,4 +255,6 @@ def make_outputs(
         outputs["instances"] = instance_inference(
             class_logits, masks, thing_classes=thing_classes, topk=settings.topk, zero_boxes=settings.zero_boxes
         )
+    if "recall" in heads:
+        outputs["recall_seg"] = [masks]
     return outputs

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from fcclip.finetuning import begin
 from fcclip.modeling import build_model
 from fcclip.modeling.frozenseg import FrozenSegDecoder, FrozenSegHead, Injectors
 from fcclip.modeling.mask_decoder import DecoderHooks
@@ -289,3 +290,11 @@ def test_weights_that_were_trained_with_another_sam_are_refused(tmp_path):
     torch.nn.init.normal_(other.sam.image_encoder.pos_embed)
     with pytest.raises(ValueError, match=r"trained on another SAM.*(\n.*)*MODEL.SAM_NAME and MODEL.SAM_WEIGHTS"):
         load_weights(other, tmp_path / "w.safetensors")
+
+
+def test_a_resumed_training_has_the_layout_of_its_checkpoint_before_it_is_distributed(tmp_path):
+    source = in_reference_layout(built_from(tiny_frozenseg()))
+    torch.save({"model": model_weights(source, full=True)}, tmp_path / "model_0000000.pth")
+    target = built_from(tiny_frozenseg())
+    begin(tiny_frozenseg(), target, last=tmp_path / "model_0000000.pth")
+    assert target.sem_seg_head.pixel_decoder.sam_transformer.layout == "reference"
