@@ -140,8 +140,13 @@ def _place(dataset: Dataset) -> str:
 
 def backbone_of(cfg: CfgNode) -> dict[str, Any] | None:
     """The published backbone that a config builds; None: none of them."""
+    built = (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME)
     backbones = published_results()["backbones"]
-    return next((entry for entry in backbones if entry["clip"] == cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME), None)
+    return next((entry for entry in backbones if (_architecture(entry), entry["clip"]) == built), None)
+
+
+def _architecture(backbone: Mapping[str, Any]) -> str:
+    return backbone.get("architecture", "FCCLIP")
 
 
 _published_config = functools.cache(load_config)
@@ -155,7 +160,10 @@ def backbone_of_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any] |
     """
     projection = shapes.get("sem_seg_head.pixel_decoder.input_proj.0.0.weight", ())
     void = shapes.get("void_embedding.weight", ())
+    architecture = "FrozenSeg" if any("_attention_layers_sam." in key for key in shapes) else "FCCLIP"
     for backbone in published_results()["backbones"]:
+        if _architecture(backbone) != architecture:
+            continue
         if list(projection[1:2]) == [backbone["res5_channels"]] and list(void[-1:]) == [backbone["embed_dim"]]:
             return backbone
     return None
@@ -249,7 +257,7 @@ def cells_of(
         task, metric, tolerance = place["task"], place["metric"], place["tolerance"]
         published = math.nan
         if backbone is not None:
-            rounded = backbone["table"][name][column]
+            rounded = backbone["table"].get(name, {}).get(column, math.nan)
             published = backbone["log"].get(name, {}).get(task, {}).get(metric, rounded)
         cell = Cell(name, label, column, task, metric, _values(modes, task, metric), published, tolerance)
         if not modes:

@@ -66,10 +66,13 @@ def test_outputs_without_ground_truth_are_not_computed(cfg):
 def test_published_figures_are_complete_and_agree_with_the_log():
     for backbone in published_results()["backbones"]:
         for one in BENCHMARKS:
-            assert backbone["table"][one["data_set"]].keys() == one["columns"].keys()
+            table = backbone["table"].get(one["data_set"], {})
+            assert table.keys() == one["columns"].keys() or "architecture" in backbone  # FrozenSeg's are fewer
             for column, place in one["columns"].items():
+                if column not in table:
+                    continue
                 logged = backbone["log"].get(one["data_set"], {}).get(place["task"], {}).get(place["metric"])
-                rounded = backbone["table"][one["data_set"]][column]
+                rounded = table[column]
                 assert logged is None or abs(logged - rounded) <= 0.05 + 1e-9, (backbone["name"], one["data_set"])
                 assert 0 < rounded < 100
     large = published_results()["backbones"][-1]
@@ -83,7 +86,7 @@ def test_a_backbone_is_told_by_its_config_and_by_the_shapes_of_its_weights(backb
     assert backbone_of(cfg)["name"] == backbone["name"]
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, cfg.MODEL.DEVICE = "", "meta"
+    cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, cfg.MODEL.SAM_WEIGHTS, cfg.MODEL.DEVICE = "", "", "meta"
     cfg.MODEL.FC_CLIP.QUICK_GELU = "on" if backbone["clip"].startswith("RN") else "auto"
     with torch.device("meta"):
         model = build_model(cfg)
