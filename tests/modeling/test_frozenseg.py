@@ -16,6 +16,7 @@ from tests.conftest import tiny_config, tiny_frozenseg
 from tests.modeling.test_fcclip import sample_image, training_sample
 from tests.modeling.test_mask_decoder import inputs
 from tests.msda_engines import built, engine  # noqa: F401
+from tests.tools.conftest import REPOSITORY, load_program
 
 WORDS = Vocabulary.from_names("cat, kitty; dog; grass:stuff", name="train")
 
@@ -282,6 +283,18 @@ def test_weights_of_fcclip_start_a_training_and_it_is_said_what_was_taken(tmp_pa
     save_weights(target, tmp_path / "frozenseg.safetensors")
     with pytest.raises(ValueError, match=r"likely cause: weights of FrozenSeg"):
         load_weights(source, tmp_path / "frozenseg.safetensors")
+
+
+def test_files_are_converted_with_their_sam(tmp_path):
+    convert = load_program(REPOSITORY / "tools" / "convert_checkpoint.py").main
+    source = built_from(tiny_frozenseg())
+    torch.save({"model": source.state_dict()}, tmp_path / "full.pth")
+    convert([str(tmp_path / "full.pth"), str(tmp_path / "w.pth"), "--layout", "trainable"])
+    convert([str(tmp_path / "full.pth"), str(tmp_path / "same.pth"), "--layout", "full"])
+    same, trained = (torch.load(tmp_path / f"{name}.pth")["model"] for name in ("same", "w"))
+    assert same.keys() == source.state_dict().keys()
+    assert not any(name.startswith(("sam.", "backbone.")) for name in trained)
+    assert any("_attention_layers_sam." in name for name in trained)
 
 
 def test_weights_that_were_trained_with_another_sam_are_refused(tmp_path):
