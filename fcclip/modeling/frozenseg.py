@@ -95,11 +95,13 @@ class FrozenSeg(FCCLIP):
     ) -> dict[str, Any]:
         """As `FCCLIP.outputs`; SAM's masks take part in semantic maps and in recall alone."""
         heads, settings = self.heads if heads is None else heads, settings or self.output_settings
-        outputs = super().outputs(scored, heads=heads, ensemble=ensemble, semantic=semantic, settings=settings)
+        options = {"ensemble": ensemble, "semantic": semantic, "settings": settings}
         if self.openseg is None or not {"semantic", "recall"} & set(heads):
-            return outputs
+            return super().outputs(scored, heads=heads, **options)
         masks = scored.masks
         logits = read_sam_masks(self.openseg.folder, scored.file_name, masks.output_size).to(self.device)
+        others = [head for head in heads if head != "semantic" or not len(logits)]
+        outputs = super().outputs(scored, heads=others, **options)
         if "recall" in heads:
             size = tuple(logits.shape[-2:])
             outputs["recall_seg"].append(OutputMasks(logits, size, size, masks.output_size, masks.query_chunk))
