@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fcclip.checks.annotations import check_categories, known_classes, usable_instances, usable_panoptic
+from fcclip.checks.annotations import check_categories, known_classes, usable
 from fcclip.checks.images import ImageReport, Rules, check_image
 from fcclip.checks.issue import ERROR, NOTE, WARNING, Issues
 from fcclip.checks.kinds import KINDS
@@ -180,18 +180,15 @@ def _from_json(report: DatasetReport, dataset: Dataset) -> list[dict] | None:
     except (ValueError, OSError) as error:
         return issues.add_kind("annotation-file", path, str(error), remedy="see there")
     check_categories(issues, path, content, classes)
-    if is_panoptic:
-        usable = usable_panoptic(issues, path, content, classes, as_published=_has_stale_areas(dataset))
-    else:
-        usable = usable_instances(issues, path, content, classes)
-    records = _read(report, partial(dataset.parse, usable) if dataset.parse else dataset.annotations)
+    content = usable(issues, path, content, classes, report.kind)
+    records = _read(report, partial(dataset.parse, content) if dataset.parse else dataset.annotations)
     if records is None:
         return None
     if not is_panoptic:
-        _add_areas(records, usable["annotations"])
+        _add_areas(records, content["annotations"])
         return records
     for record in records:
-        left_out = usable["left_out"].get(str(record["image_id"]))
+        left_out = content["left_out"].get(str(record["image_id"]))
         if left_out:  # its PNG has them all the same
             record["left_out"] = left_out
     return records
@@ -232,9 +229,9 @@ def _check_instances_file(issues: Issues, dataset: Dataset, records: Sequence[di
         content = _content(issues, path, "instances")
         if content is None:
             return
-        usable = usable_instances(issues, path, content, known_classes(dataset, content))
+        content = usable(issues, path, content, known_classes(dataset, content), "instances")
     if records is not None:
-        known = {str(image["id"]) for image in usable["images"]}
+        known = {str(image["id"]) for image in content["images"]}
         alone = [str(record["image_id"]) for record in records if str(record["image_id"]) not in known]
         if alone:
             what = f"{len(alone)} of {len(records)} images are not in it, e.g. {alone[0]}"

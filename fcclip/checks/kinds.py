@@ -7,28 +7,15 @@ note     good to know
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from fcclip.data.annotations import ERROR, NOTE, WARNING, Kind
+from fcclip.data.annotations import KINDS as ANNOTATION_KINDS
 
-OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
+OK = "ok"
 PUBLISHED_SO = "nothing: so it was published, and so it counts"  # remedy of what published files are known for
 _AGAIN = "copy or download them again"
 _RESTORE = "restore them, or prepare them again"
 _TOGETHER = "prepare PNGs and JSON again, together"
 _UNMEANT = "nothing, if that is meant"
-
-
-class Kind(NamedTuple):
-    """What issues of one kind have in common.
-
-    Args:
-        level: where an issue does not say otherwise.
-        title: heading of such issues.
-        remedy: where an issue does not say otherwise.
-    """
-
-    level: str
-    title: str
-    remedy: str
 
 
 # kind -> title, remedy; in the order in which they are shown
@@ -39,23 +26,6 @@ _ERRORS = {
     "missing-folder": ("folders that do not exist",
         "check $DETECTRON2_DATASETS or the paths of the YAML; datasets/README.md shows the layout"),
     "no-images": ("no image with labels at all", "check folders, file names and endings"),
-    "broken-entry": ("entries without what they need", "complete or remove them"),
-    "duplicate-image-id": ("image ids that stand for several images", "give each image its own id"),
-    "duplicate-file": ("files that are listed more than once", "list each file once"),
-    "duplicate-annotation-id": ("annotation ids that are used more than once: the later hides the earlier",
-        "number them again"),
-    "duplicate-segment-id": ("segments of one image with the same id, which cannot be told apart",
-        "give each an id of its own"),
-    "void-id": ("segment ids that no PNG can hold (1..16777215; 0 is unlabelled)", _TOGETHER),
-    "unknown-category": ("categories that are no class of the data set",
-        "check that the file belongs to this data set; leave out what has no class"),
-    "unlisted-image": ("annotations of images that are not in 'images'",
-        "list the images, or leave the annotations out"),
-    "no-mask": ("instances without a segmentation: a box gives no mask",
-        "draw the masks, or leave these instances out"),
-    "bad-code": ("run-length codes that do not fit their image", "encode the masks again"),
-    "instance-of-stuff": ("instances of classes that are stuff",
-        "mark the classes as things, or leave the instances out"),
     "categories": ("lists of categories that contradict themselves", "number and name each once"),
     "vocabulary": ("the vocabulary cannot be used", "correct the vocabulary file"),
     "nothing-labelled": ("no image has a label", "check annotations, classes and ignore label"),
@@ -83,7 +53,7 @@ _ERRORS = {
     "checker": ("files at which the check failed", "this is a mistake of fcclip; please report it"),
 }  # fmt: skip
 _WARNINGS = {
-    "bad-polygon": ("polygons without an area, which are left out", "remove them, or draw at least three corners"),
+    "unknown-size": ("images that 'images' does not list: their size is read from the file", "list them"),
     "no-annotation": ("images without an annotation: they are left out", "annotate or remove them"),
     "no-instances-file": ("no instance annotations, so average precision cannot be measured",
         "get the file, or set MODEL.MASK_FORMER.TEST.INSTANCE_ON False"),
@@ -130,7 +100,7 @@ _NOTES = {
     "empty": ("images without a labelled pixel or instance", _UNMEANT),
     "crowd-only": ("images with crowds only: nothing to learn, and instance training leaves them out", "nothing"),
 }  # fmt: skip
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind] = ANNOTATION_KINDS | {
     kind: Kind(level, *entry)
     for level, table in ((ERROR, _ERRORS), (WARNING, _WARNINGS), (NOTE, _NOTES))
     for kind, entry in table.items()

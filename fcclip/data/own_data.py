@@ -95,7 +95,7 @@ def _instances(description: Description, classes: Vocabulary) -> Dataset:
     def parse(match: CategoryMatch, content: dict) -> list[dict]:
         vocabulary = match.vocabulary(content)
         records = instance_records(source.where, content, vocabulary=vocabulary, image_fields=image_fields)
-        _check_instances(description, source.where, vocabulary, records)
+        _check_sizes(source.where, records)
         return records
 
     metadata = {"evaluator_type": "coco", "json_file": str(source.path)}
@@ -147,27 +147,13 @@ def _coco_dataset(
     return _dataset(description, classes, LateMetadata(known, match.vocabulary), load, functools.partial(parse, match))
 
 
-def _check_instances(description: Description, where: str, vocabulary: Vocabulary, records: Iterable[dict]) -> None:
-    """Refuses what can neither be trained on nor evaluated."""
-    classes = set()
-    for record in records:
-        if "height" not in record:
-            raise InputError(
-                f"{where} does not say the size of image {record['image_id']!r}: it needs height and width in "
-                f"'images'. {NOT_INSTANCES}"
-            )
-        for annotation in record["annotations"]:
-            if "segmentation" not in annotation:
-                raise InputError(
-                    f"{where}: an annotation of image {record['image_id']!r} ({record['file_name']}) has no "
-                    "segmentation, and its box alone gives no mask. Add polygons or a run-length code, or take it out."
-                )
-            classes.add(annotation["category_id"])
-    stuff = [vocabulary.class_names[index] for index in sorted(classes) if not vocabulary.classes[index].thing]
-    if stuff:
+def _check_sizes(where: str, records: Iterable[dict]) -> None:
+    """Refuses images without a size, which evaluation needs before an image is opened."""
+    unsized = [record["image_id"] for record in records if "height" not in record]
+    if unsized:
         raise InputError(
-            f"{where} has instances of stuff: {listed(stuff, 5)}. Add these classes to `things` in {description.path} "
-            "(without the key, all are things), or take their annotations out."
+            f"{where} does not say the size of image {listed(map(repr, unsized))}: it needs height and width in "
+            f"'images'. {NOT_INSTANCES}"
         )
 
 

@@ -108,9 +108,7 @@ def _instance_truth(dataset: Dataset) -> InstanceTruth | None:
     """
     path = dataset.metadata.get("json_file")
     if path:
-        truth = InstanceTruth.read(path)
-        own = "yaml_file" in dataset.metadata
-        return truth.completed(dataset.metadata["thing_dataset_id_to_contiguous_id"]) if own else truth
+        return InstanceTruth.read(path, dataset.metadata["thing_dataset_id_to_contiguous_id"])
     if dataset.metadata["evaluator_type"] == "coco_panoptic_seg" and dataset.metadata.get("panoptic_json"):
         return None
     raise InputError(

@@ -7,7 +7,7 @@ of those two ids, taken once per image. g and p are such ids, 0 is void.
     union  pixels of p + JSON area of g - n - pixels of p on void
 
 The area of a ground-truth segment is what its JSON says, not a count: data sets differ there (ADE20K measures stuff
-before things are pasted over it), and the published numbers depend on it.
+before things are pasted over it), and the published numbers depend on it. Where the JSON does not say, it is counted.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def compare_segments(
 
     Args:
         truth_map: (h, w) int, segment ids; 0 is void.
-        truth_segments: `id, category_id, area, iscrowd` of each segment. An id of the map that is not listed is
-            background.
+        truth_segments: `id, category_id` and, optional, `area` and `iscrowd` of each segment. An id of the map that is
+            not listed is background.
         predicted_map: (h, w) int, segment ids below 2**24; 0 is void.
         predicted_segments: `id, category_id` of each segment; exactly the ids in the map.
         categories: the category ids a prediction may have.
@@ -70,7 +70,8 @@ def compare_segments(
         Counts of each category that has a segment in the image, in ascending order of the category id.
 
     Raises:
-        ValueError: maps of different size, ids in the map and in the list that differ, an unknown category.
+        ValueError: maps of different size, ids in the map and in the list that differ, an unknown category, an area of
+            the JSON so small that an IoU would be above 1.
     """
     truth = {segment["id"]: segment for segment in truth_segments}  # a repeated id: the last entry counts
     predicted = {segment["id"]: segment for segment in predicted_segments}
@@ -86,8 +87,10 @@ def compare_segments(
     _check_prediction(predicted, area, histogram.second[p_row < 0], categories, name)
     on_void = pixels_per_prediction((p_row >= 0) & (histogram.first == 0))
 
-    truth_area = _field(truth, "area", name)
-    crowd = _field(truth, "iscrowd", name) == 1
+    counted = np.bincount(g_row[g_row >= 0], pixels[g_row >= 0], len(truth)).astype(np.int64)
+    stated = [segment.get("area") for segment in truth.values()]
+    truth_area = np.array([n if area is None else area for area, n in zip(stated, counted.tolist())])
+    crowd = np.array([segment.get("iscrowd", 0) for segment in truth.values()]) == 1
     classes, class_of = np.unique(
         [segment["category_id"] for segment in (*truth.values(), *predicted.values())], return_inverse=True
     )
@@ -98,6 +101,12 @@ def compare_segments(
     union = area[p] + truth_area[g] - n - on_void[p]
     match = ~crowd[g] & (truth_class[g] == predicted_class[p]) & (union > 0) & (2 * n > union)
     iou = n[match] / union[match]
+    if (iou > 1).any():
+        row = g[match][iou.argmax()]
+        raise InputError(
+            f"{name}: segment {list(truth)[row]} has the area {stated[row]} in its JSON and {counted[row]} pixels in "
+            "its PNG, so its IoU would be above 1. Prepare JSON and PNGs again, together, or leave the areas out."
+        )
 
     missed = ~crowd
     missed[g[match]] = False
@@ -295,14 +304,6 @@ def _rows(ids: np.ndarray, known: Sequence[int]) -> np.ndarray:
     order = np.argsort(known)
     row = order[np.searchsorted(known, ids, sorter=order).clip(max=len(known) - 1)]
     return np.where(known[row] == ids, row, -1)
-
-
-def _field(segments: Mapping[int, Mapping], key: str, name: str) -> np.ndarray:
-    try:
-        return np.asarray([segment[key] for segment in segments.values()])
-    except KeyError:
-        lacking = [identifier for identifier, segment in segments.items() if key not in segment]
-        raise InputError(f"{name}: ground-truth segments {listed(lacking)} have no '{key}'") from None
 
 
 def _check_prediction(

@@ -455,7 +455,7 @@ def test_of_two_categories_of_a_class_the_one_that_is_used_counts(own, tmp_path)
 
 def test_instances_of_stuff_are_refused(own):
     text = refusal(own("instances", classes=["car, automobile", "person:stuff"]), of=records_of)
-    assert "has instances of stuff: person. Add these classes to `things`" in text
+    assert "'person'" in text and "`things`" in text
 
 
 @pytest.mark.parametrize(

@@ -107,20 +107,20 @@ def test_a_json_of_another_kind_is_refused(coco_val, coco_root, content):
 @pytest.mark.parametrize("field", ["image_id", "file_name", "segments_info"])
 def test_an_annotation_without_a_field_is_refused(coco_val, edit_json, field):
     edit_json(lambda content: content["annotations"][2].pop(field))
-    with pytest.raises(ValueError, match=rf"panoptic_val2017\.json: annotation 2 has no '{field}'"):
+    with pytest.raises(ValueError, match=rf"panoptic_val2017\.json: annotation 2: .*{field}"):
         coco_val.records()
 
 
 def test_a_class_id_outside_the_vocabulary_is_named(coco_val, edit_json):
     edit_json(lambda content: content["annotations"][3]["segments_info"][1].update(category_id=12))
-    message = r"segment 70002 of 000000000103\.png has category_id 12, .*'coco_panoptic' \(133 classes, ids 1\.\.200\)"
+    message = r"category_id 12 .*133 classes, ids 1\.\.200.*000000000103\.png, image 103"
     with pytest.raises(ValueError, match=message):
         coco_val.records()
 
 
 def test_two_annotations_of_one_image_are_refused(coco_val, edit_json):
     edit_json(lambda content: content["annotations"][2].update(image_id=101))
-    with pytest.raises(ValueError, match=r"panoptic_val2017\.json has two annotations of the image 101\. Give each"):
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json: annotation 2 \(000000000102\.png, image 101\)"):
         coco_val.records()
 
 

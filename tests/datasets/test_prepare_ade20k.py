@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from fcclip.data import read_id_map, read_image
+from fcclip.data import get_dataset, read_id_map, read_image
+from fcclip.evaluation.panoptic import panoptic_quality
 
 ADE = "ADEChallengeData2016"
 ROAD, SKYSCRAPER, PERSON, BED, WALL = 6, 48, 12, 7, 0
-ROAD_ID = 140 + 256 * 140 + 65536 * 140  # of the colour that road and skyscraper share
+ROAD_ID, SKYSCRAPER_ID = 140 + 256 * 140 + 65536 * 140, 140 + 256 * 140 + 65536 * 200
 PERSON_ID = 150 + 256 * 5 + 65536 * 61
 
 
@@ -153,11 +154,11 @@ def test_stuff_is_painted_first_and_measured_then_as_published(downloads, prepar
     rest = {"iscrowd": 0}
     assert first == [
         {"id": ROAD_ID, "category_id": ROAD, "area": 8, "bbox": [0, 0, 5, 2], **rest},
-        {"id": ROAD_ID, "category_id": SKYSCRAPER, "area": 10, "bbox": [0, 2, 5, 2], **rest},  # 9 are left of it
+        {"id": SKYSCRAPER_ID, "category_id": SKYSCRAPER, "area": 10, "bbox": [0, 2, 5, 2], **rest},  # 9 are left of it
         {"id": PERSON_ID, "category_id": PERSON, "area": 1, "bbox": [1, 0, 1, 1], **rest},
         {"id": second_person, "category_id": PERSON, "area": 1, "bbox": [1, 2, 1, 1], **rest},
     ]
-    above, below = [ROAD_ID, 0, ROAD_ID, ROAD_ID, ROAD_ID, 0], [ROAD_ID] * 5 + [0]
+    above, below = [ROAD_ID, 0, ROAD_ID, ROAD_ID, ROAD_ID, 0], [SKYSCRAPER_ID] * 5 + [0]
     expected = [[*above], above, [*below], below]
     expected[0][1], expected[2][1] = PERSON_ID, second_person  # the person in row 1 has no instance: void
     assert read_id_map(tmp_path / ADE / "ade20k_panoptic_val" / "ADE_val_00000001.png").tolist() == expected
@@ -192,7 +193,25 @@ def test_the_categories_of_panoptic_are_150_with_things_and_colours(downloads, p
     assert categories[7] == {"id": 7, "name": "bed", "isthing": 1, "color": [204, 5, 255]}
 
 
-def test_corrected_ids_are_distinct_and_areas_are_those_of_the_png(downloads, prepare, tmp_path):
+def test_ids_are_distinct_and_a_perfect_prediction_of_road_and_skyscraper_scores_100(downloads, prepare, tmp_path):
+    downloads.ade20k(tmp_path)
+    for path in (tmp_path / ADE).glob("annotations_instance/validation/*.png"):
+        size = np.array(Image.open(path)).shape[:2]
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(path)  # nothing is painted over the stuff
+        halves = np.full(size, ROAD + 1, np.uint8)
+        halves[size[0] // 2 :] = SKYSCRAPER + 1
+        Image.fromarray(halves).save(tmp_path / ADE / "annotations" / "validation" / path.name)
+    assert prepare("ade20k_pan_seg", "--splits", "val") == 0
+    content, segments = panoptic(tmp_path)
+    assert len({tuple(category["color"]) for category in content["categories"]}) == 150
+    assert all([entry["id"] for entry in listed] == [ROAD_ID, SKYSCRAPER_ID] for listed in segments.values())
+    file = tmp_path / ADE / "ade20k_panoptic_val.json"
+    assert panoptic_quality(file, file)["All"] == {"pq": 1.0, "sq": 1.0, "rq": 1.0, "n": 2}
+    records = get_dataset("openvocab_ade20k_panoptic_val", tmp_path).records()
+    assert [len(record["segments_info"]) for record in records] == [2, 2]
+
+
+def test_corrected_areas_are_those_of_the_png(downloads, prepare, tmp_path):
     downloads.ade20k(tmp_path)
     assert prepare("ade20k_pan_seg", "--corrected") == 0
     content, segments = panoptic(tmp_path)
@@ -254,11 +273,10 @@ def test_an_interrupted_run_goes_on_with_its_own_parts_only(downloads, prepare, 
 def test_ids_of_many_instances_are_distinct_never_zero_and_no_colour_of_another_class(program):
     module = program("ade20k_pan_seg")
     palette = {red + 256 * green + 65536 * blue: index for index, (red, green, blue) in enumerate(module.PALETTE)}
-    for distinct in (True, False):
-        new_id = module._ids("ADE_val_00000001", distinct=distinct)
-        ids = [new_id(category) for category in [*module.THINGS, *module.THINGS, *[PERSON] * 300]]
-        assert len({*ids}) == len(ids) and 0 not in ids
-        assert [palette.get(segment_id) for segment_id in ids] == [*module.THINGS, *[None] * 400]
+    new_id = module._ids("ADE_val_00000001")
+    ids = [new_id(category) for category in [*module.THINGS, *module.THINGS, *[PERSON] * 300]]
+    assert len({*ids}) == len(ids) and 0 not in ids
+    assert [palette.get(segment_id) for segment_id in ids] == [*module.THINGS, *[None] * 400]
 
 
 # ---- a JSON file and its images belong together ----

@@ -83,7 +83,8 @@ def add(evaluator, image_id, found):
 def evaluator_for(tmp_path, content, kind=LvisEvaluator, **options):
     path = tmp_path / "lvis_v1_val.json"
     path.write_text(json.dumps(content))
-    return kind(truth=InstanceTruth.read(path), class_names=NAMES, dataset_ids=DATASET_IDS, **options)
+    truth = InstanceTruth.read(path, DATASET_IDS.values())
+    return kind(truth=truth, class_names=NAMES, dataset_ids=DATASET_IDS, **options)
 
 
 # ---- the rule, written out slowly ----

@@ -65,7 +65,7 @@ def random_image(seed, size=48, num_categories=5):
         if identifier == 0 or rng.random() < 0.1:  # an unlisted id is background, not void
             continue
         pixels = int((truth_map == identifier).sum())
-        area = pixels if rng.random() < 0.7 else int(pixels * rng.uniform(0.3, 2.5))
+        area = pixels if rng.random() < 0.7 else int(pixels * rng.uniform(1, 2.5))
         truth_segments.append(
             {
                 "id": identifier,
@@ -188,10 +188,10 @@ def test_worked_case(case):
         ({"predicted_map": row((5, 3))}, "the prediction is 1 x 3 .* the ground truth 1 x 4"),
         ({"predicted_map": np.zeros((0, 0), int), "truth_map": np.zeros((0, 0), int)}, "0 x 0"),
         ({"predicted_map": row((-1, 4))}, r"0\.\.16777215, got -1\.\.-1"),
-        ({"truth_segments": [{"id": 1, "category_id": 7, "area": 4}]}, "segments 1 have no 'iscrowd'"),
+        ({"truth_segments": [truth_segment(1, THING, 3)]}, "segment 1 has the area 3 in its JSON and 4 pixels"),
     ],
 )
-def test_a_prediction_that_does_not_fit_is_refused(change, message):
+def test_what_does_not_fit_is_refused(change, message):
     ground_truth = {
         "truth_map": row((1, 4)),
         "truth_segments": [truth_segment(1, THING, 4)],
@@ -370,3 +370,11 @@ def test_files_that_are_not_panoptic_ground_truth_are_refused(tmp_path):
         gt.write_text(text)
         with pytest.raises(ValueError, match=message):
             panoptic_quality(gt, pred)
+
+
+def test_an_area_that_the_json_does_not_give_is_counted():
+    maps = {"truth_map": row((1, 6), (0, 2)), "predicted_map": row((5, 8))}
+    predicted = {"predicted_segments": [{"id": 5, "category_id": THING}], "categories": {THING}}
+    counted = compare_segments(**maps, **predicted, truth_segments=[{"id": 1, "category_id": THING}])
+    assert counted == compare_segments(**maps, **predicted, truth_segments=[truth_segment(1, THING, 6)])
+    assert counted[THING].iou == 1
