@@ -14,7 +14,7 @@ from fcclip.config import nearest
 from fcclip.data.datasets.files import AnnotationFile
 from fcclip.errors import InputError
 from fcclip.files import listed
-from fcclip.vocabulary import Vocabulary
+from fcclip.vocabulary import Vocabulary, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ _SHOWN = 5  # names in a message
 
 def class_of(name: str, vocabulary: Vocabulary) -> int | None:
     """The class that a category of a JSON belongs to: the one with this name, else the only one with this synonym."""
-    name = name.strip()
+    name = plain_name(name)
     if name in vocabulary.class_names:
         return vocabulary.class_names.index(name)
     having = [index for index, synonyms in enumerate(vocabulary.synonyms) if name in synonyms]

@@ -14,7 +14,7 @@ import yaml
 from fcclip.config import nearest
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import listed
-from fcclip.vocabulary import Vocabulary
+from fcclip.vocabulary import Vocabulary, plain_name, split_mark
 
 KINDS = ("panoptic", "instances", "semantic")
 _MEANINGS = {
@@ -28,7 +28,6 @@ _MEANINGS = {
 }
 _NEEDED = ("type", "images", "annotations", "classes")
 _NOT_OF = {"panoptic": (), "instances": ("masks", "ignore_label"), "semantic": ("masks",)}  # type -> keys of others
-_MARKS = {":thing": True, ":stuff": False}
 _HIGHEST_LABEL = 65535  # of a label map of 16 bit
 
 
@@ -214,13 +213,8 @@ class Description:
             vocabulary = Vocabulary.from_names(entries, name=self.name)
         except ValueError as error:
             raise self.wrong("classes", str(error)) from error
-        marks = {
-            index: thing
-            for index, entry in enumerate(entries)
-            for mark, thing in _MARKS.items()
-            if entry.strip().endswith(mark)
-        }
-        return vocabulary, marks
+        marks = {index: split_mark(entry)[1] for index, entry in enumerate(entries)}
+        return vocabulary, {index: thing for index, thing in marks.items() if thing is not None}
 
     def _check_names(self, names: Sequence[str]) -> None:
         """Refuses names that cannot be told apart."""
@@ -243,7 +237,7 @@ class Description:
         index_of = {name: index for index, name in enumerate(vocabulary.class_names)}
         things = set()
         for entry in value:
-            name = entry.partition(",")[0].strip()  # a whole entry of `classes` is fine too
+            name = plain_name(entry.partition(",")[0])  # a whole entry of `classes` is fine too
             if name not in index_of:
                 raise self.wrong(
                     "things",

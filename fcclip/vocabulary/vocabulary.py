@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,11 @@ from torch import Tensor
 
 from fcclip.config import lookup
 from fcclip.errors import InputError, MissingFileError
+from fcclip.files import listed
 
+logger = logging.getLogger(__name__)
+
+_MARKS = {"thing": True, "stuff": False}
 _NAMES = Path(__file__).resolve().parent / "names"
 _PLACEHOLDER = "invalid_class_id"
 # SHA-256 of the prompt-engineered vocabulary files with which the published numbers were obtained.
@@ -154,11 +161,12 @@ class Vocabulary:
 
         Args:
             entries: one entry a class, or one string in which `;` separates entries. An entry is `"class, synonym, …"`,
-                with an optional `:thing` or `:stuff` at its end, which wins over `things`.
+                with an optional `:thing` or `:stuff` at its end (see `split_mark`), which wins over `things`.
             things: contiguous indices of the thing classes; None: every unmarked class is a thing.
 
         Raises:
-            ValueError: no entries, an entry without a name, an index in `things` that is not a class.
+            ValueError: no entries, an entry without a name or with an unknown mark, two classes of one name, an index
+                in `things` that is not a class.
 
         Example:
             >>> Vocabulary.from_names("surfboard, surf board; sand:stuff").thing_classes
@@ -172,14 +180,13 @@ class Vocabulary:
         marked = None if things is None else _check_things(things, len(parts), name)
         classes = []
         for index, part in enumerate(parts):
-            text, thing = part.strip(), marked is None or index in marked
-            for mark, value in ((":thing", True), (":stuff", False)):
-                if text.endswith(mark):
-                    text, thing = text[: -len(mark)], value
+            text, thing = split_mark(part)
             synonyms = _split(text)
             if not synonyms:
                 raise InputError(f'entry {index} ({part!r}) has no name; write it as "class, synonym" or remove it')
+            thing = (marked is None or index in marked) if thing is None else thing
             classes.append(ClassEntry(index, synonyms[0], synonyms, thing))
+        _check_names(classes)
         return cls(name, tuple(classes))
 
     @classmethod
@@ -231,8 +238,58 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _NAMES.glob("*.json")))
 
 
+def plain_name(name: str) -> str:
+    """A name as it is compared and shown: composed Unicode (NFC), no invisible letters, single spaces.
+
+    Example:
+        >>> plain_name(" cafe\u0301\u200b  table ")
+        'café table'
+    """
+    visible = (letter for letter in unicodedata.normalize("NFC", name) if unicodedata.category(letter) != "Cf")
+    return " ".join("".join(visible).split())
+
+
+def split_mark(entry: str) -> tuple[str, bool | None]:
+    """An entry without its mark, and whether the mark says thing; None: it has none. Case and spaces do not matter.
+
+    Raises:
+        ValueError: a single word behind a colon that is neither "thing" nor "stuff".
+
+    Example:
+        >>> split_mark("sand: Stuff"), split_mark("sand")
+        (('sand', False), ('sand', None))
+    """
+    text, colon, mark = entry.rpartition(":")
+    mark = plain_name(mark)
+    if not colon or not re.fullmatch(r"[^\W\d]+", mark):
+        return entry, None
+    if mark.lower() not in _MARKS:
+        raise InputError(f"{entry!r} has the unknown mark ':{mark}'; write :thing or :stuff, or no colon")
+    return text, _MARKS[mark.lower()]
+
+
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(synonym.strip() for synonym in text.split(",") if synonym.strip())
+    return tuple(dict.fromkeys(synonym for part in text.split(",") if (synonym := plain_name(part))))
+
+
+def _check_names(classes: Sequence[ClassEntry]) -> None:
+    """Refuses two classes of one name, and says where classes share a synonym: CLIP cannot tell them apart."""
+    first: dict[str, ClassEntry] = {}
+    for entry in classes:
+        other = first.setdefault(entry.name.casefold(), entry)
+        if other is not entry:
+            same = f"'{entry.name}' twice" if entry.name == other.name else f"'{other.name}' and '{entry.name}'"
+            raise InputError(
+                f"classes {other.id} and {entry.id} are {same}. Names tell classes apart: remove one, write both in "
+                f"one entry, or give one another name"
+            )
+    owners: dict[str, list[str]] = {}
+    for entry in classes:
+        for synonym in entry.synonyms:
+            owners.setdefault(synonym, []).append(entry.name)
+    for synonym, names in owners.items():
+        if len(names) > 1:
+            logger.warning("'%s' is a name of the classes %s, which share its score", synonym, listed(names))
 
 
 def _check_things(things: Iterable[int], num_classes: int, name: str) -> set[int]:

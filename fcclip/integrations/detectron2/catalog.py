@@ -25,7 +25,7 @@ from fcclip.data import (
 )
 from fcclip.errors import InputError
 from fcclip.integrations.detectron2.records import instances_from_targets
-from fcclip.vocabulary import Vocabulary
+from fcclip.vocabulary import ClassEntry, Vocabulary, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +167,9 @@ def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bo
             f"{max(thing_classes)}: stuff_classes must be all classes, things too, in the order of their contiguous ids"
         )
     try:
-        vocabulary = Vocabulary.from_names(list(names), things=thing_classes, name=metadata.name)
+        synonyms = [tuple(filter(None, map(plain_name, name.split(",")))) for name in names]
+        entries = tuple(ClassEntry(index, "".join(of_class[:1]), of_class) for index, of_class in enumerate(synonyms))
+        vocabulary = Vocabulary(metadata.name, entries).with_things(thing_classes)
     except ValueError as error:
         raise InputError(f"the {where} cannot be read as class names: {error}") from error
     logger.info(
