@@ -60,13 +60,6 @@ def test_a_json_file_cut_in_half_is_named(downloads, prepare, capsys, tmp_path):
     assert "panoptic_val2017.json' is not JSON" in capsys.readouterr().err
 
 
-def test_an_image_that_is_listed_twice_is_refused(downloads, prepare, capsys, tmp_path):
-    downloads.coco(tmp_path)
-    change_panoptic(tmp_path, lambda content: content["annotations"].append(content["annotations"][0]))
-    assert prepare(SEMANTIC, "--splits", "val") == 1
-    assert "listed more than once: 1, e.g. 000000000139" in capsys.readouterr().err
-
-
 def test_the_171_ids_of_coco_stuff_become_their_positions(downloads, prepare, values, tmp_path):
     downloads.coco_stuff(tmp_path)
     assert prepare("coco_stuff_sem_seg") == 0
