@@ -32,7 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fcclip.data.catalog import get_dataset, root_folder
 from fcclip.errors import InputError, MissingFileError
-from fcclip.preparation.files import has_content, read_json, remove_leftovers, write_json
+from fcclip.preparation.files import has_content, read_json, write_json
 
 SPLITS = ("train", "val")
 FOLDERS = {"train": "training", "val": "validation"}  # what ADE20K and the Pascal trees call the splits
@@ -178,11 +178,9 @@ def _prepare(preparation: Preparation, root: Path, split: str, *, workers: int) 
     if not tasks:
         folders = ", ".join(str(root / download.path) for download in preparation.downloads(split))
         raise InputError(f"{title}: no images in {folders}. Unpack the download again.")
-    remove_leftovers({output.parent for task in tasks for output in task.outputs})
     annotations, is_collected = preparation.annotations, True
     if annotations is not None:
         path, info = root / annotations.path.format(split=split), {**annotations.info, "split": split}
-        remove_leftovers([path.parent])
         is_collected = _is_collected(path, info, tasks)
     pending = [task for task in tasks if not (is_collected and _is_finished(task))]
     if pending and len(pending) < len(tasks):
