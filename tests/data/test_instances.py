@@ -61,11 +61,6 @@ def test_run_lengths_given_as_a_list_become_a_string(coco_instances):
     assert mask.shape == (48, 64) and mask[24:, :32].all() and mask.sum() == 24 * 32
 
 
-def test_ids_with_holes_and_keypoints_are_kept(coco_instances, edit):
-    edit(lambda content: content["annotations"][1].update(keypoints=[1, 2, 2]))
-    assert coco_instances.records()[0]["annotations"][1]["keypoints"] == [1, 2, 2]
-
-
 @pytest.mark.parametrize("rest", [[], [[0, 0, 9, 0, 9, 9]]], ids=["alone", "with a whole one"])
 def test_polygons_without_an_area_are_left_out_and_instances_with_none_left(coco_instances, edit, rest):
     broken = [[1, 1, 5, 5], [0, 0, 4, 0, 4, 4, 1]]
@@ -134,12 +129,11 @@ def test_lvis_images_lie_in_both_folders_of_coco_and_records_say_what_was_looked
     assert records[0]["neg_category_ids"] == [2, 3] and records[0]["not_exhaustive_category_ids"] == [7]
 
 
-def test_lvis_categories_need_not_stand_last_and_a_changed_file_is_read_again(lvis, tmp_path):
+def test_a_changed_file_of_lvis_is_read_again(lvis, tmp_path):
     path = tmp_path / "lvis" / "lvis_v1_val.json"
     before = lvis.metadata["stuff_classes"]
     content = json.loads(path.read_text())
-    content["categories"] = content["categories"][:2]
-    path.write_text(json.dumps({"categories": content.pop("categories"), **content, "more": '"categories": 1'}))
+    path.write_text(json.dumps({**content, "categories": content["categories"][:2]}))
     assert lvis.metadata["stuff_classes"] == before[:2]
 
 

@@ -39,7 +39,7 @@ def test_a_training_sample_has_image_targets_and_names(cfg, record):
 def test_image_and_id_map_get_the_drawn_geometry(cfg, record):
     sample = build_train_mapper(cfg)(record, rng(5))
     geometry = LargeScaleJitter(size=32, min_scale=0.1, max_scale=2.0).draw(24, 36, rng(5))
-    expected = geometry.apply_image(read_image(record["file_name"]))
+    expected = geometry.pad_image(geometry.view(Image.open(record["file_name"])))
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), expected)
     padded = (sample["targets"].id_map == PADDING_ID).numpy()
     assert (expected[padded] == 128).all()
@@ -247,7 +247,7 @@ def drawn_geometry(cfg, seed, height=24, width=36):
 def test_mask_former_panoptic_gives_image_and_ids_the_drawn_geometry(former, record, seed):
     sample = build_train_mapper(former)(record, rng(seed))
     geometry = drawn_geometry(former, seed)
-    expected = geometry.apply_image(read_image(record["file_name"]))
+    expected = geometry.pad_image(geometry.view(Image.open(record["file_name"])))
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), expected)
     expected = geometry.apply_id_map(read_id_map(record["pan_seg_file_name"]))
     np.testing.assert_array_equal(sample["targets"].id_map.numpy(), expected)

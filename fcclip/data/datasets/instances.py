@@ -78,8 +78,7 @@ def instance_records(
     Returns:
         Dicts with `file_name, image_id, annotations`, and `height, width` where the JSON gives them. An annotation has
         `iscrowd, category_id` (contiguous), `segmentation` (polygons or a compressed run-length code) and, where the
-        JSON has them, `bbox` with `bbox_mode` and `keypoints`. Polygons without an area are left out, and instances
-        with none left.
+        JSON has it, `bbox` with `bbox_mode`. Polygons without an area are left out, and instances with none left.
 
     Raises:
         ValueError: these are not complete instance annotations, two images have one id, an annotation is of an image
@@ -120,8 +119,6 @@ def _instance(where: str, annotation: dict, classes: dict[int, int], vocabulary:
     instance = {"iscrowd": annotation.get("iscrowd", 0), "category_id": classes[category]}
     if "bbox" in annotation:
         instance |= {"bbox": annotation["bbox"], "bbox_mode": BOX_MODE}
-    if "keypoints" in annotation:
-        instance["keypoints"] = annotation["keypoints"]
     segmentation = annotation.get("segmentation")
     if isinstance(segmentation, dict):
         try:
