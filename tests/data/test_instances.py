@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pycocotools.mask
 import pytest
 
@@ -157,11 +156,3 @@ def test_an_lvis_file_without_classes_is_named(lvis, tmp_path, change, message):
 def test_published_words_of_lvis_replace_those_of_the_file(lvis, tmp_path):
     (tmp_path / "lvis_1203_with_prompt_eng.txt").write_text("".join(f"{n}:word {n}\n" for n in range(1, 1204)))
     assert dataset_vocabulary(lvis, tmp_path).class_names[-1] == "word 1203"
-
-
-def test_masks_of_ade20k_are_run_lengths_with_text_counts(tmp_path):
-    write_tree("openvocab_ade20k_instance_val", tmp_path)
-    record = get_dataset("openvocab_ade20k_instance_val", tmp_path).records()[0]
-    assert record["image_id"] == "ADE_val_00000001"
-    masks = [pycocotools.mask.decode(instance["segmentation"]) for instance in record["annotations"]]
-    assert np.sum(masks, axis=0).max() == 1

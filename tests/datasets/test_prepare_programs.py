@@ -171,22 +171,6 @@ def test_what_is_made_is_registered_loaded_and_mapped(name, case, downloaded, pr
         assert labels and labels <= {*range(classes)}
 
 
-def test_mapillary_vistas_needs_no_preparation(downloads, tmp_path):
-    downloads.mapillary_vistas(tmp_path)
-    dataset = get_dataset("openvocab_mapillary_vistas_panoptic_val", tmp_path)
-    cfg = get_cfg()
-    cfg.INPUT.MIN_SIZE_TEST = 8
-    first, second = dataset.records()
-    assert [segment["category_id"] for segment in first["segments_info"]] == [27, 55]
-    assert build_test_mapper(cfg)(second)["image"].shape == (3, 12, 8)
-
-
-def test_instances_of_coco_need_no_preparation(downloads, tmp_path):
-    downloads.coco(tmp_path)
-    first, second = get_dataset("openvocab_coco_2017_val", tmp_path).records()
-    assert first["annotations"] == [] and [instance["category_id"] for instance in second["annotations"]] == [16]
-
-
 # ---- a second run ----
 
 
