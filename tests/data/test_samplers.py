@@ -136,11 +136,6 @@ def test_records_that_do_not_say_their_categories_are_refused():
         build_stream(cfg, [{"sem_seg_file_name": "a.png"}])
 
 
-def test_factors_for_another_number_of_records_are_refused():
-    with pytest.raises(ValueError, match="3 repeat factors for 4 records"):
-        next(repeated_stream(4, 0, factors=torch.ones(3)))
-
-
 @pytest.mark.parametrize("num_records", [0, 1, 5, 8, 9])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_inference_shares_are_contiguous_and_nearly_equal(num_records, world_size):
