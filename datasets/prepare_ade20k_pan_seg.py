@@ -1,6 +1,6 @@
 """ADE20K with 150 classes: panoptic id PNGs and their JSON file.
 
-    python datasets/prepare_ade20k_pan_seg.py [--root DIR] [--splits val] [--workers N] [--check] [--corrected]
+    python datasets/prepare_ade20k_pan_seg.py [--root DIR] [--splits val] [--workers N] [--corrected]
 
 Download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu/, and annotations_instance.tar of the Places
 Challenge 2017 from http://placeschallenge.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar, which belongs
@@ -55,7 +55,6 @@ from fcclip.preparation.programs import (
     Task,
     build_parser,
     panoptic_content,
-    panoptic_problems,
     run,
 )
 
@@ -158,7 +157,6 @@ def preparation(*, corrected: bool) -> Preparation:
                 "corrected": corrected,
             },
             assemble=partial(panoptic_content, categories=categories()),
-            inspect=panoptic_problems,
         ),
     )
 

@@ -212,7 +212,6 @@ def _dataloader() -> Keys:
     loader.SAMPLER_TRAIN = "TrainingSampler"  # or RepeatFactorTrainingSampler, which shows rare classes more often
     loader.REPEAT_THRESHOLD = 0.0
     loader.REPEAT_SQRT = True
-    loader.MAX_BAD_IMAGES = harmless(0)  # unreadable images skipped and named in each process before training stops
     return loader
 
 

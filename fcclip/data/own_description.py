@@ -70,9 +70,7 @@ class Description:
                 f"{path} is not a plain YAML file: {error}. Python objects in YAML are not read."
             ) from error
         if not isinstance(content, dict):
-            raise InputError(
-                f"{path}: expected the keys {', '.join(_MEANINGS)} of a data set, got {_described(content)}"
-            )
+            raise InputError(f"{path}: expected the keys {', '.join(_MEANINGS)} of a data set, got {content!r}")
         description = cls(path, content)
         description._check()
         return description
@@ -95,7 +93,7 @@ class Description:
         for key in ("images", "annotations", "masks"):
             value = self.content.get(key, "given")
             if not isinstance(value, str) or not value.strip():
-                raise self.wrong(key, f"expected a path, {_MEANINGS[key]}; got {_described(value)}")
+                raise self.wrong(key, f"expected a path, {_MEANINGS[key]}; got {value!r}")
 
     @property
     def name(self) -> str:
@@ -138,7 +136,7 @@ class Description:
         if value is None:
             return 255 if num_classes <= 255 else _HIGHEST_LABEL
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _HIGHEST_LABEL:
-            raise self.wrong("ignore_label", f"expected a whole number 0..{_HIGHEST_LABEL}, got {_described(value)}")
+            raise self.wrong("ignore_label", f"expected a whole number 0..{_HIGHEST_LABEL}, got {value!r}")
         if value < num_classes:
             raise self.wrong(
                 "ignore_label",
@@ -178,13 +176,11 @@ class Description:
         if isinstance(value, str):
             return self._classes_of_file(self.place("classes"))
         if not isinstance(value, list):
-            raise self.wrong("classes", f"expected a list of names or the path of a file, got {_described(value)}")
+            raise self.wrong("classes", f"expected a list of names or the path of a file, got {value!r}")
         for number, entry in enumerate(value):
             if not isinstance(entry, str):
-                advice = "Expected 'class, synonym:stuff'" if isinstance(entry, dict | list) else "Put it into quotes"
                 raise self.wrong(
-                    "classes",
-                    f'entry {number} is {_described(entry)} for YAML, not a text. {advice}: - "{_quoted(entry)}"',
+                    "classes", f"entry {number} is {entry!r} for YAML, not a text. Put it into quotes, as 'car:stuff'"
                 )
         return self._classes_of_list(value)
 
@@ -233,7 +229,7 @@ class Description:
         """What `things` says of every class; marks in a list must not say otherwise, the flags of a JSON give way."""
         value = self.content["things"]
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise self.wrong("things", f"expected a list of class names, such as [car], got {_described(value)}")
+            raise self.wrong("things", f"expected a list of class names, such as [car], got {value!r}")
         index_of = {name: index for index, name in enumerate(vocabulary.class_names)}
         things = set()
         for entry in value:
@@ -250,18 +246,3 @@ class Description:
                 problem = "is not in it, but is marked :thing" if thing else "is in it, but is marked :stuff"
                 raise self.wrong("things", f"'{vocabulary.class_names[index]}' {problem} in `classes`. Remove one")
         return {index: index in things for index in range(len(vocabulary))}
-
-
-def _described(value: Any) -> str:
-    """A value of a YAML as its user knows it."""
-    if isinstance(value, dict | list):
-        return f"a {'mapping' if isinstance(value, dict) else 'list'} ({listed(value, 5)})"
-    return "nothing" if value is None else repr(value)
-
-
-def _quoted(entry: Any) -> str:
-    """What an entry that YAML did not take for a text was probably meant to be."""
-    if isinstance(entry, dict) and len(entry) == 1:
-        ((name, mark),) = entry.items()
-        return f"{name}:{mark}"
-    return "..." if isinstance(entry, list) else {True: "yes", False: "no", None: "null"}.get(entry, str(entry))

@@ -51,12 +51,8 @@ class Geometry:
     flips_first: bool
     id_padding: int
 
-    def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """(height, width, 3) uint8 -> (*canvas, 3) uint8: bilinear with antialiasing, padded with 128."""
-        return self.pad_image(self.view(Image.fromarray(image)))
-
     def view(self, image: Image.Image) -> np.ndarray:
-        """The image -> (*visible, 3) uint8: flipped, resized and cropped, without the padding."""
+        """The image -> (*visible, 3) uint8: flipped, resized (bilinear with antialiasing) and cropped, not padded."""
         self._check((image.height, image.width))
         if self.flips_first:
             image = self._flipped(image)
@@ -64,7 +60,7 @@ class Geometry:
         return np.asarray(image if self.flips_first else self._flipped(image))
 
     def pad_image(self, image: np.ndarray) -> np.ndarray:
-        """(*visible, 3) uint8 -> (*canvas, 3) uint8, in memory with the channels first, as torch wants them."""
+        """(*visible, 3) uint8 -> (*canvas, 3) uint8, padded with 128, in memory with the channels first for torch."""
         rows, columns = image.shape[:2]
         canvas = np.empty((3, *self.canvas), np.uint8)
         cv2.split(image, [plane[:rows, :columns] for plane in canvas])

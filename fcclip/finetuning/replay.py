@@ -64,7 +64,6 @@ class MixedBatches:
         self.new = new
         self.former = former
         self.seed = new.seed
-        self.kinds = np.concatenate([new.kinds, former.kinds + 1 + new.kinds.max()])
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for new, former in zip(self.new, self.former):
@@ -175,7 +174,6 @@ def build_replay_loader(
         mapper=_MixedMapper(mappers[0], mappers[1:]),
         batches=mixed,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        max_bad=cfg.DATALOADER.MAX_BAD_IMAGES,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
         worker_init=worker_init,
     )

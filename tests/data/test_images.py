@@ -163,12 +163,6 @@ def test_a_image_that_was_cut_off_is_named(tmp_path, name, read):
         read(path)
 
 
-def test_a_folder_instead_of_a_image_is_named(tmp_path):
-    (tmp_path / "folder.jpg").mkdir()
-    with pytest.raises(ValueError, match=r"folder\.jpg: cannot be read as an image"):
-        read_image(tmp_path / "folder.jpg")
-
-
 def test_paths_may_have_spaces_and_letters_that_are_not_ascii(tmp_path):
     path = tmp_path / "Bilder für später" / "日本 1.png"
     path.parent.mkdir()

@@ -242,7 +242,7 @@ def test_the_checker_of_a_run_names_what_is_missing_and_where_it_was_looked_for(
     assert "paths in it are relative to its folder" in text and "DETECTRON2" not in text
     edit_json(tmp_path / "a" / "labels.json", lambda content: content["categories"][1].update(name="Car"))
     (tmp_path / "a" / "elsewhere").rename(tmp_path / "a" / "labels")
-    assert "'car' differs only by case" in errors(check(path))[0]
+    assert "Did you mean 'car'?" in errors(check(path))[0]
 
 
 def test_the_checker_of_a_run_names_test_sets_of_one_name_and_training_sets_of_other_classes(check, config, tmp_path):

@@ -13,7 +13,7 @@ from fcclip.data.datasets.files import AnnotationFile
 from fcclip.data.datasets.metadata import class_metadata, thing_vocabulary
 from fcclip.vocabulary import Vocabulary
 
-_KEPT = ("iscrowd", "category_id", "bbox", "keypoints", "segmentation")  # fields of an annotation
+_KEPT = ("iscrowd", "category_id", "bbox", "segmentation")  # fields of an annotation
 BOX_MODE = 1  # detectron2's number for boxes [x, y, width, height] in pixels
 NOT_INSTANCES = (
     "Expected COCO instance annotations: lists 'images' (id, file_name, height, width) and 'annotations' (image_id, "
@@ -78,7 +78,7 @@ def instance_records(
     Returns:
         Dicts with `file_name, image_id, annotations`, and `height, width` where the JSON gives them. An annotation has
         `iscrowd, category_id` (contiguous), `segmentation` (polygons or a compressed run-length code) and, where the
-        JSON has them, `bbox` with `bbox_mode` and `keypoints`.
+        JSON has it, `bbox` with `bbox_mode`.
 
     Raises:
         ValueError: something in the file cannot be used (see `instance_entries`).

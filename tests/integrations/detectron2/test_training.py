@@ -199,7 +199,6 @@ def test_periodic_checkpoints_are_kept_as_the_config_says(cfg):
         ("SOLVER.BEST.METRIC", "sem_seg/mIoU", "'SOLVER.BEST.METRIC' is 'sem_seg/mIoU'"),
         ("DETERMINISTIC", True, "'DETERMINISTIC' is True"),
         ("FINETUNE.METHOD", "replay", r"'FINETUNE.METHOD' is 'replay', .* \(fcclip's train_net.py does\)"),
-        ("DATALOADER.MAX_BAD_IMAGES", 1, "'DATALOADER.MAX_BAD_IMAGES' is 1"),
         ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 133, "'shapes_seen' has 40 classes, but .*NUM_CLASSES is 133"),
         ("SOLVER.OPTIMIZER", "ADAM", "unknown SOLVER.OPTIMIZER 'ADAM'. Did you mean 'ADAMW'"),
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosine", "Did you mean 'WarmupCosineLR'"),
