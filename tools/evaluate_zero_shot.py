@@ -11,7 +11,7 @@ other on its config's DATASETS.TEST.
 Writes into FOLDER: results.json, results.md, log.txt, and for each data set its predictions. An evaluation that was
 interrupted goes on with --resume, also with another number of processes, and gives the numbers of one that was not.
 --images adds a page, page/index.html, with the best, the median and the worst images of each data set. --oracle
-shows what would be with true masks and predicted classes (masks), or predicted masks and true classes (classes).
+shows PQ and mIoU with true masks and predicted classes (masks), or predicted masks and true classes (classes).
 Leaves with 0; with 1 after an error, or when a figure is not the published one within its tolerance; with 2 when the
 command line cannot be read.
 """

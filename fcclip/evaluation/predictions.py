@@ -286,7 +286,7 @@ def prediction_header(
         vocabulary: the classes to look for.
         mode: its name.
         ensemble: (alpha, beta); None: as the config says.
-        oracle: "masks" where these are not the model's.
+        oracle: its name; None: nothing is true instead of predicted.
     """
     module = getattr(model, "model", model)
     if not isinstance(module, nn.Module):

@@ -38,21 +38,18 @@ Results = dict[str, dict[str, dict[str, float]]]  # mode -> task -> metric -> pe
 
 
 class Oracle(Protocol):
-    """Something that is true instead of predicted (see `fcclip.reports.oracle`).
+    """Makes what predicts in the model's place, partly from ground truth (see `fcclip.reports.oracle`).
 
     Attributes:
         name: for messages and files.
-        predicts: whether it predicts in the model's place, so that saved predictions are not the model's.
     """
 
     name: str
-    predicts: bool
 
-    def model(self, model: Architecture, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> Any:
-        """What predicts: has `score` and `outputs` like the model."""
-
-    def evaluators(self, evaluators: Sequence[Evaluator], dataset: Dataset, vocabulary: Vocabulary) -> list[Evaluator]:
-        """What looks at the predictions."""
+    def __call__(
+        self, model: Architecture, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset
+    ) -> Any:
+        """Has `score` and `outputs` like the model."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ def evaluate(
             `per_image.json` how good each image is.
         resume: with `save_predictions`, go on with the predictions that are there; their images need no model. Else
             they are removed.
-        oracle: what is true instead of predicted; None: nothing.
+        oracle: what is true instead of predicted; None: nothing. Instances have no oracle and are not evaluated.
         settings: how outputs are made; None: as the config says.
 
     Returns:
@@ -131,14 +128,16 @@ def evaluate(
     records = dataset.records()[:max_images]
     if not records:
         raise InputError(f"data set '{dataset.name}' has no images to evaluate (max_images: {max_images})")
+    if oracle is not None:
+        if dataset.evaluators == ("instance",):
+            raise InputError(f"data set '{dataset.name}' is evaluated for instances, which have no oracle")
+        cfg = _without_heads(cfg, "INSTANCE")
     vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES) if vocabulary is None else vocabulary
     vocabulary = _fitting(vocabulary, dataset)
     seen = None if training_vocabulary is None else vocabulary.seen_by(training_vocabulary).tolist()
     modes = {cfg.TEST.MODE: None} if modes is None else dict(modes)
     folder = None if output_dir is None else Path(output_dir) / dataset.name
     evaluators = build_evaluators(cfg, dataset, modes=tuple(modes), seen=seen, folder=folder)
-    if oracle is not None:
-        evaluators = {mode: oracle.evaluators(group, dataset, vocabulary) for mode, group in evaluators.items()}
     task = _Task(records, vocabulary, modes, mode_folders(folder, tuple(modes)), evaluators, {}, ())
     if save_predictions:
         task = _begin_saving(task, model, cfg, dataset, resume=resume, oracle=oracle)
@@ -166,10 +165,7 @@ def evaluate_augmented(model: Architecture, cfg: CfgNode, dataset: Dataset, **op
         RuntimeError: another process failed.
     """
     augmented, settings = build_augmented(cfg, model), build_output_settings(cfg)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
-    cfg.freeze()
+    cfg = _without_heads(cfg, "PANOPTIC", "INSTANCE")
     logger.info(
         "test-time augmentation: each image of %s in %d variants, shorter side %s%s",
         dataset.name,
@@ -253,7 +249,7 @@ def _run(
     remaining = dataclasses.replace(dataset, load=functools.partial(list, left))
     rank, world_size = get_rank(), get_world_size()
     loader = build_test_loader(cfg, remaining, rank=rank, world_size=world_size) if left else ()
-    network = model if oracle is None else oracle.model(model, ground_truth_of, dataset)
+    network = model if oracle is None else oracle(model, ground_truth_of, dataset)
     options = {"heads": enabled_heads(cfg), "semantic": "labels", "settings": settings or build_output_settings(cfg)}
 
     def predict(samples: list[dict]) -> list[dict[str, dict]]:
@@ -356,6 +352,15 @@ def _evaluation_mode(model: Architecture | AugmentedModel) -> Iterator[None]:
         model.train(training)
 
 
+def _without_heads(cfg: CfgNode, *heads: str) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    for head in heads:
+        cfg.MODEL.MASK_FORMER.TEST[f"{head}_ON"] = False
+    cfg.freeze()
+    return cfg
+
+
 def _fitting(vocabulary: Vocabulary, dataset: Dataset) -> Vocabulary:
     """The same classes; what is a thing is the data set's to say."""
     num_classes = len(dataset.metadata["stuff_classes"])
@@ -384,7 +389,7 @@ def _begin_saving(
         RuntimeError: rank 0 failed.
     """
     header = functools.partial(prediction_header, model, cfg, dataset=dataset.name, vocabulary=task.vocabulary)
-    name = oracle.name if oracle is not None and oracle.predicts else None
+    name = None if oracle is None else oracle.name
     done = _on_first(
         lambda: begin_predictions(
             {mode: folder / "predictions" for mode, folder in task.folders.items()},

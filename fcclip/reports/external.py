@@ -23,7 +23,6 @@ from fcclip.evaluation.ground_truth import GroundTruth, in_order
 from fcclip.evaluation.panoptic import read_panoptic_file
 from fcclip.evaluation.predictions import SavedPredictions
 from fcclip.evaluation.runner import write_per_image
-from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import EvaluationThreads
 from fcclip.files import listed, read_json
 from fcclip.structures import Instances, boxes_of_masks
@@ -297,9 +296,6 @@ def evaluate_predictions(
         cfg.MODEL.MASK_FORMER.TEST[f"{head.upper()}_ON"] = output in outputs
     folder = None if output_dir is None else Path(output_dir) / dataset.name
     (evaluators,) = build_evaluators(cfg, dataset, modes=["predictions"], seen=seen, folder=folder).values()
-    for evaluator in evaluators:
-        if isinstance(evaluator, SemanticEvaluator):
-            evaluator.gaps = True
     ignore_label = dataset.metadata.get("ignore_label", 255)
     with EvaluationThreads({"": evaluators}) as threads:
         for record in records[:max_images]:

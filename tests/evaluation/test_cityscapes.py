@@ -468,8 +468,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
             ids, Instances(torch.ones(1), torch.tensor([0]), cars((1, 0, 0, 9, 9)).pred_masks, None), name="photo"
         )
     (record,) = write_tree(tmp_path, [(ids,)])
-    with pytest.raises(ValueError, match=r"instanceIds\.png: predicted class 19 is not one of the 19 classes"):
-        semantic.process(GroundTruth(record), {"sem_seg": np.full(ids.shape, 19)})
+    with pytest.raises(ValueError, match=r"instanceIds\.png: predicted class 20 is not one of the 19 classes"):
+        semantic.process(GroundTruth(record), {"sem_seg": np.full(ids.shape, 20)})
     with pytest.raises(ValueError, match=r"instanceIds\.png: the prediction has shape \(60, 40\)"):
         semantic.process(GroundTruth(record), {"sem_seg": np.zeros(ids.T.shape, int)})
     with pytest.raises(ValueError, match=r"'labels/1\.png' of image 7 is not named .*_gtFine_labelTrainIds\.png"):
