@@ -51,7 +51,6 @@ from fcclip.reports import (
     MIOU_RULE,
     ORACLES,
     Outcome,
-    PageSet,
     Plan,
     Report,
     backbone_of_weights,
@@ -246,9 +245,10 @@ def make_page(report: Report, outcomes: Sequence[Outcome], args: argparse.Namesp
     """The page with images of the first mode."""
     sets = []
     for outcome in outcomes:
-        mode, results = next(iter(outcome.results.items()))
         folder = args.output / outcome.plan.dataset.name
-        sets.append(PageSet(outcome.plan.dataset, folder / mode if len(outcome.results) > 1 else folder, results))
+        sets.append(
+            (outcome.plan.dataset, folder / next(iter(outcome.results)) if len(outcome.results) > 1 else folder)
+        )
     title = "Zero-shot evaluation" + (f" with true {args.oracle}" if args.oracle else "")
     return write_page(report, sets, args.output / "page", images=args.images, title=title)
 
