@@ -350,29 +350,26 @@ class Report:
 
     def markdown(self) -> str:
         """The same as a Markdown file, with a line for each figure."""
-        head = [f"{cell.label} {cell.column}" for cell in self.cells]
+        columns = ["data set", "figure", "here", "published", "difference", "tolerance", "verdict"]
         figures = [
             [
-                *_figure(cell.data_set, cell.task, cell.metric, cell.here, cell.published),
+                cell.data_set,
+                f"{cell.task}/{cell.metric}",
+                _number(cell.here),
+                _number(cell.published),
+                _signed(cell.difference, 2),
                 _number(cell.tolerance),
                 cell.verdict,
             ]
             for cell in self.cells
         ]
-        logged = [
-            _figure(name, figure["task"], figure["metric"], figure["here"], figure["published"])
-            for name, content in self.sets.items()
-            for figure in content.get("log", ())
-        ]
-        columns = ["data set", "figure", "here", "published", "difference", "tolerance", "verdict"]
-        lines = ["# Zero-shot evaluation", "", f"Verdict: **{self.verdict}**", ""]
-        lines += _markdown_table(["", *head], [[name, *values] for name, values in self.rows()])
-        lines += ["", *_markdown_table(columns, figures)]
-        if logged:
-            lines += ["", "All figures of the published log:", "", *_markdown_table(columns[:5], logged)]
+        head = ["", *(f"{cell.label} {cell.column}" for cell in self.cells)]
         notes = {f"not comparable: {name}": "; ".join(why) for name, why in self.reasons.items() if why}
-        lines += ["", *(f"- **{name}**: {text}" for name, text in (notes | self._missing_and_notes()).items()), ""]
-        return "\n".join(lines)
+        lines = ["# Zero-shot evaluation", "", f"Verdict: **{self.verdict}**", ""]
+        lines += [*_markdown_table(head, [[name, *values] for name, values in self.rows()]), ""]
+        lines += [*_markdown_table(columns, figures), ""]
+        lines += [f"- **{name}**: {text}" for name, text in (notes | self._missing_and_notes()).items()]
+        return "\n".join([*lines, ""])
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, null where undefined."""
@@ -450,25 +447,19 @@ def report_of(
     )
 
 
-def columns_of_sets(cells: Sequence[Cell]) -> list[list[int]]:
-    """The indices of the cells of each data set."""
-    columns: dict[str, list[int]] = {}
-    for index, cell in enumerate(cells):
-        columns.setdefault(cell.data_set, []).append(index)
-    return list(columns.values())
-
-
-def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]], *, width: int = WIDTH) -> list[str]:
-    """The rows as lines of text, data sets side by side and in further blocks below where they do not fit.
+def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """The rows as lines of text, data sets side by side and in further blocks below where they do not fit into `WIDTH`.
 
     Args:
         cells: what the columns are, those of a data set together.
         rows: (name, text of each cell).
-        width: columns of the text; a single data set may take more.
     """
-    names = max(len(name) for name, _ in rows) if rows else 0
+    members_of: dict[str, list[int]] = {}  # data set -> indices of its cells
+    for index, cell in enumerate(cells):
+        members_of.setdefault(cell.data_set, []).append(index)
+    names = max((len(name) for name, _ in rows), default=0)
     blocks: list[list[list[str]]] = [[]]
-    for members in columns_of_sets(cells):
+    for members in members_of.values():
         widths = [max(len(cells[index].column), *(len(values[index]) for _, values in rows)) for index in members]
         label = cells[members[0]].label
         total = max(len(label), sum(widths) + len(widths) - 1)
@@ -476,7 +467,7 @@ def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]],
         for texts in ([cell.column for cell in cells], *(values for _, values in rows)):
             column.append(" ".join(texts[index].rjust(wide) for index, wide in zip(members, widths)).center(total))
         taken = names + sum(len(other[0]) + 1 for other in blocks[-1])
-        if blocks[-1] and taken + 1 + total > width:
+        if blocks[-1] and taken + 1 + total > WIDTH:
             blocks.append([])
         blocks[-1].append(column)
     lines = []
@@ -495,10 +486,6 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}".rstrip("0").rstrip(".")
-
-
-def _figure(data_set: str, task: str, metric: str, here: float, published: float) -> list[str]:
-    return [data_set, f"{task}/{metric}", _number(here), _number(published), _signed(here - published, 2)]
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
