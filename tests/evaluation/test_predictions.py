@@ -93,11 +93,15 @@ def test_finished_predictions_need_no_model(folder, tmp_path):
     assert repr(evaluate(folder, again, tmp_path, resume=True)) == repr(whole)
 
 
+def writer_for(folder, output, **metadata):
+    """A writer into a folder that has a header, and the records of the data set."""
+    dataset = tiny_world.dataset(folder, **metadata)
+    (output / "header.json").write_text(json.dumps({"format": 1}))
+    return PredictionWriter(output, dataset, dataset.records()), dataset.records()
+
+
 def test_what_the_model_gives_and_what_is_read_are_the_same(folder, tmp_path):
-    dataset = tiny_world.dataset(folder)
-    records = dataset.records()
-    writer = PredictionWriter(folder=tmp_path, records=records, num_classes=4, dataset_ids={})
-    (tmp_path / "header.json").write_text(json.dumps({"format": 1}))
+    writer, records = writer_for(folder, tmp_path)
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(5, 40, 60, generator=generator) > 0.5
     instances = Instances(
@@ -122,9 +126,7 @@ def test_what_the_model_gives_and_what_is_read_are_the_same(folder, tmp_path):
 
 
 def test_no_instance_at_all_is_saved_too(folder, tmp_path):
-    records = tiny_world.dataset(folder).records()
-    writer = PredictionWriter(folder=tmp_path, records=records, num_classes=4, dataset_ids={})
-    (tmp_path / "header.json").write_text(json.dumps({"format": 1}))
+    writer, records = writer_for(folder, tmp_path)
     none = Instances(torch.zeros(0), torch.zeros(0).long(), torch.zeros(0, 40, 60, dtype=torch.bool), torch.zeros(0, 4))
     writer.process(GroundTruth(records[0]), {"instances": none})
     read = SavedPredictions(tmp_path).read(records[0]["image_id"])["instances"]
@@ -132,9 +134,7 @@ def test_no_instance_at_all_is_saved_too(folder, tmp_path):
 
 
 def test_more_than_256_classes_need_16_bit(folder, tmp_path):
-    records = tiny_world.dataset(folder).records()
-    writer = PredictionWriter(folder=tmp_path, records=records, num_classes=847, dataset_ids={})
-    (tmp_path / "header.json").write_text(json.dumps({"format": 1}))
+    writer, records = writer_for(folder, tmp_path, stuff_classes=["-"] * 847)
     labels = torch.arange(40 * 60).reshape(40, 60) % 847
     writer.process(GroundTruth(records[0]), {"sem_seg": labels})
     assert np.array_equal(SavedPredictions(tmp_path).read(records[0]["image_id"])["sem_seg"], labels.numpy())
