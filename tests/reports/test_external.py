@@ -203,9 +203,13 @@ def test_files_in_another_format_are_refused(folder, files):
     (files / "coco_instances_results.json").write_text('[{"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 4}]')
     with pytest.raises(ValueError, match="row 0 has no 'score'"):
         instances(files, folder)
-    (files / "predictions.json").write_text("[]")
-    with pytest.raises(ValueError, match="has no 'annotations'"):
-        panoptic(files, folder)
+    for text, message in (
+        ("[]", "has no 'annotations'"),
+        ('{"annotations": [{"image_id": 1}]}', "annotation 0 has no file_name, segments_info"),
+    ):
+        (files / "predictions.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            panoptic(files, folder)
 
 
 def test_predictions_that_the_data_set_is_not_evaluated_for_are_refused(folder, files, tmp_path):
