@@ -27,7 +27,6 @@ import cv2
 import numpy as np
 import pycocotools.mask
 import torch
-from torch import nn
 
 from fcclip.comm import get_rank
 from fcclip.config import affects, flatten, keys_that
@@ -284,9 +283,7 @@ def prediction_header(
         ensemble: (alpha, beta); None: as the config says.
         oracle: its name; None: nothing is true instead of predicted.
     """
-    module = getattr(model, "model", model)
-    if not isinstance(module, nn.Module):
-        module = None
+    module = model.model if isinstance(model, AugmentedModel) else model
     seen = getattr(module, "seen_vocabulary", None)  # decides where alpha counts, and where beta
     return {
         "format": FORMAT,
@@ -297,8 +294,8 @@ def prediction_header(
         "vocabulary": vocabulary.name,
         "vocabulary_sha256": vocabulary.hash,
         "seen_vocabulary_sha256": None if seen is None else seen.hash,
-        "weights_sha256": None if module is None else weights_hash(module),
-        "clip_weights": None if module is None else frozen_notes(module).get("clip", {}).get("weights"),
+        "weights_sha256": weights_hash(module),
+        "clip_weights": frozen_notes(module).get("clip", {}).get("weights"),
         "augmentation": _augmentation(model),
         "config": deciding_settings(cfg),
     }
