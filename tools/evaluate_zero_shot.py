@@ -44,6 +44,7 @@ from fcclip.engine import (
 )
 from fcclip.errors import InputError, MissingFileError, run_program
 from fcclip.evaluation import current_commit, evaluate, format_table
+from fcclip.evaluation.evaluators import mode_folders
 from fcclip.files import write_atomically, write_json
 from fcclip.modeling import FCCLIP, build_model, test_modes
 from fcclip.reports import (
@@ -245,10 +246,9 @@ def make_page(report: Report, outcomes: Sequence[Outcome], args: argparse.Namesp
     """The page with images of the first mode."""
     sets = []
     for outcome in outcomes:
-        folder = args.output / outcome.plan.dataset.name
-        sets.append(
-            (outcome.plan.dataset, folder / next(iter(outcome.results)) if len(outcome.results) > 1 else folder)
-        )
+        dataset = outcome.plan.dataset
+        folders = mode_folders(args.output / dataset.name, tuple(outcome.results))
+        sets.append((dataset, next(iter(folders.values()))))
     title = "Zero-shot evaluation" + (f" with true {args.oracle}" if args.oracle else "")
     return write_page(report, sets, args.output / "page", images=args.images, title=title)
 

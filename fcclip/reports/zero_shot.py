@@ -161,28 +161,35 @@ def backbone_of_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any] |
     return None
 
 
-def differences(
-    plan: Plan, *, vocabulary: Vocabulary, training: Vocabulary | None, num_images: int, extra: Sequence[str] = ()
-) -> list[str]:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the evaluation of a data set."""
+
+    plan: Plan
+    vocabulary: Vocabulary  # what was looked for
+    num_images: int  # that were evaluated
+    results: Modes
+
+
+def differences(outcome: Outcome, *, training: Vocabulary | None, extra: Sequence[str] = ()) -> list[str]:
     """Why the figures of a data set cannot be compared with the published ones; empty: they can.
 
     Args:
-        plan: the data set and its config.
-        vocabulary: what was looked for.
+        outcome: of the data set.
         training: what the model was trained on.
-        num_images: that were evaluated.
         extra: further reasons.
     """
+    plan = outcome.plan
     known, backbone = benchmark(plan.dataset.name), backbone_of(plan.cfg)
     if known is None:
         return ["nothing was published for this data set"]
     reasons = []
-    if not vocabulary.is_published:
+    if not outcome.vocabulary.is_published:
         reasons.append("vocabulary: fcclip (not the published one)")
     if training is not None and not training.is_published:
         reasons.append("vocabulary of the training: fcclip (not the published one)")
-    if num_images != plan.dataset.published_count:
-        reasons.append(f"{num_images} images, published {plan.dataset.published_count}")
+    if outcome.num_images != plan.dataset.published_count:
+        reasons.append(f"{outcome.num_images} images, published {plan.dataset.published_count}")
     if backbone is None:
         reasons.append(f"no published figures for the CLIP '{plan.cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
     else:
@@ -387,16 +394,6 @@ class Report:
         )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of the evaluation of a data set."""
-
-    plan: Plan
-    vocabulary: Vocabulary  # what was looked for
-    num_images: int  # that were evaluated
-    results: Modes
-
-
 def report_of(
     outcomes: Sequence[Outcome],
     *,
@@ -419,9 +416,7 @@ def report_of(
     cells, reasons, sets, vocabularies = {}, {}, {}, {}
     for outcome in outcomes:
         name, vocabulary, results = outcome.plan.dataset.name, outcome.vocabulary, outcome.results
-        reasons[name] = differences(
-            outcome.plan, vocabulary=vocabulary, training=training, num_images=outcome.num_images, extra=changes
-        )
+        reasons[name] = differences(outcome, training=training, extra=changes)
         cells[name] = cells_of(name, results, backbone=backbone, reasons=reasons[name])
         sets[name] = {
             "images": outcome.num_images,

@@ -9,7 +9,7 @@ import torch
 from fcclip.config import configs_dir, load_config
 from fcclip.data import DATASETS, dataset_vocabulary, get_dataset
 from fcclip.modeling import build_model
-from fcclip.reports import Plan, Report, backbone_of_weights, plan_sets, published_results
+from fcclip.reports import Outcome, Plan, Report, backbone_of_weights, plan_sets, published_results
 from fcclip.reports.zero_shot import backbone_of, cells_of, default_sets, differences, logged_figures, set_config
 from tests.data.published_trees import write_tree
 
@@ -98,7 +98,7 @@ def plan_of(name, root, cfg):
 
 
 def why(plan, words, training=PublishedVocabulary(), num_images=2000):  # noqa: B008
-    return differences(plan, vocabulary=words, training=training, num_images=num_images)
+    return differences(Outcome(plan, words, num_images, {}), training=training)
 
 
 def test_with_published_words_and_settings_the_figures_can_be_compared(cfg, tmp_path):
