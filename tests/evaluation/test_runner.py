@@ -121,7 +121,7 @@ class SizeSensitiveModel(tiny_world.GreyModel):
     """Sees the padding of a batch, as a network does."""
 
     def score(self, inputs, vocabulary=None):
-        padded = [max(-(-one["image"].shape[side] // 32) for one in inputs) for side in (1, 2)]
+        padded = [max(-(-sample["image"].shape[side] // 32) for sample in inputs) for side in (1, 2)]
         shift = 10 * (3 * padded[0] + padded[1])
         return super().score([{**sample, "image": sample["image"].int() + shift} for sample in inputs], vocabulary)
 
@@ -170,7 +170,7 @@ def evaluate_both(model, cfg, sets, order, function=runner.evaluate):
     """Name -> results, in this order; only the first set is given its words."""
     training = Vocabulary.from_names(TRAINING_WORDS)
     words = {"tiny_val": tiny_world.VOCABULARY, "tiny_twenty": None}
-    named = {one.name: one for one in sets}
+    named = {dataset.name: dataset for dataset in sets}
     return {
         name: function(
             model, cfg, named[name], modes=tiny_world.MODES, training_vocabulary=training, vocabulary=words[name],
@@ -196,8 +196,8 @@ def test_each_data_set_is_evaluated_with_its_own_words_whatever_came_before(
         return model
 
     alone = {}
-    for one in two_sets:
-        alone |= evaluate_both(fresh_model(), tiny_cfg, two_sets, [one.name], function)
+    for dataset in two_sets:
+        alone |= evaluate_both(fresh_model(), tiny_cfg, two_sets, [dataset.name], function)
     encoded.clear()
     model = fresh_model()
     for order in (("tiny_val", "tiny_twenty"), ("tiny_twenty", "tiny_val")):
@@ -294,7 +294,7 @@ def test_saved_predictions_hold_the_ids_of_the_data_set(folder, tmp_path):
 def test_only_the_first_images_are_evaluated_when_asked(folder, tmp_path):
     tiny_world.run(folder, modes=None, max_images=2, output_dir=tmp_path, save_predictions=True)
     saved = json.loads((tmp_path / "tiny_val" / "predictions.json").read_text())
-    assert [one["image_id"] for one in saved["annotations"]] == [1, 4]
+    assert [annotation["image_id"] for annotation in saved["annotations"]] == [1, 4]
 
 
 def test_progress_tells_the_speed_and_where_the_time_goes(folder, caplog):
@@ -351,7 +351,7 @@ def test_only_heads_that_are_on_are_evaluated(folder):
     cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
     dataset = tiny_world.dataset(folder, json_file=None)
     built = build_evaluators(cfg, dataset, modes=["ensemble"])
-    assert [type(one).__name__ for one in built["ensemble"]] == ["SemanticEvaluator"]
+    assert [type(evaluator).__name__ for evaluator in built["ensemble"]] == ["SemanticEvaluator"]
     cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False
     with pytest.raises(ValueError, match=r"nothing to evaluate on data set 'tiny_val' .*PANOPTIC_ON"):
         build_evaluators(cfg, dataset, modes=["ensemble"])

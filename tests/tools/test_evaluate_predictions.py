@@ -38,7 +38,7 @@ def results_file(root):
     """COCO results made of the instances of ADE20K."""
     truth = json.loads((root / "ADEChallengeData2016" / "ade20k_instance_val.json").read_text())
     keys = ("image_id", "category_id", "segmentation")
-    rows = [{**{key: one[key] for key in keys}, "score": 0.5} for one in truth["annotations"]]
+    rows = [{**{key: annotation[key] for key in keys}, "score": 0.5} for annotation in truth["annotations"]]
     path = root / "instances.json"
     path.write_text(json.dumps(rows))
     return path
@@ -102,7 +102,7 @@ def test_saved_predictions_of_several_modes_have_a_line_each(root, tmp_path, cap
     found = json.loads((tmp_path / "out" / "results.json").read_text())["sets"][ADE20K]
     assert found.keys() == {"ensemble", "in_vocabulary"}
     for cell in modelled:
-        assert {mode: one[cell["column"]]["all"] for mode, one in found.items()} == cell["values"]
+        assert {mode: columns[cell["column"]]["all"] for mode, columns in found.items()} == cell["values"]
     assert run([*words, "--saved", str(tmp_path / "run" / ADE20K / "in_vocabulary")]) == 0
 
 
