@@ -1,3 +1,4 @@
+import io
 import json
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from torch import nn
 import fcclip.segmenter
 from fcclip import Segmenter
 from fcclip.config import get_cfg, load_config
+from fcclip.data import read_image
 from fcclip.segmenter import NamedSegment, Segmentation
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import save_weights
@@ -185,10 +187,34 @@ def test_an_unreadable_image_is_named(segmenter, tmp_path):
         segmenter(tmp_path / "text.jpg", vocabulary="cat")
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), torch.zeros(3, 4, 4), None])
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), torch.zeros(3, 4, 4), None],
+)
 def test_something_that_is_no_image_is_refused(segmenter, wrong):
-    with pytest.raises(ValueError, match=r"RGB array \(h, w, 3\) uint8, got"):
+    with pytest.raises(ValueError, match=r"RGB array \(h, w, 3\) uint8 with pixels, got"):
         segmenter(wrong, vocabulary="cat")
+
+
+def test_a_path_a_pil_image_and_an_array_give_the_same_pixels(segmenter, tmp_path):
+    deep = np.random.default_rng(0).integers(0, 1 << 16, (40, 60), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray((deep >> 8).astype(np.uint8)).save(tmp_path / "turned.png", exif=turned)
+    for path in (tmp_path / "deep.png", tmp_path / "turned.png"):
+        in_memory = io.BytesIO(path.read_bytes())
+        with Image.open(path) as image, Image.open(in_memory) as streamed:
+            expected = read_image(path)
+            for source in (path, image, streamed, expected):
+                np.testing.assert_array_equal(segmenter(source, vocabulary="cat").image, expected)
+
+
+def test_pixels_without_a_fixed_white_are_refused_from_a_file_and_from_memory(segmenter, tmp_path):
+    Image.fromarray(np.ones((40, 60), np.float32)).save(tmp_path / "float.tif")
+    for source in (tmp_path / "float.tif", Image.open(tmp_path / "float.tif")):
+        with pytest.raises(ValueError, match="black and what is white"):
+            segmenter(source, vocabulary="cat")
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.1, float("nan")])

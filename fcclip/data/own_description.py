@@ -14,7 +14,7 @@ import yaml
 from fcclip.config import nearest
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import listed
-from fcclip.vocabulary import Vocabulary, plain_name, split_mark
+from fcclip.vocabulary import Vocabulary, plain_name, refuse_same_names, split_mark
 
 KINDS = ("panoptic", "instances", "semantic")
 _MEANINGS = {
@@ -154,7 +154,6 @@ class Description:
             ValueError: there are none, two cannot be told apart, or nothing says which are things.
         """
         vocabulary, marks = self._classes()
-        self._check_names(vocabulary.class_names)
         if self.content.get("things") is not None:
             marks = self._things(vocabulary, marks)
         elif self.kind == "panoptic" and len(marks) < len(vocabulary) and False not in marks.values():
@@ -197,6 +196,7 @@ class Description:
             if not is_json and not all(re.match(r"\s*\d+\s*:", line) for line in lines):
                 return self._classes_of_list(lines)
             vocabulary = Vocabulary.from_file(path)
+            refuse_same_names(vocabulary.classes)
         except UnicodeDecodeError as error:
             raise self.wrong("classes", f"{path} is not UTF-8 text: {error}. Save it as UTF-8") from error
         except ValueError as error:
@@ -211,19 +211,6 @@ class Description:
             raise self.wrong("classes", str(error)) from error
         marks = {index: split_mark(entry)[1] for index, entry in enumerate(entries)}
         return vocabulary, {index: thing for index, thing in marks.items() if thing is not None}
-
-    def _check_names(self, names: Sequence[str]) -> None:
-        """Refuses names that cannot be told apart."""
-        known: dict[str, tuple[int, str]] = {}
-        for index, name in enumerate(names):
-            before, other = known.setdefault(name.casefold(), (index, name))
-            if before != index:
-                same = f"'{name}' twice" if name == other else f"'{other}' and '{name}', which differ only by case"
-                raise self.wrong(
-                    "classes",
-                    f"classes {before} and {index} are {same}. Names tell classes apart; give one of them another "
-                    "name, or remove it if they are the same",
-                )
 
     def _things(self, vocabulary: Vocabulary, marks: Mapping[int, bool]) -> dict[int, bool]:
         """What `things` says of every class; marks in a list must not say otherwise, the flags of a JSON give way."""

@@ -3,7 +3,7 @@
 runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation
 evaluators.py build_evaluators: which evaluators a data set gets
 ground_truth.py  GroundTruth and Evaluator: what the runner hands over and expects
-panoptic.py   panoptic_quality of files, PanopticEvaluator of id maps
+panoptic.py   PanopticEvaluator: panoptic quality of id maps
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
 instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
@@ -23,13 +23,7 @@ from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth, encode_masks
 from fcclip.evaluation.lvis import LvisEvaluator
-from fcclip.evaluation.panoptic import (
-    ClassCounts,
-    PanopticEvaluator,
-    compare_segments,
-    panoptic_quality,
-    write_id_map,
-)
+from fcclip.evaluation.panoptic import ClassCounts, PanopticEvaluator, compare_segments, write_id_map
 from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, saved_modes
 from fcclip.evaluation.results import (
     copypaste_lines,
@@ -69,7 +63,6 @@ __all__ = [
     "format_table",
     "format_value",
     "headlines",
-    "panoptic_quality",
     "saved_modes",
     "unmet_expectations",
     "write_id_map",

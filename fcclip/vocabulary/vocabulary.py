@@ -181,12 +181,12 @@ class Vocabulary:
         classes = []
         for index, part in enumerate(parts):
             text, thing = split_mark(part)
-            synonyms = _split(text)
+            synonyms = tuple(dict.fromkeys(_split(text)))
             if not synonyms:
                 raise InputError(f'entry {index} ({part!r}) has no name; write it as "class, synonym" or remove it')
             thing = (marked is None or index in marked) if thing is None else thing
             classes.append(ClassEntry(index, synonyms[0], synonyms, thing))
-        _check_names(classes)
+        refuse_same_names(classes)
         return cls(name, tuple(classes))
 
     @classmethod
@@ -269,11 +269,15 @@ def split_mark(entry: str) -> tuple[str, bool | None]:
 
 
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(synonym for part in text.split(",") if (synonym := plain_name(part))))
+    return tuple(synonym for part in text.split(",") if (synonym := plain_name(part)))
 
 
-def _check_names(classes: Sequence[ClassEntry]) -> None:
-    """Refuses two classes of one name, and says where classes share a synonym: CLIP cannot tell them apart."""
+def refuse_same_names(classes: Sequence[ClassEntry]) -> None:
+    """Says in the log where classes share a synonym: CLIP cannot tell them apart.
+
+    Raises:
+        ValueError: two classes have one name, but for case.
+    """
     first: dict[str, ClassEntry] = {}
     for entry in classes:
         other = first.setdefault(entry.name.casefold(), entry)

@@ -6,6 +6,14 @@ from PIL import Image, ImageOps
 from fcclip.data.images import image_size, read_header, read_id_map, read_image, read_label_map, read_pil_image
 
 
+def test_an_image_beyond_pillows_limit_is_refused_with_what_to_do_about_its_size(tmp_path, monkeypatch):
+    Image.new("L", (40, 30)).save(tmp_path / "panorama.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(ValueError, match=r"panorama\.png.*1200 pixels.*smaller.*1,000 pixels") as caught:
+        read_image(tmp_path / "panorama.png")
+    assert "Copy" not in str(caught.value)
+
+
 def test_an_id_map_is_red_plus_256_green_plus_65536_blue(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "ids.png")

@@ -88,6 +88,11 @@ def test_files_folders_and_globs_may_be_mixed_and_an_image_is_done_once(demo, im
     assert [file.name for file in found] == ["b.png", "a.jpg", "c.webp"]
 
 
+def test_hidden_files_of_a_folder_are_skipped(demo, images):
+    (images / "._shapes.jpg").write_bytes(b"notes of another system")
+    assert [path.name for path in demo.find_images([str(images)]) if path.name.startswith(".")] == []
+
+
 def test_one_image_may_be_written_to_a_file(demo, images, tmp_path):
     target = tmp_path / "new" / "drawn.png"
     assert run(demo, "--input", images / "a.jpg", "--vocabulary", "cat", "--output", target) == 0

@@ -20,6 +20,35 @@ def test_a_mark_wins_over_the_given_things():
     assert vocabulary.thing_classes == (0, 3)
 
 
+@pytest.mark.parametrize("entry", ["sand: stuff", "sand :stuff", "sand:STUFF", " sand : Stuff ", "sand\u200b:stuff"])
+def test_spaces_and_case_of_a_mark_do_not_matter(entry):
+    vocabulary = Vocabulary.from_names(["cat", entry])
+    assert vocabulary.synonyms[1] == ("sand",) and vocabulary.thing_classes == (0,)
+
+
+@pytest.mark.parametrize("suffix", ["stuf", "background", "Things"])
+def test_an_unknown_mark_is_refused_with_the_known_ones(suffix):
+    with pytest.raises(ValueError, match=f"sand:{suffix}.*:thing or :stuff"):
+        Vocabulary.from_names(f"cat; sand:{suffix}")
+
+
+def test_names_that_differ_by_unicode_form_or_invisible_letters_are_one():
+    vocabulary = Vocabulary.from_names(["cafe\u0301", "zebra\u00a0 crossing\ufeff, \u200bzebra crossing"])
+    assert vocabulary.synonyms == (("caf\u00e9",), ("zebra crossing",))
+
+
+@pytest.mark.parametrize("entries", ["cat; dog; cat", "cat; dog; Cat, kitty"])
+def test_the_same_class_twice_is_refused_with_both_places(entries):
+    with pytest.raises(ValueError, match="classes 0 and 2 .*'cat'"):
+        Vocabulary.from_names(entries)
+
+
+def test_a_synonym_of_two_classes_is_told(caplog):
+    with caplog.at_level("WARNING", logger="fcclip"):
+        Vocabulary.from_names("dog, animal; cat, animal")
+    assert "'animal'" in caplog.text and "dog, cat" in caplog.text
+
+
 @pytest.mark.parametrize("words", ["", " ; ;", [], ["cat", " , "], ["cat", ":stuff"]])
 def test_entries_without_a_name_are_refused(words):
     with pytest.raises(ValueError, match="name"):
