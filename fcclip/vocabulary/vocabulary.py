@@ -70,7 +70,6 @@ class Vocabulary:
 
     name: str
     classes: tuple[ClassEntry, ...]
-    version: str = "1"
     source_sha256: str = ""  # of the file it was read from
 
     def __post_init__(self) -> None:
@@ -147,11 +146,8 @@ class Vocabulary:
     def with_things(self, things: Iterable[int]) -> Vocabulary:
         """The same classes with the thing classes given by contiguous index."""
         wanted = _check_things(things, len(self), self.name)
-        classes = tuple(
-            ClassEntry(entry.id, entry.name, entry.synonyms, index in wanted)
-            for index, entry in enumerate(self.classes)
-        )
-        return Vocabulary(self.name, classes, self.version, self.source_sha256)
+        marked = (dataclasses.replace(entry, thing=index in wanted) for index, entry in enumerate(self.classes))
+        return dataclasses.replace(self, classes=tuple(marked))
 
     @classmethod
     def from_names(
@@ -214,8 +210,8 @@ class Vocabulary:
             raise InputError(f"vocabulary file '{path}' is not UTF-8 text: {error}") from error
         digest = hashlib.sha256(content).hexdigest()
         parse = _parse_json if text.lstrip().startswith("{") else _parse_text
-        name, version, classes = parse(text, path)
-        vocabulary = cls(name, tuple(classes), version, digest)
+        name, classes = parse(text, path)
+        vocabulary = cls(name, tuple(classes), digest)
         return vocabulary if things is None else vocabulary.with_things(things)
 
     @classmethod
@@ -304,7 +300,7 @@ def _check_things(things: Iterable[int], num_classes: int, name: str) -> set[int
     return wanted
 
 
-def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
+def _parse_json(text: str, path: Path) -> tuple[str, list[ClassEntry]]:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -331,10 +327,10 @@ def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
         if not synonyms:
             raise InputError(f"vocabulary file '{path}': '{name}' is label_only, so it needs at least one synonym")
         classes.append(ClassEntry(int(entry.get("id", index)), name, synonyms, bool(entry.get("thing", True))))
-    return str(data.get("name", path.stem)), str(data.get("version", "1")), classes
+    return str(data.get("name", path.stem)), classes
 
 
-def _parse_text(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
+def _parse_text(text: str, path: Path) -> tuple[str, list[ClassEntry]]:
     classes = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
@@ -346,4 +342,4 @@ def _parse_text(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
         if not colon or not identifier.strip().isdigit() or not synonyms:
             raise InputError(f"vocabulary file '{path}', line {number}: expected 'id:name,synonym,…', got {line!r}")
         classes.append(ClassEntry(int(identifier), synonyms[0], synonyms))
-    return path.stem, "1", classes
+    return path.stem, classes

@@ -31,18 +31,12 @@ except ModuleNotFoundError as error:
         "PYTHONPATH. Everything else in fcclip works without it."
     ) from error
 
-from fcclip.integrations.detectron2.catalog import (
-    DatasetMapper,
-    drawing_metadata,
-    metadata_vocabulary,
-    register_own_data,
-)
+from fcclip.integrations.detectron2.catalog import DatasetMapper, metadata_vocabulary, register_own_data
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
 from fcclip.integrations.detectron2.config import add_fcclip_config, add_maskformer2_config
 from fcclip.integrations.detectron2.model import FCCLIP, TRANSFORMER_DECODER_REGISTRY
 from fcclip.integrations.detectron2.records import (
     instances_from_targets,
-    instances_to_detectron2,
     output_to_detectron2,
     targets_from_instances,
 )
@@ -59,9 +53,7 @@ __all__ = [
     "add_fcclip_config",
     "add_maskformer2_config",
     "build_evaluator",
-    "drawing_metadata",
     "instances_from_targets",
-    "instances_to_detectron2",
     "metadata_vocabulary",
     "output_to_detectron2",
     "register",

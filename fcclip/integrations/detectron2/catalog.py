@@ -62,14 +62,17 @@ class _Records:
         return get_dataset(self.name).records()
 
 
-def taken_datasets() -> list[str]:
-    """The names of fcclip's data sets under which the catalogs hold something else."""
-    return [name for name in DATASETS if _is_taken(name, _Records(name))]
-
-
 def register_datasets() -> None:
-    """Puts every data set of fcclip into both catalogs; nothing of them is read."""
+    """Puts every data set of fcclip into both catalogs; nothing of them is read.
+
+    Raises:
+        ValueError: the catalogs hold something else under one of the names.
+    """
     for name in DATASETS:
+        if _is_taken(name, _Records(name)):
+            raise InputError(
+                f"data set '{name}' is in detectron2's catalogs already, and is not fcclip's. Rename yours."
+            )
         DatasetCatalog[name] = _Records(name)
         if not isinstance(MetadataCatalog.data.get(name), DatasetMetadata):
             MetadataCatalog[name] = DatasetMetadata(name=name)
@@ -177,14 +180,6 @@ def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bo
         *(metadata.name, len(vocabulary), len(vocabulary.thing_classes)),
     )
     return vocabulary
-
-
-def drawing_metadata(vocabulary: Vocabulary) -> Metadata:
-    """Metadata for detectron2's Visualizer, which names things by `thing_classes[index]` and stuff by
-    `stuff_classes[index]`: here both are all class names, so that no class is drawn under another's name.
-    """
-    names = list(vocabulary.class_names)
-    return Metadata(name=vocabulary.name, thing_classes=names, stuff_classes=names)
 
 
 class DatasetMapper:
