@@ -17,7 +17,7 @@ from fcclip.comm import get_world_size
 from fcclip.config import lookup
 from fcclip.engine.checkpoint import Checkpointer, Saving
 from fcclip.engine.evaluating import PeriodicEvaluation
-from fcclip.engine.guards import OnNonFinite
+from fcclip.engine.guards import max_skips
 from fcclip.engine.metrics import Writer, build_writers, check_wandb
 from fcclip.engine.optimizer import StepSettings, build_gradient_clipping, build_optimizer
 from fcclip.engine.progress_bar import build_progress_bar
@@ -73,7 +73,7 @@ def build_trainer(
             gradient_clipping=build_gradient_clipping(cfg),
             amp_dtype=amp_dtype(cfg, device),
             accumulate=solver.ACCUMULATE,
-            on_non_finite=OnNonFinite.parse(solver.NON_FINITE),
+            max_skips=max_skips(solver.NON_FINITE),
         ),
         saving=Saving(
             checkpointer=None if output_dir is None else Checkpointer(output_dir, keep=solver.CHECKPOINT_KEEP),
@@ -119,7 +119,7 @@ def check_training(cfg: CfgNode, vocabulary: Vocabulary, *, world_size: int) -> 
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be split evenly over {world_size} process(es) with "
             f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
         )
-    OnNonFinite.parse(solver.NON_FINITE)
+    max_skips(solver.NON_FINITE)
     check_wandb(cfg.WANDB.PROJECT)
 
 

@@ -86,7 +86,6 @@ class Checkpointer:
             raise InputError(f"SOLVER.CHECKPOINT_KEEP must not be negative, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
-        self.newest: Path | None = None  # checkpoint that was written here, not by an earlier run in the folder
         self._thread: threading.Thread | None = None
         self._failures: dict[str, list[Exception]] = {}  # kind of file -> what went wrong since it was last written
         self._best: Mapping[str, Any] | None = None  # what is to be written into best.pth
@@ -113,7 +112,6 @@ class Checkpointer:
             save_checkpoint(path, snapshot)
             write_atomically(self.folder / "last_checkpoint", lambda file: file.write(path.name.encode()))
             logger.info("saved %s", path)
-            self.newest = path
             self._remove_old(path)
 
         self.settle()

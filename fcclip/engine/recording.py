@@ -41,13 +41,8 @@ class Recorder:
             yield
         finally:
             self.close_bar()
-            self._close_writers()
-
-    def go_back(self, start: int) -> None:
-        """What was written of the iteration `start` and later ones is dropped."""
-        self._close_writers()
-        if is_main_process():
-            self._writers = self._build_writers(start)
+            for writer in self._writers:
+                writer.close()
 
     @property
     def shows_images(self) -> bool:
@@ -81,7 +76,3 @@ class Recorder:
         """Leaves the bar where it is."""
         if self._bar is not None:
             self._bar.close()
-
-    def _close_writers(self) -> None:
-        for writer in self._writers:
-            writer.close()

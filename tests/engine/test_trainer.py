@@ -721,7 +721,7 @@ def test_a_class_list_of_another_length_is_refused():
         ({"IMS_PER_BATCH": 4, "ACCUMULATE": 3}, "4 cannot be split evenly over 2 .*ACCUMULATE 3"),
         ({"IMS_PER_BATCH": 0}, "IMS_PER_BATCH 0 cannot be split"),
         ({"ACCUMULATE": 0}, "SOLVER.ACCUMULATE must be at least 1, got 0"),
-        ({"NON_FINITE": "skip"}, "SOLVER.NON_FINITE must be 'raise', 'skip:N' .* got 'skip'"),
+        ({"NON_FINITE": "skip"}, "SOLVER.NON_FINITE must be 'raise' or 'skip:N' .* got 'skip'"),
     ],
 )
 def test_solver_values_that_cannot_train_are_refused(solver, message):
