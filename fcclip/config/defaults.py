@@ -284,7 +284,7 @@ def _solver() -> Keys:
     solver.AMP.ENABLED = False  # mixed precision in training, where the device has it
     solver.AMP.DTYPE = "float16"  # or bfloat16
     solver.BEST = Keys(harmless)
-    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": the val split of the training set if present
+    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": no best.pth is kept
     solver.BEST.METRIC = "panoptic_seg/PQ"
     return solver
 
