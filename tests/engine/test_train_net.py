@@ -411,7 +411,7 @@ def test_evaluations_choose_the_best_weights_on_another_data_set_and_draw(train_
     events = EventAccumulator(str(out), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
-    assert "loss/total_loss" in tags["scalars"] and "panoptic_seg/PQ" in tags["scalars"]
+    assert "total_loss" in tags["scalars"] and "panoptic_seg/PQ" in tags["scalars"]
     assert len(tags["images"]) == 2  # there are two images in the set
     for tag in tags["images"]:
         drawings = events.Images(tag)

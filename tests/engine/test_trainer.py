@@ -37,6 +37,14 @@ def assert_equal_weights(one, other):
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
+def records(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def json_writer(folder):
+    return lambda start: [JsonWriter(folder / "metrics.json", start=start)]
+
+
 # ---- the loop ----
 
 
@@ -90,25 +98,19 @@ def test_evaluation_runs_at_its_period_and_once_at_the_end(toy, toy_trainer, tmp
         seen.append((trainer.iteration, model.training, torch.is_grad_enabled()))
         return {"panoptic_seg/PQ": 12.5, "panoptic_seg/PQ_unseen": math.nan}
 
-    trainer = toy_trainer(
-        toy(), evaluate=evaluate, eval_period=2, writers=lambda start: [JsonWriter(tmp_path / "metrics.json")]
-    )
+    trainer = toy_trainer(toy(), evaluate=evaluate, eval_period=2, writers=json_writer(tmp_path))
     trainer.train()
     assert seen == [(2, False, False), (4, False, False), (6, False, False)]
-    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
-    results = [line for line in lines if "panoptic_seg/PQ" in line]
+    results = [line for line in records(tmp_path) if "panoptic_seg/PQ" in line]
     assert [line["iteration"] for line in results] == [1, 3, 5]
     assert results[0]["panoptic_seg/PQ"] == 12.5 and results[0]["panoptic_seg/PQ_unseen"] is None
     assert trainer.model.training
 
 
 def test_metrics_are_written_every_twenty_iterations_and_at_the_end(toy, toy_trainer, tmp_path):
-    trainer = toy_trainer(
-        toy(), max_iter=45, checkpointer=None, writers=lambda start: [JsonWriter(tmp_path / "metrics.json")]
-    )
+    trainer = toy_trainer(toy(), max_iter=45, checkpointer=None, writers=json_writer(tmp_path))
     trainer.train()
-    text = (tmp_path / "metrics.json").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    lines = records(tmp_path)
     assert [line["iteration"] for line in lines] == [19, 39, 44]
     published = {"iteration", "total_loss", "loss_ce", "loss_mask", "lr", "time", "data_time", "eta_seconds"}
     assert all(published <= set(line) for line in lines)
@@ -118,13 +120,11 @@ def test_metrics_are_written_every_twenty_iterations_and_at_the_end(toy, toy_tra
 
 
 def test_written_losses_are_medians_of_the_window(toy, toy_trainer, toy_batch, tmp_path):
-    trainer = toy_trainer(
-        toy(), max_iter=20, checkpointer=None, writers=lambda start: [JsonWriter(tmp_path / "metrics.json")]
-    )
+    trainer = toy_trainer(toy(), max_iter=20, checkpointer=None, writers=json_writer(tmp_path))
     losses = []
     trainer.model.register_forward_hook(lambda *stuff: losses.append(stuff[-1]["loss_mask"].item()))
     trainer.train()
-    (line,) = map(json.loads, (tmp_path / "metrics.json").read_text().splitlines())
+    (line,) = records(tmp_path)
     assert line["loss_mask"] == pytest.approx((sorted(losses)[9] + sorted(losses)[10]) / 2)
 
 
@@ -393,14 +393,6 @@ def test_best_weights_that_could_not_be_written_are_written_after_the_next_evalu
 
 class Killed(BaseException):
     """Ends a training between two of its instructions, as a signal would."""
-
-
-def records(folder):
-    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
-
-
-def json_writer(folder):
-    return lambda start: [JsonWriter(folder / "metrics.json", start=start)]
 
 
 @pytest.mark.parametrize("number", [0, 1])
