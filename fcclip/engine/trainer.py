@@ -315,10 +315,7 @@ class Trainer:
         state = self.state_dict() if state is None else state
         guards.check_weights(state["model"], device=self.device, iteration=self.iteration - 1)
         if is_main_process():
-            if name is None:
-                self.checkpointer.save_periodic(self.iteration - 1, state)
-            else:
-                self.checkpointer.save(name, state)
+            self.checkpointer.save(name or f"model_{self.iteration - 1:07d}", state)
 
     def resume(self, path: str | Path) -> None:
         """Continues from a checkpoint: weights, optimiser, schedule, loss scaler, random numbers and position in the
