@@ -158,17 +158,6 @@ def test_overflows_without_end_are_raised(toy, toy_trainer, monkeypatch):
     assert_finite(trainer.model)
 
 
-def test_a_policy_goes_on_behind_overflows_without_end(toy, toy_trainer, monkeypatch):
-    monkeypatch.setattr(guards, "MAX_SCALER_SKIPS", 2)
-    model, plain = toy(), toy()
-    trainer = toy_trainer(model, max_skips=1)
-    trainer.scaler = torch.amp.GradScaler("cpu")
-    overflowing(model, trainer, {1, 2, 3})
-    assert trainer.train()
-    train_plainly(plain, left_out={1, 2, 3})
-    assert_trained_alike(model, plain)
-
-
 def test_a_loss_that_is_not_finite_is_not_left_to_the_scaler(toy, toy_trainer):
     trainer = toy_trainer(toy(), batches=poisoned(2), checkpoint_period=0)
     trainer.scaler = torch.amp.GradScaler("cpu")

@@ -69,12 +69,6 @@ def test_an_evaluation_of_both_is_broken_off_and_done_again(folder):
     assert_equal_weights(told["model"], left_by_both(folder / "whole")["model"])
 
 
-def test_a_dry_run_of_both_changes_nothing(folder):
-    told = left_by_both(folder / "dry_run")
-    assert [sample.split(",")[0] for sample in told["samples"]] == ["0_0.jpg", "0_1.jpg"]
-    assert_equal_weights(told["model"], left_by_both(folder / "whole")["model"])
-
-
 def test_the_files_of_a_run_are_those_of_one_process(folder):
     assert sorted(path.name for path in (folder / "whole").iterdir()) == [
         "last_checkpoint",

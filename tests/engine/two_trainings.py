@@ -14,7 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.comm import all_gather_object, get_rank
-from fcclip.engine import StopRequest, Trainer, dry_run
+from fcclip.engine import StopRequest, Trainer
 from tests.engine import training_processes
 from tests.engine.toys import ToyModel, make_batch, make_trainer
 
@@ -97,14 +97,6 @@ def stop_in_an_evaluation(folder: Path) -> None:
     tell(folder, trainer, finished=finished, seen=seen)
 
 
-def try_out(folder: Path) -> None:
-    """A dry run before a training."""
-    trainer = trainer_in(folder)
-    tried = dry_run(trainer)
-    trainer.train()
-    tell(folder, trainer, samples=tried.samples)
-
-
 def everything(folder: str) -> None:
     """All of it in one start of two processes."""
     root = Path(folder)
@@ -115,6 +107,5 @@ def everything(folder: str) -> None:
     stop_and_resume(root / "stop_0", asked=0)
     stop_and_resume(root / "stop_1", asked=1)
     stop_in_an_evaluation(root / "stop_evaluation")
-    try_out(root / "dry_run")
     (root / "with_model").mkdir(exist_ok=True)
     training_processes.everything(str(root / "with_model"))
