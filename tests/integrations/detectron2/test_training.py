@@ -195,7 +195,7 @@ def test_periodic_checkpoints_are_kept_as_the_config_says(cfg):
     [
         ("SOLVER.ACCUMULATE", 2, "'SOLVER.ACCUMULATE' is 2, but detectron2's training loop does not know it"),
         ("TEST.BATCH_SIZE", 2, "'TEST.BATCH_SIZE' is 2"),
-        ("SOLVER.NON_FINITE", "rollback", "'SOLVER.NON_FINITE' is 'rollback'"),
+        ("SOLVER.NON_FINITE", "skip:3", "'SOLVER.NON_FINITE' is 'skip:3'"),
         ("SOLVER.BEST.METRIC", "sem_seg/mIoU", "'SOLVER.BEST.METRIC' is 'sem_seg/mIoU'"),
         ("DETERMINISTIC", True, "'DETERMINISTIC' is True"),
         ("FINETUNE.METHOD", "replay", r"'FINETUNE.METHOD' is 'replay', .* \(fcclip's train_net.py does\)"),
