@@ -272,8 +272,7 @@ def _solver() -> Keys:
     solver.REFERENCE_WORLD_SIZE = 0  # processes that batch and learning rate were chosen for; 0: no scaling
     solver.ACCUMULATE = 1  # micro-batches that a step is cut into; same result, less memory
     solver.CE_NORM = "rank"  # class loss divided by the weights of the rank (published), or "global"
-    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row | rollback, go back to the
-    # last checkpoint and leave out the step when it comes again.
+    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row.
     solver.NON_FINITE = harmless("raise")
     solver.CLIP_GRADIENTS = Keys()
     solver.CLIP_GRADIENTS.ENABLED = False
@@ -284,7 +283,7 @@ def _solver() -> Keys:
     solver.AMP.ENABLED = False  # mixed precision in training, where the device has it
     solver.AMP.DTYPE = "float16"  # or bfloat16
     solver.BEST = Keys(harmless)
-    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": the val split of the training set if present
+    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": no best.pth is kept
     solver.BEST.METRIC = "panoptic_seg/PQ"
     return solver
 
