@@ -171,10 +171,7 @@ def build_output_settings(cfg: CfgNode) -> OutputSettings:
         object_mask_threshold=test.OBJECT_MASK_THRESHOLD,
         overlap_threshold=test.OVERLAP_THRESHOLD,
         topk=cfg.TEST.DETECTIONS_PER_IMAGE,
-        zero_boxes=cfg.MODEL.FC_CLIP.ZERO_BOXES,
         masks_first=test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON,
-        query_chunk=cfg.TEST.QUERY_CHUNK,
-        class_chunk=cfg.TEST.CLASS_CHUNK,
     )
 
 

@@ -189,7 +189,6 @@ class FCCLIP(nn.Module):
                         padded_size=tuple(images.shape[-2:]),
                         image_size=sizes[index],
                         output_size=output_size(inputs[index], sizes[index]),
-                        query_chunk=self.output_settings.query_chunk,
                     ),
                     dense=features.dense[index],
                     vocabulary=own,

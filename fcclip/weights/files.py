@@ -1,8 +1,8 @@
 """Files of weights, read without ever running what is in them.
 
-safetensors by its own library; `torch.save` files, TorchScript archives such as OpenAI's CLIP and pickles of arrays by the
-reader of `pickles.py`, since some hostile files make `torch.load(weights_only=True)` crash or hand out whatever memory
-holds. The code inside a TorchScript archive is looked at as text, for the names of its parameters and buffers.
+safetensors by its own library; `torch.save` files, TorchScript archives such as OpenAI's CLIP and pickles of arrays by
+the reader of `pickles.py`, since some hostile files make `torch.load(weights_only=True)` crash or hand out whatever
+memory holds. The code inside a TorchScript archive is looked at as text, for the names of its parameters and buffers.
 """
 
 from __future__ import annotations
@@ -325,9 +325,9 @@ class _Archive:
             raise UnreadableFileError(f"is damaged: the values of a tensor are missing (record 'data/{key}')")
         if info.compress_type != zipfile.ZIP_STORED:
             raise UnreadableFileError("was packed anew by a zip program; use the file as torch wrote it")
-        expected = number * dtype.itemsize
-        if not 0 <= expected <= info.file_size:
-            raise UnreadableFileError(f"is damaged: record 'data/{key}' has {info.file_size} bytes, expected {expected}")
+        size, expected = info.file_size, number * dtype.itemsize
+        if not 0 <= expected <= size:
+            raise UnreadableFileError(f"is damaged: record 'data/{key}' has {size} bytes, expected {expected}")
         if key not in self._storages:
             self._storages[key] = _in_memory(self._file.read(info))
         return Storage(self._storages[key], dtype)

@@ -117,7 +117,7 @@ class PickleReader(pickle._Unpickler):  # the one in Python, of which every inst
             self.refuse("BINPERSID")
         kind, name, key, _, number, *view = _checked(pid, tuple)
         if any(view):
-            raise UnreadableFileError("holds views of storages, as torch before 1.0 wrote them; save it with a newer torch")
+            raise UnreadableFileError("holds views of storages, as torch before 1.0 wrote them; save it again")
         if _checked(kind, str) != "storage":
             raise UnsafeFileError(f"refers to a '{kind[:40]}' outside the pickle, not to values of a tensor; refused")
         return self.storage(_checked(key, str), _dtype(name), _checked(number, int))
