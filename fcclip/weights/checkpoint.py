@@ -23,7 +23,7 @@ from fcclip.errors import InputError
 from fcclip.files import listed, write_atomically
 from fcclip.vocabulary import ClassEntry, Vocabulary, builtin_names
 from fcclip.weights.files import read_weight_file
-from fcclip.weights.frozen import FrozenPart, frozen_notes, frozen_parts, frozen_prefixes, unwrap
+from fcclip.weights.frozen import FrozenPart, frozen_parts, frozen_prefixes, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -220,31 +220,6 @@ def _check_frozen(
 def _about_equal(tensor: Tensor, other: Tensor) -> bool:
     """Whether two tensors are the same to half precision."""
     return torch.allclose(tensor.float(), other.float().cpu(), rtol=2**-10, atol=1e-6)
-
-
-def save_weights(
-    model: nn.Module,
-    path: str | Path,
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    dtype: torch.dtype | None = torch.float16,
-    full: bool = False,
-) -> None:
-    """Writes the weights of a model as a safetensors file to share.
-
-    Args:
-        model: the model, or its DistributedDataParallel wrapper.
-        path: the file; replaced when the new one is complete.
-        metadata: JSON values by name, stored beside the weights; `load_weights` returns them. The fingerprints of the
-            frozen parts are added.
-        dtype: of the stored floating-point weights; None keeps each as it is.
-        full: store the frozen parts too.
-    """
-    weights = {
-        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        for key, value in model_weights(model, full=full).items()
-    }
-    write_safetensors(path, weights, {**frozen_notes(model), **(metadata or {})})
 
 
 def write_safetensors(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
