@@ -78,11 +78,7 @@ test_modes.__test__ = False  # pytest takes it for a test otherwise
 
 
 def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
-    """The outputs that MODEL.MASK_FORMER.TEST asks for, of `HEADS`.
-
-    Raises:
-        ValueError: none.
-    """
+    """The outputs that MODEL.MASK_FORMER.TEST asks for, of `HEADS`; at least one."""
     test = cfg.MODEL.MASK_FORMER.TEST
     switches = {"semantic": test.SEMANTIC_ON, "panoptic": test.PANOPTIC_ON, "instances": test.INSTANCE_ON}
     heads = tuple(head for head, is_on in switches.items() if is_on)
@@ -94,12 +90,7 @@ def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
 
 
 class Levels(Protocol):
-    """What a head must know of the backbone it is built on; every `CLIPBackbone` says it.
-
-    Attributes:
-        channels, strides: of each level, by name.
-        embed_dim: width of the joint image-text space.
-    """
+    """What a head must know of the backbone it is built on; every `CLIPBackbone` says it."""
 
     channels: Mapping[str, int]
     strides: Mapping[str, int]
