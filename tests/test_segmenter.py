@@ -12,7 +12,7 @@ from fcclip import Segmenter
 from fcclip.config import get_cfg, load_config
 from fcclip.segmenter import Segmentation
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import save_weights
+from tests.weight_files import save_weights
 
 HEIGHT, WIDTH = 40, 60
 

@@ -117,7 +117,6 @@ def _fc_clip() -> Keys:
     fc_clip.VOCABULARIES = harmless("")
     fc_clip.TEXT_CACHE_DIR = harmless("")  # text features on disk; "": the user's cache folder
     fc_clip.QUICK_GELU = chooses_clip("auto")  # auto | on | off: activation of the CLIP; auto: on for OpenAI weights
-    fc_clip.ZERO_BOXES = changes_prediction(False)  # the published all-zero boxes instead of real ones
     return fc_clip
 
 
@@ -309,8 +308,6 @@ def _test() -> Keys:
     test.EXPECTED_RESULTS = []  # [[task, metric, expected, tolerance], ...], checked after evaluation
     test.MODE = "ensemble"  # or in_vocabulary (alpha = beta = 0), out_of_vocabulary (alpha = beta = 1)
     test.BATCH_SIZE = 1
-    test.QUERY_CHUNK = 0  # masks held at the output size at once; 0: what fits into 64 MiB (GPU: 256 MiB)
-    test.CLASS_CHUNK = 0  # classes whose semantic scores are held at once, some rows of them; 0: all
     test.AUG = Keys()
     test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each image
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels

@@ -21,9 +21,10 @@ from fcclip.finetuning.start import (
 )
 from fcclip.losses import SetCriterion
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import load_weights, save_weights, trained_vocabulary, vocabulary_note, write_safetensors
+from fcclip.weights import load_weights, trained_vocabulary, vocabulary_note, write_safetensors
 from tests.engine.test_accumulation import assert_same_steps
 from tests.modeling.test_fcclip import training_sample
+from tests.weight_files import save_weights
 
 # Of sums in float32 that are taken in another order. What a student loses against its teacher is the difference of two
 # numbers near 1, so its rounding is larger than that of the other losses: 2e-6 of it.
