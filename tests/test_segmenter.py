@@ -14,7 +14,7 @@ from fcclip.config import get_cfg, load_config
 from fcclip.data import read_image
 from fcclip.segmenter import Segmentation
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import save_weights
+from tests.weight_files import save_weights
 
 HEIGHT, WIDTH = 40, 60
 

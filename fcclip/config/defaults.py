@@ -117,7 +117,6 @@ def _fc_clip() -> Keys:
     fc_clip.VOCABULARIES = harmless("")
     fc_clip.TEXT_CACHE_DIR = harmless("")  # text features on disk; "": the user's cache folder
     fc_clip.QUICK_GELU = chooses_clip("auto")  # auto | on | off: activation of the CLIP; auto: on for OpenAI weights
-    fc_clip.ZERO_BOXES = changes_prediction(False)  # the published all-zero boxes instead of real ones
     return fc_clip
 
 
@@ -272,8 +271,7 @@ def _solver() -> Keys:
     solver.REFERENCE_WORLD_SIZE = 0  # processes that batch and learning rate were chosen for; 0: no scaling
     solver.ACCUMULATE = 1  # micro-batches that a step is cut into; same result, less memory
     solver.CE_NORM = "rank"  # class loss divided by the weights of the rank (published), or "global"
-    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row | rollback, go back to the
-    # last checkpoint and leave out the step when it comes again.
+    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row.
     solver.NON_FINITE = harmless("raise")
     solver.CLIP_GRADIENTS = Keys()
     solver.CLIP_GRADIENTS.ENABLED = False
@@ -284,7 +282,7 @@ def _solver() -> Keys:
     solver.AMP.ENABLED = False  # mixed precision in training, where the device has it
     solver.AMP.DTYPE = "float16"  # or bfloat16
     solver.BEST = Keys(harmless)
-    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": the val split of the training set if present
+    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": no best.pth is kept
     solver.BEST.METRIC = "panoptic_seg/PQ"
     return solver
 
@@ -310,8 +308,6 @@ def _test() -> Keys:
     test.EXPECTED_RESULTS = []  # [[task, metric, expected, tolerance], ...], checked after evaluation
     test.MODE = "ensemble"  # or in_vocabulary (alpha = beta = 0), out_of_vocabulary (alpha = beta = 1)
     test.BATCH_SIZE = 1
-    test.QUERY_CHUNK = 0  # masks held at the output size at once; 0: what fits into 64 MiB (GPU: 256 MiB)
-    test.CLASS_CHUNK = 0  # classes whose semantic scores are held at once, some rows of them; 0: all
     test.AUG = Keys()
     test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each image
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels

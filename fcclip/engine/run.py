@@ -15,7 +15,7 @@ from fvcore.common.config import CfgNode
 from fcclip.comm import broadcast_object, get_rank, is_main_process
 from fcclip.config import keys_without_effect, resolve_device
 from fcclip.data.loaders import LoaderError
-from fcclip.engine.checkpoint import Checkpointer
+from fcclip.engine.checkpoint import load_checkpoint
 from fcclip.engine.environment import apply_numeric_settings, draw_seed, environment_report, seed_everything
 from fcclip.engine.logs import close_logging, log_exception, setup_logging
 from fcclip.engine.run_folder import check_resume, check_same_classes
@@ -109,7 +109,7 @@ def as_begun(cfg: CfgNode, last: Path | None, vocabulary: Vocabulary) -> CfgNode
     Raises:
         ValueError: the checkpoint is damaged, or holds another training than this config's.
     """
-    state = {} if last is None else Checkpointer(cfg.OUTPUT_DIR).load(last)
+    state = {} if last is None else load_checkpoint(last)
     if cfg.SEED < 0:
         cfg = cfg.clone()
         cfg.defrost()

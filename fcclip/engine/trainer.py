@@ -11,7 +11,6 @@ import logging
 import math
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,7 +87,6 @@ class Trainer:
         self.stop = stop
 
         self.iteration = 0  # steps taken, which is also the number of batches consumed and the next 0-based iteration
-        self.left_out: set[int] = set()  # iterations whose step was not taken, or is not to be taken
         self.history = History()
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.amp_dtype is torch.float16)
         self._parameters = trainable_parameters(optimizer)
@@ -98,8 +96,6 @@ class Trainer:
         self._asked_to_stop = False
         self._skips_in_a_row = 0
         self._scaler_skips_in_a_row = 0
-        self._rollbacks: Counter[Path] = Counter()
-        self._resumed_from: Path | None = None
 
     # ---- the loop ----
 
@@ -141,9 +137,6 @@ class Trainer:
             try:
                 self.step(batches)
             except NonFiniteError as error:
-                if self.settings.on_non_finite.kind == "rollback":
-                    batches = self._go_back(error)
-                    continue
                 self._leave_out(error)
             self._after_step()
         logger.info("trained %d iterations in %s", self.iteration - first, duration(time.perf_counter() - began))
@@ -153,10 +146,6 @@ class Trainer:
         self._clock.start()
         batch = next(batches)
         self._clock.mark("data_time")
-        if self.iteration in self.left_out:
-            logger.warning("iteration %d is left out, as decided before the rollback", self.iteration)
-            self._advance()
-            return
         with guards.explaining_full_memory(batch, self.model, device=self.device, iteration=self.iteration):
             losses = self.compute_gradients(batch)
             self.scaler.unscale_(self.optimizer)
@@ -248,33 +237,17 @@ class Trainer:
         raise guards.non_finite_gradient(self._grad_norm, self.model, batch, iteration=self.iteration)
 
     def _leave_out(self, error: NonFiniteError) -> None:
-        """Goes on behind a step that was not taken, as far as the policy allows."""
+        """Goes on behind a step that was not taken, unless SOLVER.NON_FINITE allows no more of them in a row."""
         self._skips_in_a_row += 1
-        self.settings.on_non_finite.skip(error, self._skips_in_a_row)
-        self.left_out.add(self.iteration)
+        limit = self.settings.max_skips
+        if not limit:
+            raise error
+        if self._skips_in_a_row > limit:
+            raise NonFiniteError(
+                f"{error} SOLVER.NON_FINITE is skip:{limit}, and this is number {self._skips_in_a_row} in a row."
+            ) from error
+        logger.warning("%s Left out, as SOLVER.NON_FINITE says (%d in a row)", error, self._skips_in_a_row)
         self._advance()
-
-    def _go_back(self, error: NonFiniteError) -> Iterator[Batch]:
-        """To the newest checkpoint of this training, the same on every process; returns the batches after it. The step
-        that was not taken will be left out."""
-        path = None
-        if self.checkpointer is not None:
-            self.checkpointer.settle()
-            path = broadcast_object(self.checkpointer.newest) or self._resumed_from
-        if path is None or self._rollbacks[path] >= guards.MAX_ROLLBACKS:
-            why = f"{path.name} was gone back to {guards.MAX_ROLLBACKS} times" if path else "there is no checkpoint yet"
-            raise NonFiniteError(f"{error} SOLVER.NON_FINITE is rollback, but {why}.") from error
-        self._rollbacks[path] += 1
-        logger.warning("%s SOLVER.NON_FINITE is rollback: going back to %s", error, path.name)
-        left_out, best = self.left_out | {self.iteration}, self.evaluation.best
-        self.resume(path)
-        self.left_out |= left_out
-        self.evaluation.best = best  # that of best.pth
-        self._scaler_skips_in_a_row = 0
-        if is_main_process():
-            self.checkpointer.forget_evaluation()
-        self.recorder.go_back(self.iteration)
-        return self.batches(self.iteration)
 
     # ---- evaluation ----
 
@@ -326,7 +299,6 @@ class Trainer:
             "iteration": self.iteration - 1,  # 0-based number of the last step taken, as published
             "random": all_gather_object(random_state()),
             "history": self.history.state_dict(),
-            "left_out": sorted(self.left_out),
             "best": dict(self.evaluation.best),
         }
 
@@ -343,10 +315,7 @@ class Trainer:
         state = self.state_dict() if state is None else state
         guards.check_weights(state["model"], device=self.device, iteration=self.iteration - 1)
         if is_main_process():
-            if name is None:
-                self.checkpointer.save_periodic(self.iteration - 1, state)
-            else:
-                self.checkpointer.save(name, state)
+            self.checkpointer.save(name or f"model_{self.iteration - 1:07d}", state)
 
     def resume(self, path: str | Path) -> None:
         """Continues from a checkpoint: weights, optimiser, schedule, loss scaler, random numbers and position in the
@@ -363,10 +332,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self._resumed_from = Path(path)
         self.iteration = state["iteration"] + 1
         self.history.load_state_dict(state.get("history", {}))
-        self.left_out = set(state.get("left_out", ()))
         self.evaluation.best = dict(state.get("best", {}))
         set_random_states(state["random"], source=path)
         logger.info("resumed from %s at iteration %d", path, self.iteration)

@@ -11,6 +11,7 @@ from PIL import Image
 from fcclip.data import read_label_map
 from fcclip.errors import run_program
 from tests.data.published_trees import write_tree
+from tests.weight_files import save_weights
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "evaluate_predictions.py"
 SPEC = importlib.util.spec_from_file_location("evaluate_predictions", PROGRAM)
@@ -85,7 +86,6 @@ def test_label_ids_of_cityscapes_with_a_suffix(root, capsys):
 
 def test_saved_predictions_of_several_modes_have_a_line_each(root, tmp_path, capsys):
     from fcclip.modeling import build_model
-    from fcclip.weights import save_weights
     from tests.conftest import tiny_config
     from tests.tools.test_evaluate_zero_shot import tool as zero_shot
 

@@ -18,10 +18,10 @@ from fcclip.data import DATASETS, get_dataset
 from fcclip.errors import run_program
 from fcclip.modeling import build_model
 from fcclip.reports import published_results, zero_shot
-from fcclip.weights import save_weights
 from tests.conftest import tiny_config
 from tests.data.own_world import write_own
 from tests.data.published_trees import write_tree
+from tests.weight_files import save_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = REPOSITORY / "tools" / "evaluate_zero_shot.py"

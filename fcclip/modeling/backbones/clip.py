@@ -139,8 +139,8 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         if self._features is None or self._features[0] != computed_by:
             self._features = computed_by, compute_features(self)
         return {
-            "architecture": _last_part(self.architecture),
-            "pretrained": _last_part(self.pretrained),
+            "architecture": PurePath(self.architecture).name,
+            "pretrained": PurePath(self.pretrained).name,
             **computed_by,
             **self._features[1],
             "libraries": library_versions(),
@@ -182,10 +182,6 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         if isinstance(notes, Mapping) and notes.get("weights") == self.weights_hash():
             for sentence in differences(notes, self.fingerprint()):
                 logger.warning("%s: %s", source, sentence)
-
-
-def _last_part(name: str) -> str:
-    return PurePath(name).name if "/" in name or "\\" in name else name
 
 
 class ConvNeXtCLIP(CLIPBackbone):
@@ -427,22 +423,11 @@ def _clip_weights(path: Path) -> _Weights:
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor], *, source: str, name: str) -> None:
-    expected = model.state_dict()
-    tensors = {
-        key: value.float() if value.is_floating_point() else value
-        for key, value in tensors.items()
-        if key not in CONSTANTS
-    }
-    missing = sorted(set(expected) - set(tensors))
-    unexpected = sorted(set(tensors) - set(expected))
-    shapes = [key for key in expected if key in tensors and expected[key].shape != tensors[key].shape]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(keys)} {what} (e.g. {keys[0]})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if keys
-        ]
+    floats = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    try:
+        model.load_state_dict({key: value for key, value in floats.items() if key not in CONSTANTS})
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"weights {source} do not fit CLIP '{name}': {', '.join(parts)}. Are they of another architecture?"
-        )
-    model.load_state_dict(tensors)
+            f"weights {source} do not fit CLIP '{name}'. Are they of another architecture? {reason[:600]}"
+        ) from error
