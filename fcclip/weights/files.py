@@ -1,8 +1,9 @@
 """Files of weights, read without ever running what is in them.
 
-safetensors by its own library; `torch.save` files, TorchScript archives such as OpenAI's CLIP and pickles of arrays by
-the reader of `pickles.py`, since some hostile files make `torch.load(weights_only=True)` crash or hand out whatever
-memory holds. The code inside a TorchScript archive is looked at as text, for the names of its parameters and buffers.
+safetensors; `torch.save` files, by `torch.load(weights_only=True)` after a look at their pickles, since some hostile
+ones make torch crash or hand out whatever memory holds; and by the reader of `pickles.py` TorchScript archives such as
+OpenAI's CLIP, pickles of arrays or tensors, and `torch.save` files with NumPy values. The code inside a TorchScript
+archive is looked at as text, for the names of its parameters and buffers.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import mmap
+import pickle
 import re
 import sys
 import zipfile
@@ -32,6 +34,8 @@ from fcclip.weights.pickles import (
     Storage,
     UnreadableFileError,
     UnsafeFileError,
+    check_legacy,
+    claimed,
     plain,
 )
 
@@ -39,6 +43,7 @@ __all__ = ["VERSIONS", "UnsafeFileError", "WeightFile", "read_plain_data", "read
 
 _WRAPPERS = ("model", "state_dict")
 _TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # near the start of torch.save files before torch 1.6
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"}
 _MAX_TEXT = 1 << 28  # bytes of the text of a class, and of a pickle inside an archive
 _MAX_MODULES, _MAX_NAME = 100_000, 10_000  # modules in a TorchScript archive, letters of the longest name
 _AGAIN = "Copy or download it again"
@@ -52,7 +57,7 @@ class WeightFile:
         tensors: name -> tensor as stored, on the CPU, without a `module.` prefix that all names share and without the
             wrapper `model` or `state_dict`.
         rest: the other entries of the file; for safetensors its metadata, parsed where it is JSON.
-        kind: "safetensors"; "torch" (of `torch.save`); "torchscript"; "pickle" (of plain arrays).
+        kind: "safetensors"; "torch" (of `torch.save`); "torchscript"; "pickle" (of plain arrays or tensors).
         versions: module name -> what torch keeps beside a state dict, such as {"version": 2}; {} where absent.
     """
 
@@ -142,18 +147,25 @@ def _content(path: Path) -> tuple[Any, str]:
         if stream[:2] == b"PK":
             return _read_zip(path)
         if _TORCH_MAGIC in stream[:32]:
-            return _read_legacy(stream, size), "torch"
+            check_legacy(stream, size)
+            return _torch_load(path), "torch"
         header = int.from_bytes(stream[:8], "little")
         if path.suffix == ".safetensors" or (stream[8:9] == b"{" and header <= size):
             return _read_safetensors(path, size), "safetensors"
         return PickleReader(stream).load(), "pickle"
 
 
+def _torch_load(path: Path) -> Any:
+    with path.open("rb") as file:  # given a path, torch goes by its suffix
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _refuse_other_files(path: Path, size: int) -> None:
     """Tells what people mistake for weights, by the first bytes."""
     with path.open("rb") as file:
-        start = file.read(64)
+        start = file.read(512)
     text = start.lstrip().lower()
+    packed = [name for magic, name in _PACKED.items() if start.startswith(magic)]
     reason = None
     if not size:
         reason = f"is empty: it is damaged, cut off or no checkpoint (0 bytes). {_AGAIN}."
@@ -173,6 +185,10 @@ def _refuse_other_files(path: Path, size: int) -> None:
             f"is a text ({size} bytes), not weights; it begins {begins!r}. A server answers so when it refuses a "
             f"download. {_AGAIN}."
         )
+    elif packed or start[257:262] == b"ustar":
+        reason = f"is a packed archive ({packed[0] if packed else 'tar'}); unpack it and give the file inside"
+    elif start.startswith(b"\x89HDF"):
+        reason = "is an HDF5 file, as Keras writes them, not weights of PyTorch"
     if reason:
         raise UnreadableFileError(reason)
 
@@ -226,36 +242,7 @@ def _from_json(text: str) -> Any:
         return text
 
 
-# ---- files of torch.save ----
-
-
-def _read_legacy(stream: mmap.mmap, size: int) -> Any:
-    """The content of a `torch.save` file before torch 1.6: five pickles, then the values of each storage."""
-    storages: dict[str, Storage] = {}
-
-    def storage(key: str, dtype: torch.dtype, number: int) -> Storage:
-        if key not in storages:
-            claimed = number * dtype.itemsize + sum(held.values.nbytes() for held in storages.values())
-            if number < 0 or claimed > size:
-                raise UnreadableFileError(f"is damaged or cut off ({size} bytes): its tensors claim {claimed} bytes")
-            storages[key] = Storage(torch.UntypedStorage(number * dtype.itemsize), dtype)
-        return Storage(storages[key].values, dtype)
-
-    *_, content, keys = [PickleReader(stream, storage=storage).load() for _ in range(5)]
-    if set(keys) != set(storages):
-        raise UnreadableFileError("is damaged: it does not hold the values of each tensor")
-    for key in keys:
-        values, dtype = storages[key]
-        number, stored = int.from_bytes(stream.read(8), "little"), stream.read(values.nbytes())
-        if not number * dtype.itemsize == values.nbytes() == len(stored):
-            raise EOFError(f"{len(stored)} of {values.nbytes()} bytes of a tensor")
-        values.copy_(_in_memory(stored))
-    return content
-
-
-def _in_memory(content: bytes) -> torch.UntypedStorage:
-    values = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-    return values.untyped_storage()
+# ---- zip archives of torch ----
 
 
 def _read_zip(path: Path) -> tuple[Any, str]:
@@ -263,7 +250,11 @@ def _read_zip(path: Path) -> tuple[Any, str]:
         archive = _Archive(file)
         if archive.has("constants.pkl"):
             return (_read_torchscript(archive), {}), "torchscript"
-        return archive.load(), "torch"
+        archive.reader(storage=archive.claimed).load()
+        try:
+            return _torch_load(path), "torch"
+        except pickle.UnpicklingError:  # plain data that torch does not know: NumPy's, newer instructions
+            return archive.reader(storage=archive.storage).load(), "torch"
 
 
 class _Archive:
@@ -292,8 +283,9 @@ class _Archive:
         self._folder = folders[0]
         self._storages: dict[str, torch.UntypedStorage] = {}
         order = self.read("byteorder").decode("ascii", "replace") if self.has("byteorder") else "little"
-        if order != sys.byteorder:
-            raise UnreadableFileError(f"cannot be read here: its byte order is '{order[:20]}', not '{sys.byteorder}'")
+        if order not in ("little", "big"):
+            raise UnreadableFileError(f"is damaged: its byte order is '{order[:20]}', expected 'little' or 'big'")
+        self._swap = order != sys.byteorder
 
     def has(self, name: str) -> bool:
         """Whether there is a record of that name in the archive's folder."""
@@ -306,9 +298,9 @@ class _Archive:
             raise UnreadableFileError(f"is damaged: its record '{name}' has {info.file_size} bytes, over {_MAX_TEXT}")
         return self._file.read(info)
 
-    def load(self, *, script: bool = False) -> Any:
-        """The content of the main pickle; see `PickleReader`."""
-        return PickleReader(io.BytesIO(self.read("data.pkl")), storage=self.storage, script=script).load()
+    def reader(self, **options: Any) -> PickleReader:
+        """The reader of the main pickle."""
+        return PickleReader(io.BytesIO(self.read("data.pkl")), **options)
 
     def code(self) -> Iterator[tuple[str, str]]:
         """(dotted name, text) of each file of a TorchScript archive that defines classes."""
@@ -316,8 +308,8 @@ class _Archive:
             if match := re.fullmatch(rf"{re.escape(self._folder)}/(code/(.+)\.py)", name):
                 yield match[2].replace("/", "."), self.read(match[1]).decode()
 
-    def storage(self, key: str, dtype: torch.dtype, number: int) -> Storage:
-        """The values behind tensors; a record is read once, so that tensors may share it."""
+    def claimed(self, key: str, dtype: torch.dtype, number: int) -> Storage:
+        """A storage without memory, if there is a record for it."""
         if not re.fullmatch(r"\w+", key, re.ASCII):
             raise UnsafeFileError(f"has a tensor in '{key[:40]}', which points outside the archive; it is refused")
         info = self._records.get(f"{self._folder}/data/{key}")
@@ -325,11 +317,17 @@ class _Archive:
             raise UnreadableFileError(f"is damaged: the values of a tensor are missing (record 'data/{key}')")
         if info.compress_type != zipfile.ZIP_STORED:
             raise UnreadableFileError("was packed anew by a zip program; use the file as torch wrote it")
-        size, expected = info.file_size, number * dtype.itemsize
-        if not 0 <= expected <= size:
-            raise UnreadableFileError(f"is damaged: record 'data/{key}' has {size} bytes, expected {expected}")
+        return claimed(number, dtype, info.file_size, f"record 'data/{key}'")
+
+    def storage(self, key: str, dtype: torch.dtype, number: int) -> Storage:
+        """The values behind tensors; a record is read once, so that tensors may share it."""
+        self.claimed(key, dtype, number)
         if key not in self._storages:
-            self._storages[key] = _in_memory(self._file.read(info))
+            content = bytearray(self._file.read(self._records[f"{self._folder}/data/{key}"]))
+            values = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+            self._storages[key] = values.untyped_storage()
+            if self._swap:
+                self._storages[key].byteswap(dtype)
         return Storage(self._storages[key], dtype)
 
 
@@ -338,7 +336,7 @@ class _Archive:
 
 def _read_torchscript(archive: _Archive) -> dict[str, Tensor]:
     """Parameters and buffers under the names that `torch.jit.load(...).state_dict()` gives them."""
-    root = archive.load(script=True)
+    root = archive.reader(storage=archive.storage, script=True).load()
     if not isinstance(root, Record):
         raise UnreadableFileError("is a TorchScript archive that holds no module")
     classes = _module_classes(archive)

@@ -6,6 +6,7 @@ function of this file. Arrays of NumPy and objects of TorchScript become records
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import pickletools
@@ -115,9 +116,7 @@ class PickleReader(pickle._Unpickler):  # the one in Python, of which every inst
         """The values behind a tensor."""
         if self.storage is None:
             self.refuse("BINPERSID")
-        kind, name, key, _, number, *view = _checked(pid, tuple)
-        if any(view):
-            raise UnreadableFileError("holds views of storages, as torch before 1.0 wrote them; save it again")
+        kind, name, key, _, number = _checked(pid, tuple)[:5]
         if _checked(kind, str) != "storage":
             raise UnsafeFileError(f"refers to a '{kind[:40]}' outside the pickle, not to values of a tensor; refused")
         return self.storage(_checked(key, str), _dtype(name), _checked(number, int))
@@ -190,6 +189,31 @@ _INSTRUCTIONS = (
     "POP_MARK DUP PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL BINPERSID"
 )
 PickleReader.dispatch = _instructions()
+
+
+def check_legacy(stream: BinaryIO, size: int) -> None:
+    """Looks at the pickles of a torch.save file before torch 1.6, of `size` bytes.
+
+    Raises:
+        UnsafeFileError, UnreadableFileError: as `PickleReader.load`; or a tensor claims values that the file lacks, for
+            which torch would hand out whatever memory holds.
+    """
+    keys: set[str] = set()
+
+    def storage(key: str, dtype: torch.dtype, number: int) -> Storage:
+        keys.add(key)
+        return claimed(number, dtype, size, "it")
+
+    *_, stored = [PickleReader(stream, storage=storage).load() for _ in range(5)]
+    if keys != set(stored):
+        raise UnreadableFileError("is damaged: it does not hold the values of each tensor")
+
+
+def claimed(number: int, dtype: torch.dtype, size: int, place: str) -> Storage:
+    """A storage without memory for `number` values that are claimed to stand in `size` bytes of `place`."""
+    if not 0 <= number * dtype.itemsize <= size:
+        raise UnreadableFileError(f"is damaged: {place} has {size} bytes, expected {number * dtype.itemsize}")
+    return Storage(torch.UntypedStorage(number * dtype.itemsize, device="meta"), dtype)
 
 
 def plain(value: Any, done: dict[int, tuple[Any, Any]] | None = None) -> Any:
@@ -277,6 +301,15 @@ def _numbers(values: Any, dtype: Any, shape: Any, order: Any) -> Tensor:
     return torch.from_numpy(array.astype(made).reshape(shape, order=order))
 
 
+def _load_from_bytes(content: Any) -> Storage:
+    """The values of a tensor that was pickled without torch.save: a torch.save file in bytes."""
+    check_legacy(io.BytesIO(_checked(content, bytes, bytearray)), len(content))
+    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    if isinstance(loaded, torch.storage.TypedStorage):
+        return Storage(loaded._untyped_storage, loaded.dtype)
+    return Storage(_checked(loaded, torch.UntypedStorage), torch.uint8)
+
+
 def _encode(text: Any, encoding: Any) -> bytes:
     if encoding not in ("latin1", "latin-1"):
         raise refusal("codecs.encode")
@@ -301,6 +334,7 @@ _CALLS: dict[str, Callable[..., Any] | None] = {
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _tensor_v3,
     "torch._utils._rebuild_parameter": lambda tensor, *_: _checked(tensor, Tensor),
+    "torch.storage._load_from_bytes": _load_from_bytes,
     "numpy.ndarray": None,  # named as an argument only
     "numpy.dtype": lambda *arguments: Record("numpy.dtype", arguments),
     "_codecs.encode": _encode,

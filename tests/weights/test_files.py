@@ -6,6 +6,7 @@ import os
 import pickle
 import pickletools
 import struct
+import sys
 import zipfile
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -122,6 +123,15 @@ def test_pickles_written_by_python_2_are_read(tmp_path):
     )
     (tmp_path / "a.pkl").write_bytes(content)
     assert read_weight_file(tmp_path / "a.pkl").tensors["w"].tolist() == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_pickles_of_tensors_are_read(tmp_path, protocol):
+    content = weights() | {"parameter": nn.Parameter(torch.randn(3))}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
+    found = read_weight_file(tmp_path / "a.pkl")
+    assert_same(found.tensors, {key: value.detach() for key, value in content.items()})
+    assert type(found.tensors["parameter"]) is torch.Tensor
 
 
 def test_numpy_values_in_a_torch_file_are_read(tmp_path):
@@ -253,6 +263,36 @@ def test_an_archive_like_openais_is_the_clip_it_was_made_of(tmp_path):
     expected = torch.jit.load(tmp_path / "RN.pt").state_dict()
     assert_same(found.tensors, expected)
     assert_same({key: found.tensors[key] for key in clip.state_dict()}, clip.state_dict())
+
+
+def test_an_archive_from_a_machine_of_the_other_byte_order_is_read(archive):
+    expected = torch.jit.load(archive).state_dict()
+    other = "big" if sys.byteorder == "little" else "little"
+    size = {f"{archive.stem}/data/{key}": size for key, size in storage_sizes(archive).items()}
+
+    def swap(name: str, content: bytes) -> bytes:
+        if name.endswith("/byteorder"):
+            return other.encode()
+        return np.frombuffer(content, f"u{size[name]}").byteswap().tobytes() if name in size else content
+
+    assert_same(read_weight_file(rewrite(archive, swap)).tensors, expected)
+
+
+def storage_sizes(path: Path) -> dict[str, int]:
+    """Bytes of one value in each storage of an archive."""
+    with zipfile.ZipFile(path) as file:
+        operations = list(pickletools.genops(file.read(f"{path.stem}/data.pkl")))
+    widths = {"FloatStorage": 4, "HalfStorage": 2, "LongStorage": 8}
+    found, width, texts, memo = {}, 4, [], []
+    for opcode, argument, _ in operations:
+        if opcode.name == "BINPUT" or opcode.name == "LONG_BINPUT":
+            memo.append((texts or [None])[-1])
+        texts.append(memo[argument] if opcode.name in ("BINGET", "LONG_BINGET") else argument)
+        if isinstance(texts[-1], str) and texts[-1].startswith("torch ") and texts[-1][6:] in widths:
+            width = widths[texts[-1][6:]]
+        elif opcode.name == "BINUNICODE" and str(argument).isdigit():
+            found[argument] = width
+    return found
 
 
 @pytest.mark.parametrize(
@@ -629,7 +669,7 @@ def test_a_state_that_would_change_what_an_object_is_is_refused(tmp_path, conten
 # ---- files that are something else ----
 
 
-@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+@pytest.mark.parametrize("name", ["a.pth", "a.pkl", "a.safetensors", "a.pt"])
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -641,6 +681,9 @@ def test_a_state_that_would_change_what_an_object_is_is_refused(tmp_path, conten
             "is a pointer of Git LFS .*git lfs pull",
         ),
         (b'{"error": "not authorised"}', "is a text .*not authorised.*refuses a download"),
+        (b"\x1f\x8b\x08rest", r"is a packed archive \(gzip\); unpack it"),
+        (b"\0" * 257 + b"ustar" + b"\0" * 300, r"is a packed archive \(tar\)"),
+        (b"\x89HDF\r\n\x1a\n", "is an HDF5 file"),
     ],
 )
 def test_what_people_mistake_for_weights_is_told(tmp_path, name, content, says):
