@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fcclip.comm import all_gather_object, broadcast_object, is_main_process
+from fcclip.comm import all_gather_object, broadcast_object, get_rank, get_world_size, is_main_process
 from fcclip.engine import guards
 from fcclip.engine.checkpoint import Saving, load_training_state
 from fcclip.engine.environment import peak_memory_mb, random_state, set_random_states
@@ -31,6 +31,7 @@ from fcclip.engine.optimizer import StepSettings, check_same_groups, trainable_p
 from fcclip.engine.recording import Recorder
 from fcclip.engine.signals import StopRequest, StopRequested
 from fcclip.engine.step import StepClock, StepLosses
+from fcclip.errors import InputError
 from fcclip.structures import TrainingBatch
 from fcclip.weights import load_state
 
@@ -94,6 +95,9 @@ class Trainer:
         self._grad_norm = math.nan
         self._lr = 0.0
         self._asked_to_stop = False
+        self._is_between_steps = True
+        self._batch: Batch | None = None  # the last one
+        self._failure: Exception | None = None  # why there is no next one
         self._skips_in_a_row = 0
         self._scaler_skips_in_a_row = 0
 
@@ -117,9 +121,10 @@ class Trainer:
         self.model.train()
         writing = self.checkpointer or contextlib.nullcontext()
         with writing, self.recorder.recording(self.iteration), contextlib.suppress(_StoppedError):
-            self._iterate()
-            self.recorder.close_bar()
-            self._evaluate()
+            with self._saving_on_error():
+                self._iterate()
+                self.recorder.close_bar()
+                self._evaluate()
             return True
         logger.info("stopped after iteration %d; go on with --resume", self.iteration - 1)
         return False
@@ -144,13 +149,16 @@ class Trainer:
     def step(self, batches: Iterator[Batch]) -> None:
         """One iteration: a batch, its losses and gradients, one step of the optimiser and of the schedule."""
         self._clock.start()
-        batch = next(batches)
+        batch = self._next(batches)
         self._clock.mark("data_time")
         with guards.explaining_full_memory(batch, self.model, device=self.device, iteration=self.iteration):
             losses = self.compute_gradients(batch)
+            if losses.failed:
+                self._leave()
             self.scaler.unscale_(self.optimizer)
             self._grad_norm = self.clip_gradients()
             self._check_gradients(batch)
+            self._is_between_steps = False
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self._clock.mark("step_time")
@@ -166,6 +174,7 @@ class Trainer:
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
             self.scheduler.step()
         self.iteration += 1
+        self._is_between_steps = True
 
     def compute_gradients(self, batch: Batch) -> StepLosses:
         """Leaves the gradients of a whole batch, times the scale of the loss scaler, and returns its losses.
@@ -184,7 +193,8 @@ class Trainer:
                 losses.add(weighted)
                 self._clock.mark("forward_time")
                 if part is last:  # before the backward pass is queued, so that waiting for them never waits for it
-                    losses.send(stop=self.stop is not None and self.stop.requested)
+                    stop = self.stop is not None and self.stop.requested
+                    losses.send(stop=stop, failed=self._failure is not None)
                 self.scaler.scale(sum(weighted.values())).backward()
                 self._clock.mark("backward_time")
         guards.check_losses(losses, batch, iteration=self.iteration)
@@ -221,6 +231,46 @@ class Trainer:
         if self.device.type == "cuda":
             scalars["max_memory_mb"] = peak_memory_mb(self.device)
         return scalars
+
+    # ---- errors that leave the weights good ----
+
+    @contextlib.contextmanager
+    def _saving_on_error(self) -> Iterator[None]:
+        """Saves what was trained before an error ends it. With several processes the others may be anywhere then, so
+        that only errors of which all know are saved after (`_leave`); one after which numbers are not finite never is.
+        """
+        began = self.iteration
+        try:
+            yield
+        except (NonFiniteError, _StoppedError):
+            raise
+        except Exception:
+            alone = self.checkpointer is not None and get_world_size() == 1
+            if alone and self._is_between_steps and self.iteration > began:
+                self._save_and_say()
+            raise
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. A process of several that has none takes part with the last one in a step that is not taken,
+        so that all know of it."""
+        try:
+            self._batch = next(batches)
+        except Exception as error:
+            if self._batch is None or get_world_size() == 1:
+                raise
+            self._failure = error
+        return self._batch
+
+    def _leave(self) -> None:
+        """Saves, and raises on every process, because one of them has no batch."""
+        failures = all_gather_object(f"process {get_rank()}: {self._failure}" if self._failure else "")
+        if self.checkpointer is not None:
+            self._save_and_say()
+        raise self._failure or InputError("; ".join(filter(None, failures)))
+
+    def _save_and_say(self) -> None:
+        self.save()
+        logger.info("saved what was trained up to iteration %d; go on with --resume", self.iteration - 1)
 
     # ---- numbers that are not finite ----
 

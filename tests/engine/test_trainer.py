@@ -20,6 +20,7 @@ from fcclip.engine import (
     load_checkpoint,
 )
 from fcclip.engine.metrics import JsonWriter
+from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import frozen_notes, load_weights
 from tests.engine.toys import assert_trained_alike, make_batch, toy_batches, train_plainly
@@ -60,6 +61,35 @@ def test_an_iteration_is_a_clipped_step_at_the_rate_of_the_schedule(toy, toy_tra
     train_plainly(plain)
     assert_trained_alike(trainer.model, plain)
     assert_equal_weights(frozen, trainer.model.backbone.state_dict())
+
+
+def broken_after(number):
+    """Batches of which the one after `number` cannot be read."""
+
+    def batches(start):
+        yield from itertools.islice(toy_batches(start), number - start)
+        raise InputError("150.jpg: cannot be read as an image")
+
+    return batches
+
+
+def test_what_was_trained_before_a_broken_image_is_saved_and_resumed(toy, toy_trainer, folders, caplog):
+    whole = toy_trainer(toy(), folder=folders[0])
+    whole.train()
+    broken = toy_trainer(toy(), folder=folders[1], batches=broken_after(3))
+    with pytest.raises(InputError, match=r"150\.jpg"), caplog.at_level(logging.INFO, logger="fcclip"):
+        broken.train()
+    assert (folders[1] / "last_checkpoint").read_text() == "model_0000002.pth" and "--resume" in caplog.text
+    repaired = toy_trainer(toy(seed=1), folder=folders[1])
+    repaired.resume(folders[1] / "model_0000002.pth")
+    repaired.train()
+    assert_equal_weights(weights_of(whole.model), weights_of(repaired.model))
+
+
+def test_without_a_step_nothing_is_saved_after_an_error(toy, toy_trainer, tmp_path):
+    with pytest.raises(InputError):
+        toy_trainer(toy(), folder=tmp_path, batches=broken_after(0)).train()
+    assert not list(tmp_path.glob("*.pth"))
 
 
 class SumModel(torch.nn.Module):

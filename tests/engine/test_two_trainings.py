@@ -56,6 +56,14 @@ def test_a_broken_loss_of_one_process_makes_both_leave_the_step_out(folder):
     assert not torch.equal(told["model"]["void_embedding.weight"], whole["model"]["void_embedding.weight"])
 
 
+def test_both_processes_save_and_say_why_when_one_has_no_batch(folder):
+    told = left_by_both(folder / "unreadable")
+    assert told["error"] == "process 1: 150.jpg cannot be read" and told["iteration"] == 3
+    saved = load_checkpoint(folder / "unreadable" / "model_0000002.pth")
+    assert saved["iteration"] == 2 and {float(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
+    assert_equal_weights(saved["model"], {key: told["model"][key] for key in saved["model"]})
+
+
 @pytest.mark.parametrize("asked", [0, 1])
 def test_both_processes_stop_when_one_is_asked_and_go_on_alike(folder, asked):
     told = left_by_both(folder / f"stop_{asked}")

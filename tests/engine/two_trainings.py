@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.comm import all_gather_object, get_rank
 from fcclip.engine import StopRequest, Trainer
+from fcclip.errors import InputError
 from tests.engine import training_processes
 from tests.engine.toys import ToyModel, make_batch, make_trainer
 
@@ -56,6 +57,22 @@ def meet_a_broken_loss(folder: Path) -> None:
     trainer = trainer_in(folder, batches=broken_on_process_1, max_skips=1)
     trainer.train()
     tell(folder, trainer)
+
+
+def meet_an_unreadable_image(folder: Path) -> None:
+    """Process 1 has no batch in iteration 3."""
+
+    def unreadable(start: int) -> Iterator[list[dict]]:
+        for position, batch in enumerate(batches(start), start):
+            if position == 3 and get_rank() == 1:
+                raise InputError("150.jpg cannot be read")
+            yield batch
+
+    trainer = trainer_in(folder, batches=unreadable, checkpoint_period=0)
+    try:
+        trainer.train()
+    except InputError as error:
+        tell(folder, trainer, error=str(error), iteration=trainer.iteration)
 
 
 def stop_and_resume(folder: Path, *, asked: int) -> None:
@@ -104,6 +121,7 @@ def everything(folder: str) -> None:
     whole.train()
     tell(root / "whole", whole)
     meet_a_broken_loss(root / "skip")
+    meet_an_unreadable_image(root / "unreadable")
     stop_and_resume(root / "stop_0", asked=0)
     stop_and_resume(root / "stop_1", asked=1)
     stop_in_an_evaluation(root / "stop_evaluation")
