@@ -27,6 +27,7 @@ from fcclip.data.mappers import PanopticJitterMapper
 from fcclip.engine import REQUEUE_EXIT_CODE, RunLock, best_choice, load_checkpoint
 from fcclip.losses import SetCriterion
 from tests.conftest import tiny_config
+from tests.engine.programs import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -414,9 +415,11 @@ def test_a_program_that_is_asked_to_stop_saves_and_leaves_with_75(config, enviro
         text=True,
     )
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE_S
         while not ((out / "metrics.json").is_file() and (out / "metrics.json").read_text()):
-            assert program.poll() is None and time.monotonic() < until, program.communicate()[0]
+            if program.poll() is not None or time.monotonic() > until:
+                program.kill()  # else its output never ends
+                pytest.fail(program.communicate()[0])
             time.sleep(0.1)
         program.send_signal(number)
         text = program.communicate(timeout=60)[0]
