@@ -12,10 +12,9 @@ from fcclip.checks.machine import check_disk, check_machine, check_output_folder
 from fcclip.checks.training import check_evaluation, check_settings
 from fcclip.checks.vocabulary import check_vocabularies
 from fcclip.checks.weights import check_model, check_weights
-from fcclip.config import keys_without_effect, load_config
+from fcclip.config import load_config, told_without_effect
 from fcclip.data import distinct_datasets
 from fcclip.engine import scale_to_world_size
-from fcclip.files import listed
 from fcclip.finetuning import check_finetuning
 from fcclip.finetuning.replay import with_replay_mapper
 
@@ -42,11 +41,8 @@ def check_run(
     with issues.section("config"):
         cfg = load_config(config, overrides)
         issues.add(OK, f"{config}: {len(overrides) // 2} keys overridden" if overrides else f"{config}: read")
-        reasons: dict[str, list[str]] = {}
-        for key, why in keys_without_effect(config).items():
-            reasons.setdefault(why, []).append(key)
-        for why, keys in reasons.items():
-            issues.add(NOTE, f"without effect, because {why}: {listed(keys)}")
+        if unused := told_without_effect(config):
+            issues.add(NOTE, f"keys without effect: {unused}")
     if cfg is None:
         return issues
     if weights:

@@ -26,6 +26,15 @@ of_deeplab = without_effect("of DeepLab")
 unread = without_effect("published key that nothing reads")
 
 
+# Groups and keys of detectron2's other models, which its dumped configs hold.
+OTHER_MODELS = (
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "GLOBAL",
+    "MODEL.ANCHOR_GENERATOR", "MODEL.FPN", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR", "MODEL.RESNETS",
+    "MODEL.RETINANET", "MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_HEADS", "MODEL.ROI_KEYPOINT_HEAD",
+    "MODEL.ROI_MASK_HEAD", "MODEL.RPN", "MODEL.SWIN", "TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD",
+)  # fmt: skip
+
+
 def get_cfg() -> CfgNode:
     """A fresh tree of all keys at their defaults."""
     return all_keys().tree()
@@ -246,7 +255,7 @@ def _solver() -> Keys:
     solver.IMS_PER_BATCH = 16  # images per step over all processes
     solver.BASE_LR = 0.001
     solver.MOMENTUM = 0.9  # SGD only
-    solver.NESTEROV = False  # SGD only
+    solver.NESTEROV = without_effect("published SGD is built without it")(False)
     solver.WEIGHT_DECAY = 0.0001
     solver.WEIGHT_DECAY_NORM = 0.0  # of norm layers
     solver.WEIGHT_DECAY_EMBED = 0.0  # of nn.Embedding

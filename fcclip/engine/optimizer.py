@@ -85,8 +85,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: unknown SOLVER.OPTIMIZER, or nothing to train.
     """
     solver = cfg.SOLVER
-    momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-    known = {"ADAMW": (torch.optim.AdamW, {}), "SGD": (torch.optim.SGD, momentum)}
+    known = {"ADAMW": (torch.optim.AdamW, {}), "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM})}
     optimizer, options = lookup("SOLVER.OPTIMIZER", solver.OPTIMIZER, known)
     groups = parameter_groups(
         model,

@@ -292,8 +292,7 @@ def test_another_clip_than_that_of_the_training_is_named(root, tmp_path):
 def test_clip_weights_of_another_architecture_are_named(root, tmp_path):
     changes = {"ln_final.weight": None, "positional_embedding": torch.zeros(77, 32)}
     error = the_error(checked(PRETRAINED, clip_file(tmp_path / "other.safetensors", **changes)))
-    assert "1 of another shape (e.g. positional_embedding" in error.text
-    assert "1 missing (e.g. ln_final.weight" in error.text
+    assert "positional_embedding" in error.text and "ln_final.weight" in error.text
 
 
 def test_a_clip_of_random_weights_is_a_warning(root):

@@ -31,7 +31,16 @@ except ModuleNotFoundError as error:
         "PYTHONPATH. Everything else in fcclip works without it."
     ) from error
 
-from fcclip.integrations.detectron2.catalog import DatasetMapper, metadata_vocabulary, register_own_data
+from fcclip.integrations.detectron2.catalog import (
+    COCOInstanceNewBaselineDatasetMapper,
+    COCOPanopticNewBaselineDatasetMapper,
+    DatasetMapper,
+    MaskFormerInstanceDatasetMapper,
+    MaskFormerPanopticDatasetMapper,
+    MaskFormerSemanticDatasetMapper,
+    metadata_vocabulary,
+    register_own_data,
+)
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
 from fcclip.integrations.detectron2.config import add_fcclip_config, add_maskformer2_config
 from fcclip.integrations.detectron2.model import FCCLIP, TRANSFORMER_DECODER_REGISTRY
@@ -46,9 +55,14 @@ from fcclip.integrations.detectron2.training import InstanceSegEvaluator, Traine
 __all__ = [
     "FCCLIP",
     "TRANSFORMER_DECODER_REGISTRY",
+    "COCOInstanceNewBaselineDatasetMapper",
+    "COCOPanopticNewBaselineDatasetMapper",
     "Checkpointer",
     "DatasetMapper",
     "InstanceSegEvaluator",
+    "MaskFormerInstanceDatasetMapper",
+    "MaskFormerPanopticDatasetMapper",
+    "MaskFormerSemanticDatasetMapper",
     "Trainer",
     "add_fcclip_config",
     "add_maskformer2_config",

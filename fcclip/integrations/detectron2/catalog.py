@@ -198,7 +198,13 @@ class DatasetMapper:
         ValueError: an unknown mapper, or values of INPUT that cannot work.
     """
 
+    name = ""  # of the mapper; "": INPUT.DATASET_MAPPER_NAME
+
     def __init__(self, cfg: CfgNode, is_train: bool = True) -> None:
+        if self.name:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.INPUT.DATASET_MAPPER_NAME = self.name
         self.is_train = is_train
         self._map = build_train_mapper(cfg, _label_metadata(cfg)) if is_train else build_test_mapper(cfg)
 
@@ -214,6 +220,36 @@ class DatasetMapper:
         sample = self._map(record, np.random)
         sample["instances"] = instances_from_targets(sample.pop("targets"))
         return sample
+
+
+class COCOInstanceNewBaselineDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "coco_instance_lsj"
+
+
+class COCOPanopticNewBaselineDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "coco_panoptic_lsj"
+
+
+class MaskFormerInstanceDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "mask_former_instance"
+
+
+class MaskFormerPanopticDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "mask_former_panoptic"
+
+
+class MaskFormerSemanticDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "mask_former_semantic"
 
 
 def _label_metadata(cfg: CfgNode) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from detectron2.data import (
 from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import META_ARCH_REGISTRY
 
+import fcclip
 from fcclip.data import DATASETS, build_test_mapper, build_train_mapper, get_dataset
 from fcclip.integrations.detectron2 import (
     DatasetMapper,
@@ -146,7 +147,7 @@ def test_classes_that_detectron2_learns_from_the_file_are_known(tmp_path):
         ({"stuff_classes": ["sky"], "thing_dataset_id_to_contiguous_id": {1: 79}}, "have 1 classes, but .* up to 79"),
         (
             {"stuff_classes": ["cat", " , "], "thing_dataset_id_to_contiguous_id": {}},
-            "data set 'mine' cannot be read as class names: entry 1 .* has no name",
+            "data set 'mine' cannot be read as class names: .*class 1 has no synonym",
         ),
     ],
 )
@@ -179,6 +180,19 @@ def test_training_samples_are_fcclips_with_instances(shapes, both_cfgs):
     assert torch.equal(mapped.gt_masks, instances.gt_masks) and torch.equal(mapped.gt_classes, instances.gt_classes)
     assert torch.equal(sample.pop("image"), expected.pop("image"))
     assert sample == expected
+
+
+def test_a_published_mapper_is_that_of_its_name_whatever_the_config_says(shapes, both_cfgs):
+    cfg, _ = both_cfgs()
+    record = get_dataset("shapes_train").records()[0]
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_panoptic_lsj"
+    np.random.seed(3)
+    expected = DatasetMapper(cfg)(record)
+    cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
+    np.random.seed(3)
+    sample = fcclip.COCOPanopticNewBaselineDatasetMapper(cfg)(record)
+    assert torch.equal(sample["image"], expected["image"])
+    assert torch.equal(sample["instances"].gt_masks, expected["instances"].gt_masks)
 
 
 def test_test_samples_are_fcclips(shapes, both_cfgs):

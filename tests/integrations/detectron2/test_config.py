@@ -60,6 +60,16 @@ def test_every_shipped_file_means_the_same_in_detectron2(path):
         assert values[key] == value or (not set_by_the_file and values[key] == before[key]), key
 
 
+def test_a_config_that_detectron2_dumps_is_read(tmp_path):
+    cfg = completed()
+    cfg.SOLVER.MAX_ITER = 77
+    path = tmp_path / "config.yaml"
+    path.write_text(cfg.dump())
+    ours = flat(load_config(path))
+    assert ours["SOLVER.MAX_ITER"] == 77
+    assert {key: ours[key] for key in ours if key in flat(get_cfg())}.items() <= flat(cfg).items()
+
+
 def test_what_is_no_config_of_detectron2_is_refused():
     with pytest.raises(ValueError, match=r"made by detectron2.config.get_cfg\(\), got fvcore.common.config.CfgNode"):
         add_fcclip_config(own_defaults())
