@@ -1,4 +1,4 @@
-"""Annotations with something wrong in them: check, training and evaluation agree, and nothing is lost without a word."""
+"""Annotations with something wrong in them: check, training and evaluation agree, nothing is lost in silence."""
 
 import json
 import os
