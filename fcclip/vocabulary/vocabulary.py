@@ -52,12 +52,14 @@ class ClassEntry:
             unless it is a label only: no plain English ("wall-other-merged"), misleading alone ("crane"), or the name
             of another class too.
         thing: countable, in contrast to stuff.
+        color: published (R, G, B), 0..255; None: there is none.
     """
 
     id: int
     name: str
     synonyms: tuple[str, ...]
     thing: bool = True
+    color: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class Vocabulary:
     def from_file(cls, path: str | Path, things: Iterable[int] | None = None) -> Vocabulary:
         """A vocabulary from our JSON, or from the published text format (`id:name,synonym,…`, one class a line).
 
-        The JSON is {"name", "version", "classes": [{"id", "name", "synonyms", "thing"}, …]}. A class with
+        The JSON is {"name", "version", "classes": [{"id", "name", "synonyms", "thing", "color"}, …]}. A class with
         `"label_only": true` is shown by its name, and CLIP's text tower reads only its synonyms.
 
         The text format is split at the first colon; lines named `invalid_class_id` are dropped; the order of the lines
@@ -326,7 +328,11 @@ def _parse_json(text: str, path: Path) -> tuple[str, list[ClassEntry]]:
             synonyms = synonyms[1:]
         if not synonyms:
             raise InputError(f"vocabulary file '{path}': '{name}' is label_only, so it needs at least one synonym")
-        classes.append(ClassEntry(int(entry.get("id", index)), name, synonyms, bool(entry.get("thing", True))))
+        color = entry.get("color")
+        if color is not None and (len(color) != 3 or not all(isinstance(part, int) for part in color)):
+            raise InputError(f"vocabulary file '{path}': '{name}' has the color {color!r}, expected [R, G, B]")
+        identifier, thing = int(entry.get("id", index)), bool(entry.get("thing", True))
+        classes.append(ClassEntry(identifier, name, synonyms, thing, color and tuple(color)))
     return str(data.get("name", path.stem)), classes
 
 

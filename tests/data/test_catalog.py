@@ -157,3 +157,11 @@ def test_a_record_says_what_was_published_of_the_data_set(name):
         assert dataset.published_count > 0 and dataset.published_vocabulary.endswith("_with_prompt_eng.txt")
     assert dataset.evaluators == EVALUATORS[dataset.metadata["evaluator_type"]]
     assert dataset.test_size == ((1024, 2560) if "cityscapes" in name or "mapillary" in name else (800, 1333))
+
+
+def test_colours_and_names_by_index_are_those_of_the_published_metadata():
+    metadata = get_dataset("openvocab_coco_2017_val_panoptic_with_sem_seg").metadata
+    assert metadata["stuff_colors"][0] == [220, 20, 60] and len(metadata["stuff_colors"]) == 133
+    assert len(metadata["thing_colors"]) == 80
+    assert metadata["contiguous_id_to_class_name"][2] == "car"
+    assert "stuff_colors" not in get_dataset("openvocab_pascal21_sem_seg_val").metadata
