@@ -317,6 +317,7 @@ def _test() -> Keys:
     test.EXPECTED_RESULTS = []  # [[task, metric, expected, tolerance], ...], checked after evaluation
     test.MODE = "ensemble"  # or in_vocabulary (alpha = beta = 0), out_of_vocabulary (alpha = beta = 1)
     test.BATCH_SIZE = 1
+    test.BOUNDARY_IOU = False  # of each class, beside mIoU
     test.AUG = Keys()
     test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each image
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels

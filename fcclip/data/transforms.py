@@ -407,7 +407,10 @@ def _torch_nearest(size: int, new_size: int) -> np.ndarray:
 def _clipped(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """Corners (k, 2) of a polygon -> those of its part inside (0, 0)..(width, height), side after side of the window
     (Sutherland and Hodgman 1974); none if that part has no area. What leaves the window and comes back stays one
-    polygon, joined along the border, where it covers no pixel."""
+    polygon, joined along the border, where it covers no pixel.
+
+    A polygon that crosses itself keeps all its parts, as evaluation counts them by the rule of the COCO tools; the
+    published mapper repairs it before a crop, which drops some of them, and fills all of them without one."""
     if len(points) == 0 or (points.min() >= 0 and (points <= (width, height)).all()):
         return points
     sides: Sequence[tuple[int, float, float]] = ((0, 0.0, 1.0), (0, width, -1.0), (1, 0.0, 1.0), (1, height, -1.0))

@@ -5,6 +5,7 @@ evaluators.py build_evaluators: which evaluators a data set gets
 ground_truth.py  GroundTruth and Evaluator: what the runner hands over and expects
 panoptic.py   PanopticEvaluator: panoptic quality of id maps
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
+boundary.py   BoundaryEvaluator: boundary IoU of each class
 instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
 cityscapes.py CityscapesInstanceEvaluator, CityscapesSemanticEvaluator: the protocol of cityscapesScripts
@@ -18,6 +19,7 @@ histograms.py joint histograms of two maps
 averages.py   unweighted means over classes, over seen and unseen ones
 """
 
+from fcclip.evaluation.boundary import BoundaryEvaluator
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
@@ -39,6 +41,7 @@ from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import EvaluationThreads
 
 __all__ = [
+    "BoundaryEvaluator",
     "CityscapesInstanceEvaluator",
     "CityscapesSemanticEvaluator",
     "ClassCounts",
