@@ -16,11 +16,12 @@ from fcclip.modeling import build_model, test_modes
 from fcclip.modeling.build import META_ARCHITECTURES
 from fcclip.structures import TrainingBatch
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import frozen_prefixes, load_weights, model_weights, save_weights
+from fcclip.weights import frozen_prefixes, load_weights, model_weights
 from tests.conftest import tiny_config, tiny_frozenseg
 from tests.evaluation import tiny_world
 from tests.modeling.test_fcclip import sample_image, training_sample
 from tests.tools.conftest import REPOSITORY, load_program
+from tests.weight_files import save_weights
 
 SMALLEST = {"FCCLIP": tiny_config, "FrozenSeg": tiny_frozenseg}  # name -> the config of a model that trains in a moment
 TRAINING = Vocabulary.from_names("cup; sea:stuff; dog", name="train")

@@ -80,7 +80,7 @@ def _check_fit(issues: Issues, file: WeightFile, model: nn.Module, name: str, *,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that tensors without values are not written to
         if training and is_mask2former(file.tensors):
-            start = initialise_from(heads, file.tensors, versions=file.versions, source=name)
+            start = initialise_from(heads, file.tensors, source=name)
             what = f"{len(start.taken)} tensors taken, {len(start.fresh)} stay fresh"
             issues.add(OK, f"a start from Mask2Former: {what}")
             return

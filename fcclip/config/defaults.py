@@ -26,6 +26,15 @@ of_deeplab = without_effect("of DeepLab")
 unread = without_effect("published key that nothing reads")
 
 
+# Groups and keys of detectron2's other models, which its dumped configs hold.
+OTHER_MODELS = (
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "GLOBAL",
+    "MODEL.ANCHOR_GENERATOR", "MODEL.FPN", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR", "MODEL.RESNETS",
+    "MODEL.RETINANET", "MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_HEADS", "MODEL.ROI_KEYPOINT_HEAD",
+    "MODEL.ROI_MASK_HEAD", "MODEL.RPN", "MODEL.SWIN", "TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD",
+)  # fmt: skip
+
+
 def get_cfg() -> CfgNode:
     """A fresh tree of all keys at their defaults."""
     return all_keys().tree()
@@ -79,9 +88,7 @@ def _model() -> Keys:
 
     model.RESNETS = _resnets()
     model.FC_CLIP = _fc_clip()  # published files of FrozenSeg call it MODEL.FROZEN_SEG
-    model.SAM_NAME = changes_meaning(
-        "vit_b"
-    )  # FrozenSeg: vit_b, vit_l, vit_h, or the path of a JSON (backbones/sam.py)
+    model.SAM_NAME = changes_meaning("vit_b")  # of FrozenSeg: vit_b, vit_l, vit_h, or a JSON (backbones/sam.py)
     # Of SAM: a file, or the folder with Meta's; "" for random weights, or where MODEL.WEIGHTS hold SAM too.
     model.SAM_WEIGHTS = harmless("pretrained_checkpoint")
     model.SAM_RESIZE = changes_meaning("squash")  # images become squares: squash (published) | pad, which keeps aspect
@@ -125,7 +132,6 @@ def _fc_clip() -> Keys:
     fc_clip.VOCABULARIES = harmless("")
     fc_clip.TEXT_CACHE_DIR = harmless("")  # text features on disk; "": the user's cache folder
     fc_clip.QUICK_GELU = chooses_clip("auto")  # auto | on | off: activation of the CLIP; auto: on for OpenAI weights
-    fc_clip.ZERO_BOXES = changes_prediction(False)  # the published all-zero boxes instead of real ones
     return fc_clip
 
 
@@ -224,7 +230,6 @@ def _dataloader() -> Keys:
     loader.SAMPLER_TRAIN = "TrainingSampler"  # or RepeatFactorTrainingSampler, which shows rare classes more often
     loader.REPEAT_THRESHOLD = 0.0
     loader.REPEAT_SQRT = True
-    loader.MAX_BAD_IMAGES = harmless(0)  # unreadable images skipped and named in each process before training stops
     return loader
 
 
@@ -260,7 +265,7 @@ def _solver() -> Keys:
     solver.IMS_PER_BATCH = 16  # images per step over all processes
     solver.BASE_LR = 0.001
     solver.MOMENTUM = 0.9  # SGD only
-    solver.NESTEROV = False  # SGD only
+    solver.NESTEROV = without_effect("published SGD is built without it")(False)
     solver.WEIGHT_DECAY = 0.0001
     solver.WEIGHT_DECAY_NORM = 0.0  # of norm layers
     solver.WEIGHT_DECAY_EMBED = 0.0  # of nn.Embedding
@@ -285,8 +290,7 @@ def _solver() -> Keys:
     solver.REFERENCE_WORLD_SIZE = 0  # processes that batch and learning rate were chosen for; 0: no scaling
     solver.ACCUMULATE = 1  # micro-batches that a step is cut into; same result, less memory
     solver.CE_NORM = "rank"  # class loss divided by the weights of the rank (published), or "global"
-    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row | rollback, go back to the
-    # last checkpoint and leave out the step when it comes again.
+    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row.
     solver.NON_FINITE = harmless("raise")
     solver.CLIP_GRADIENTS = Keys()
     solver.CLIP_GRADIENTS.ENABLED = False
@@ -297,7 +301,7 @@ def _solver() -> Keys:
     solver.AMP.ENABLED = False  # mixed precision in training, where the device has it
     solver.AMP.DTYPE = "float16"  # or bfloat16
     solver.BEST = Keys(harmless)
-    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": the val split of the training set if present
+    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": no best.pth is kept
     solver.BEST.METRIC = "panoptic_seg/PQ"
     return solver
 
@@ -329,8 +333,7 @@ def _test() -> Keys:
     test.SAM_MASK_PRED_ALPHA = changes_prediction(0.2)  # their share in the scores of unseen classes
     test.SAM_MASKS_DIR = changes_prediction("output/SAM_masks_pred")
     test.PKL_SAM_MODEL_NAME = changes_prediction("vit_h")
-    test.QUERY_CHUNK = 0  # masks held at the output size at once; 0: what fits into 64 MiB (GPU: 256 MiB)
-    test.CLASS_CHUNK = 0  # classes whose semantic scores are held at once, some rows of them; 0: all
+    test.BOUNDARY_IOU = False  # of each class, beside mIoU
     test.AUG = Keys()
     test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each image
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels

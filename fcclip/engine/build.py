@@ -14,11 +14,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.comm import get_world_size
-from fcclip.config import lookup
+from fcclip.config import flatten, lookup
 from fcclip.engine.checkpoint import Checkpointer, Saving
 from fcclip.engine.evaluating import PeriodicEvaluation
-from fcclip.engine.guards import OnNonFinite
-from fcclip.engine.metrics import Writer, build_writers, check_wandb
+from fcclip.engine.guards import max_skips
+from fcclip.engine.metrics import (
+    JsonWriter,
+    LineWriter,
+    TensorBoardWriter,
+    WandbWriter,
+    Writer,
+    check_wandb,
+)
 from fcclip.engine.optimizer import StepSettings, build_gradient_clipping, build_optimizer
 from fcclip.engine.progress_bar import build_progress_bar
 from fcclip.engine.recording import Recorder
@@ -73,7 +80,7 @@ def build_trainer(
             gradient_clipping=build_gradient_clipping(cfg),
             amp_dtype=amp_dtype(cfg, device),
             accumulate=solver.ACCUMULATE,
-            on_non_finite=OnNonFinite.parse(solver.NON_FINITE),
+            max_skips=max_skips(solver.NON_FINITE),
         ),
         saving=Saving(
             checkpointer=None if output_dir is None else Checkpointer(output_dir, keep=solver.CHECKPOINT_KEEP),
@@ -89,12 +96,18 @@ def build_trainer(
 
 def build_recorder(cfg: CfgNode, output_dir: Path) -> Recorder:
     """The writers that a config asks for, and a bar where there is a terminal."""
-    max_iter, wandb = cfg.SOLVER.MAX_ITER, None
-    if cfg.WANDB.PROJECT:
-        wandb = {name.lower(): value for name, value in cfg.WANDB.items()} | {"config": cfg.dump()}
+    max_iter, wandb = cfg.SOLVER.MAX_ITER, cfg.WANDB
 
     def writers(start: int) -> list[Writer]:
-        return build_writers(output_dir, max_iter=max_iter, start=start, wandb=wandb)
+        built = [
+            LineWriter(max_iter=max_iter),
+            JsonWriter(output_dir / "metrics.json", start=start),
+            TensorBoardWriter(output_dir, start=start),
+        ]
+        if wandb.PROJECT:
+            names = {"project": wandb.PROJECT, "name": wandb.NAME, "entity": wandb.ENTITY}
+            built.append(WandbWriter(output_dir, start=start, config=flatten(cfg), **names))
+        return built
 
     return Recorder(writers=writers, progress=lambda start: build_progress_bar(max_iter=max_iter, start=start))
 
@@ -119,7 +132,7 @@ def check_training(cfg: CfgNode, vocabulary: Vocabulary, *, world_size: int) -> 
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be split evenly over {world_size} process(es) with "
             f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
         )
-    OnNonFinite.parse(solver.NON_FINITE)
+    max_skips(solver.NON_FINITE)
     check_wandb(cfg.WANDB.PROJECT)
 
 

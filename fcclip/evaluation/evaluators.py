@@ -11,6 +11,7 @@ from fvcore.common.config import CfgNode
 from fcclip.config import lookup
 from fcclip.data import EVALUATORS, Dataset
 from fcclip.errors import InputError
+from fcclip.evaluation.boundary import BoundaryEvaluator
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from fcclip.evaluation.ground_truth import Evaluator
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth
@@ -70,6 +71,8 @@ def build_evaluators(
             yield instance_evaluator(**common, truth=truth, dataset_ids=things, folder=mode_folder)
         if "semantic" in tasks:
             yield SemanticEvaluator(**common, ignore_label=metadata["ignore_label"])
+            if cfg.TEST.BOUNDARY_IOU:
+                yield BoundaryEvaluator(class_names=names, ignore_label=metadata["ignore_label"])
 
     return {mode: list(build(mode_folder)) for mode, mode_folder in mode_folders(folder, modes).items()}
 
@@ -113,9 +116,7 @@ def _instance_truth(dataset: Dataset) -> InstanceTruth | None:
     """
     path = dataset.metadata.get("json_file")
     if path:
-        truth = InstanceTruth.read(path)
-        own = "yaml_file" in dataset.metadata
-        return truth.completed(dataset.metadata["thing_dataset_id_to_contiguous_id"]) if own else truth
+        return InstanceTruth.read(path, dataset.metadata["thing_dataset_id_to_contiguous_id"])
     if dataset.metadata["evaluator_type"] == "coco_panoptic_seg" and dataset.metadata.get("panoptic_json"):
         return None
     raise InputError(

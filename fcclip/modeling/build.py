@@ -59,18 +59,10 @@ def build_model(
 
 
 def compile_parts(model: FCCLIP, names: str) -> None:
-    """Gives parts of a model to torch.compile, in place: keys of the state dict stay.
-
-    Args:
-        model: whose parts.
-        names: of `COMPILABLE`, separated by commas; "" compiles nothing.
-
-    Raises:
-        ValueError: an unknown part.
-    """
+    """Gives parts of a model to torch.compile, in place; `names` of `COMPILABLE` are separated by commas."""
     # the cached functions of these parts depend on their arguments alone
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    for name in filter(None, (one.strip() for one in names.split(","))):
+    for name in filter(None, (name.strip() for name in names.split(","))):
         part = lookup("part in MODEL.COMPILE", name, COMPILABLE)(model)
         part.compile()
         logger.info("%s: compiled by torch at its first use, which takes a minute or two", name)
@@ -90,11 +82,7 @@ test_modes.__test__ = False  # pytest takes it for a test otherwise
 
 
 def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
-    """The outputs that MODEL.MASK_FORMER.TEST asks for, of `HEADS`.
-
-    Raises:
-        ValueError: none.
-    """
+    """The outputs that MODEL.MASK_FORMER.TEST asks for, of `HEADS`; at least one."""
     test = cfg.MODEL.MASK_FORMER.TEST
     switches = {"semantic": test.SEMANTIC_ON, "panoptic": test.PANOPTIC_ON, "instances": test.INSTANCE_ON}
     heads = tuple(head for head, is_on in switches.items() if is_on)
@@ -106,12 +94,7 @@ def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
 
 
 class Levels(Protocol):
-    """What a head must know of the backbone it is built on; every `CLIPBackbone` says it.
-
-    Attributes:
-        channels, strides: of each level, by name.
-        embed_dim: width of the joint image-text space.
-    """
+    """What a head must know of the backbone it is built on; every `CLIPBackbone` says it."""
 
     channels: Mapping[str, int]
     strides: Mapping[str, int]
@@ -135,10 +118,10 @@ def build_fcclip(cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_voca
 def check_embed_dim(cfg: CfgNode, backbone: CLIPBackbone) -> None:
     """Refuses a MODEL.FC_CLIP.EMBED_DIM that is not the width of this CLIP's joint space."""
     if backbone.embed_dim != cfg.MODEL.FC_CLIP.EMBED_DIM:
+        fc_clip = cfg.MODEL.FC_CLIP
         raise InputError(
-            f"MODEL.FC_CLIP.EMBED_DIM is {cfg.MODEL.FC_CLIP.EMBED_DIM}, but CLIP "
-            f"'{cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}' has a joint space of "
-            f"{backbone.embed_dim}"
+            f"MODEL.FC_CLIP.EMBED_DIM is {fc_clip.EMBED_DIM}, but CLIP '{fc_clip.CLIP_MODEL_NAME}' has a joint space "
+            f"of {backbone.embed_dim}"
         )
 
 
@@ -175,10 +158,7 @@ def build_output_settings(cfg: CfgNode) -> OutputSettings:
         object_mask_threshold=test.OBJECT_MASK_THRESHOLD,
         overlap_threshold=test.OVERLAP_THRESHOLD,
         topk=cfg.TEST.DETECTIONS_PER_IMAGE,
-        zero_boxes=cfg.MODEL.FC_CLIP.ZERO_BOXES,
         masks_first=test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON,
-        query_chunk=cfg.TEST.QUERY_CHUNK,
-        class_chunk=cfg.TEST.CLASS_CHUNK,
     )
 
 
@@ -210,14 +190,9 @@ def build_clip_backbone(cfg: CfgNode, families: Sequence[type[CLIPBackbone]] = F
 
 def build_fcclip_head(cfg: CfgNode, backbone: Levels) -> FCCLIPHead:
     """Pixel decoder and masked decoder on the backbone's levels."""
-    decoder = lookup(
-        "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
-        cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME,
-        TRANSFORMER_DECODERS,
-    )
-    pixel_decoder = lookup(
-        "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME, PIXEL_DECODERS
-    )
+    names = cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME, cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME
+    decoder = lookup("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", names[0], TRANSFORMER_DECODERS)
+    pixel_decoder = lookup("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", names[1], PIXEL_DECODERS)
     check_decoder_input(cfg)
     return FCCLIPHead(pixel_decoder=pixel_decoder(cfg, backbone), predictor=decoder(cfg, backbone))
 
@@ -249,22 +224,19 @@ def pixel_decoder_arguments(cfg: CfgNode, backbone: Levels) -> dict[str, Any]:
     encoder = [name for name in used if name in head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES]
     if len(encoder) != MultiScaleMaskedTransformerDecoder.num_levels:
         raise InputError(
-            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES must name three of IN_FEATURES, which "
-            "the decoder "
-            f"looks at in turn; got {encoder}"
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES must name three of IN_FEATURES, which the "
+            f"decoder looks at in turn; got {encoder}"
         )
     if head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS != NUM_POINTS:
         raise InputError(
             f"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS is "
-            f"{head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS}, but "
-            f"{NUM_POINTS} points are built, as published"
+            f"{head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS}, but {NUM_POINTS} points are built, as published"
         )
     finer = [name for name in used if head.COMMON_STRIDE <= backbone.strides[name] < backbone.strides[encoder[0]]]
     if not finer or backbone.strides[finer[0]] != head.COMMON_STRIDE:
         raise InputError(
             f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {head.COMMON_STRIDE}, but IN_FEATURES has no level of that stride "
-            f"finer than "
-            f"{encoder[0]}; the levels have strides { ({name: backbone.strides[name] for name in used}) }"
+            f"finer than {encoder[0]}; the levels have strides { ({name: backbone.strides[name] for name in used}) }"
         )
     return {
         "in_channels": backbone.channels,

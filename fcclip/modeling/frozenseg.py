@@ -104,7 +104,7 @@ class FrozenSeg(FCCLIP):
         outputs = super().outputs(scored, heads=others, **options)
         if "recall" in heads:
             size = tuple(logits.shape[-2:])
-            outputs["recall_seg"].append(OutputMasks(logits, size, size, masks.output_size, masks.query_chunk))
+            outputs["recall_seg"].append(OutputMasks(logits, size, size, masks.output_size))
         if len(logits) and "semantic" in heads:
             seen = scored.seen.to(self.device)
             outputs["sem_seg"] = ensembled_semantic(
@@ -116,7 +116,6 @@ class FrozenSeg(FCCLIP):
                 epsilon=self.openseg.epsilon,
                 masks_first=settings.masks_first,
                 labels=semantic == "labels",
-                class_chunk=settings.class_chunk,
             )
         return outputs
 

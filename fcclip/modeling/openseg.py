@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import write_atomically
-from fcclip.modeling.output_masks import OutputMasks, best_classes, resize, resize_rows, semantic_blocks
+from fcclip.modeling.output_masks import OutputMasks, resize, resize_rows, semantic_blocks
 
 THRESHOLD = 0.5  # of the best unseen class of a mask that counts
 _ADVICE = "tools/precompute_sam_masks.py makes them"
@@ -125,12 +125,11 @@ def ensembled_semantic(
     epsilon: float,
     masks_first: bool,
     labels: bool = False,
-    class_chunk: int = 0,
 ) -> Tensor:
     """Semantic scores in which a share of those of unseen classes comes from SAM's masks.
 
     Args:
-        class_logits, masks, masks_first, class_chunk: as for `semantic_inference` and `semantic_labels`.
+        class_logits, masks, masks_first: as for `semantic_inference`.
         sam_logits: (J, ·, ·) over the image.
         sam_shares: (J, K) of `unseen_shares`.
         seen: (K,) bool.
@@ -140,21 +139,14 @@ def ensembled_semantic(
     Returns:
         (K, h, w) float; or (h, w) int64.
     """
-    weight = torch.where(seen, 1.0, 1 - epsilon)
-    shares = torch.cat([class_logits.softmax(-1)[:, :-1] * weight, epsilon * sam_shares])  # (Q + J, K)
-    queries, num_classes = len(class_logits), shares.shape[1]
+    shares = class_logits.softmax(-1)[:, :-1] * torch.where(seen, 1.0, 1 - epsilon)
     if not masks_first:  # scores at the size of the input are resized, and so are these
         sam_logits = resize(sam_logits, masks.image_size)
-    chunk = class_chunk if labels else 0
     blocks = []
-    for rows, scores in semantic_blocks(masks, num_classes, masks_first=masks_first, class_chunk=chunk):
+    for rows, scores in semantic_blocks(masks, shares, masks_first=masks_first):
         block = sam_logits if masks_first else sam_logits.sigmoid()
         block = resize_rows(block, range(rows.start, rows.stop), masks.output_size)
         block = block.sigmoid() if masks_first else block
-
-        def joined(probabilities: Tensor, scores=scores, block: Tensor = block) -> Tensor:
-            of_sam = probabilities[queries:].T @ block.flatten(1)
-            return scores(probabilities[:queries]) + of_sam.unflatten(1, block.shape[1:])
-
-        blocks.append(best_classes(joined, shares, class_chunk=chunk) if labels else joined(shares))
+        scores = scores + ((epsilon * sam_shares).T @ block.flatten(1)).unflatten(1, block.shape[1:])
+        blocks.append(scores.max(0).indices if labels else scores)
     return torch.cat(blocks, dim=-2)

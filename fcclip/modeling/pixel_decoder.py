@@ -106,9 +106,7 @@ class _Encoder(nn.Module):
 
 
 class DeformableEncoder(nn.Module):
-    """`num_layers` encoder layers over the concatenated levels, with an embedding of the level added to the
-    position.
-    """
+    """`num_layers` encoder layers over the concatenated levels; an embedding of the level is added to the position."""
 
     def __init__(self, *, dim: int, levels: int, num_layers: int, **layer: Any) -> None:
         """`layer`: what each `EncoderLayer` takes besides its width and its levels."""
@@ -125,15 +123,15 @@ class DeformableEncoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, d, H_l, W_l) -> the same shapes, each cell having looked at all levels."""
-        shapes = [tuple(one.shape[-2:]) for one in maps]
+        shapes = [tuple(level.shape[-2:]) for level in maps]
         device = maps[0].device
-        x = torch.cat([one.flatten(2).transpose(1, 2) for one in maps], dim=1)
+        x = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         positions = [sine_positions(*shape, x.shape[-1], device).flatten(1).T for shape in shapes]
-        position = torch.cat([one + embed for one, embed in zip(positions, self.level_embed)])  # (S, d)
+        position = torch.cat([place + embed for place, embed in zip(positions, self.level_embed)])  # (S, d)
         for layer in self.encoder.layers:
             x = layer(x, position, shapes)
         levels = x.transpose(1, 2).split([height * width for height, width in shapes], dim=-1)
-        return [one.unflatten(-1, shape) for one, shape in zip(levels, shapes)]
+        return [level.unflatten(-1, shape) for level, shape in zip(levels, shapes)]
 
 
 class ConvNorm(nn.Conv2d):

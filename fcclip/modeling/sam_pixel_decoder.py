@@ -112,31 +112,13 @@ class FrozenSegPixelDecoder(MSDeformAttnPixelDecoder):
         decoder: as for `MSDeformAttnPixelDecoder`; the encoder on SAM's level has the same width, heads, layers, …
     """
 
-    def __init__(
-        self,
-        *,
-        sam_channels: int,
-        layout: str = "clean",
-        dim: int,
-        heads: int,
-        num_layers: int,
-        feedforward: int = 1024,
-        dropout: float = 0.0,
-        engine: str = "auto",
-        **decoder: Any,
-    ) -> None:
-        shared = {
-            "dim": dim,
-            "heads": heads,
-            "num_layers": num_layers,
-            "feedforward": feedforward,
-            "dropout": dropout,
-            "engine": engine,
-        }
-        super().__init__(**shared, **decoder)
+    def __init__(self, *, sam_channels: int, layout: str = "clean", **decoder: Any) -> None:
+        super().__init__(**decoder)
+        dim = decoder["dim"]
         self.fpn3 = nn.Sequential(
             nn.Conv2d(sam_channels, dim, 3, stride=2, padding=1), nn.GroupNorm(32, dim), nn.ReLU()
         )
+        shared = {key: decoder[key] for key in ("dim", "heads", "num_layers", "feedforward", "dropout", "engine")}
         self.sam_transformer = SamTransformer(layout=layout, **shared)
 
     def refine(self, sam: Tensor) -> Tensor:

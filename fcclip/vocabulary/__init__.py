@@ -5,6 +5,22 @@ templates.py   TEMPLATES and prompts: the sentences that CLIP's text tower reads
 """
 
 from fcclip.vocabulary.templates import TEMPLATES, prompts
-from fcclip.vocabulary.vocabulary import ClassEntry, Vocabulary, builtin_names
+from fcclip.vocabulary.vocabulary import (
+    ClassEntry,
+    Vocabulary,
+    builtin_names,
+    plain_name,
+    refuse_same_names,
+    split_mark,
+)
 
-__all__ = ["TEMPLATES", "ClassEntry", "Vocabulary", "builtin_names", "prompts"]
+__all__ = [
+    "TEMPLATES",
+    "ClassEntry",
+    "Vocabulary",
+    "builtin_names",
+    "plain_name",
+    "prompts",
+    "refuse_same_names",
+    "split_mark",
+]

@@ -2,7 +2,7 @@
 
 files.py       read_weight_file: every kind of file that holds weights
 pickles.py     the reader of pickles behind it
-checkpoint.py  load_weights, save_weights: what the weights of a file mean to a model
+checkpoint.py  load_weights, write_safetensors: what the weights of a file mean to a model
 frozen.py      FrozenPart: an encoder that no training changes, which files name by its fingerprint
 """
 
@@ -14,7 +14,6 @@ from fcclip.weights.checkpoint import (
     load_state,
     load_weights,
     model_weights,
-    save_weights,
     seen_vocabulary,
     trained_vocabulary,
     vocabulary_note,
@@ -48,7 +47,6 @@ __all__ = [
     "read_plain_data",
     "read_weight_file",
     "sampled_hash",
-    "save_weights",
     "seen_vocabulary",
     "trained_vocabulary",
     "unnamed_parts",

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fcclip.errors import InputError
 from fcclip.files import listed, write_atomically
 from fcclip.vocabulary import ClassEntry, Vocabulary, builtin_names
 from fcclip.weights.files import read_weight_file
-from fcclip.weights.frozen import FrozenPart, frozen_notes, frozen_parts, frozen_prefixes, unwrap
+from fcclip.weights.frozen import FrozenPart, frozen_parts, frozen_prefixes, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
     """
     file = read_weight_file(resolve_file(path, what="weights file"))
     if initialise and is_mask2former(file.tensors):
-        start = initialise_from(model, file.tensors, versions=file.versions, source=str(path))
+        start = initialise_from(model, file.tensors, source=str(path))
         logger.info("%s", start.report())
     elif initialise and is_base(model, file.tensors):
         added = unwrap(model).added_parts
@@ -239,31 +239,6 @@ def _about_equal(tensor: Tensor, other: Tensor) -> bool:
     return torch.allclose(tensor.float(), other.float().cpu(), rtol=2**-10, atol=1e-6)
 
 
-def save_weights(
-    model: nn.Module,
-    path: str | Path,
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    dtype: torch.dtype | None = torch.float16,
-    full: bool = False,
-) -> None:
-    """Writes the weights of a model as a safetensors file to share.
-
-    Args:
-        model: the model, or its DistributedDataParallel wrapper.
-        path: the file; replaced when the new one is complete.
-        metadata: JSON values by name, stored beside the weights; `load_weights` returns them. The fingerprints of the
-            frozen parts are added.
-        dtype: of the stored floating-point weights; None keeps each as it is.
-        full: store the frozen parts too.
-    """
-    weights = {
-        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        for key, value in model_weights(model, full=full).items()
-    }
-    write_safetensors(path, weights, {**frozen_notes(model), **(metadata or {})})
-
-
 def write_safetensors(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes tensors bit for bit, and JSON values beside them, as a safetensors file that appears whole or not at all.
 
@@ -316,11 +291,10 @@ class Start:
     of: str = "Mask2Former"
 
     def report(self) -> str:
-        """Counts and names, a line per kind; names with a common beginning are put together."""
+        """Counts and names, a line per kind."""
         left = {f"left, {reason}": names for reason, names in self.left.items()}
         kinds = {"taken": self.taken, **left, "freshly initialised": self.fresh}
-        lines = [f"  {kind} ({len(names)}): {', '.join(_grouped(names))}" for kind, names in kinds.items() if names]
-        return "\n".join([f"starting from the {self.of} weights in '{self.source}':", *lines])
+        return f"starting from the {self.of} weights in '{self.source}':\n{_lines(kinds)}"
 
 
 def is_mask2former(weights: Mapping[str, Tensor]) -> bool:
@@ -342,9 +316,7 @@ def has_layouts(model: nn.Module) -> bool:
     return any(hasattr(module, "state_like") for module in model.modules())
 
 
-def initialise_from(
-    model: nn.Module, weights: Mapping[str, Tensor], *, versions: Mapping[str, Any], source: str
-) -> Start:
+def initialise_from(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> Start:
     """Starts a model from Mask2Former's weights: takes every tensor of its pixel decoder and decoder that fits.
 
     Backbone, class head, void embedding and losses stay as they are, and so does what another backbone or another
@@ -353,7 +325,6 @@ def initialise_from(
     Args:
         model: the model, or its DistributedDataParallel wrapper.
         weights: the state dict, with the names of any version of Mask2Former.
-        versions: what torch keeps beside a state dict; a module that is not in it counts as old.
         source: names the weights in messages.
 
     Raises:
@@ -364,7 +335,7 @@ def initialise_from(
     expected = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
     taken: dict[str, Tensor] = {}
     left: dict[str, list[str]] = {}
-    for key, value in published_names(weights, versions).items():
+    for key, value in published_names(weights).items():
         if not key.startswith(parts):
             reason = "outside pixel decoder and mask decoder"
         elif key.startswith(PREDICTOR + "class_embed."):
@@ -384,27 +355,17 @@ def initialise_from(
     return Start(source, tuple(taken), {reason: tuple(names) for reason, names in left.items()}, tuple(fresh))
 
 
-def published_names(weights: Mapping[str, Tensor], versions: Mapping[str, Any]) -> dict[str, Tensor]:
+def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mask2Former's weights under its present names, which are also FC-CLIP's.
 
-    Its head had the pixel decoder's parts directly inside before version 2, and its decoder called the queries'
-    features `static_query`. Weights that already have the present names keep them, whatever version they claim.
+    Its head once had the pixel decoder's parts directly inside, and its decoder called the queries' features
+    `static_query`.
     """
 
-    def is_old(module: str) -> bool:
-        version = (versions.get(module) or {}).get("version")
-        return not isinstance(version, int) or version < 2
-
     def present(key: str) -> str:
-        if (
-            is_old("sem_seg_head")
-            and key.startswith("sem_seg_head.")
-            and not key.startswith((PIXEL_DECODER, PREDICTOR))
-        ):
+        if key.startswith("sem_seg_head.") and not key.startswith((PIXEL_DECODER, PREDICTOR)):
             return PIXEL_DECODER + key.removeprefix("sem_seg_head.")
-        if is_old("sem_seg_head.predictor") and key.startswith(PREDICTOR):
-            return key.replace("static_query", "query_feat")
-        return key
+        return key.replace(PREDICTOR + "static_query.", PREDICTOR + "query_feat.")
 
     return {present(key): value for key, value in weights.items()}
 
@@ -467,20 +428,9 @@ def _likely_cause(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     return "the file belongs to another config; use the YAML it was trained with."
 
 
-def _lines(kinds: Mapping[str, list[str]]) -> str:
+def _lines(kinds: Mapping[str, Sequence[str]]) -> str:
     """A line for each kind of keys that there are."""
     return "\n".join(f"  {kind} ({len(keys)}): {listed(keys, 4)}" for kind, keys in kinds.items() if keys)
-
-
-def _grouped(names: Iterable[str]) -> list[str]:
-    """Names up to their first number or last part, with counts; outside the head up to their first part."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        end = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-        end = end if name.startswith("sem_seg_head.") else 1
-        groups.setdefault(name if "(" in name else ".".join(parts[:end]), []).append(name)
-    return [names[0] if len(names) == 1 else f"{group}.* ({len(names)})" for group, names in groups.items()]
 
 
 def _shape(tensor: Tensor) -> str:

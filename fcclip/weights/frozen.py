@@ -113,26 +113,15 @@ def frozen_notes(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def load_frozen(part: nn.Module, tensors: Mapping[str, Tensor], *, source: str, what: str) -> None:
-    """Loads all weights of a frozen part from a file that holds nothing else, in the precision of the part.
-
-    Args:
-        part: into which.
-        tensors: by the part's own names.
-        source, what: name file and part in messages.
-
-    Raises:
-        InputError: a name is missing, unexpected or has another shape; the part is as it was.
-    """
-    expected = part.state_dict()
-    misfits = {
-        "missing": sorted(set(expected) - set(tensors)),
-        "unexpected": sorted(set(tensors) - set(expected)),
-        "of another shape": [key for key in expected if key in tensors and expected[key].shape != tensors[key].shape],
-    }
-    if any(misfits.values()):
-        parts = [f"{len(keys)} {kind} (e.g. {keys[0]})" for kind, keys in misfits.items() if keys]
-        raise InputError(f"weights '{source}' do not fit {what}: {', '.join(parts)}. Are they of another architecture?")
-    part.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in tensors.items()})
+    """Loads all weights of a frozen part, by its own names; `source` and `what` name file and part where they do not
+    fit."""
+    try:
+        part.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:600]
+        raise InputError(f"weights '{source}' do not fit {what}. Are they of another architecture? {reason}") from error
 
 
 def sampled_hash(tensors: Mapping[str, Tensor]) -> str:

@@ -161,6 +161,15 @@ def test_keys_without_effect_are_told_with_the_reason(tmp_path):
     assert keys_without_effect(path) == {"MODEL.SWIN.DEPTHS": "there is no Swin backbone"}
 
 
+def test_keys_of_detectron2s_other_models_are_accepted_and_told(tmp_path):
+    others = "MODEL:\n  RPN:\n    CONV_DIMS: [-1]\n  RESNETS:\n    DEFORM_MODULATED: false\nVIS_PERIOD: 0\nSEED: 5\n"
+    path = write(tmp_path, "dumped.yaml", others)
+    assert load_config(path).SEED == 5
+    assert {*keys_without_effect(path)} == {"MODEL.RPN.CONV_DIMS", "MODEL.RESNETS.DEFORM_MODULATED", "VIS_PERIOD"}
+    with pytest.raises(ValueError, match=r"MODEL\.RPNS"):
+        load_config(write(tmp_path, "misspelt.yaml", "MODEL:\n  RPNS:\n    CONV_DIMS: [-1]\n"))
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [

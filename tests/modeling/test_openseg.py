@@ -86,10 +86,9 @@ def test_without_a_share_and_with_all_classes_seen_it_is_the_plain_map():
         torch.testing.assert_close(found, plain(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("class_chunk", [0, 2])
-def test_labels_are_the_best_classes_of_the_scores(class_chunk):
+def test_labels_are_the_best_classes_of_the_scores():
     seen = seen_classes([0, 3, 4])
-    assert torch.equal(ensemble(seen, labels=True, class_chunk=class_chunk), ensemble(seen).argmax(0))
+    assert torch.equal(ensemble(seen, labels=True), ensemble(seen).argmax(0))
 
 
 @pytest.mark.parametrize("masks_first", [True, False])

@@ -120,8 +120,8 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         if self._features is None or self._features[0] != computed_by:
             self._features = computed_by, compute_features(self)
         return {
-            "architecture": _last_part(self.architecture),
-            "pretrained": _last_part(self.pretrained),
+            "architecture": PurePath(self.architecture).name,
+            "pretrained": PurePath(self.pretrained).name,
             **computed_by,
             **self._features[1],
             "libraries": library_versions(),
@@ -163,10 +163,6 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         if isinstance(notes, Mapping) and notes.get("weights") == self.weights_hash():
             for sentence in differences(notes, self.fingerprint()):
                 logger.warning("%s: %s", source, sentence)
-
-
-def _last_part(name: str) -> str:
-    return PurePath(name).name if "/" in name or "\\" in name else name
 
 
 class ConvNeXtCLIP(CLIPBackbone):

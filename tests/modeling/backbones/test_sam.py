@@ -99,9 +99,11 @@ def test_the_folder_with_metas_file_will_do(tmp_path):
 def test_weights_of_another_encoder_are_refused(sam, tmp_path):
     other = copy.deepcopy(sam)
     other.image_encoder.neck[0] = torch.nn.Conv2d(8, 32, 1, bias=False)
-    with pytest.raises(ValueError, match=r"do not fit SAM .*MODEL.SAM_NAME.*1 of another shape .*neck.0.weight"):
+    with pytest.raises(
+        ValueError, match=r"do not fit SAM .*MODEL.SAM_NAME.*size mismatch for image_encoder.neck.0.weight"
+    ):
         build_sam(TINY, metas_file(other, tmp_path / "other.pth"))
-    with pytest.raises(ValueError, match=r"1 unexpected \(e.g. image_encoder.extra\)"):
+    with pytest.raises(ValueError, match=r"Unexpected key.*image_encoder.extra"):
         build_sam(TINY, metas_file(sam, tmp_path / "more.pth", **{"image_encoder.extra": torch.ones(1)}))
 
 
