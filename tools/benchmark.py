@@ -128,16 +128,8 @@ def benchmark_training_step(options: argparse.Namespace) -> dict[str, Any]:
     """Measures each batch size, prints the table, and returns everything as JSON values."""
     if min(options.batch) < 1 or options.steps < 1 or options.segments < 0:
         raise InputError("--batch and --steps must be at least 1, --segments 0 or more")
-    fixed = [
-        "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS",
-        "",
-        "MODEL.SAM_WEIGHTS",
-        "",
-        "INPUT.IMAGE_SIZE",
-        str(options.size),
-        "SEED",
-        "0",
-    ]
+    fixed = ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.SAM_WEIGHTS", "", "SEED", "0"]
+    fixed += ["INPUT.IMAGE_SIZE", str(options.size)]
     cfg = load_config(options.config_file, [*fixed, *options.opts])
     device = resolve_device(cfg.MODEL.DEVICE)
     apply_numeric_settings(cfg, training=True)

@@ -306,9 +306,8 @@ def is_mask2former(weights: Mapping[str, Tensor]) -> bool:
 def is_base(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
     """Whether these are weights of the architecture that a model adds parts to, as FrozenSeg does to FC-CLIP, which
     names their beginnings as `added_parts`."""
-    added = getattr(unwrap(model), "added_parts", ())
-    has_some = any(key.startswith(added) for key in unwrap(model).state_dict()) if added else False
-    return has_some and not any(key.startswith(added) for key in weights)
+    added, own = getattr(unwrap(model), "added_parts", ()), unwrap(model).state_dict()
+    return any(key.startswith(added) for key in own) and not any(key.startswith(added) for key in weights)
 
 
 def has_layouts(model: nn.Module) -> bool:
