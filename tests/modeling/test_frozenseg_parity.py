@@ -247,9 +247,8 @@ def test_the_openseg_ensemble_inside_the_model_agrees_with_the_recording(model, 
         assert float((deviation < 5e-4).mean()) >= 0.999 and deviation.max() < 5e-3, key
 
 
-@pytest.mark.parametrize("name", ["clean_160x224_31", pytest.param("reference_160x224_33", marks=pytest.mark.slow)])
-def test_every_gradient_agrees_with_the_recording(model, name):
-    recording = Recording(f"{name}_gradients", model)
+def test_every_gradient_agrees_with_the_recording(model):
+    recording = Recording("clean_160x224_31_gradients", model)
     found = recording.propose()
     model.zero_grad()
     sets = zip(found.class_logits, map(found.mask_logits, range(len(found.class_logits))))
