@@ -182,7 +182,7 @@ class World:
         mapper = build_train_mapper(self.cfg)
         optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=1e-6)
         for step in range(2):
-            samples = [mapper(record, np.random.default_rng(step)) for record in records]
+            samples = [mapper(record, np.random.default_rng(step)) for record in (records * 2)[:NUM_IMAGES]]
             losses = self.model.losses(TrainingBatch(samples))
             optimizer.zero_grad()
             sum(losses.values()).backward()

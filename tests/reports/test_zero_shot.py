@@ -237,7 +237,7 @@ def test_a_set_that_is_asked_for_must_be_there_and_whole(cfg, tmp_path, monkeypa
         plan_sets(cfg, [ADE20K])
     write_tree(ADE20K, tmp_path)
     (tmp_path / "ADEChallengeData2016" / "ade20k_instance_val.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"ade20k_instance_val\.json' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"ade20k_instance_val\.json does not exist"):
         plan_sets(cfg)
     with pytest.raises(ValueError, match="'openvocab_pascal20_sem_seg_val' is asked for twice"):
         write_tree("openvocab_pascal20_sem_seg_val", tmp_path)
