@@ -1,6 +1,6 @@
 """ADE20K-Full: images and 16-bit label maps of 847 classes.
 
-    python datasets/prepare_ade20k_full_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_ade20k_full_sem_seg.py [--root DIR] [--splits val] [--workers N]
 
 Ask for access at https://ade20k.csail.mit.edu/request_data/; download ADE20K_2021_17_01.zip, and index_ade20k.pkl of
 https://ade20k.csail.mit.edu/toolkit/index_ade20k.pkl if the archive has none.
@@ -122,8 +122,6 @@ PREPARATION = Preparation(
     downloads=downloads,
     plan=plan,
     make=make,
-    image=lambda task: task.outputs[0],  # made smaller
-    label_maps={1: "openvocab_ade20k_full_sem_seg_val"},
 )
 
 if __name__ == "__main__":

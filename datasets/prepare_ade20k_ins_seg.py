@@ -1,6 +1,6 @@
 """ADE20K with 150 classes: instances of the 100 things, as a COCO JSON file.
 
-    python datasets/prepare_ade20k_ins_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_ade20k_ins_seg.py [--root DIR] [--splits val] [--workers N]
 
 Download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu/, and annotations_instance.tar of the Places
 Challenge 2017 from http://placeschallenge.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar, which belongs
@@ -15,7 +15,7 @@ into ADEChallengeData2016.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,31 +109,6 @@ def assemble(tasks: Sequence[Task], parts: Sequence[Any]) -> dict[str, Any]:
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
-def inspect_annotations(content: Mapping[str, Any], tasks: Sequence[Task]) -> Iterator[str]:
-    """Makes these images again and compares."""
-    annotations: dict[str, list] = {task.name: [] for task in tasks}
-    for annotation in content["annotations"]:
-        if annotation["image_id"] in annotations:
-            annotations[annotation["image_id"]].append(annotation)
-    for task in tasks:
-        try:
-            expected = make(task)["annotations"]
-        except (ValueError, OSError) as error:
-            yield str(error)
-            continue
-        stored = annotations[task.name]
-        wrong = [
-            annotation["id"]
-            for annotation, other in zip(stored, expected)
-            if any(annotation[key] != other[key] for key in ("category_id", "bbox", "area"))
-        ]
-        if wrong or len(stored) != len(expected):
-            yield (
-                f"{task.inputs[1]} has {len(expected)} instances, the JSON file {len(stored)}, and "
-                f"{len(wrong)} differ in class, box or area; delete the JSON file and run without --check"
-            )
-
-
 PREPARATION = Preparation(
     title="ADE20K-150 instances",
     dataset="openvocab_ade20k_instance_{split}",
@@ -144,7 +119,6 @@ PREPARATION = Preparation(
         path="ADEChallengeData2016/ade20k_instance_{split}.json",
         info={"description": "ADE20K-150 instances", "version": "1", "prepared_by": "fcclip prepare_ade20k_ins_seg.py"},
         assemble=assemble,
-        inspect=inspect_annotations,
     ),
 )
 

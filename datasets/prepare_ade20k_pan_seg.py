@@ -1,6 +1,6 @@
 """ADE20K with 150 classes: panoptic id PNGs and their JSON file.
 
-    python datasets/prepare_ade20k_pan_seg.py [--root DIR] [--splits val] [--workers N] [--check] [--corrected]
+    python datasets/prepare_ade20k_pan_seg.py [--root DIR] [--splits val] [--workers N] [--corrected]
 
 Download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu/, and annotations_instance.tar of the Places
 Challenge 2017 from http://placeschallenge.csail.mit.edu/data/ChallengeData2017/annotations_instance.tar, which belongs
@@ -16,9 +16,8 @@ into ADEChallengeData2016.
 Stuff comes first, then each instance over it; pixels of a thing that belong to no instance stay void.
 
 As published, and as published PQ needs it, the area and box of a segment are those it had when it was painted, though
-later ones may cover it; and road and skyscraper have the same colour, hence the same id where an image has both. With
---corrected every id is its own, areas and boxes are those of the PNG, and segments without a pixel are left out: better
-for training, but PQ is not comparable with published numbers.
+later ones may cover it. With --corrected areas and boxes are those of the PNG, and segments without a pixel are left
+out; PQ is then not comparable with published numbers.
 """
 
 from __future__ import annotations
@@ -56,7 +55,6 @@ from fcclip.preparation.programs import (
     Task,
     build_parser,
     panoptic_content,
-    panoptic_problems,
     run,
 )
 
@@ -66,7 +64,7 @@ COLOUR_DISTANCE = 30  # a channel, of later instances of a class from its colour
 def main(arguments: list[str] | None = None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument(
-        "--corrected", action="store_true", help="ids and areas that are true, instead of the published ones (above)"
+        "--corrected", action="store_true", help="areas that are true, instead of the published ones (above)"
     )
     options = parser.parse_args(arguments)
     return run(preparation(corrected=options.corrected), options)
@@ -92,7 +90,7 @@ def make(task: Task, *, corrected: bool) -> dict[str, Any]:
     check_size(classes, labels, image)
     _, things = read_instances(instances, image)
     stuff = [index for index in np.unique(labels).tolist() if index != IGNORE_LABEL and index not in THINGS]
-    new_id = _ids(task.name, distinct=corrected)
+    new_id = _ids(task.name)
     id_map = np.zeros(labels.shape, np.int32)
     segments = []
     for category, mask in [*((index, labels == index) for index in stuff), *things]:
@@ -115,11 +113,10 @@ def _measured_again(segment: dict[str, Any], id_map: np.ndarray) -> bool:
     return False
 
 
-def _ids(name: str, *, distinct: bool) -> Callable[[int], int]:
+def _ids(name: str) -> Callable[[int], int]:
     """category -> id of its next segment in the image `name`, the same on every run, never 0.
 
-    It is made of the colour of the category, for further segments of a colour near it. Where `distinct` is False two
-    categories of stuff that have one colour share the id, as published.
+    It is made of the colour of the category, for further segments of a colour near it.
     """
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     reserved = {(0, 0, 0), *PALETTE}
@@ -127,10 +124,9 @@ def _ids(name: str, *, distinct: bool) -> Callable[[int], int]:
 
     def new_id(category: int) -> int:
         colour = PALETTE[category]
-        if colour in taken and (distinct or category in THINGS):
-            while colour in taken or colour in reserved:
-                shift = rng.integers(-COLOUR_DISTANCE, COLOUR_DISTANCE + 1, 3)
-                colour = tuple(np.clip(np.array(PALETTE[category]) + shift, 0, 255).tolist())
+        while colour in taken or (colour in reserved and colour != PALETTE[category]):
+            shift = rng.integers(-COLOUR_DISTANCE, COLOUR_DISTANCE + 1, 3)
+            colour = tuple(np.clip(np.array(PALETTE[category]) + shift, 0, 255).tolist())
         taken.add(colour)
         red, green, blue = colour
         return red + 256 * green + 65536 * blue
@@ -156,12 +152,11 @@ def preparation(*, corrected: bool) -> Preparation:
             path="ADEChallengeData2016/ade20k_panoptic_{split}.json",
             info={
                 "description": "ADE20K-150 panoptic",
-                "version": "1",
+                "version": "2",
                 "prepared_by": "fcclip prepare_ade20k_pan_seg.py",
                 "corrected": corrected,
             },
             assemble=partial(panoptic_content, categories=categories()),
-            inspect=panoptic_problems,
         ),
     )
 

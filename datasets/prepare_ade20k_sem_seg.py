@@ -1,6 +1,6 @@
 """ADE20K with 150 classes: semantic label maps.
 
-    python datasets/prepare_ade20k_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_ade20k_sem_seg.py [--root DIR] [--splits val] [--workers N]
 
 Download ADEChallengeData2016.zip from http://sceneparsing.csail.mit.edu/.
 
@@ -56,7 +56,6 @@ PREPARATION = Preparation(
     downloads=downloads,
     plan=plan,
     make=make,
-    label_maps={0: "openvocab_ade20k_sem_seg_val"},
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Cityscapes: panoptic id PNGs with their JSON file, and label maps of the 19 training classes.
 
-    python datasets/prepare_cityscapes_panoptic.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_cityscapes_panoptic.py [--root DIR] [--splits val] [--workers N]
 
 Download leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip from https://www.cityscapes-dataset.com/ (with an
 account).
@@ -35,7 +35,6 @@ from fcclip.preparation.programs import (
     Task,
     build_parser,
     panoptic_content,
-    panoptic_problems,
     run,
 )
 from fcclip.vocabulary import Vocabulary
@@ -145,7 +144,6 @@ PREPARATION = Preparation(
     downloads=downloads,
     plan=plan,
     make=make,
-    label_maps={1: "openvocab_cityscapes_fine_panoptic_val"},
     annotations=AnnotationFile(
         path="cityscapes/gtFine/cityscapes_panoptic_{split}.json",
         info={
@@ -154,7 +152,6 @@ PREPARATION = Preparation(
             "prepared_by": "fcclip prepare_cityscapes_panoptic.py",
         },
         assemble=partial(panoptic_content, categories=categories()),
-        inspect=panoptic_problems,
     ),
 )
 

@@ -1,6 +1,6 @@
 """COCO-20^i: masks of the objects of COCO 2014, and the lists of its four folds.
 
-    python datasets/prepare_coco_20i.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_coco_20i.py [--root DIR] [--splits val] [--workers N]
 
 Download train2014.zip, val2014.zip and annotations_trainval2014.zip (https://cocodataset.org/#download) into the folder
 of all data sets, COCO2014 or coco. Masks that are there, as others offer them, are used as they are; else they are
@@ -26,15 +26,16 @@ from fcclip.data.datasets.folds import COCO_20I
 from fcclip.data.segmentations import fill_polygons, read_run_lengths
 from fcclip.errors import run_program
 from fcclip.preparation.files import check_size, has_content, read_json, read_pixels, stored_size, write_image
-from fcclip.preparation.folds import LARGE_PX, FoldPreparation, class_pixels, first_that, pixel_file, prepare
-from fcclip.preparation.programs import Task, build_parser
+from fcclip.preparation.folds import LARGE_PX, class_pixels, first_that, pixel_file, prepare
+from fcclip.preparation.programs import Preparation, Task, build_parser
 
 FOLDERS = ("", "COCO2014", "coco")
 ANNOTATIONS = ("annotation", "annotations")
+SMALLEST = {"train": LARGE_PX, "val": LARGE_PX}  # pixels of a pair
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return prepare(PREPARATION, build_parser(__doc__).parse_args(arguments))
+    return prepare(PREPARATION, build_parser(__doc__).parse_args(arguments), folds=COCO_20I, smallest=SMALLEST)
 
 
 def plan(root: Path, split: str) -> list[Task]:
@@ -95,16 +96,13 @@ def object_mask(segmentation, size: tuple[int, int]) -> np.ndarray:
     return mask
 
 
-PREPARATION = FoldPreparation(
+PREPARATION = Preparation(
     title="COCO-20^i",
-    dataset="coco_20i_fold0_{split}",
+    dataset="",  # lists of pairs are counted, not images
     downloads=lambda split: [],
     plan=plan,
     make=make,
     annotations=pixel_file(COCO_20I, "prepare_coco_20i"),
-    folds=COCO_20I,
-    smallest={"train": LARGE_PX, "val": LARGE_PX},
-    images={"train": 82_081, "val": 40_137},  # images with an object
 )
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """COCO: semantic label maps from the panoptic annotations; mIoU on COCO needs them.
 
     python datasets/prepare_coco_semantic_annos_from_panoptic_annos.py [--root DIR] [--splits val] [--workers N]
-        [--check]
 
 Download from https://cocodataset.org/#download: train2017.zip and val2017.zip, annotations_trainval2017.zip, and
 panoptic_annotations_trainval2017.zip, which holds panoptic_train2017.zip and panoptic_val2017.zip: unpack these too.
@@ -88,7 +87,6 @@ PREPARATION = Preparation(
     downloads=downloads,
     plan=plan,
     make=make,
-    label_maps={0: "openvocab_coco_2017_val_panoptic_with_sem_seg"},
 )
 
 if __name__ == "__main__":

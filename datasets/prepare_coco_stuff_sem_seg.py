@@ -1,6 +1,6 @@
 """COCO-Stuff: label maps of 171 classes from the official ones.
 
-    python datasets/prepare_coco_stuff_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_coco_stuff_sem_seg.py [--root DIR] [--splits val] [--workers N]
 
 Download the images of COCO 2017 (train2017.zip, val2017.zip) from https://cocodataset.org/#download, and
 stuffthingmaps_trainval2017.zip from https://github.com/nightrome/cocostuff: unpack this into coco/stuffthingmaps.
@@ -70,7 +70,6 @@ PREPARATION = Preparation(
     downloads=downloads,
     plan=plan,
     make=make,
-    label_maps={0: "openvocab_coco_2017_test_stuff_sem_seg"},
 )
 
 if __name__ == "__main__":

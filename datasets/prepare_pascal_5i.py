@@ -1,6 +1,6 @@
 """PASCAL-5^i: masks of VOC 2012 with those of SBD, and the lists of its four folds.
 
-    python datasets/prepare_pascal_5i.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_pascal_5i.py [--root DIR] [--splits val] [--workers N]
 
 Download VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/), and either SBD (benchmark.tgz,
 http://home.bharathh.info/pubs/codes/SBD/download.html) or the masks SegmentationClassAug, as others offer them.
@@ -26,16 +26,17 @@ import scipy.io
 from fcclip.data.datasets.folds import PASCAL_5I
 from fcclip.errors import run_program
 from fcclip.preparation.files import check_size, has_content, read_pixels, write_image
-from fcclip.preparation.folds import LARGE_PX, FoldPreparation, class_pixels, first_that, pixel_file, prepare
-from fcclip.preparation.programs import Download, Task, build_parser
+from fcclip.preparation.folds import LARGE_PX, class_pixels, first_that, pixel_file, prepare
+from fcclip.preparation.programs import Download, Preparation, Task, build_parser
 
 MASKS = "SegmentationClassAug"
 SOURCE = "VOCtrainval_11-May-2012.tar (http://host.robots.ox.ac.uk/pascal/VOC/voc2012/)"
 VOC = "VOCdevkit/VOC2012"
+SMALLEST = {"train": 1, "val": LARGE_PX}  # pixels of a pair
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return prepare(PREPARATION, build_parser(__doc__).parse_args(arguments))
+    return prepare(PREPARATION, build_parser(__doc__).parse_args(arguments), folds=PASCAL_5I, smallest=SMALLEST)
 
 
 def downloads(split: str) -> list[Download]:
@@ -89,16 +90,13 @@ def segmentation_of(path: Path):
     return scipy.io.loadmat(path, mat_dtype=False)["GTcls"]["Segmentation"][0, 0].astype("uint8")
 
 
-PREPARATION = FoldPreparation(
+PREPARATION = Preparation(
     title="PASCAL-5^i",
-    dataset="pascal_5i_fold0_{split}",
+    dataset="",  # lists of pairs are counted, not images
     downloads=downloads,
     plan=plan,
     make=make,
     annotations=pixel_file(PASCAL_5I, "prepare_pascal_5i"),
-    folds=PASCAL_5I,
-    smallest={"train": 1, "val": LARGE_PX},
-    images={"train": 10_582, "val": 1_449},
 )
 
 if __name__ == "__main__":

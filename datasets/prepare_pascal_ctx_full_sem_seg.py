@@ -1,6 +1,6 @@
 """Pascal Context with 459 classes: 16-bit label maps.
 
-    python datasets/prepare_pascal_ctx_full_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_pascal_ctx_full_sem_seg.py [--root DIR] [--splits val] [--workers N]
 
 Run prepare_pascal_ctx_sem_seg.py first, which makes the images. Download trainval.tar.gz, the label maps, from
 https://www.cs.stanford.edu/~roozbeh/pascal-context/, and unpack it into VOCdevkit/VOC2010.
@@ -91,7 +91,6 @@ PREPARATION = Preparation(
     downloads=downloads,
     plan=plan,
     make=make,
-    label_maps={0: "openvocab_pascal_ctx459_sem_seg_val"},
 )
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Pascal Context with 59 classes: images and label maps.
 
-    python datasets/prepare_pascal_ctx_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_pascal_ctx_sem_seg.py [--root DIR] [--splits val] [--workers N]
 
 Download VOCtrainval_03-May-2010.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2010/, which unpacks into VOCdevkit,
 and https://codalabuser.blob.core.windows.net/public/trainval_merged.json, the annotations of the PASCAL in Detail
@@ -105,7 +105,6 @@ PREPARATION = Preparation(
     downloads=downloads,
     plan=plan,
     make=make,
-    label_maps={1: "openvocab_pascal_ctx59_sem_seg_val"},
 )
 
 if __name__ == "__main__":

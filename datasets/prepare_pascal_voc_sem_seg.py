@@ -1,6 +1,6 @@
 """Pascal VOC 2012: images, and label maps of 20 classes, with and without background.
 
-    python datasets/prepare_pascal_voc_sem_seg.py [--root DIR] [--splits val] [--workers N] [--check]
+    python datasets/prepare_pascal_voc_sem_seg.py [--root DIR] [--splits val] [--workers N]
 
 Download VOCtrainval_11-May-2012.tar from http://host.robots.ox.ac.uk/pascal/VOC/voc2012/, which unpacks into VOCdevkit.
 
@@ -77,7 +77,6 @@ PREPARATION = Preparation(
     downloads=downloads,
     plan=plan,
     make=make,
-    label_maps={1: "openvocab_pascal21_sem_seg_val", 2: "openvocab_pascal20_sem_seg_val"},
 )
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ complete; an interrupted run leaves nothing that counts.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -24,7 +23,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from fcclip.errors import InputError, run_program
-from fcclip.preparation.files import id_colours, is_running, read_json, write_json
+from fcclip.preparation.files import id_colours, read_json, write_json
 from fcclip.preparation.programs import processes
 from fcclip.preparation.shapes_world import IMAGE_SIZE, SETS, WORLD_VERSION, WorldClass, render_image, world_classes
 
@@ -66,7 +65,7 @@ def prepare(
         if value < least:
             raise InputError(f"--{name} must be at least {least}, got {value}")
     out = out.expanduser()
-    target = out / "shapes"
+    target, partial_folder = out / "shapes", out / ".shapes.partial"
     recipe = {
         "world_version": WORLD_VERSION,
         "seed": seed,
@@ -76,8 +75,7 @@ def prepare(
     if is_complete(target, recipe):
         print(f"{target} is complete already (seed {seed}, {num_images} training images)")
         return target
-    remove_leftovers(out)
-    partial_folder = out / f".shapes.partial-{os.getpid()}"
+    shutil.rmtree(partial_folder, ignore_errors=True)  # of an interrupted run
     try:
         partial_folder.mkdir(parents=True)
     except OSError as error:
@@ -86,17 +84,12 @@ def prepare(
         ) from error
     try:
         start = time.time()
-        statistics = {}
         with processes(num_workers) as run_each:
             for set_name in SETS:
                 count = num_images if set_name == "train" else num_evaluation
-                statistics[set_name] = write_set(
-                    partial_folder, set_name, seed=seed, num_images=count, run_each=run_each
-                )
-                print(f"{target}: {format_statistics(set_name, statistics[set_name])}", flush=True)
-        (partial_folder / "world.json").write_text(
-            json.dumps({**recipe, "statistics": statistics}, indent=2) + "\n", encoding="utf-8"
-        )
+                write_set(partial_folder, set_name, seed=seed, num_images=count, run_each=run_each)
+                print(f"{target}: {set_name:<10} {count:>5} images", flush=True)
+        write_json(partial_folder / "world.json", recipe)
         partial_folder.replace(target)
     finally:
         shutil.rmtree(partial_folder, ignore_errors=True)
@@ -129,15 +122,6 @@ def is_complete(target: Path, recipe: dict) -> bool:
     return True
 
 
-def remove_leftovers(out: Path) -> None:
-    """Removes what interrupted runs left behind; folders of running processes stay."""
-    for folder in out.glob(".shapes.partial-*") if out.is_dir() else ():
-        pid = folder.name.rpartition("-")[2]
-        if pid.isdigit() and not is_running(int(pid)):
-            shutil.rmtree(folder)
-            print(f"removed {folder}, left by an interrupted run")
-
-
 # ----------------------------------------------------------------------------------------------------------------- sets
 
 
@@ -146,8 +130,8 @@ def set_classes(set_name: str) -> tuple[WorldClass, ...]:
     return tuple(c for c in world_classes() if c.seen or set_name != "train")
 
 
-def write_set(folder: Path, set_name: str, *, seed: int, num_images: int, run_each) -> dict[str, float]:
-    """Writes one set below `folder`; returns its statistics."""
+def write_set(folder: Path, set_name: str, *, seed: int, num_images: int, run_each) -> None:
+    """Writes one set below `folder`."""
     for name in (set_name, f"panoptic_{set_name}", f"panoptic_semseg_{set_name}", "annotations"):
         (folder / name).mkdir(exist_ok=True)
     written = list(run_each(partial(write_image, folder, set_name, seed), range(num_images)))
@@ -167,30 +151,18 @@ def write_set(folder: Path, set_name: str, *, seed: int, num_images: int, run_ea
     ]
     panoptic = [
         {"image_id": i + 1, "file_name": f"{stem(i)}.png", "segments_info": segments}
-        for i, (segments, _, _) in enumerate(written)
+        for i, (segments, _) in enumerate(written)
     ]
-    instances = [{"image_id": i + 1, **shape} for i, (_, shapes, _) in enumerate(written) for shape in shapes]
+    instances = [{"image_id": i + 1, **shape} for i, (_, shapes) in enumerate(written) for shape in shapes]
     instances = [{"id": number, **instance} for number, instance in enumerate(instances, start=1)]
     thing_categories = [{k: v for k, v in c.items() if k != "isthing"} for c in categories if c["isthing"]]
     for kind, labels, classes in (("panoptic", panoptic, categories), ("instances", instances, thing_categories)):
         content = {**head, "annotations": labels, "categories": classes}
         write_json(folder / "annotations" / f"{kind}_{set_name}.json", content)
-    measured = np.array([numbers for _, _, numbers in written], dtype=float)
-    names = (
-        "shapes_per_image",
-        "grounds_per_image",
-        "images_with_occlusion",
-        "images_with_unseen_shape",
-        "covered_by_shapes",
-    )
-    return {
-        "images": num_images,
-        **{name: round(float(value), 4) for name, value in zip(names, measured.mean(0), strict=True)},
-    }
 
 
-def write_image(folder: Path, set_name: str, seed: int, index: int) -> tuple[list[dict], list[dict], tuple[float, ...]]:
-    """Writes the three files of one image; returns its segments, its instances and its numbers for the statistics."""
+def write_image(folder: Path, set_name: str, seed: int, index: int) -> tuple[list[dict], list[dict]]:
+    """Writes the three files of one image; returns its segments and its instances."""
     image = render_image(seed, set_name, index)
     rng = np.random.default_rng([seed, zlib.crc32(set_name.encode()), index, 2**31])
     ids = rng.choice(2**24 - 1, size=len(image.pieces), replace=False) + 1
@@ -215,26 +187,7 @@ def write_image(folder: Path, set_name: str, seed: int, index: int) -> tuple[lis
         segments.append({"id": int(ids[number]), **common})
         if piece.thing:
             instances.append({**common, "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")}})
-    return segments, instances, _numbers(image)
-
-
-def _numbers(image) -> tuple[float, ...]:
-    seen = {c.id: c.seen for c in world_classes()}
-    shapes = [p for p in image.pieces if p.thing]
-    occluded = any(p.visible_area < 0.95 * p.full_area for p in shapes)
-    unseen = any(not seen[p.category_id] for p in shapes)
-    covered = sum(p.visible_area for p in shapes) / IMAGE_SIZE**2
-    return len(shapes), len(image.pieces) - len(shapes), occluded, unseen, covered
-
-
-def format_statistics(set_name: str, statistics: dict[str, float]) -> str:
-    return (
-        f"{set_name:<10} {statistics['images']:>5} images, {statistics['shapes_per_image']:.2f} shapes "
-        f"and {statistics['grounds_per_image']:.2f} grounds each, "
-        f"{statistics['covered_by_shapes']:.0%} covered by shapes, "
-        f"{statistics['images_with_occlusion']:.0%} with an occlusion, "
-        f"{statistics['images_with_unseen_shape']:.0%} with an unseen shape"
-    )
+    return segments, instances
 
 
 def stem(index: int) -> str:

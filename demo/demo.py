@@ -58,7 +58,11 @@ def find_images(inputs: Iterable[str]) -> list[Path]:
     for given in inputs:
         path = Path(given).expanduser()
         if path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+            images = sorted(
+                file
+                for file in path.iterdir()
+                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+            )
             if not images:
                 raise MissingFileError(f"folder '{given}' holds no image ({', '.join(IMAGE_SUFFIXES)})")
         elif path.exists():

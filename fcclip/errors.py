@@ -6,6 +6,7 @@ traceback; nothing but these classes decides which is which.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable
 
@@ -45,6 +46,9 @@ def run_program(main: Callable[[], int | None]) -> int:
         what `main` returned; 1 after an error of the user, which stands on standard error as `error: …`; 130 when
         interrupted. Other errors are raised.
     """
+    for stream in (sys.stdout, sys.stderr):  # a letter that a terminal or pipe cannot show ends no work
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")
     try:
         return main() or 0
     except KeyboardInterrupt:

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from fcclip.config import load_config, lookup, resolve_device, resolve_file
 from fcclip.data import build_test_mapper, read_image, resize_image
+from fcclip.data.images import upright_rgb
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import write_atomically
 from fcclip.modeling import build_model
@@ -234,13 +235,13 @@ class Segmenter:
 def _read(image: ImageInput) -> np.ndarray:
     """(h, w, 3) uint8 RGB, upright."""
     if isinstance(image, Image.Image):
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return np.array(upright_rgb(image))
     if isinstance(image, (str, Path)):
         path = Path(image).expanduser()
         if not path.is_file():
             raise MissingFileError(f"image '{image}' does not exist (looked at {path.absolute()})")
         return read_image(path)
-    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or image.size == 0:
         got = f"{image.shape} {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise InputError(f"an image is a path, a PIL image or an RGB array (h, w, 3) uint8, got {got}")
+        raise InputError(f"an image is a path, a PIL image or an RGB array (h, w, 3) uint8 with pixels, got {got}")
     return image

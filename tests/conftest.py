@@ -14,6 +14,26 @@ from fcclip.modeling import FCCLIP, build_model
 from fcclip.vocabulary import Vocabulary
 
 DATA = Path(__file__).parent / "data"
+# The shapes config made tiny: random ConvNeXt CLIP, width 32, 8 queries, 64 points, on the CPU.
+TINY = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.FC_CLIP.CLIP_MODEL_NAME": str(DATA / "tiny_convnext.json"),
+    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS": "",
+    "MODEL.FC_CLIP.EMBED_DIM": 16,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
+    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
+    "MODEL.MASK_FORMER.NHEADS": 2,
+    "DATALOADER.NUM_WORKERS": 0,
+    "INPUT.IMAGE_SIZE": 64,
+    "SEED": 0,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,33 +48,23 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def tiny_config() -> CfgNode:
-    """The shapes config made tiny: random ConvNeXt CLIP, width 32, 8 queries, 64 points, on the CPU; not frozen."""
-    overrides = {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.FC_CLIP.CLIP_MODEL_NAME": str(DATA / "tiny_convnext.json"),
-        "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS": "",
-        "MODEL.FC_CLIP.EMBED_DIM": 16,
-        "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
-        "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
-        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
-        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
-        "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
-        "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
-        "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
-        "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
-        "MODEL.MASK_FORMER.DEC_LAYERS": 3,
-        "MODEL.MASK_FORMER.NHEADS": 2,
-        "DATALOADER.NUM_WORKERS": 0,
-        "INPUT.IMAGE_SIZE": 64,
-        "SOLVER.AMP.ENABLED": False,
-        "SEED": 0,
-    }
-    cfg = load_config("shapes/fcclip_shapes.yaml", [word for pair in overrides.items() for word in pair])
+    """The shapes config with `TINY`, in fp32; not frozen."""
+    settings = {**TINY, "SOLVER.AMP.ENABLED": False}
+    cfg = load_config("shapes/fcclip_shapes.yaml", [word for pair in settings.items() for word in pair])
     cfg.defrost()
     return cfg
 
 
-def tiny_fusioner_config() -> CfgNode:
+def tiny_frozenseg() -> CfgNode:
+    """`tiny_config` as FrozenSeg, with a random SAM of two narrow blocks; both injectors work in its two layers."""
+    cfg = tiny_config()
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.SEM_SEG_HEAD.NAME = "FrozenSeg", "FrozenSegHead"
+    cfg.MODEL.SAM_NAME, cfg.MODEL.SAM_WEIGHTS = str(DATA / "tiny_sam.json"), ""
+    cfg.MODEL.MASK_FORMER.SAM_QUERY_FUSE_LAYER = 0
+    return cfg
+
+
+def tiny_fusioner() -> CfgNode:
     """Fusioner made tiny: a random CLIP ViT, width 16, one layer, on the CPU; not frozen."""
     overrides = {
         "MODEL.DEVICE": "cpu",

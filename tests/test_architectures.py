@@ -17,17 +17,14 @@ from fcclip.modeling.build import META_ARCHITECTURES
 from fcclip.structures import TrainingBatch
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import frozen_prefixes, load_weights, model_weights
-from tests.conftest import tiny_config, tiny_fusioner_config
+from tests.conftest import tiny_config, tiny_frozenseg, tiny_fusioner
 from tests.evaluation import tiny_world
 from tests.modeling.test_fcclip import sample_image, training_sample
 from tests.tools.conftest import REPOSITORY, load_program
+from tests.weight_files import save_weights
 
-analysis = load_program(REPOSITORY / "tools" / "analyze_model.py")
-
-SMALLEST = {
-    "FCCLIP": tiny_config,
-    "Fusioner": tiny_fusioner_config,
-}  # name -> the config of a model that trains in a moment
+# name -> the config of a model that trains in a moment
+SMALLEST = {"FCCLIP": tiny_config, "FrozenSeg": tiny_frozenseg, "Fusioner": tiny_fusioner}
 TRAINING = Vocabulary.from_names("cup; sea:stuff; dog", name="train")
 
 
@@ -84,6 +81,48 @@ def test_it_trains_for_two_steps_is_evaluated_and_its_checkpoint_is_loaded(cfg, 
     assert other.seen_vocabulary is TRAINING
 
 
+def trainer_of(cfg, model, folder):
+    return build_trainer(
+        cfg,
+        model,
+        batches=lambda start: itertools.repeat(batch()),
+        device=model.device,
+        vocabulary=TRAINING,
+        output_dir=folder,
+    )
+
+
+def test_a_dry_run_and_a_resumed_training_change_nothing(cfg, model, tmp_path):
+    cfg.SOLVER.CHECKPOINT_PERIOD = 1
+    trainer = trainer_of(cfg, model, tmp_path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    assert dry_run(trainer, steps=1).iterations == 2
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert trainer.train()
+    torch.manual_seed(1)
+    other = build_model(cfg, train_vocabulary=TRAINING, test_vocabulary=tiny_world.VOCABULARY)
+    resumed = trainer_of(cfg, other, tmp_path)
+    resumed.resume(tmp_path / "model_0000000.pth")
+    assert resumed.iteration == 1 and resumed.train()
+    for key, value in model_weights(model).items():
+        torch.testing.assert_close(model_weights(other)[key], value, rtol=0, atol=0, msg=key)
+
+
+def test_the_checker_and_the_analyser_know_its_parts(cfg, model, tmp_path):
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("shapes_train",)
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    save_weights(model, tmp_path / "weights.safetensors", full=True)
+    issues = check_run(str(tmp_path / "config.yaml"), weights=str(tmp_path / "weights.safetensors"), training=False)
+    errors = [issue.text for issue in issues if issue.level == ERROR and issue.section != "test data"]
+    assert not errors
+    report = load_program(REPOSITORY / "tools" / "analyze_model.py").analyse(cfg, height=64, width=96, segments=2)
+    assert sum(part["parameters"] for part in report["parameters"].values()) == sum(
+        weight.numel() for weight in model.parameters()
+    )
+    for parts in (report["inference"]["parts"], report["training"]["parts"]):
+        assert all(parts[part]["flops"] for part, counts in report["parameters"].items() if part in parts and counts)
+
+
 def test_the_losses_of_the_parts_of_a_batch_add_up(model):
     model.train()
     whole = model(TrainingBatch(batch()))
@@ -111,40 +150,6 @@ def test_extra_losses_are_told_what_a_batch_was_seen_as_and_are_added(model):
     [(proposals, text, classes)] = seen
     assert classes == {TRAINING: slice(0, 3), Watching.vocabularies[0]: slice(3, 5)}
     assert text.num_classes == 5 and proposals.class_logits[-1].shape[-1] == 6
-
-
-def test_a_resumed_training_goes_on_and_a_dry_run_changes_nothing(cfg, model, tmp_path):
-    def trainer(own, iterations):
-        cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = iterations, 1
-        batches = lambda start: itertools.repeat(batch())  # noqa: E731
-        return build_trainer(cfg, own, batches=batches, device=own.device, vocabulary=TRAINING, output_dir=tmp_path)
-
-    whole = trainer(model, 2)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    assert dry_run(whole).iterations == 2
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert whole.train()
-
-    torch.manual_seed(1)
-    other = build_model(cfg, train_vocabulary=TRAINING)
-    resumed = trainer(other, 2)
-    resumed.resume(tmp_path / "model_0000000.pth")
-    assert resumed.iteration == 1 and resumed.train()
-    after = model_weights(model)
-    assert all(torch.equal(value, after[key]) for key, value in model_weights(other).items())
-
-
-def test_its_config_is_checked_and_its_cost_is_counted(cfg, tmp_path, monkeypatch):
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.OUTPUT_DIR = ("shapes_train",), ("shapes_val",), str(tmp_path)
-    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(Vocabulary.builtin("shapes_seen"))
-    (tmp_path / "config.yaml").write_text(cfg.dump())
-    issues = check_run(str(tmp_path / "config.yaml"))
-    assert {issue.section for issue in issues if issue.level == ERROR} == {"training data", "test data"}
-    report = analysis.analyse(cfg, height=64, width=64, segments=2)
-    trained = sum(weight.numel() for weight in build_model(cfg).parameters() if weight.requires_grad)
-    assert sum(part["trainable"] for part in report["parameters"].values()) == trained
-    assert all(report[kind]["memory"]["total"] > 0 for kind in ("inference", "training"))
 
 
 def test_what_is_scored_once_gives_every_head_with_any_ensemble(model):

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from fcclip.errors import InputError, MissingFileError, NotInstalledError, is_users, run_program
@@ -22,6 +26,12 @@ def test_a_program_says_an_error_of_the_user_in_one_line(capsys):
 
     assert run_program(main) == 1
     assert capsys.readouterr().err == "error: 'a.pth' does not exist\n"
+
+
+def test_letters_that_a_pipe_cannot_show_are_replaced():
+    code = "from fcclip.errors import run_program; run_program(lambda: print('Straße 写真'))"
+    options = {"env": {**os.environ, "PYTHONIOENCODING": "ascii"}, "capture_output": True, "check": True}
+    assert subprocess.run([sys.executable, "-c", code], **options).stdout == b"Stra?e ??\n"
 
 
 def test_a_program_hands_on_our_own_mistakes():

@@ -4,9 +4,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+import fcclip
 
 ARROW = (
     "version", "errors", "files", "comm", "structures", "config", "vocabulary", "data", "preparation",
@@ -103,3 +106,14 @@ def test_an_unknown_attribute_of_the_package_is_named():
 
     with pytest.raises(AttributeError, match="no attribute 'Segmentor'"):
         fcclip.Segmentor  # noqa: B018
+
+
+def test_the_published_names_stand_at_the_top_or_say_where_to_look():
+    names = fcclip._PUBLISHED
+    assert len(names) == 10
+    for name in names:
+        if find_spec("detectron2") is not None and name != "SemanticSegmentorWithTTA":
+            assert getattr(fcclip, name).__name__ == name
+        else:
+            with pytest.raises(ImportError, match="detectron2|TEST.AUG.ENABLED"):
+                getattr(fcclip, name)

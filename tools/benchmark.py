@@ -1,6 +1,6 @@
 """Measures speed and memory; results are written with hardware, versions and commit.
 
-    python tools/benchmark.py training-step --config-file FILE [--batch 2] [--size 1024] [--largest] [KEY VALUE ...]
+    python tools/benchmark.py training-step --config-file FILE [--batch 2] [--size 1024] [KEY VALUE ...]
     python tools/benchmark.py mapper [--images 24] [--rounds 8] [--size 1024]
     python tools/benchmark.py evaluation [--images 8] [--rounds 5] [--size 640 960] [--classes 150]
     python tools/benchmark.py ops [--device auto] [--sizes 640x960 ...] [--batch 1 ...] [--dtypes float32 ...]
@@ -12,8 +12,7 @@ mapper: the training mapper `coco_panoptic_lsj` on made-up 640 x 480 images, bes
 (benchmarks/peers/published_panoptic_lsj.py), which must give the same samples; one process and one thread, in turns.
 
 evaluation: panoptic quality, mean IoU and the encoding of instances on made-up 640 x 960 images, beside the published
-steps (benchmarks/peers/published_evaluation.py), which must give the same numbers; one thread, in turns. Then how much
-all three add to a network that keeps one core busy for 100 ms an image.
+steps (benchmarks/peers/published_evaluation.py), which must give the same numbers; one thread, in turns.
 
 ops: multi-scale deformable attention at the sizes of FC-CLIP, forward and backward, both forms, every engine that can
 run here, in turns (benchmark_ops.py). The default ends in about a minute on a CPU and covers all sizes on a GPU.
@@ -26,7 +25,6 @@ import contextlib
 import itertools
 import logging
 import operator
-import os
 import statistics
 import sys
 import tempfile
@@ -51,10 +49,7 @@ from fcclip.engine import amp_dtype, apply_numeric_settings, build_trainer, envi
 from fcclip.engine.metrics import History
 from fcclip.errors import InputError, run_program
 from fcclip.evaluation import (
-    EvaluationThreads,
-    Evaluator,
     GroundTruth,
-    InstanceEvaluator,
     PanopticEvaluator,
     SemanticEvaluator,
     encode_masks,
@@ -107,7 +102,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = command("training-step", benchmark_training_step, "one step of training: time split and peak memory", numbers)
     add("--config-file", required=True, metavar="FILE")
     add("--batch", type=int, nargs="+", default=[2], metavar="N", help="images a step (default 2)")
-    add("--largest", action="store_true", help="also the largest batch that fits the GPU")
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys")
     numbers = {
         "--images": (24, "made-up images"),
@@ -125,7 +119,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--queries": (100, "masks of the network"),
         "--instances": (100, "instances an image"),
     }
-    command("evaluation", benchmark_evaluation, "evaluators beside the published steps, and beside a network", numbers)
+    command("evaluation", benchmark_evaluation, "evaluators beside the published steps", numbers)
     add_arguments(commands.add_parser("ops", help="multi-scale deformable attention, all engines in turns"))
     return parser.parse_args(arguments)
 
@@ -134,15 +128,12 @@ def benchmark_training_step(options: argparse.Namespace) -> dict[str, Any]:
     """Measures each batch size, prints the table, and returns everything as JSON values."""
     if min(options.batch) < 1 or options.steps < 1 or options.segments < 0:
         raise InputError("--batch and --steps must be at least 1, --segments 0 or more")
-    fixed = ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "INPUT.IMAGE_SIZE", str(options.size), "SEED", "0"]
+    fixed = ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.SAM_WEIGHTS", "", "SEED", "0"]
+    fixed += ["INPUT.IMAGE_SIZE", str(options.size)]
     cfg = load_config(options.config_file, [*fixed, *options.opts])
     device = resolve_device(cfg.MODEL.DEVICE)
-    if options.largest and device.type != "cuda":
-        raise InputError(f"--largest fills a GPU, but the device is {device}")
     apply_numeric_settings(cfg, training=True)
     rows = [measure_step(cfg, batch, options) for batch in options.batch]
-    if options.largest:
-        rows.append(largest_step(cfg, options))
     report = {
         "benchmark": "training-step",
         "config": options.config_file,
@@ -200,20 +191,6 @@ def measure_step(cfg: CfgNode, batch: int, options: argparse.Namespace) -> dict[
     }
 
 
-def largest_step(cfg: CfgNode, options: argparse.Namespace) -> dict[str, Any]:
-    """The largest batch whose steps fit: doubled until one does not, then halved in between."""
-    fits, too_large, row, batch = 0, None, {}, max(options.batch)
-    while batch > fits:
-        try:
-            row, fits = measure_step(cfg, batch, options), batch
-        except torch.OutOfMemoryError:
-            too_large = batch
-        batch = 2 * fits if too_large is None else (fits + too_large) // 2
-    if not row:
-        raise InputError("not even one image fits this GPU")
-    return row | {"largest_that_fits": True}
-
-
 def made_up_sample(index: int, size: int, segments: int, num_classes: int) -> dict[str, Any]:
     """A training sample of random pixels, its segments blocks of an 8 x 8 grid."""
     generator = torch.Generator().manual_seed(index)
@@ -236,9 +213,8 @@ def _print(report: dict[str, Any]) -> None:
         table.add_column(name, justify="right")
     for row in report["rows"]:
         parts = [f"{100 * row['median_seconds'][name] / row['seconds']:.0f} %" for name in PARTS[1:]]
-        batch = f"{row['batch']}{' (largest)' if row.get('largest_that_fits') else ''}"
         speed = f"{row['images_per_second']:.3g}"
-        table.add_row(batch, f"{row['seconds']:.3g}", speed, *parts, f"{row['peak_memory_mib']:,.0f}")
+        table.add_row(str(row["batch"]), f"{row['seconds']:.3g}", speed, *parts, f"{row['peak_memory_mib']:,.0f}")
     console = Console()
     console.print(table)
     where = environment.get("GPU", environment["CPU"])
@@ -355,9 +331,6 @@ def wavy_segments(rng: np.random.Generator, size: tuple[int, int], count: int) -
 
 # ---- evaluation ----
 
-BUSY_SECONDS = 0.1  # an image, of the stand-in for a network
-BUSY_IMAGES = 40  # beside which they are evaluated, so that what is done once for a set weighs little
-
 
 class MadeUpImage(NamedTuple):
     """A record with its files, and what a network predicts for it."""
@@ -396,22 +369,17 @@ def benchmark_evaluation(options: argparse.Namespace) -> dict[str, Any]:
         for name, (ours, published, _) in tasks.items():
             both = (lambda image, turn, run=run: run(image) for run in (ours, published))
             rows[name] = compare(*both, images, options.rounds)
-        added = added_to_network(images, options)
     report = {
         "benchmark": "evaluation",
         "image": list(options.size),
         **{name: getattr(options, name) for name in ("classes", "segments", "queries", "instances", "images")},
         "tasks": rows,
-        "beside_a_network": added,
-        "allocator": allocator(),
         "environment": environment_report(torch.device("cpu")),
     }
     for name, row in rows.items():
         ours, published = (1000 * row["seconds"][key] for key in ("ours", "published"))
         print(f"{name:>22}: ours {ours:7.2f} ms an image, published {published:7.2f} ms, {_ratio(row)}")
-    for name, row in added.items():
-        print(f"{name:>22}: {1000 * row['seconds']:.1f} ms an image, {100 * row['added']:+.1f} % of the network alone")
-    print(f"{len(images)} images compared in each task, all equal; allocator: {report['allocator']}")
+    print(f"{len(images)} images compared in each task, all equal")
     return report
 
 
@@ -469,79 +437,6 @@ def evaluation_tasks(peer: Any, head: MadeUpHead, num_classes: int) -> dict[str,
     }
 
 
-def added_to_network(images: Sequence[MadeUpImage], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Seconds an image with all three tasks and their results, with the network alone, and the share that is added:
-    in threads beside the network, and in its place."""
-    work = busy_work()
-    images = [
-        MadeUpImage(image.record | {"image_id": number}, image.output)
-        for number, image in zip(range(BUSY_IMAGES), itertools.cycle(images))
-    ]
-
-    def alone() -> None:
-        for _ in images:
-            work()
-
-    def beside() -> None:
-        group = three_evaluators(options.classes)
-        with EvaluationThreads({"": group}) as threads:
-            for image in images:
-                work()
-                threads.process(GroundTruth(image.record), {"": image.output})
-        for evaluator in group:
-            evaluator.results()
-
-    def in_turns() -> None:
-        group = three_evaluators(options.classes)
-        for image in images:
-            work()
-            shared = GroundTruth(image.record)
-            for evaluator in group:
-                evaluator.process(shared, image.output)
-        for evaluator in group:
-            evaluator.results()
-
-    seconds: dict[str, list[float]] = {"network alone": [], "with three tasks": [], "without threads": []}
-    for _ in range(options.rounds):
-        for name, run in zip(seconds, (alone, beside, in_turns)):
-            began = time.perf_counter()
-            run()
-            seconds[name].append((time.perf_counter() - began) / len(images))
-    added = {
-        name: [value / base - 1 for value, base in zip(values, seconds["network alone"])]
-        for name, values in seconds.items()
-    }
-    return {
-        name: {"seconds": statistics.median(values), "added": statistics.median(added[name]), "rounds": values}
-        for name, values in seconds.items()
-    }
-
-
-def busy_work() -> Callable[[], None]:
-    """Something that keeps one core busy for `BUSY_SECONDS`, always the same work."""
-    left, right = torch.randn(256, 256), torch.randn(256, 256)
-
-    def multiply(times: int) -> None:
-        for _ in range(times):
-            left @ right
-
-    multiply(20)
-    began = time.thread_time()
-    multiply(200)
-    times = round(200 * BUSY_SECONDS / (time.thread_time() - began))
-    return lambda: multiply(times)
-
-
-def three_evaluators(num_classes: int) -> tuple[Evaluator, ...]:
-    names = [f"class {index}" for index in range(num_classes)]
-    things = range(num_classes // 2)
-    return (
-        PanopticEvaluator(class_names=names, thing_classes=things),
-        InstanceEvaluator(truth=None, class_names=names, dataset_ids={index: index + 1 for index in things}),
-        SemanticEvaluator(class_names=names),
-    )
-
-
 def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list[MadeUpImage], MadeUpHead]:
     """Images of wavy segments, the first half of the classes things, and predictions that are a little off."""
     height, width = options.size
@@ -585,13 +480,6 @@ def made_up_predictions(folder: Path, options: argparse.Namespace) -> tuple[list
         }
         images.append(MadeUpImage(record | files, output))
     return images, head
-
-
-def allocator() -> str:
-    """Which memory allocator the process runs with; large arrays cost page faults in the default one."""
-    names = ("LD_PRELOAD", "MALLOC_ARENA_MAX", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-    changed = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
-    return ", ".join(changed) or "the system's default"
 
 
 @contextlib.contextmanager

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import importlib.util
-import io
 import itertools
 import math
 import statistics
@@ -34,7 +32,6 @@ from torch import Tensor
 from fcclip.config import lookup, resolve_device
 from fcclip.engine import environment_report
 from fcclip.errors import InputError
-from fcclip.files import write_atomically
 from fcclip.ops import ENGINES, ms_deform_attn, ms_deform_attn_fused
 
 STRIDES = (32, 16, 8)  # of FC-CLIP's encoder, coarse to fine
@@ -113,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forms", nargs="+", default=list(FORMS), metavar="FORM", help=f"of {', '.join(FORMS)}")
     parser.add_argument("--engines", nargs="+", metavar="ENGINE", help="default: all that can run")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of every engine (default 7)")
-    parser.add_argument("--output", metavar="FILE", help="JSON file for the results; a CSV file is written beside it")
+    parser.add_argument("--output", metavar="FILE", help="JSON file for the results")
     parser.set_defaults(run=benchmark_ops)
 
 
@@ -175,11 +172,6 @@ def benchmark_ops(options: argparse.Namespace) -> dict[str, Any]:
         "rows": rows,
     }
     _print(report)
-    if options.output:
-        path = Path(options.output).with_suffix(".csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(as_csv(rows).encode()))
-        print(f"written to {path}")
     return report
 
 
@@ -334,15 +326,6 @@ def machine_speed(device: torch.device) -> dict[str, float]:
         "bytes_per_second": 2 * numbers.nbytes / fastest(lambda: target.copy_(numbers)),
         "flops_per_second": 2 * side**3 / fastest(lambda: torch.mm(matrix, matrix, out=product)),
     }
-
-
-def as_csv(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table of text."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def _print(report: dict[str, Any]) -> None:

@@ -1,11 +1,10 @@
 """Whether the files of a data set are whole and fit together: before a GPU is taken.
 
-    python tools/check_dataset.py NAME_OR_YAML [NAME_OR_YAML ...] [--fast] [--preview 12] [--output FILE] [--all]
-        [--workers N] [--training NAME] [--vocabularies FOLDER]
+    python tools/check_dataset.py NAME_OR_YAML [NAME_OR_YAML ...] [--preview 12] [--output FILE] [--workers N]
 
 Takes registered names (`openvocab_coco_2017_val_panoptic_with_sem_seg`, `shapes_val`, ...) and the YAML files of own
 data. Looks at the annotation file, the classes, every image and its labels, as training and evaluation would read
-them; --fast leaves the pixels alone. Nothing is written but what --output and --preview ask for.
+them. Nothing is written but what --output and --preview ask for.
 
     error    training or evaluation stops at it, or uses wrong labels
     warning  they run, but probably not as meant
@@ -26,42 +25,35 @@ from pathlib import Path
 
 from rich.text import Text
 
-from fcclip.checks.dataset import check_dataset, find_dataset
+from fcclip.checks.dataset import check_dataset
 from fcclip.checks.issue import ERROR
 from fcclip.checks.preview import write_preview
 from fcclip.checks.printing import new_console, progress
-from fcclip.checks.report import DatasetReport, print_report
-from fcclip.data import dataset_vocabulary
+from fcclip.checks.report import print_report
+from fcclip.data import dataset_vocabulary, get_dataset
 from fcclip.errors import run_program
 from fcclip.files import write_json
 
 _MOST_WORKERS = 16
-_SHAPES, _COCO = "shapes_train", "openvocab_coco_2017_train_panoptic_with_sem_seg"  # of training, by default
+_SHAPES, _COCO = "shapes_train", "openvocab_coco_2017_train_panoptic_with_sem_seg"  # whose classes count as seen
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Checks the data sets of a command line and returns the exit code."""
     args = parse_arguments(arguments)
     try:
-        datasets = {name: find_dataset(name) for name in args.datasets}
-        of_training = {name: _SHAPES if name.startswith("shapes_") else _COCO for name in datasets}
-        training = {
-            name: dataset_vocabulary(args.training or of_training[name], args.vocabularies) for name in datasets
-        }
+        datasets = [get_dataset(name) for name in args.datasets]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     console, reports = new_console(), []
-    for name, dataset in datasets.items():
+    for dataset in datasets:
         began = time.perf_counter()
-        if isinstance(dataset, DatasetReport):
-            report = dataset
-        else:
-            options = {"fast": args.fast, "workers": args.workers, "vocabularies": args.vocabularies}
-            with progress(name) as advance:
-                report = check_dataset(dataset, progress=advance, training=training[name], **options)
+        training = dataset_vocabulary(_SHAPES if dataset.name.startswith("shapes_") else _COCO)
+        with progress(dataset.name) as advance:
+            report = check_dataset(dataset, workers=args.workers, progress=advance, training=training)
         reports.append(report)
-        print_report(report, console, seconds=time.perf_counter() - began, all_examples=args.all)
+        print_report(report, console, seconds=time.perf_counter() - began)
         if args.preview and report.records is not None:
             folder = args.output.parent if args.output else Path("output")
             path = folder / f"{report.dataset}_preview.jpg"
@@ -80,16 +72,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("datasets", nargs="+", metavar="NAME_OR_YAML", help="registered data sets, or YAML files")
-    add("--fast", action="store_true", help="decode no pixels: annotation files, headers, existence")
     add("--preview", type=int, metavar="N", help="write a sheet of N images with their labels drawn")
     add("--output", "--json", type=Path, metavar="FILE", help="write every issue and every class there, as JSON")
-    add("--all", action="store_true", help="print every file with an issue, not the first ones of a kind")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(_MOST_WORKERS, cores)
     add("--workers", type=int, default=workers, metavar="N", help="processes (default: one a core; 0: none)")
-    seen_in = "data set whose classes count as seen (default: shapes_train for the shapes, else COCO panoptic)"
-    add("--training", metavar="NAME", help=seen_in)
-    add("--vocabularies", default="", metavar="FOLDER", help="of published vocabulary files (see datasets/README.md)")
     args = parser.parse_args(arguments)
     if args.workers < 0:
         parser.error(f"--workers must be 0 or more, got {args.workers}")

@@ -41,6 +41,7 @@ LAYOUTS = {
 DTYPES = {"keep": None, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SUFFIXES = (".pth", ".pt", ".safetensors")
 TRAINED = ("sem_seg_head.", "void_embedding.")
+SAM_PREFIX = "sam."  # of SAM's weights in a file of FrozenSeg
 CLASS_WEIGHTS = "criterion.empty_weight"
 VOID = "void_embedding.weight"
 TRAINING_STATE = ("optimizer", "scheduler", "scaler", "trainer", "random")
@@ -131,7 +132,7 @@ def arrange(
     """
     if layout is None:
         return dict(tensors), []
-    known = (*TRAINED, FROZEN_PREFIX, CLASS_WEIGHTS, *CONSTANTS)
+    known = (*TRAINED, FROZEN_PREFIX, SAM_PREFIX, CLASS_WEIGHTS, *CONSTANTS)
     unknown = [name for name in tensors if not name.startswith(known)]
     if unknown or VOID not in tensors:
         reason = f"it holds '{unknown[0]}'" if unknown else f"it lacks '{VOID}'"
@@ -141,7 +142,7 @@ def arrange(
     if layout != "trainable":
         chosen |= {CLASS_WEIGHTS: class_weights(tensors, own, layout)}
     if layout == "full":
-        chosen |= whole_clip(tensors, own, model)
+        chosen |= whole_clip(tensors, own, model) | whole_sam(tensors, own, model)
     return chosen, [name for name in tensors if name not in chosen]
 
 
@@ -170,6 +171,19 @@ def whole_clip(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], model: 
             "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"
         )
     return held | {name: value for name, value in own.items() if name.startswith(FROZEN_PREFIX) and name not in held}
+
+
+def whole_sam(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], model: FCCLIP | None) -> dict[str, Tensor]:
+    """Every tensor of the SAM of FrozenSeg: those of the file, else those of the config."""
+    held = {name: value for name, value in tensors.items() if name.startswith(SAM_PREFIX)}
+    needed = any("_attention_layers_sam." in name for name in tensors)
+    sam = getattr(model, "sam", None)
+    if needed and not held and (sam is None or sam.has_random_weights):
+        raise InputError(
+            "--layout full needs SAM, which INPUT does not hold; give the --config-file of the weights, whose "
+            "MODEL.SAM_WEIGHTS names it"
+        )
+    return held or {name: value for name, value in own.items() if name.startswith(SAM_PREFIX)}
 
 
 def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> tuple[dict[str, Tensor], list[str]]:

@@ -7,11 +7,12 @@ NAME is a registered data set or the path of a YAML. Formats:
 
 --saved      what an evaluation wrote: <output>/<data set>, with one folder for each mode or none
 --panoptic   COCO panoptic: a JSON with `annotations`, PNGs of segment ids in --panoptic-folder
---instances  COCO results: a JSON list of {image_id, category_id, score, segmentation or bbox}
+--instances  COCO results: a JSON list of {image_id, category_id, score, segmentation}, the last a run-length code
 --semantic   a folder of label maps, one an image and named like it
 
-Category ids are the data set's own; the values of label maps are 0..K-1 unless --label-offset or --label-ids dataset
-says otherwise. Prints the table that an evaluation prints, and writes results.json into --output.
+Category ids are the data set's own; the values of label maps are 0..K-1, or the data set's own with --label-ids
+dataset, and its ignore label (mostly 255) means no class. Prints the table that an evaluation prints, and writes
+results.json into --output.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = {}
     for mode, sources in sources_of(args, dataset).items():
         output = args.output / mode if args.output and mode != "predictions" else args.output
-        options = {"missing": args.missing, "seen": seen, "output_dir": output, "max_images": args.first}
-        results[mode] = evaluate_predictions(dataset, sources, **options)
+        results[mode] = evaluate_predictions(dataset, sources, seen=seen, output_dir=output, max_images=args.first)
         print("\n".join(copypaste_lines(results[mode])))
     print(format_table({dataset.name: results}, title="results in percent"))
     if args.output:
@@ -59,18 +59,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--instances", type=Path, metavar="FILE", help="COCO results JSON")
     parser.add_argument("--semantic", type=Path, metavar="FOLDER", help="label maps")
-    parser.add_argument("--label-offset", type=int, default=0, metavar="N", help="value of class 0 (default: 0)")
-    parser.add_argument("--label-ignore", type=int, metavar="N", help="value that means no class (default: none)")
     parser.add_argument(
         "--label-ids", choices=("contiguous", "dataset"), default="contiguous", help="0..K-1, or the data set's own ids"
     )
     parser.add_argument("--label-suffix", default="", metavar="TEXT", help="behind the image's name, such as _pred")
-    parser.add_argument(
-        "--missing",
-        choices=("error", "empty"),
-        default="error",
-        help="images without a prediction: refuse them, or count them as empty (default: error)",
-    )
     parser.add_argument("--training-set", metavar="NAME", help="data set whose classes count as seen")
     parser.add_argument("--first", type=int, metavar="N", help="only the first images of the data set")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="for results.json and files of the evaluators")
@@ -90,16 +82,8 @@ def sources_of(args: argparse.Namespace, dataset: Dataset) -> dict[str, list]:
     if args.instances:
         sources.append(ResultsSource(args.instances, dataset=dataset, records=records))
     if args.semantic:
-        labels = LabelSource(
-            args.semantic,
-            dataset=dataset,
-            records=records,
-            offset=args.label_offset,
-            ignore=args.label_ignore,
-            own_ids=args.label_ids == "dataset",
-            suffix=args.label_suffix,
-        )
-        sources.append(labels)
+        own_ids, suffix = args.label_ids == "dataset", args.label_suffix
+        sources.append(LabelSource(args.semantic, dataset=dataset, records=records, own_ids=own_ids, suffix=suffix))
     return {"predictions": sources}
 
 

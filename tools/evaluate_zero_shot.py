@@ -11,7 +11,7 @@ other on its config's DATASETS.TEST.
 Writes into FOLDER: results.json, results.md, log.txt, and for each data set its predictions. An evaluation that was
 interrupted goes on with --resume, also with another number of processes, and gives the numbers of one that was not.
 --images adds a page, page/index.html, with the best, the median and the worst images of each data set. --oracle
-shows what would be with true masks and predicted classes (masks), or predicted masks and true classes (classes).
+shows PQ and mIoU with true masks and predicted classes (masks), or predicted masks and true classes (classes).
 Leaves with 0; with 1 after an error, or when a figure is not the published one within its tolerance; with 2 when the
 command line cannot be read.
 """
@@ -44,6 +44,7 @@ from fcclip.engine import (
 )
 from fcclip.errors import InputError, MissingFileError, run_program
 from fcclip.evaluation import current_commit, evaluate, format_table
+from fcclip.evaluation.evaluators import mode_folders
 from fcclip.files import write_atomically, write_json
 from fcclip.modeling import FCCLIP, build_model, test_modes
 from fcclip.reports import (
@@ -51,7 +52,6 @@ from fcclip.reports import (
     MIOU_RULE,
     ORACLES,
     Outcome,
-    PageSet,
     Plan,
     Report,
     backbone_of_weights,
@@ -246,9 +246,9 @@ def make_page(report: Report, outcomes: Sequence[Outcome], args: argparse.Namesp
     """The page with images of the first mode."""
     sets = []
     for outcome in outcomes:
-        mode, results = next(iter(outcome.results.items()))
-        folder = args.output / outcome.plan.dataset.name
-        sets.append(PageSet(outcome.plan.dataset, folder / mode if len(outcome.results) > 1 else folder, results))
+        dataset = outcome.plan.dataset
+        folders = mode_folders(args.output / dataset.name, tuple(outcome.results))
+        sets.append((dataset, next(iter(folders.values()))))
     title = "Zero-shot evaluation" + (f" with true {args.oracle}" if args.oracle else "")
     return write_page(report, sets, args.output / "page", images=args.images, title=title)
 

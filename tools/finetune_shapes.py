@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from fcclip.data import get_dataset, read_id_map
 from fcclip.errors import UserError, run_program
 from fcclip.evaluation import write_id_map
 from fcclip.files import read_json, write_json
-from fcclip.finetuning import format_comparison
+from fcclip.finetuning import figures_of, format_comparison
 from fcclip.preparation.shapes_world import SETS
 from fcclip.vocabulary import Vocabulary
 
@@ -156,17 +155,6 @@ def own_segments(segments: Sequence[Mapping], kept: Sequence[int]) -> list[dict]
 
 
 # ---- results ----
-
-
-def figures_of(sets: Mapping) -> dict:
-    """Figures of a finetune.json, with NaN for null."""
-    return {
-        name: {
-            metric: {group: math.nan if value is None else value for group, value in groups.items()}
-            for metric, groups in metrics.items()
-        }
-        for name, metrics in sets.items()
-    }
 
 
 def draw(results: Mapping[str, Mapping], name: str) -> matplotlib.figure.Figure:

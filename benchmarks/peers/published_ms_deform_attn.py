@@ -42,7 +42,13 @@ def available(device: torch.device) -> Availability:
     return Availability()
 
 
-def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
+def forward(fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
+    if fused:
+        points, weights = _locations(shapes, _wide(points)), _softmax(_wide(weights))
+    return _forward(value, shapes, points, weights)
+
+
+def _forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
     batch, _, heads, channels = value.shape
     output = value.new_zeros(batch, locations.shape[1], heads * channels)
     tables = _tables(tuple(shapes), value.device)
@@ -51,6 +57,18 @@ def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -
 
 
 def backward(
+    fused: bool, grad_output: Tensor, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not fused:
+        return _backward(grad_output, value, shapes, points, weights)
+    shares = _softmax(_wide(weights))
+    grads = _backward(grad_output, value, shapes, _locations(shapes, _wide(points)), shares)
+    grad_logits = torch._softmax_backward_data(grads[2].flatten(-2), shares.flatten(-2), -1, shares.dtype)
+    sizes = _centres(tuple(shapes), points.device, grads[1].dtype)[1]
+    return grads[0], (grads[1] / sizes).to(value.dtype), grad_logits.view(weights.shape).to(value.dtype)
+
+
+def _backward(
     grad_output: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
@@ -58,20 +76,6 @@ def backward(
     tables = _tables(tuple(shapes), value.device)
     _call("backward", value, locations, (grad_output, value, *tables, locations, weights, *grads))
     return grads[0].to(value.dtype), grads[1], grads[2]
-
-
-def forward_fused(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor) -> Tensor:
-    return forward(value, shapes, _locations(shapes, _wide(offsets)), _softmax(_wide(logits)))
-
-
-def backward_fused(
-    grad_output: Tensor, value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    weights = _softmax(_wide(logits))
-    grads = backward(grad_output, value, shapes, _locations(shapes, _wide(offsets)), weights)
-    grad_logits = torch._softmax_backward_data(grads[2].flatten(-2), weights.flatten(-2), -1, weights.dtype)
-    sizes = _centres(tuple(shapes), offsets.device, grads[1].dtype)[1]
-    return grads[0], (grads[1] / sizes).to(value.dtype), grad_logits.view(logits.shape).to(value.dtype)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -5,11 +5,11 @@ kinds.py        what can be wrong with the files of a data set
 printing.py     issues and progress on a terminal
 
 run.py          check_run: everything that a run would find out later, by
-config.py       the config, with every wrong key named
 machine.py      device, operators, output folder, disk
 weights.py      the model on the meta device, and MODEL.WEIGHTS
-vocabulary.py   vocabularies of data sets and weights; names that cannot be told apart
+vocabulary.py   vocabularies of data sets and weights
 clip.py         the weights of the CLIP
+sam.py          the weights of SAM, where the model has one
 training.py     settings of training and evaluation
 data.py         data sets as a run reads them
 
@@ -17,7 +17,6 @@ dataset.py      check_dataset: every file of a data set, by
 annotations.py  annotation files
 names.py        names of classes that cannot be told apart
 images.py       images and labels, pixel by pixel
-processes.py    work in processes that may die
 report.py       what a data set holds, as a record and in print
 preview.py      a sheet of images with their labels
 """

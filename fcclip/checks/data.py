@@ -4,7 +4,6 @@ every file."""
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,13 +50,8 @@ def check_test_set(issues: Issues, cfg: CfgNode, name: str) -> None:
     if dataset is None:
         return
     kind, test = dataset.metadata["evaluator_type"], cfg.MODEL.MASK_FORMER.TEST
-    possible = dataset.evaluators
     heads = {"panoptic": test.PANOPTIC_ON, "instance": test.INSTANCE_ON, "semantic": test.SEMANTIC_ON}
-    tasks = [task for task in possible if heads[task]]
-    idle = [task for task, is_on in heads.items() if possible and is_on and task not in possible]
-    if idle:
-        text = f"{', '.join(idle)} outputs are computed and not evaluated on this kind of data ({kind})"
-        issues.add(NOTE, text, " ".join(f"MODEL.MASK_FORMER.TEST.{task.upper()}_ON False" for task in idle))
+    tasks = [task for task in dataset.evaluators if heads[task]]
     # task -> (key of the folder or file in the metadata, key of the file in a record)
     truth = {
         "panoptic": ("panoptic_root", "pan_seg_file_name"),
@@ -100,10 +94,7 @@ def _read_records(issues: Issues, dataset: Dataset, places: Iterable[str], level
     if missing:
         root, described = root_folder(), dataset.metadata.get("yaml_file")
         names = ", ".join(str(path.relative_to(root) if path.is_relative_to(root) else path) for path in missing)
-        is_set = "" if os.environ.get("DETECTRON2_DATASETS") else ", as $DETECTRON2_DATASETS is not set"
-        where, remedy = f"below {root}{is_set}", WHERE_DATA_IS
-        if not root.is_dir():
-            where += ", which is not a folder"
+        where, remedy = f"below {root}", WHERE_DATA_IS
         if described:
             where = f"where {described} says"
             remedy = f"paths in it are relative to its folder, {Path(described).absolute().parent}"

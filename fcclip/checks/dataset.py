@@ -6,64 +6,58 @@ is wrong with the data raises: it becomes an issue, and the rest is looked at al
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fcclip.checks.annotations import check_categories, known_classes, usable_instances, usable_panoptic
+from fcclip.checks.annotations import check_categories, known_classes, usable
 from fcclip.checks.images import ImageReport, Rules, check_image
 from fcclip.checks.issue import ERROR, NOTE, WARNING, Issues
 from fcclip.checks.kinds import KINDS
 from fcclip.checks.names import check_names, check_seen_names
-from fcclip.checks.processes import DIED, map_in_processes
 from fcclip.checks.report import ClassCount, DatasetReport
-from fcclip.data import dataset_vocabulary, get_dataset
+from fcclip.data import dataset_vocabulary
 from fcclip.data.dataset import Dataset, collector_paused
 from fcclip.data.datasets.cityscapes import CITYSCAPES, instance_ids_file
-from fcclip.data.own_description import is_own_data
 from fcclip.data.transport import CompactRecords
 from fcclip.errors import InputError
 from fcclip.files import listed, read_json
 from fcclip.vocabulary import Vocabulary
 
 _CHUNK = 16  # images that a process gets at a time
+_CHUNKS = 16  # a process, before the next images are taken
 _SAMPLES = 20  # records whose label maps are looked for before all are
 _ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".webp", ".bmp", ".ppm", ".pgm", ".gif")
 _LISTS = {"panoptic": ("annotations",), "instances": ("images", "annotations")}  # that an annotation file must have
-_FILES = ("file_name", "pan_seg_file_name", "sem_seg_file_name")  # of a record
 
 
 def check_dataset(
     dataset: Dataset,
     *,
-    fast: bool = False,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
-    vocabularies: str | Path = "",
     training: Vocabulary | None = None,
 ) -> DatasetReport:
     """Looks at all that training and evaluation would read of a data set.
 
     Args:
         dataset: registered, or of a YAML.
-        fast: leave pixels alone: annotation files, headers and the existence of files only.
-        workers: processes that look at images; one that dies of a file is named and replaced. 0: this process.
+        workers: processes that look at images; 0: this process.
         progress: called with (images done, images in all) from time to time.
-        vocabularies: folder of published vocabulary files; see `dataset_vocabulary`.
         training: vocabulary by which classes count as seen; None: it is not told.
-
-    Raises:
-        ValueError: a negative number of workers, or processes that cannot be started.
     """
-    if workers < 0:
-        raise InputError(f"the number of workers must be 0 or more, got {workers}")
-    report = DatasetReport(dataset.name, *_kind_and_source(dataset), fast=fast)
+    report = DatasetReport(dataset.name, *_kind_and_source(dataset))
     report.num_published = dataset.published_count
     records = _records(report, dataset)
-    _check_vocabulary(report, dataset, vocabularies, training)
+    _check_vocabulary(report, dataset, training)
     if records is not None and report.classes:
         report.num_images = len(records)
         if report.num_published not in (None, report.num_images):
@@ -71,7 +65,7 @@ def check_dataset(
             report.issues.add_kind("count", report.source, what)
         _check_unlisted(report, dataset, records)
         _check_instance_ids(report.issues, dataset, records)
-        rules = rules_of(dataset, fast=fast, has_label_maps=_has_label_maps(report, dataset, records))
+        rules = rules_of(dataset, has_label_maps=_has_label_maps(report, dataset, records))
         report.records = CompactRecords(records)
         del records  # a hundred thousand dicts
         _check_images(report, rules, workers, progress)
@@ -82,40 +76,12 @@ def check_dataset(
     return report
 
 
-def find_dataset(name: str) -> Dataset | DatasetReport:
-    """The data set of this name; the report on a YAML that is there and does not describe one.
-
-    Raises:
-        ValueError, FileNotFoundError: there is no such data set.
-    """
-    try:
-        return get_dataset(name)
-    except (ValueError, OSError) as error:
-        if not is_own_data(name) or not Path(name).expanduser().is_file():
-            raise
-        report = DatasetReport(Path(name).stem, "own data", name)
-        report.issues.add_kind("description", name, str(error).removeprefix(f"{name}: "))
-        return report
-
-
-def choose_images(report: DatasetReport, number: int) -> list[int]:
-    """Positions of at most so many records to look at, evenly spread; none with an error. The same every time."""
-    bad = {issue.file for issue in report.issues if issue.level == ERROR}
-    records = report.records if report.records is not None else ()
-    good = [
-        position for position in range(len(records)) if bad.isdisjoint(records[position].get(key) for key in _FILES)
-    ]
-    number = min(number, len(good))
-    return [good[(2 * step + 1) * len(good) // (2 * number)] for step in range(number)]
-
-
-def rules_of(dataset: Dataset, *, fast: bool = False, has_label_maps: bool = True) -> Rules:
+def rules_of(dataset: Dataset, *, has_label_maps: bool = True) -> Rules:
     """What the files of every image of a data set are held against."""
     metadata = dataset.metadata
     return Rules(
         class_names=tuple(metadata["stuff_classes"]),
         ignore_label=metadata.get("ignore_label"),
-        fast=fast,
         stale_areas=_has_stale_areas(dataset),
         has_label_maps=has_label_maps,
     )
@@ -180,18 +146,12 @@ def _from_json(report: DatasetReport, dataset: Dataset) -> list[dict] | None:
     except (ValueError, OSError) as error:
         return issues.add_kind("annotation-file", path, str(error), remedy="see there")
     check_categories(issues, path, content, classes)
-    if is_panoptic:
-        usable = usable_panoptic(issues, path, content, classes, as_published=_has_stale_areas(dataset))
-    else:
-        usable = usable_instances(issues, path, content, classes)
-    records = _read(report, partial(dataset.parse, usable) if dataset.parse else dataset.annotations)
+    content = usable(issues, path, content, classes, report.kind)
+    records = _read(report, partial(dataset.parse, content) if dataset.parse else dataset.annotations)
     if records is None:
         return None
-    if not is_panoptic:
-        _add_areas(records, usable["annotations"])
-        return records
-    for record in records:
-        left_out = usable["left_out"].get(str(record["image_id"]))
+    for record in records if is_panoptic else ():
+        left_out = content["left_out"].get(str(record["image_id"]))
         if left_out:  # its PNG has them all the same
             record["left_out"] = left_out
     return records
@@ -209,19 +169,6 @@ def _content(issues: Issues, path: Path, kind: str) -> dict | None:
     return content
 
 
-def _add_areas(records: list[dict], annotations: Sequence[dict]) -> None:
-    """Puts back what the reader of instances leaves out, id and area, where it has kept all annotations."""
-    of_image: dict[str, list[dict]] = {}
-    for annotation in annotations:
-        of_image.setdefault(str(annotation["image_id"]), []).append(annotation)
-    for record in records:
-        originals = of_image.get(str(record["image_id"]), [])
-        if len(originals) != len(record["annotations"]):
-            continue
-        for instance, original in zip(record["annotations"], originals):
-            instance.update({key: original[key] for key in ("id", "area") if key in original})
-
-
 def _check_instances_file(issues: Issues, dataset: Dataset, records: Sequence[dict] | None) -> None:
     """The annotations that average precision on a panoptic set is measured with."""
     path = Path(dataset.metadata["json_file"])
@@ -232,18 +179,16 @@ def _check_instances_file(issues: Issues, dataset: Dataset, records: Sequence[di
         content = _content(issues, path, "instances")
         if content is None:
             return
-        usable = usable_instances(issues, path, content, known_classes(dataset, content))
+        content = usable(issues, path, content, known_classes(dataset, content), "instances")
     if records is not None:
-        known = {str(image["id"]) for image in usable["images"]}
+        known = {str(image["id"]) for image in content["images"]}
         alone = [str(record["image_id"]) for record in records if str(record["image_id"]) not in known]
         if alone:
             what = f"{len(alone)} of {len(records)} images are not in it, e.g. {alone[0]}"
             issues.add_kind("other-images", path, what)
 
 
-def _check_vocabulary(
-    report: DatasetReport, dataset: Dataset, vocabularies: str | Path, training: Vocabulary | None
-) -> None:
+def _check_vocabulary(report: DatasetReport, dataset: Dataset, training: Vocabulary | None) -> None:
     """The vocabulary of the data set, and the classes as far as they are known without an image."""
     issues, metadata = report.issues, dataset.metadata
     try:
@@ -255,7 +200,7 @@ def _check_vocabulary(
             issues.add_kind("vocabulary", dataset.vocabulary, str(error), remedy="see there")
         return
     try:
-        report.vocabulary = dataset_vocabulary(dataset, vocabularies)
+        report.vocabulary = dataset_vocabulary(dataset)
     except (ValueError, OSError) as error:
         issues.add_kind("vocabulary", dataset.vocabulary, str(error), remedy="see there")
         report.vocabulary = own
@@ -275,9 +220,9 @@ def _check_vocabulary(
 def _check_unlisted(report: DatasetReport, dataset: Dataset, records: Sequence[Mapping[str, Any]]) -> None:
     """Files beside those of the records that no record has."""
     is_semantic = report.kind == "semantic"
-    keys = {"file_name": "without-labels" if is_semantic else "unlisted-file"}
-    keys |= {"pan_seg_file_name": "unlisted-labels"} if report.kind == "panoptic" else {}
-    keys |= {"sem_seg_file_name": "without-image"} if is_semantic else {}
+    keys = {"file_name": "unlisted-file"}
+    if is_semantic:
+        keys = {"file_name": "without-labels", "sem_seg_file_name": "without-image"}
     used = {record[key] for key in keys for record in records}
     for key, kind in keys.items():
         folders = {os.path.dirname(record[key]) for record in records}
@@ -327,18 +272,19 @@ def _check_images(
     """Looks at the files of every record and adds up what they hold."""
     records, issues = report.records, report.issues
     jobs = (records[position] for position in range(len(records)))
-    workers = min(workers, -(-len(records) // _CHUNK))
-    check, preload = partial(check_image, rules), [check_image.__module__]
-    results = map_in_processes(check, jobs, workers=workers, chunk=_CHUNK, preload=preload)
-    for done, (position, result) in enumerate(results, start=1):
-        if result is DIED:
-            issues.add_kind("process-died", records[position]["file_name"], "it or its labels")
-        else:
-            _add(report, result)
-        if progress is not None and (done % _CHUNK == 0 or done == len(records)):
-            progress(done, len(records))
+    done = 0
+    try:
+        for image in in_processes(partial(check_image, rules), jobs, workers=min(workers, -(-len(records) // _CHUNK))):
+            _add(report, image)
+            done += 1
+            if progress is not None and (done % _CHUNK == 0 or done == len(records)):
+                progress(done, len(records))
+    except BrokenProcessPool:
+        what = f"it or one of the next; {len(records) - done:,} images were not looked at"
+        issues.add_kind("process-died", records[done]["file_name"], what)
+        return
     unused = [entry.name for entry in report.classes if not entry.images]
-    if not report.knows_classes or not unused:
+    if not unused:
         return
     if len(unused) < len(report.classes):
         issues.add_kind("unused-class", report.source, f"{len(unused)} of {len(report.classes)}: {listed(unused, 12)}")
@@ -346,9 +292,31 @@ def _check_images(
         issues.add_kind("nothing-labelled", report.source, f"{len(records):,} images")
 
 
+def in_processes(function: Callable[[Any], Any], jobs: Iterable[Any], *, workers: int) -> Iterator[Any]:
+    """function(job) of each job, in order, in so many processes; 0: in this one.
+
+    Jobs are taken as processes ask for them, so that few are in memory.
+
+    Raises:
+        BrokenProcessPool: a process died of a job, the first without a result or one of the next.
+    """
+    if workers == 0:
+        yield from map(function, jobs)
+        return
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    if has_server:
+        context.set_forkserver_preload([__name__])  # imported once for all
+    jobs = iter(jobs)
+    with ProcessPoolExecutor(
+        workers, context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    ) as pool:
+        while block := list(islice(jobs, workers * _CHUNKS * _CHUNK)):
+            yield from pool.map(function, block, chunksize=_CHUNK)
+
+
 def _add(report: DatasetReport, image: ImageReport) -> None:
     report.issues.extend(image.issues)
-    report.num_crowds += image.num_crowds
     for index, (segments, pixels) in image.classes.items():
         entry = report.classes[index]
         entry.images += 1

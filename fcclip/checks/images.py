@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pycocotools.mask
-from PIL import Image
 
 from fcclip.checks.issue import NOTE, Issues
 from fcclip.checks.kinds import PUBLISHED_SO
@@ -24,12 +23,6 @@ from fcclip.files import listed
 
 Record = Mapping[str, Any]  # of a data set
 _LOSSY = ("JPEG", "JPEG2000", "WEBP", "AVIF")
-_WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-_TAILS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}  # what stands at the end of a whole file
-_TAIL_BYTES = 1024  # some programs write more behind it
-_OUTSIDE_PX = 1.0  # boxes may reach so far out of the image: published ones are rounded
-_SMALLEST_OVERLAP = 0.5  # of the box in the JSON and the one of the mask, intersection over union
-_AREA_SHARE, _AREA_PX = 0.25, 64  # an instance's area in the JSON may differ so much: polygons are not pixels
 _MOST_DISAGREEMENT = 0.01  # of the pixels that label map and id PNG both give a class
 
 
@@ -40,7 +33,6 @@ class Rules:
     Args:
         class_names: in order.
         ignore_label: value of unlabelled pixels in label maps; None: there are no label maps.
-        fast: pixels are not decoded.
         stale_areas: areas and segments without a pixel are as published (ADE20K: measured before instances were painted
             over the stuff), so they are notes.
         has_label_maps: whether label maps of panoptic records are read.
@@ -48,7 +40,6 @@ class Rules:
 
     class_names: tuple[str, ...]
     ignore_label: int | None
-    fast: bool = False
     stale_areas: bool = False
     has_label_maps: bool = True
 
@@ -60,12 +51,10 @@ class ImageReport:
     Args:
         issues: about its files.
         classes: class -> [instances or segments, pixels].
-        num_crowds: segments or instances that are crowds.
     """
 
     issues: Issues = field(default_factory=Issues)
     classes: dict[int, list[int]] = field(default_factory=dict)
-    num_crowds: int = 0
 
     def count(self, class_index: int, pixels: int) -> None:
         """Adds a segment or an instance."""
@@ -80,7 +69,7 @@ def check_image(rules: Rules, record: Record) -> ImageReport:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, on profiles, large images and the like
-            size = _check_pixels(report.issues, record, rules)
+            size = _check_pixels(report.issues, record)
             if "segments_info" in record:
                 _check_segments(report, record, rules, size)
             elif "sem_seg_file_name" in record:
@@ -102,29 +91,16 @@ class _Sizes(NamedTuple):
     stored: tuple[int, int]
 
 
-def _check_pixels(issues: Issues, record: Record, rules: Rules) -> _Sizes | None:
+def _check_pixels(issues: Issues, record: Record) -> _Sizes | None:
     """The size of the image, or None if it has none."""
     path = record["file_name"]
     try:
         header = read_header(path)
-        if not rules.fast:
-            read_pil_image(path)
+        read_pil_image(path)
     except FileNotFoundError:
         return issues.add_kind("missing-image", path, "no such file")
     except (ValueError, OSError) as error:
         return issues.add_kind("unreadable-image", path, _reason(error, path))
-    if header.mode == "F" or (header.mode == "I" and header.format != "PNG"):  # as read_pil_image says with the pixels
-        return issues.add_kind("unreadable-image", path, "numbers of which nothing says what is black and white")
-    if rules.fast:
-        _check_tail(issues, path, header)
-    if header.mode == "CMYK":
-        issues.add_kind("cmyk", path, "four inks")
-    if header.is_deep:
-        issues.add_kind("deep", path, "16 bits a channel")
-    if header.mode in _WITH_ALPHA and not rules.fast:
-        with Image.open(path) as image:
-            if image.convert("RGBA").getextrema()[3][0] < 255:
-                issues.add_kind("transparent", path, "some pixels are not opaque")
     return _compare_sizes(issues, record, header)
 
 
@@ -168,24 +144,15 @@ def _check_segments(report: ImageReport, record: Record, rules: Rules, size: _Si
     ids = _read_labels(report.issues, record["pan_seg_file_name"], rules, size, kind="ids")
     areas = {} if ids is None else areas_of(ids)
     for segment in segments:
-        area = segment.get("area", 0) if ids is None else areas.get(segment["id"], 0)
-        report.count(segment["category_id"], int(area) if isinstance(area, (int, float)) else 0)
-    _check_crowds(report, record["file_name"], segments, "segment")
+        report.count(segment["category_id"], areas.get(segment["id"], 0))
+    if not segments:
+        report.issues.add_kind("empty", record["file_name"], "no segment")
     if ids is not None:
         _compare_segments(report.issues, record, rules, areas)
     if rules.has_label_maps and record.get("sem_seg_file_name"):
         labels = _check_label_map(report, record, rules, size)
         if labels is not None and ids is not None and labels.shape == ids.shape and not rules.stale_areas:
             _compare_classes(report.issues, record, rules, ids, labels)
-
-
-def _check_crowds(report: ImageReport, path: str, entries: list[dict], what: str) -> None:
-    crowds = sum(bool(entry.get("iscrowd", 0)) for entry in entries)
-    report.num_crowds += crowds
-    if not entries:
-        report.issues.add_kind("empty", path, f"no {what}")
-    elif crowds == len(entries):
-        report.issues.add_kind("crowd-only", path, plural(crowds, "crowd"))
 
 
 def _compare_segments(issues: Issues, record: Record, rules: Rules, areas: Mapping[int, int]) -> None:
@@ -195,10 +162,7 @@ def _compare_segments(issues: Issues, record: Record, rules: Rules, areas: Mappi
     unknown = [number for number in areas if number and number not in known.union(record.get("left_out", ()))]
     if unknown:
         ids = f"{listed(unknown, 5)} ({plural(sum(areas[number] for number in unknown), 'pixel')})"
-        shifts = {1: "higher", -1: "lower"}
-        shift = [name for step, name in shifts.items() if {number - step for number in unknown} <= known]
-        shifted = f": every id is {shift[0]} by one" if shift else ""
-        issues.add_kind("unknown-id", path, f"{ids}; the JSON has {listed(sorted(known), 5) or 'no id'}{shifted}")
+        issues.add_kind("unknown-id", path, f"{ids}; the JSON has {listed(sorted(known), 5) or 'no id'}")
     as_published = {"remedy": PUBLISHED_SO, "level": NOTE} if rules.stale_areas else {}
     empty = [segment["id"] for segment in segments if not areas.get(segment["id"])]
     if empty:
@@ -268,12 +232,6 @@ def _read_labels(issues: Issues, path: str, rules: Rules, size: _Sizes | None, *
     fits = size is None or header.stored == size.upright
     if not fits and header.stored != size.stored:  # those that EXIF turns away are told with the image
         issues.add_kind("label-size", path, f"{_sized(header.stored)}, its image is {_sized(size.upright)}")
-    if kind == "labels" and header.mode not in ("L", "P", "I") and not header.mode.startswith("I;16"):
-        return issues.add_kind("coloured-labels", path, f"Pillow's mode is '{header.mode}'")
-    if kind == "ids" and header.is_deep:
-        return issues.add_kind("unreadable-labels", path, "16 bits a channel; an id PNG has 8")
-    if rules.fast:
-        return _check_tail(issues, path, header)
     try:
         values = read_id_map(path) if kind == "ids" else read_label_map(path)
     except (ValueError, OSError) as error:
@@ -288,66 +246,35 @@ def _check_instances(report: ImageReport, record: Record, rules: Rules, size: _S
     path, instances = record["file_name"], record["annotations"]
     stated = (record["height"], record["width"]) if "height" in record else None
     shape = size.upright if size is not None else stated
-    problems: dict[str, list[str]] = {}
+    problems: list[str] = []
     for instance in instances:
-        area = instance.get("area", 0)
-        if shape is not None:
-            area, faults = _instance_problems(instance, shape, decode=not rules.fast)
-            which = f"annotation {instance['id']}" if "id" in instance else f"one of class {instance['category_id']}"
-            for kind, what in faults:
-                problems.setdefault(kind, []).append(f"{which}: {what}")
-        report.count(instance["category_id"], int(area))
-    for kind, texts in problems.items():
-        report.issues.add_kind(kind, path, _first(texts))
-    _check_crowds(report, path, instances, "annotation")
+        try:
+            area = 0 if shape is None else _mask_area(instance.get("segmentation"), shape)
+        except (ValueError, TypeError, IndexError) as error:
+            area = 0
+            problems.append(f"'{rules.class_names[instance['category_id']]}': {error}")
+        report.count(instance["category_id"], area)
+    if problems:
+        report.issues.add_kind("bad-code", path, _first(problems))
+    if not instances:
+        report.issues.add_kind("empty", path, "no annotation")
 
 
-def _instance_problems(
-    instance: Record, shape: tuple[int, int], *, decode: bool
-) -> tuple[float, list[tuple[str, str]]]:
-    """(area in pixels, [(kind, what is wrong)]) of an instance in an image (height, width)."""
-    problems, stated, box = [], instance.get("area"), instance.get("bbox")
-    segmentation = instance.get("segmentation")
-    wrong_box = None if box is None else _box_problem(box, shape)
-    if wrong_box:
-        problems.append(("box", wrong_box))
-    if isinstance(segmentation, dict) and tuple(segmentation["size"]) != shape:
-        problems.append(("bad-code", f"{_sized(segmentation['size'])}, its image is {_sized(shape)}"))
-        return stated or 0, problems
-    if not decode or not segmentation:
-        return stated or 0, problems
-    try:
-        area, around = _mask_area(segmentation, shape)
-    except (ValueError, TypeError, IndexError) as error:
-        return stated or 0, [*problems, ("bad-code", str(error))]
-    if area == 0:
-        problems.append(("empty-mask", "no pixel"))
-    elif stated is not None and abs(area - stated) > max(_AREA_PX, _AREA_SHARE * area):
-        problems.append(("instance-area", f"{stated:g} in the JSON, {area} pixels"))
-    overlap = pycocotools.mask.iou(np.array([box or around], float), np.array([around]), [0])[0, 0]  # [x, y, w, h]
-    if area and not wrong_box and overlap < _SMALLEST_OVERLAP:
-        problems.append(("box", f"{_box(box)}, its mask lies in {_box(around)}"))
-    return area, problems
+def _mask_area(segmentation: dict | list | None, shape: tuple[int, int]) -> int:
+    """Pixels of polygons or a run-length code in an image (height, width).
 
-
-def _box_problem(box: list[float], shape: tuple[int, int]) -> str | None:
-    """What is wrong with a box [x, y, width, height] in an image (height, width)."""
-    x, y, width, height = box
-    if width <= 0 or height <= 0:
-        return f"{_box(box)} has no size"
-    beyond = max(-x, -y, x + width - shape[1], y + height - shape[0])
-    return f"{_box(box)} reaches out of an image of {_sized(shape)}" if beyond > _OUTSIDE_PX else None
-
-
-def _mask_area(segmentation: dict | list, shape: tuple[int, int]) -> tuple[int, list[float]]:
-    """(pixels, box around them) of polygons or a run-length code; a broken code raises ValueError."""
-    if isinstance(segmentation, list):
-        polygons = [polygon for polygon in segmentation if has_area(polygon)]
-        code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *shape))
-    else:
-        code = segmentation
-        check_code(code)
-    return int(pycocotools.mask.area(code)), pycocotools.mask.toBbox(code).tolist()
+    Raises:
+        ValueError, TypeError, IndexError: a code that is broken or of another size.
+    """
+    if not segmentation:
+        return 0
+    if isinstance(segmentation, dict):
+        if tuple(segmentation["size"]) != shape:
+            raise ValueError(f"{_sized(segmentation['size'])}, its image is {_sized(shape)}")
+        check_code(segmentation)
+        return int(pycocotools.mask.area(segmentation))
+    polygons = [polygon for polygon in segmentation if has_area(polygon)]
+    return int(pycocotools.mask.area(pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, *shape))))
 
 
 def areas_of(numbers: np.ndarray) -> dict[int, int]:
@@ -362,18 +289,6 @@ def areas_of(numbers: np.ndarray) -> dict[int, int]:
 # ---- texts ----
 
 
-def _check_tail(issues: Issues, path: str, header: Header) -> None:
-    """Whether a file ends as its format does; of other formats nothing is known."""
-    tail = _TAILS.get(header.format)
-    if tail is None:
-        return
-    with open(path, "rb") as file:
-        file.seek(0, 2)
-        file.seek(max(0, file.tell() - _TAIL_BYTES))
-        if tail not in file.read():
-            issues.add_kind("cut-off", path, f"no end of a {header.format} file in its last {_TAIL_BYTES} bytes")
-
-
 def _reason(error: Exception, path: str) -> str:
     """What an error says without the name of the file and without what to do."""
     text = str(error).removeprefix(f"{path}: ").removeprefix("cannot be read as an image: ")
@@ -382,10 +297,6 @@ def _reason(error: Exception, path: str) -> str:
 
 def _sized(size: Any) -> str:
     return f"{size[0]} x {size[1]} (height x width)"
-
-
-def _box(box: Any) -> str:
-    return f"[{', '.join(f'{side:g}' for side in box)}]"
 
 
 def _first(problems: list[str]) -> str:

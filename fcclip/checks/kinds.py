@@ -7,9 +7,10 @@ note     good to know
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from fcclip.data.annotations import ERROR, NOTE, WARNING, Kind
+from fcclip.data.annotations import KINDS as ANNOTATION_KINDS
 
-OK, NOTE, WARNING, ERROR = "ok", "note", "warning", "error"
+OK = "ok"
 PUBLISHED_SO = "nothing: so it was published, and so it counts"  # remedy of what published files are known for
 _AGAIN = "copy or download them again"
 _RESTORE = "restore them, or prepare them again"
@@ -17,45 +18,13 @@ _TOGETHER = "prepare PNGs and JSON again, together"
 _UNMEANT = "nothing, if that is meant"
 
 
-class Kind(NamedTuple):
-    """What issues of one kind have in common.
-
-    Args:
-        level: where an issue does not say otherwise.
-        title: heading of such issues.
-        remedy: where an issue does not say otherwise.
-    """
-
-    level: str
-    title: str
-    remedy: str
-
-
 # kind -> title, remedy; in the order in which they are shown
 _ERRORS = {
     # annotation files
-    "description": ("descriptions of data sets that cannot be used", "correct the YAML"),
     "annotation-file": ("annotation files that cannot be used", "copy or prepare the file again"),
     "missing-folder": ("folders that do not exist",
         "check $DETECTRON2_DATASETS or the paths of the YAML; datasets/README.md shows the layout"),
     "no-images": ("no image with labels at all", "check folders, file names and endings"),
-    "broken-entry": ("entries without what they need", "complete or remove them"),
-    "duplicate-image-id": ("image ids that stand for several images", "give each image its own id"),
-    "duplicate-file": ("files that are listed more than once", "list each file once"),
-    "duplicate-annotation-id": ("annotation ids that are used more than once: the later hides the earlier",
-        "number them again"),
-    "duplicate-segment-id": ("segments of one image with the same id, which cannot be told apart",
-        "give each an id of its own"),
-    "void-id": ("segment ids that no PNG can hold (1..16777215; 0 is unlabelled)", _TOGETHER),
-    "unknown-category": ("categories that are no class of the data set",
-        "check that the file belongs to this data set; leave out what has no class"),
-    "unlisted-image": ("annotations of images that are not in 'images'",
-        "list the images, or leave the annotations out"),
-    "no-mask": ("instances without a segmentation: a box gives no mask",
-        "draw the masks, or leave these instances out"),
-    "bad-code": ("run-length codes that do not fit their image", "encode the masks again"),
-    "instance-of-stuff": ("instances of classes that are stuff",
-        "mark the classes as things, or leave the instances out"),
     "categories": ("lists of categories that contradict themselves", "number and name each once"),
     "vocabulary": ("the vocabulary cannot be used", "correct the vocabulary file"),
     "nothing-labelled": ("no image has a label", "check annotations, classes and ignore label"),
@@ -69,21 +38,20 @@ _ERRORS = {
     # labels
     "missing-ids": ("id PNGs that do not exist", _RESTORE),
     "missing-labels": ("label maps that do not exist", _RESTORE),
-    "unreadable-labels": ("label files that cannot be read", "copy or prepare them again"),
+    "unreadable-labels": ("label files that cannot be read",
+        "copy or prepare them again; a label map is grey of 8 or 16 bits, or palette indices"),
     "lossy-labels": ("labels in a lossy format, which changes them", "make them again as PNG"),
-    "coloured-labels": ("label maps that do not have one whole number a pixel",
-        "convert colours to class ids: grey of 8 or 16 bits, or palette indices"),
     "label-size": ("labels of another size than their image; the loader refuses them", "prepare them again for it"),
     "unknown-id": ("ids in PNGs that are not in the JSON; the loader refuses them", _TOGETHER),
     "unknown-label": ("values of label maps that are neither a class nor the ignore label",
         "prepare the label maps again"),
     # the check itself
-    "process-died": ("files at which the process that read them died",
-        "open them with another program; with fewer --workers, if memory ran out"),
+    "process-died": ("files at which a process that reads them died",
+        "open it with another program; with fewer --workers, if memory ran out"),
     "checker": ("files at which the check failed", "this is a mistake of fcclip; please report it"),
 }  # fmt: skip
 _WARNINGS = {
-    "bad-polygon": ("polygons without an area, which are left out", "remove them, or draw at least three corners"),
+    "unknown-size": ("images that 'images' does not list: their size is read from the file", "list them"),
     "no-annotation": ("images without an annotation: they are left out", "annotate or remove them"),
     "no-instances-file": ("no instance annotations, so average precision cannot be measured",
         "get the file, or set MODEL.MASK_FORMER.TEST.INSTANCE_ON False"),
@@ -99,23 +67,14 @@ _WARNINGS = {
         "for a subset that is meant; results on it are not comparable with published ones"),
     "without-labels": ("images without a label map of their name: they are left out", "add or rename them"),
     "without-image": ("label maps without an image of their name: they are left out", "add or rename them"),
-    "cut-off": ("files that do not end as their format does; probably cut off", "run without --fast, or copy again"),
     "turned-unclear": ("images that the loader turns by their EXIF orientation; sizes cannot tell how labels lie",
         "look at them with --preview; labels must lie as on the upright image"),
-    "cmyk": ("CMYK images: the loader converts them without their colour profile, so colours may be off",
-        "convert them to RGB with a colour-managed program"),
-    "deep": ("images of 16 bits a channel: the loader takes the higher 8",
-        "store 8 bits a channel, scaled so that they are neither dark nor flat"),
-    "transparent": ("images with transparent parts: the loader shows the colours that are stored under them",
-        "blend them with a background and store RGB"),
     "no-label-maps": ("no semantic label maps: training and panoptic quality do not need them, mIoU does",
         "prepare them, as datasets/README.md says"),
     "missing-instance-ids": ("missing files of instance ids, which AP, IoU and iIoU of Cityscapes need",
         "copy all of gtFine, or switch off MODEL.MASK_FORMER.TEST.INSTANCE_ON and SEMANTIC_ON"),
     "empty-segment": ("segments of the JSON without a pixel in the PNG", _TOGETHER),
     "area": ("areas in the JSON that are not the pixels of the mask", _TOGETHER),
-    "box": ("boxes outside of the image, without a size, or around something else; [x, y, width, height] is expected",
-        "compute them again from the masks"),
     "labels-disagree": ("label maps and id PNGs that give different classes",
         "make the label maps again from the PNGs"),
 }  # fmt: skip
@@ -123,14 +82,9 @@ _NOTES = {
     "shared-synonym": ("names that several classes have: CLIP cannot tell them apart", "more specific names"),
     "unused-class": ("classes without a single pixel or instance", "metrics leave them out"),
     "unlisted-file": ("images that no annotation lists: they are not used", _UNMEANT),
-    "unlisted-labels": ("label files that the annotations do not list: they are not used", _UNMEANT),
-    "instance-area": ("areas in the JSON far from those of the masks: AP sorts by them into small, medium, large",
-        "recount"),
-    "empty-mask": ("instances whose mask has no pixel", "remove them"),
     "empty": ("images without a labelled pixel or instance", _UNMEANT),
-    "crowd-only": ("images with crowds only: nothing to learn, and instance training leaves them out", "nothing"),
 }  # fmt: skip
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, Kind] = ANNOTATION_KINDS | {
     kind: Kind(level, *entry)
     for level, table in ((ERROR, _ERRORS), (WARNING, _WARNINGS), (NOTE, _NOTES))
     for kind, entry in table.items()

@@ -16,6 +16,7 @@ from fcclip.config import lookup, resolve_device
 from fcclip.errors import InputError
 from fcclip.ops import build_advice, select_engine
 from fcclip.ops.engines import automatic_engine
+from fcclip.weights import unnamed_parts
 
 
 def check_machine(issues: Issues, cfg: CfgNode) -> None:
@@ -66,7 +67,7 @@ def check_disk(issues: Issues, cfg: CfgNode, model: nn.Module) -> None:
     solver = cfg.SOLVER
     learning = sum(4 * weight.numel() for weight in model.parameters() if weight.requires_grad)
     frozen = sum(4 * weight.numel() for weight in model.parameters() if not weight.requires_grad)
-    whole = solver.CHECKPOINT_FULL or not cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS
+    whole = solver.CHECKPOINT_FULL or unnamed_parts(model, cfg)
     each = 3 * learning + (frozen if whole else 0)
     periodic = solver.MAX_ITER // solver.CHECKPOINT_PERIOD if solver.CHECKPOINT_PERIOD > 0 else 0
     count = min(periodic, solver.CHECKPOINT_KEEP or periodic) + 2  # the final one, and one that is being written

@@ -7,26 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pycocotools.mask
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
-from fcclip.checks.dataset import choose_images
+from fcclip.checks.issue import ERROR
 from fcclip.checks.report import DatasetReport
 from fcclip.data import read_id_map, read_image, read_label_map
 from fcclip.data.segmentations import fill_polygons
 from fcclip.structures import Segment
 from fcclip.visualization import contact_sheet, draw_labels, draw_panoptic
+from fcclip.visualization.draw import label_font
 
 _CELL = (768, 576)  # (width, height) of an image, pixels
 _CAPTION_PX = 18
+_FILES = ("file_name", "pan_seg_file_name", "sem_seg_file_name")  # of a record
 _LETTERS = 60  # of a caption, of which the last ones tell images apart
 
 
 def write_preview(report: DatasetReport, path: Path, number: int) -> int:
     """Writes a sheet of at most so many images with their labels; returns how many there are on it."""
-    records = [report.records[position] for position in choose_images(report, number)]
+    records = chosen_records(report, number)
     if not records:
         return 0
     cells = [_cell(report, record) for record in records]
@@ -38,18 +39,23 @@ def write_preview(report: DatasetReport, path: Path, number: int) -> int:
     return len(records)
 
 
+def chosen_records(report: DatasetReport, number: int) -> list[Mapping[str, Any]]:
+    """At most so many records to look at, evenly spread; none with an error. The same every time."""
+    bad = {issue.file for issue in report.issues if issue.level == ERROR}
+    records = (report.records[position] for position in range(len(report.records)))
+    good = [record for record in records if bad.isdisjoint(record.get(key) for key in _FILES)]
+    number = min(number, len(good))
+    return [good[(2 * step + 1) * len(good) // (2 * number)] for step in range(number)]
+
+
 def _cell(report: DatasetReport, record: Mapping[str, Any]) -> np.ndarray:
     """(H, W, 3) uint8, an image with its labels above its name."""
     paper = Image.new("RGB", (_CELL[0], _CELL[1] + 2 * _CAPTION_PX), "white")
-    pen, middle = ImageDraw.Draw(paper), _CELL[0] // 2
-    font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), _CAPTION_PX)
-    try:
-        paper.paste(ImageOps.pad(Image.fromarray(_drawn(report, record)), _CELL, color="white"))
-    except (ValueError, OSError):  # with --fast nobody has tried
-        pen.text((middle, _CELL[1] // 2), "cannot be read", "black", font, anchor="mm")
+    paper.paste(ImageOps.pad(Image.fromarray(_drawn(report, record)), _CELL, color="white"))
     name = Path(record["file_name"]).name
     caption = name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}"
-    pen.text((middle, _CELL[1] + _CAPTION_PX), caption, "black", font, anchor="mm")
+    place = _CELL[0] // 2, _CELL[1] + _CAPTION_PX
+    ImageDraw.Draw(paper).text(place, caption, "black", label_font(_CAPTION_PX), anchor="mm")
     return np.asarray(paper)
 
 

@@ -1,26 +1,22 @@
-"""Issues and progress on a terminal, with marks and colours, and in plain lines elsewhere."""
+"""Issues and progress in print, on a terminal with colours and a bar."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issue, Issues
 from fcclip.checks.kinds import KINDS
 from fcclip.data import root_folder
 
-_MARKS = {OK: ("✓", "green"), NOTE: ("·", "dim"), WARNING: ("!", "yellow"), ERROR: ("✗", "bold red")}
-_PLAIN = {OK: "ok", NOTE: "note", WARNING: "warn", ERROR: "ERROR"}
+_SHOWN = {OK: ("ok", "green"), NOTE: ("note", "dim"), WARNING: ("warn", "yellow"), ERROR: ("ERROR", "bold red")}
 _FEW = 3  # examples of a kind
-_LINE_EVERY_S = 10  # of progress, where there is no terminal
 
 
 def new_console() -> Console:
@@ -28,8 +24,8 @@ def new_console() -> Console:
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
-def print_issues(issues: Issues, console: Console, *, all_examples: bool = False) -> None:
-    """A list by section, issues of one kind together; of a kind the first files, or `all_examples`."""
+def print_issues(issues: Issues, console: Console) -> None:
+    """A list by section, issues of one kind together, with the first files."""
     section = ""
     for group in _groups(issues):
         first = group[0]
@@ -37,11 +33,10 @@ def print_issues(issues: Issues, console: Console, *, all_examples: bool = False
             section = first.section
             console.print(Text(section, style="bold"))
         if first.kind:
-            shown = group if all_examples else group[:_FEW]
             lines = [f"{KINDS[first.kind].title}: {len(group):,}"]
-            lines += [f"{short(issue.file)}: {issue.text}" for issue in shown]
-            if len(shown) < len(group):
-                lines.append(f"and {len(group) - len(shown):,} more (--all, --output)")
+            lines += [f"{short(issue.file)}: {issue.text}" for issue in group[:_FEW]]
+            if len(group) > _FEW:
+                lines.append(f"and {len(group) - _FEW:,} more (--output)")
         else:
             head, *more = first.text.splitlines()
             lines = [head, *(f"  {line.strip()}" for line in more)]
@@ -58,29 +53,18 @@ def _groups(issues: Iterable[Issue]) -> list[list[Issue]]:
 
 
 def _print_entry(console: Console, level: str, lines: list[str], remedy: str) -> None:
-    marked = _is_marked(console)
-    sign, style = _MARKS[level] if marked else (f"{_PLAIN[level]:<5}", "")
-    marks = [f"  {sign} ", *[" " * (len(sign) + 3)] * len(lines)]
+    word, style = _SHOWN[level]
     if remedy:
-        lines = [*lines, f"{'→' if marked else '->'} {remedy}"]
-    for mark, line in zip(marks, lines):
-        if not console.is_terminal:
-            console.print(Text(mark + line))
-            continue
-        grid = Table.grid()  # long lines are wrapped beside the mark
-        grid.add_row(Text(mark, style=style), Text(line, style="dim" if level == NOTE else "", overflow="fold"))
-        console.print(grid)
+        lines = [*lines, f"-> {remedy}"]
+    console.print(Text.assemble((f"  {word:<5} ", style), lines[0]))
+    for line in lines[1:]:
+        console.print(Text(f"{'':8}{line}"))
 
 
 def print_verdict(issues: Issues, console: Console, text: str) -> None:
     """One line at the end, in the colour of the worst issue."""
     worst = next((level for level in (ERROR, WARNING) if issues.count(level)), OK)
-    sign, style = _MARKS[worst]
-    console.print(Text(f"{sign} {text}" if _is_marked(console) else text, style=style if console.is_terminal else ""))
-
-
-def _is_marked(console: Console) -> bool:
-    return console.is_terminal and console.encoding.startswith("utf")
+    console.print(Text(text, style=_SHOWN[worst][1]))
 
 
 def counted(issues: Issues, levels: Iterable[str] = (ERROR, WARNING, NOTE)) -> str:
@@ -99,20 +83,10 @@ def short(file: str) -> str:
 
 @contextlib.contextmanager
 def progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to be called with (images done, images in all): a bar on a terminal, a line now and then elsewhere."""
+    """A function to be called with (images done, images in all), which moves a bar on a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        last = time.monotonic()
-
-        def line(done: int, total: int) -> None:
-            nonlocal last
-            if time.monotonic() - last >= _LINE_EVERY_S:
-                last = time.monotonic()
-                print(f"{name}: {done:,} of {total:,} images", file=sys.stderr, flush=True)
-
-        yield line
-        return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    disabled = not console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disabled) as bar:
         task = bar.add_task(f"{name}: annotations", total=None)
         yield lambda done, total: bar.update(task, description=name, completed=done, total=total)

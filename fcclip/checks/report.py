@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from fcclip.checks.issue import ERROR, WARNING, Issues
@@ -15,8 +14,6 @@ from fcclip.checks.printing import counted, print_issues, print_verdict, short
 from fcclip.data import root_folder
 from fcclip.data.transport import CompactRecords
 from fcclip.vocabulary import Vocabulary
-
-_ENOUGH = 500  # images that tell something about the speed
 
 
 @dataclass
@@ -29,7 +26,7 @@ class ClassCount:
         seen: whether it shares a name with a training class; None: there are no training classes.
         images: in which it is.
         segments: segments or instances; in semantic sets the same as images.
-        pixels: by the JSON where pixels are not decoded.
+        pixels: of all its segments.
     """
 
     name: str
@@ -48,13 +45,11 @@ class DatasetReport:
         dataset: its name.
         kind: "panoptic", "instances" or "semantic".
         source: the annotation file, or the folder of label maps.
-        fast: whether pixels were left alone.
         issues: worst first when `check_dataset` returns.
         vocabulary: of the data set; None: it cannot be read.
         training: name of what the seen classes were seen in; None: nothing.
         num_images: records.
         num_published: images of the published set; None: there is none.
-        num_crowds: crowd segments or instances.
         classes: in order.
         records: of the data set, as far as they can be used; None: there are none.
     """
@@ -62,26 +57,19 @@ class DatasetReport:
     dataset: str
     kind: str
     source: str
-    fast: bool = False
     issues: Issues = field(default_factory=Issues)
     vocabulary: Vocabulary | None = None
     training: str | None = None
     num_images: int = 0
     num_published: int | None = None
-    num_crowds: int = 0
     classes: list[ClassCount] = field(default_factory=list)
     records: CompactRecords | None = None
-
-    @property
-    def knows_classes(self) -> bool:
-        """Whether `classes` say what is in the images: label maps say so only when they are decoded."""
-        return self.records is not None and not (self.fast and self.kind == "semantic")
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values; every issue and every class."""
         vocabulary = self.vocabulary
         return {
-            **{key: getattr(self, key) for key in ("dataset", "kind", "fast", "source", "training")},
+            **{key: getattr(self, key) for key in ("dataset", "kind", "source", "training")},
             "images": self.num_images,
             "published_images": self.num_published,
             "vocabulary": vocabulary
@@ -96,28 +84,20 @@ class DatasetReport:
         }
 
 
-def print_report(report: DatasetReport, console: Console, *, seconds: float, all_examples: bool) -> None:
+def print_report(report: DatasetReport, console: Console, *, seconds: float) -> None:
     """A summary, the issues and a verdict."""
     console.print(Text(f"{report.dataset} ({report.kind})", style="bold"))
-    table = Table.grid(padding=(0, 2, 0, 0))
-    for name, value in summary(report).items():
-        if console.is_terminal:
-            table.add_row(Text(f"  {name}", style="dim"), Text(value, overflow="fold"))
-        else:
-            console.print(Text(f"  {name:<11}{value}"))
-    if console.is_terminal:
-        console.print(table)
+    for name, value in _summary(report).items():
+        console.print(Text(f"  {name:<11}{value}"))
     issues = report.issues
-    print_issues(issues, console, all_examples=all_examples)
+    print_issues(issues, console)
     state = "usable; look at the warnings" if issues.count(WARNING) else "in order"
     state = "not fit for use" if issues.count(ERROR) else state
     numbers = f" ({counted(issues)})" if issues else ""
-    speed = f", {report.num_images / seconds:,.0f} images a second" if report.num_images >= _ENOUGH else ""
-    how = "; pixels were not decoded" if report.fast else ""
-    print_verdict(issues, console, f"{report.dataset}: {state}{numbers}; checked in {seconds:.1f} s{speed}{how}")
+    print_verdict(issues, console, f"{report.dataset}: {state}{numbers}; checked in {seconds:.1f} s")
 
 
-def summary(report: DatasetReport) -> dict[str, str]:
+def _summary(report: DatasetReport) -> dict[str, str]:
     """What the data set is, in lines: heading -> text."""
     root, classes, vocabulary = root_folder(), report.classes, report.vocabulary
     source = short(report.source)
@@ -133,14 +113,13 @@ def summary(report: DatasetReport) -> dict[str, str]:
         things = sum(entry.thing is True for entry in classes)
         kinds = f"{things} things, {len(classes) - things} stuff"
         kinds = "things and stuff are not told apart" if classes[0].thing is None else kinds
-        used = f", {sum(entry.images > 0 for entry in classes)} of them used" if report.knows_classes else ""
+        used = f", {sum(entry.images > 0 for entry in classes)} of them used" if report.records is not None else ""
         lines["classes"] = f"{len(classes)}{used}; {kinds}"
         if report.training is not None:
             seen = sum(bool(entry.seen) for entry in classes)
             shared = f"{seen} share a name with the training vocabulary '{report.training}'"
             lines["seen"] = f"{shared}, {len(classes) - seen} are unseen"
-    if report.knows_classes and report.kind != "semantic":
-        total = sum(entry.segments for entry in classes)
+    if report.records is not None and report.kind != "semantic":
         what = "segments" if report.kind == "panoptic" else "instances"
-        lines[what] = f"{total:,}, {report.num_crowds:,} of them crowds"
+        lines[what] = f"{sum(entry.segments for entry in classes):,}"
     return lines

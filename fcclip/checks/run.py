@@ -6,13 +6,14 @@ import shlex
 from collections.abc import Sequence
 
 from fcclip.checks.clip import check_clip
-from fcclip.checks.config import check_config
 from fcclip.checks.data import check_test_set, check_training_set
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.machine import check_disk, check_machine, check_output_folder
+from fcclip.checks.sam import check_sam
 from fcclip.checks.training import check_evaluation, check_settings
 from fcclip.checks.vocabulary import check_vocabularies
 from fcclip.checks.weights import check_model, check_weights
+from fcclip.config import load_config, told_without_effect
 from fcclip.data import distinct_datasets
 from fcclip.engine import scale_to_world_size
 from fcclip.finetuning import check_finetuning
@@ -39,7 +40,10 @@ def check_run(
     issues = Issues()
     cfg = model = file = vocabulary = None
     with issues.section("config"):
-        cfg = check_config(issues, config, overrides)
+        cfg = load_config(config, overrides)
+        issues.add(OK, f"{config}: {len(overrides) // 2} keys overridden" if overrides else f"{config}: read")
+        if unused := told_without_effect(config):
+            issues.add(NOTE, f"keys without effect: {unused}")
     if cfg is None:
         return issues
     if weights:
@@ -58,9 +62,12 @@ def check_run(
         file = check_weights(issues, cfg, model, training=training)
     with issues.section("vocabulary"):
         names = list({**train, **test, **former})
-        vocabulary = check_vocabularies(issues, cfg, names, model=model, weights=file, training=training)
+        vocabulary = check_vocabularies(issues, cfg, names, weights=file, training=training)
     with issues.section("CLIP"):
         check_clip(issues, cfg, model, file)
+    if getattr(model, "sam", None) is not None:
+        with issues.section("SAM"):
+            check_sam(issues, cfg, model, file)
     if training:
         with issues.section("training"):
             check_settings(issues, cfg, model=model, vocabulary=vocabulary, world_size=world_size)

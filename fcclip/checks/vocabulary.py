@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 
-import open_clip
 from fvcore.common.config import CfgNode
-from torch import nn
 
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.data import Dataset, dataset_vocabulary, get_dataset, joined
 from fcclip.files import listed
 from fcclip.finetuning.start import former_vocabulary
-from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
+from fcclip.vocabulary import Vocabulary
 from fcclip.weights import WeightFile, trained_vocabulary
 from fcclip.weights.checkpoint import FORMER
 
@@ -23,7 +21,6 @@ def check_vocabularies(
     cfg: CfgNode,
     names: Sequence[str],
     *,
-    model: nn.Module | None,
     weights: WeightFile | None,
     training: bool,
 ) -> Vocabulary | None:
@@ -33,8 +30,6 @@ def check_vocabularies(
         The vocabulary of the training classes; None: it cannot be read.
     """
     former = _former_vocabulary(issues, cfg, weights, training=training)
-    context = model.text_encoder.context_length if model is not None else 77
-    templates = model.text_encoder.templates if model is not None else TEMPLATES
     if not cfg.DATASETS.TRAIN:
         issues.add(ERROR, "DATASETS.TRAIN is empty; its data set decides which classes are seen", "name a data set")
     to_train_on: list[Dataset] = []
@@ -52,9 +47,6 @@ def check_vocabularies(
                 remedy = "put the published files into a folder and name it in MODEL.FC_CLIP.VOCABULARIES"
                 text = "not the published vocabulary, so numbers cannot be compared with published ones"
                 issues.add(NOTE, f"{name}: {text}", f"{remedy} (datasets/README.md)")
-            for synonym, tokens in long_prompts(vocabulary, context, templates).items():
-                text = f"the longest prompt of '{synonym}' has {tokens} tokens, but {context} are read"
-                issues.add(WARNING, f"{text}: the rest is cut off", "shorten the name")
     if to_train_on:
         with issues.attempt(ERROR if training else WARNING):
             joined(to_train_on)
@@ -87,21 +79,6 @@ def _described(vocabulary: Vocabulary, trained: Vocabulary | None, former: Vocab
         return text
     seen = int(vocabulary.seen_by(trained if former is None else former.joined(trained)).sum())
     return f"{text}; {seen} classes seen in training, {len(vocabulary) - seen} unseen"
-
-
-def long_prompts(vocabulary: Vocabulary, context: int, templates: Sequence[str] = TEMPLATES) -> dict[str, int]:
-    """Name -> tokens of its longest prompt, for names whose prompts are longer than the context of the text tower."""
-    names = list(dict.fromkeys(name for synonyms in vocabulary.synonyms for name in synonyms))
-    lengths = _token_counts(prompts(["word"], templates), context)
-    longest = templates[lengths.index(max(lengths))]
-    counts = _token_counts([longest.format(name) for name in names], context)
-    return {name: count for name, count in zip(names, counts) if count > context}
-
-
-def _token_counts(texts: Sequence[str], context: int) -> list[int]:
-    """Tokens of each text with start and end, up to eight times the context."""
-    tokens = open_clip.tokenize(list(texts), context_length=8 * context)
-    return (tokens.argmax(dim=-1) + 1).tolist()  # the end has the largest id
 
 
 def _compare_with_weights(

@@ -16,7 +16,15 @@ from fcclip.checks.machine import sized
 from fcclip.config import flatten, keys_that, resolve_file
 from fcclip.modeling import build_model
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import WeightFile, frozen_prefixes, initialise_from, is_mask2former, load_state, read_weight_file
+from fcclip.weights import (
+    WeightFile,
+    frozen_prefixes,
+    initialise_from,
+    is_base,
+    is_mask2former,
+    load_state,
+    read_weight_file,
+)
 from fcclip.weights.checkpoint import own_names
 
 
@@ -28,11 +36,8 @@ def check_model(issues: Issues, cfg: CfgNode) -> nn.Module:
     """
     shapes = cfg.clone()
     shapes.defrost()
-    shapes.MODEL.DEVICE, shapes.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, shapes.MODEL.FUSIONER.TIMM_WEIGHTS = (
-        "meta",
-        "",
-        "",
-    )
+    shapes.MODEL.DEVICE, shapes.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, shapes.MODEL.SAM_WEIGHTS = "meta", "", ""
+    shapes.MODEL.FUSIONER.TIMM_WEIGHTS = ""
     anything = Vocabulary.from_names("anything")
     with torch.device("meta"):
         model = build_model(shapes, train_vocabulary=anything, test_vocabulary=anything)
@@ -77,12 +82,17 @@ def _check_fit(issues: Issues, file: WeightFile, model: nn.Module, name: str, *,
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that tensors without values are not written to
         if training and is_mask2former(file.tensors):
-            start = initialise_from(heads, file.tensors, versions=file.versions, source=name)
+            start = initialise_from(heads, file.tensors, source=name)
             what = f"{len(start.taken)} tensors taken, {len(start.fresh)} stay fresh"
             issues.add(OK, f"a start from Mask2Former: {what}")
             return
         frozen = frozen_prefixes(model)
         own = {key: value for key, value in file.tensors.items() if not key.startswith(frozen)}
+        heads.added_parts = getattr(model, "added_parts", ())
+        if training and is_base(heads, own):
+            load_state(heads, own, source=name, may_lack=heads.added_parts)
+            issues.add(OK, f"a start from weights without {', '.join(heads.added_parts)}")
+            return
         load_state(heads, own, source=name)
     issues.add(OK, "keys and shapes are those of the model")
 

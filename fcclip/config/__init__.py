@@ -11,7 +11,7 @@ files.py     resolve_file, find_config, resolve_device, cache_folder: where file
 from fcclip.config.defaults import get_cfg
 from fcclip.config.facts import affects, flatten, keys_that, why_without_effect
 from fcclip.config.files import assets_dir, cache_folder, configs_dir, find_config, resolve_device, resolve_file
-from fcclip.config.loading import keys_without_effect, load_config
+from fcclip.config.loading import keys_without_effect, load_config, told_without_effect
 from fcclip.config.lookup import lookup, nearest
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "nearest",
     "resolve_device",
     "resolve_file",
+    "told_without_effect",
     "why_without_effect",
 ]

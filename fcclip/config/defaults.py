@@ -27,6 +27,15 @@ of_deeplab = without_effect("of DeepLab")
 unread = without_effect("published key that nothing reads")
 
 
+# Groups and keys of detectron2's other models, which its dumped configs hold.
+OTHER_MODELS = (
+    "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "GLOBAL",
+    "MODEL.ANCHOR_GENERATOR", "MODEL.FPN", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR", "MODEL.RESNETS",
+    "MODEL.RETINANET", "MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_HEADS", "MODEL.ROI_KEYPOINT_HEAD",
+    "MODEL.ROI_MASK_HEAD", "MODEL.RPN", "MODEL.SWIN", "TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD",
+)  # fmt: skip
+
+
 def get_cfg() -> CfgNode:
     """A fresh tree of all keys at their defaults."""
     return all_keys().tree()
@@ -63,7 +72,7 @@ def all_keys() -> Keys:
 def _model() -> Keys:
     model = Keys(changes_model)
     model.DEVICE = harmless("auto")  # auto: the first of cuda, mps, cpu; or a torch device
-    model.META_ARCHITECTURE = "GeneralizedRCNN"  # FCCLIP in every published file
+    model.META_ARCHITECTURE = "GeneralizedRCNN"  # FCCLIP or FrozenSeg in every published file
     model.WEIGHTS = harmless("")  # checkpoint; "" starts from freshly initialised heads
     # In the order of INPUT.FORMAT, 0..255; published files set CLIP's.
     model.PIXEL_MEAN = changes_meaning([103.53, 116.28, 123.675])
@@ -79,8 +88,14 @@ def _model() -> Keys:
     model.BACKBONE.FREEZE_AT = frozen_backbone(2)
 
     model.RESNETS = _resnets()
-    model.FC_CLIP = _fc_clip()
+    model.FC_CLIP = _fc_clip()  # published files of FrozenSeg call it MODEL.FROZEN_SEG
     model.FUSIONER = _fusioner()
+    model.SAM_NAME = changes_meaning("vit_b")  # of FrozenSeg: vit_b, vit_l, vit_h, or a JSON (backbones/sam.py)
+    # Of SAM: a file, or the folder with Meta's; "" for random weights, or where MODEL.WEIGHTS hold SAM too.
+    model.SAM_WEIGHTS = harmless("pretrained_checkpoint")
+    model.SAM_RESIZE = changes_meaning("squash")  # images become squares: squash (published) | pad, which keeps aspect
+    # Keeps what SAM sees of evaluated images, rounded to half precision, 2 MiB each; "": nothing.
+    model.SAM_CACHE_DIR = changes_prediction("")
     model.SEM_SEG_HEAD = _sem_seg_head()
     model.MASK_FORMER = _mask_former()
     model.SWIN = _swin()
@@ -119,7 +134,6 @@ def _fc_clip() -> Keys:
     fc_clip.VOCABULARIES = harmless("")
     fc_clip.TEXT_CACHE_DIR = harmless("")  # text features on disk; "": the user's cache folder
     fc_clip.QUICK_GELU = chooses_clip("auto")  # auto | on | off: activation of the CLIP; auto: on for OpenAI weights
-    fc_clip.ZERO_BOXES = changes_prediction(False)  # the published all-zero boxes instead of real ones
     return fc_clip
 
 
@@ -143,7 +157,7 @@ def _fusioner() -> Keys:
 
 def _sem_seg_head() -> Keys:
     head = Keys()
-    head.NAME = "SemSegFPNHead"  # FCCLIPHead in every published file
+    head.NAME = "SemSegFPNHead"  # FCCLIPHead or FrozenSegHead in every published file
     head.IN_FEATURES = changes_meaning(["p2", "p3", "p4", "p5"])  # backbone levels given to the pixel decoder
     head.IGNORE_VALUE = 255  # label of pixels without a class
     head.NUM_CLASSES = 54  # training classes: size of the class loss; logits follow the vocabulary
@@ -191,10 +205,14 @@ def _mask_former() -> Keys:
     former.TRAIN_NUM_POINTS = 12544  # points sampled per mask, in matching and in the mask losses
     former.OVERSAMPLE_RATIO = 3.0  # candidates drawn per point
     former.IMPORTANCE_SAMPLE_RATIO = 0.75  # share of points that are the most uncertain candidates
+    # Level of the decoder, 0..2 coarse to fine, after whose layers queries take what SAM sees in their masks; 3: none.
+    former.SAM_QUERY_FUSE_LAYER = changes_meaning(2)
+    former.SAM_FEATURE_FUSE_LAYER = changes_shapes(0)  # level whose memory looks at SAM's features; 3: none
     former.TEST = Keys(changes_prediction)
     former.TEST.SEMANTIC_ON = True
     former.TEST.INSTANCE_ON = False
     former.TEST.PANOPTIC_ON = False
+    former.TEST.RECALL_ON = False  # also the recall of masks, whatever they are called
     former.TEST.OBJECT_MASK_THRESHOLD = 0.0  # panoptic: queries must score more
     former.TEST.OVERLAP_THRESHOLD = 0.0  # panoptic: share of a mask that must stay visible
     # Resize mask logits, not class scores; implied by the other two heads.
@@ -232,7 +250,6 @@ def _dataloader() -> Keys:
     loader.SAMPLER_TRAIN = "TrainingSampler"  # or RepeatFactorTrainingSampler, which shows rare classes more often
     loader.REPEAT_THRESHOLD = 0.0
     loader.REPEAT_SQRT = True
-    loader.MAX_BAD_IMAGES = harmless(0)  # unreadable images skipped and named in each process before training stops
     return loader
 
 
@@ -275,7 +292,7 @@ def _solver() -> Keys:
     solver.IMS_PER_BATCH = 16  # images per step over all processes
     solver.BASE_LR = 0.001
     solver.MOMENTUM = 0.9  # SGD only
-    solver.NESTEROV = False  # SGD only
+    solver.NESTEROV = without_effect("published SGD is built without it")(False)
     solver.WEIGHT_DECAY = 0.0001
     solver.WEIGHT_DECAY_END = -1.0  # Fusioner: the decay of matrices goes there along a cosine; negative: constant
     solver.WEIGHT_DECAY_NORM = 0.0  # of norm layers
@@ -302,8 +319,7 @@ def _solver() -> Keys:
     solver.REFERENCE_WORLD_SIZE = 0  # processes that batch and learning rate were chosen for; 0: no scaling
     solver.ACCUMULATE = 1  # micro-batches that a step is cut into; same result, less memory
     solver.CE_NORM = "rank"  # class loss divided by the weights of the rank (published), or "global"
-    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row | rollback, go back to the
-    # last checkpoint and leave out the step when it comes again.
+    # A loss or gradient that is not finite: raise | skip:N, leave out up to N steps in a row.
     solver.NON_FINITE = harmless("raise")
     solver.CLIP_GRADIENTS = Keys()
     solver.CLIP_GRADIENTS.ENABLED = False
@@ -314,7 +330,7 @@ def _solver() -> Keys:
     solver.AMP.ENABLED = False  # mixed precision in training, where the device has it
     solver.AMP.DTYPE = "float16"  # or bfloat16
     solver.BEST = Keys(harmless)
-    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": the val split of the training set if present
+    solver.BEST.DATASET = ""  # data set that chooses best.pth; "": no best.pth is kept
     solver.BEST.METRIC = "panoptic_seg/PQ"
     return solver
 
@@ -340,8 +356,13 @@ def _test() -> Keys:
     test.EXPECTED_RESULTS = []  # [[task, metric, expected, tolerance], ...], checked after evaluation
     test.MODE = "ensemble"  # or in_vocabulary (alpha = beta = 0), out_of_vocabulary (alpha = beta = 1)
     test.BATCH_SIZE = 1
-    test.QUERY_CHUNK = 0  # masks held at the output size at once; 0: what fits into 64 MiB (GPU: 256 MiB)
-    test.CLASS_CHUNK = 0  # classes whose semantic scores are held at once, some rows of them; 0: all
+    # FrozenSeg: automatic masks of SAM raise unseen classes in semantic maps (the OpenSeg ensemble). They lie in
+    # SAM_MASKS_DIR/PKL_SAM_MODEL_NAME, one file an image (tools/precompute_sam_masks.py).
+    test.USE_SAM_MASKS = changes_prediction(False)
+    test.SAM_MASK_PRED_ALPHA = changes_prediction(0.2)  # their share in the scores of unseen classes
+    test.SAM_MASKS_DIR = changes_prediction("output/SAM_masks_pred")
+    test.PKL_SAM_MODEL_NAME = changes_prediction("vit_h")
+    test.BOUNDARY_IOU = False  # of each class, beside mIoU
     test.AUG = Keys()
     test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each image
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels

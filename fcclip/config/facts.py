@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from fcclip.config.defaults import all_keys, get_cfg
+from fcclip.config.defaults import OTHER_MODELS, all_keys, get_cfg
 from fcclip.config.marks import Mark, changes_training
 
 
@@ -22,7 +22,12 @@ def affects(key: str) -> str:
 
 def why_without_effect(key: str) -> str:
     """The reason why a key has no effect at all; "": it has one."""
-    return _mark(key).reason
+    return "of another model" if _is_of_another_model(key) else _mark(key).reason
+
+
+def _is_of_another_model(key: str) -> bool:
+    """Whether a key that is not in the tree belongs to another model of detectron2's."""
+    return key not in _marks() and any(f"{key}.".startswith(f"{group}.") for group in OTHER_MODELS)
 
 
 @functools.cache

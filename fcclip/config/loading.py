@@ -17,6 +17,7 @@ from fcclip.config.facts import flatten, why_without_effect
 from fcclip.config.files import find_config
 from fcclip.config.lookup import nearest
 from fcclip.errors import InputError, MissingFileError
+from fcclip.files import listed
 
 logger = logging.getLogger(__name__)
 
@@ -37,17 +38,18 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
     """
     source = find_config(path)
     cfg = get_cfg()
+    known = flatten(cfg).keys()
     for key, value in flatten(_read(source, chain=())).items():
-        _assign(cfg, key, value, where=str(path))
+        if key in known or not why_without_effect(key):
+            _assign(cfg, key, value, where=str(path))
     if len(overrides) % 2:
         raise InputError(
             f"overrides come in pairs KEY VALUE, got {len(overrides)} words: {' '.join(map(str, overrides))}"
         )
     for key, value in zip(overrides[::2], overrides[1::2]):
         _assign(cfg, str(key), value, where="command line")
-    unused = keys_without_effect(source)
-    if unused:
-        logger.info("keys of %s without effect: %s", path, ", ".join(f"{key} ({why})" for key, why in unused.items()))
+    if unused := told_without_effect(source):
+        logger.info("keys of %s without effect: %s", path, unused)
     cfg.freeze()
     return cfg
 
@@ -56,6 +58,14 @@ def keys_without_effect(path: str | Path) -> dict[str, str]:
     """The keys that a YAML file (with its bases) sets although nothing reads them, each with the reason."""
     keys = flatten(_read(find_config(path), chain=()))
     return {key: reason for key in keys if (reason := why_without_effect(key))}
+
+
+def told_without_effect(path: str | Path) -> str:
+    """The same in words, a reason with the first of its keys; "": there are none."""
+    reasons: dict[str, list[str]] = {}
+    for key, why in keys_without_effect(path).items():
+        reasons.setdefault(why, []).append(key)
+    return "; ".join(f"{listed(keys)} ({why})" for why, keys in reasons.items())
 
 
 def _read(path: Path, chain: tuple[Path, ...]) -> dict:
@@ -96,6 +106,7 @@ def _parse(text: str) -> Any:
 
 
 def _assign(cfg: CfgNode, key: str, value: Any, *, where: str) -> None:
+    key = key.replace("MODEL.FROZEN_SEG.", "MODEL.FC_CLIP.")  # as files of FrozenSeg call the same keys
     *parents, name = key.split(".")
     node = cfg
     for parent in parents:

@@ -6,6 +6,7 @@ datasets/           one module a family of data sets, and the readers they share
 own_data.py         own_dataset: what a YAML file of the user describes
 own_description.py  the keys and the classes of such a file
 own_categories.py   category ids of a user's COCO JSON, matched to the classes by name
+annotations.py      the one entry for COCO annotations: what can be used, and what is wrong with the rest
 images.py           reading images, id PNGs and label maps, with errors that name the file
 segmentations.py    polygons and run-length codes to masks, segments to classes
 transforms.py       geometry of the published augmentations and of the test-time resize

@@ -150,7 +150,7 @@ def _difference(first: Dataset, second: Dataset) -> str:
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
     """Without garbage collection: annotations are millions of small objects without a cycle among them, which the
-    collector would walk again and again. COCO's training set takes 4 s instead of 22."""
+    collector would walk again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -25,7 +25,7 @@ _TO_UPRIGHT = {  # value of the EXIF orientation tag: what turns the stored imag
     8: Image.Transpose.ROTATE_90,
 }
 _SIDEWAYS = (5, 6, 7, 8)  # orientations that exchange height and width
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -34,19 +34,30 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_pil_image(path: str | Path) -> Image.Image:
-    """The same as Pillow holds it: mode "RGB", in memory, upright.
-
-    Grey and palette images get three channels, CMYK is converted, an alpha channel is dropped without blending, and
-    of 16 bits a channel the higher 8 are taken.
+    """The same as Pillow holds it, as `upright_rgb` makes it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not an image, is cut off, or has pixels without a fixed black and white.
     """
     with opened(path) as image:
-        upright = _TO_UPRIGHT.get(_orientation(image))
-        image = _three_channels(image)
-        return image if upright is None else image.transpose(upright)
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image of Pillow's with mode "RGB", in memory, turned upright as its EXIF orientation says.
+
+    Grey and palette images get three channels, CMYK is converted, an alpha channel is dropped without blending, and
+    of 16 bits a channel the higher 8 are taken.
+
+    Raises:
+        ValueError: it has no pixels, or pixels without a fixed black and white.
+    """
+    if 0 in image.size:
+        raise InputError(f"an image of {image.height} x {image.width} pixels (height x width) has nothing to look at")
+    upright = _TO_UPRIGHT.get(_orientation(image))
+    image = _three_channels(image)
+    return image if upright is None else image.transpose(upright)
 
 
 @dataclass(frozen=True)
@@ -127,8 +138,8 @@ def read_label_map(path: str | Path) -> np.ndarray:
 def opened(
     path: str | Path,
     *,
-    if_missing: str = "though the data set lists it. Restore the file, or check that the root folder "
-    "($DETECTRON2_DATASETS) is the one you mean.",
+    if_missing: str = "though the data set lists it. Restore the file, or check that the folder of the data set "
+    "($DETECTRON2_DATASETS, or a path in your YAML) is the one you mean.",
     if_broken: str = "Copy or prepare the file again.",
 ) -> Iterator[Image.Image]:
     """An image whose pixels are not decoded yet; what goes wrong in the block is told of the file too.
@@ -149,6 +160,11 @@ def opened(
         raise MissingFileError(f"{path}: no such image, {if_missing}") from error
     except PermissionError:
         raise
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path}: {error}. Make the image smaller or cut it into tiles; Pillow takes images of up to "
+            f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels (PIL.Image.MAX_IMAGE_PIXELS)."
+        ) from error
     except _UNREADABLE as error:
         problem = "it has no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
         if path.is_file() and path.stat().st_size == 0:
@@ -158,7 +174,7 @@ def opened(
 
 def _orientation(image: Image.Image) -> int:
     try:
-        if image.format == "PNG" and not _has_notes_behind_pixels(image.filename):
+        if image.format == "PNG" and image.filename and not _has_notes_behind_pixels(image.filename):
             return Image.Image.getexif(image).get(_ORIENTATION_TAG, 1)  # that of a PNG would decode all pixels first
         return image.getexif().get(_ORIENTATION_TAG, 1)
     except _UNREADABLE:  # a broken EXIF block says nothing about the pixels

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -47,7 +46,6 @@ class TrainLoader:
         mapper: (record, random generator) -> sample.
         batches: which samples, in which order; its seed also seeds the augmentation.
         num_workers: processes; 0 loads here.
-        max_bad: so many different images may be bad: another one takes the place of each.
         pin_memory: batches in page-locked memory.
         worker_init: called in each of these processes with its number.
     """
@@ -59,42 +57,19 @@ class TrainLoader:
         mapper: JitterMapper,
         batches: TrainingBatches,
         num_workers: int,
-        max_bad: int = 0,
         pin_memory: bool = False,
         worker_init: WorkerInit | None = None,
     ) -> None:
         self.seed = batches.seed
         self.num_records = len(records)
-        self.max_bad = max_bad
-        self.bad_images: dict[str, str] = {}  # file name -> what is wrong, of all that this process came across
-        samples = _TrainingSamples(records, mapper, batches.seed, batches.kinds, max_bad)
-        self._batches = iter(_data_loader(samples, batches, num_workers, pin_memory, worker_init))
+        load = partial(_training_sample, records, mapper, batches.seed)
+        self._batches = iter(_data_loader(load, batches, num_workers, pin_memory, worker_init))
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> list[dict[str, Any]]:
-        batch = _next_batch(self._batches)
-        return [self._replaced(sample) if isinstance(sample, _Bad) else sample for sample in batch]
-
-    def _replaced(self, bad: _Bad) -> dict[str, Any]:
-        """The sample that took the place of bad ones, after these are written down and named once each."""
-        for file_name, problem in bad.problems.items():
-            if file_name in self.bad_images:
-                continue
-            self.bad_images[file_name] = problem
-            if len(self.bad_images) <= self.max_bad:
-                logger.warning(
-                    "bad image %d of at most %d (DATALOADER.MAX_BAD_IMAGES), another one takes its place: %s",
-                    *(len(self.bad_images), self.max_bad, problem),
-                )
-        if bad.sample is None or len(self.bad_images) > self.max_bad:
-            why = f"DATALOADER.MAX_BAD_IMAGES allows {self.max_bad}"
-            if len(self.bad_images) <= self.max_bad:
-                why = "there is no good one to take their place"
-            lines = [f"{len(self.bad_images)} images are bad, and {why}:", *self.bad_images.values()]
-            raise InputError("\n  ".join(lines))
-        return bad.sample
+        return _next_batch(self._batches)
 
 
 class TestLoader:
@@ -121,7 +96,7 @@ class TestLoader:
     ) -> None:
         self.num_images = sum(len(batch) for batch in batches)
         self._num_batches = len(batches)
-        self._loader = _data_loader(_TestSamples(records, mapper), batches, num_workers, pin_memory)
+        self._loader = _data_loader(partial(_test_sample, records, mapper), batches, num_workers, pin_memory)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -163,8 +138,6 @@ def build_train_loader(
             f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}, which {world_size} process(es) cannot share equally. "
             f"Set it to a multiple of {world_size}."
         )
-    if cfg.DATALOADER.MAX_BAD_IMAGES < 0:
-        raise InputError(f"DATALOADER.MAX_BAD_IMAGES must be 0 or more, got {cfg.DATALOADER.MAX_BAD_IMAGES}")
     mapper = build_train_mapper(cfg, dataset.metadata)
     seed = _agreed_seed(cfg.SEED if seed is None else seed, world_size)
     records = training_records(cfg, dataset, mapper)
@@ -186,7 +159,6 @@ def build_train_loader(
         mapper=mapper,
         batches=batches,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        max_bad=cfg.DATALOADER.MAX_BAD_IMAGES,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
         worker_init=worker_init,
     )
@@ -268,79 +240,40 @@ def _with_instances(records: list[dict], name: str) -> list[dict]:
     return kept
 
 
-@dataclass(frozen=True)
-class _Bad:
-    """Takes the place of a sample with bad files. What is wrong travels as data and is raised where the batch is used,
-    with its own words, instead of inside a worker.
+class _Samples:
+    """What `load` makes of an entry of a batch, or the error that it raised about a file. That is raised where the
+    batch is used, with its own words, instead of inside a worker."""
 
-    Args:
-        error: of the file; None: it may be replaced.
-        sample: that takes its place; None: there is none.
-        problems: file name -> what is wrong with it.
-    """
+    def __init__(self, load: Callable[..., dict[str, Any]]) -> None:
+        self.load = load
 
-    error: ValueError | OSError | None = None
-    sample: dict[str, Any] | None = None
-    problems: Mapping[str, str] = field(default_factory=dict)
-
-
-class _TrainingSamples:
-    """The sample that belongs to a draw.
-
-    If its files are bad and that is allowed, another record of the same kind (wide or tall) takes its place: which one
-    depends on seed and position, so it does not matter which process loads it, or what was loaded before.
-    """
-
-    def __init__(
-        self, records: CompactRecords, mapper: JitterMapper, seed: int, kinds: np.ndarray, max_bad: int
-    ) -> None:
-        self.records = records
-        self.mapper = mapper
-        self.seed = seed
-        self.kinds = kinds
-        self.max_bad = max_bad
-
-    def __getitem__(self, draw: Draw) -> dict[str, Any] | _Bad:
-        problems: dict[int, tuple[str, str]] = {}
-        index = draw.record
-        rng = np.random.default_rng((self.seed, draw.position))
-        while True:
-            record = self.records[index]
-            try:
-                sample = self.mapper(record, rng)
-            except (ValueError, OSError) as error:
-                if self.max_bad == 0:
-                    return _Bad(error)
-                problems[index] = (record["file_name"], str(error))
-            else:
-                return _Bad(sample=sample, problems=dict(problems.values())) if problems else sample
-            candidates = np.setdiff1d(np.flatnonzero(self.kinds == self.kinds[draw.record]), [*problems])
-            if len(problems) > self.max_bad or not len(candidates):
-                return _Bad(problems=dict(problems.values()))
-            rng = np.random.default_rng((self.seed, draw.position, len(problems)))
-            index = int(candidates[rng.integers(len(candidates))])
-
-
-class _TestSamples:
-    def __init__(self, records: CompactRecords, mapper: ShortestEdgeMapper) -> None:
-        self.records = records
-        self.mapper = mapper
-
-    def __getitem__(self, index: int) -> dict[str, Any] | _Bad:
+    def __getitem__(self, entry: Draw | int) -> dict[str, Any] | Exception:
         try:
-            return self.mapper(self.records[index])
+            return self.load(entry)
         except (ValueError, OSError) as error:
-            return _Bad(error)
+            return error
+
+
+def _training_sample(records: CompactRecords, mapper: JitterMapper, seed: int, draw: Draw) -> dict[str, Any]:
+    return mapper(records[draw.record], np.random.default_rng((seed, draw.position)))
+
+
+def _test_sample(records: CompactRecords, mapper: ShortestEdgeMapper, index: int) -> dict[str, Any]:
+    return mapper(records[index])
 
 
 def _data_loader(
-    samples: Any, batches: Any, num_workers: int, pin_memory: bool, worker_init: WorkerInit | None = None
+    load: Callable[..., dict[str, Any]],
+    batches: Any,
+    num_workers: int,
+    pin_memory: bool,
+    worker_init: WorkerInit | None = None,
 ) -> DataLoader:
     if num_workers and "cv2" in sys.modules:
         # Here and not in the workers: a forked process that ends the threads of its parent waits for them for ever.
         sys.modules["cv2"].setNumThreads(1)
     return DataLoader(
-        samples,
+        _Samples(load),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_pack,
@@ -351,11 +284,11 @@ def _data_loader(
     )
 
 
-def _pack(batch: list[dict | _Bad]) -> list[dict | _Bad] | PackedBatch:
+def _pack(batch: list[Any]) -> list[Any] | PackedBatch:
     return batch if get_worker_info() is None else PackedBatch(batch, shared=True)
 
 
-def _next_batch(batches: Iterator[list[dict | _Bad] | PackedBatch]) -> list[dict[str, Any] | _Bad]:
+def _next_batch(batches: Iterator[list[Any] | PackedBatch]) -> list[dict[str, Any]]:
     """The next batch of a `DataLoader`; what torch says of a dead or silent process becomes what can be done about it.
 
     Raises:
@@ -380,8 +313,8 @@ def _next_batch(batches: Iterator[list[dict | _Bad] | PackedBatch]) -> list[dict
         raise
     samples = batch.unpack() if isinstance(batch, PackedBatch) else batch
     for sample in samples:
-        if isinstance(sample, _Bad) and sample.error is not None:
-            raise sample.error
+        if isinstance(sample, Exception):
+            raise sample
     return samples
 
 

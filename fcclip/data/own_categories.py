@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,16 +13,14 @@ from fcclip.config import nearest
 from fcclip.data.datasets.files import AnnotationFile
 from fcclip.errors import InputError
 from fcclip.files import listed
-from fcclip.vocabulary import Vocabulary
-
-logger = logging.getLogger(__name__)
+from fcclip.vocabulary import Vocabulary, plain_name
 
 _SHOWN = 5  # names in a message
 
 
 def class_of(name: str, vocabulary: Vocabulary) -> int | None:
     """The class that a category of a JSON belongs to: the one with this name, else the only one with this synonym."""
-    name = name.strip()
+    name = plain_name(name)
     if name in vocabulary.class_names:
         return vocabulary.class_names.index(name)
     having = [index for index, synonyms in enumerate(vocabulary.synonyms) if name in synonyms]
@@ -70,7 +67,6 @@ class CategoryMatch:
                 for index, entry in enumerate(self.classes.classes)
             )
             self._vocabulary = dataclasses.replace(self.classes, classes=entries)
-            self._compare_things(content["categories"])
         return self._vocabulary
 
     def _wrong(self, problem: str) -> InputError:
@@ -101,7 +97,7 @@ class CategoryMatch:
                 f"({len(names)} ids: {listed(names, _SHOWN)})"
             )
         classes = {category_id: class_of(name, self.classes) for category_id, name in names.items()}
-        strange = [(names[key], used[key]) for key, index in classes.items() if index is None and used.get(key)]
+        strange = [(names[key].strip(), used[key]) for key, index in classes.items() if index is None and used.get(key)]
         if strange:
             raise InputError(self._without_class(strange))
         ids: dict[int, int] = {}
@@ -123,12 +119,8 @@ class CategoryMatch:
         known = [*self.classes.class_names, *itertools.chain(*self.classes.synonyms)]
         lines = []
         for name, count in categories[:_SHOWN]:
-            name = name.strip()
-            same = next((other for other in known if other.casefold() == name.casefold()), None)
-            if sum(name in synonyms for synonyms in self.classes.synonyms) > 1:
-                hint = " Several classes have it among their synonyms."
-            else:
-                hint = nearest(name, known) if same is None else f" '{same}' differs only by case."
+            several = sum(name in synonyms for synonyms in self.classes.synonyms) > 1
+            hint = " Several classes have it among their synonyms." if several else nearest(name, known)
             lines.append(f"'{name}' ({count} annotations).{hint}")
         more = f" And {len(categories) - _SHOWN} more." if len(categories) > _SHOWN else ""
         return (
@@ -136,17 +128,6 @@ class CategoryMatch:
             f"are compared letter by letter: in `classes` of {self.yaml_file} add it at the end, or as a synonym of a "
             "class ('car, automobile'); or take these annotations out."
         )
-
-    def _compare_things(self, categories: Iterable[dict]) -> None:
-        """Says where `isthing` of the JSON and the YAML differ."""
-        in_json = {category["id"]: bool(category["isthing"]) for category in categories if "isthing" in category}
-        different = [entry for entry in self._vocabulary.classes if in_json.get(entry.id, entry.thing) != entry.thing]
-        if different:
-            names = [f"{entry.name} ({'stuff' if entry.thing else 'thing'} there)" for entry in different]
-            logger.warning(
-                "%s and its JSON %s do not agree what is a thing: %s; the YAML counts",
-                *(self.yaml_file, self.source.path, listed(names, _SHOWN)),
-            )
 
 
 def _category_ids(annotations: Iterable[Any]) -> Iterator[Any]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -61,11 +61,11 @@ def _panoptic(description: Description, classes: Vocabulary) -> Dataset:
 
     def parse(match: CategoryMatch, content: dict) -> list[dict]:
         listed_images = [image for image in content.get("images") or () if isinstance(image, dict)]
-        name_of = _image_names(images, listed_images)
+        names = {str(i.get("id")): i["file_name"] for i in listed_images if isinstance(i.get("file_name"), str)}
 
         def files(annotation: dict) -> dict[str, str]:
-            mask = str(masks / annotation["file_name"])
-            return {"file_name": str(images / name_of(annotation)), "pan_seg_file_name": mask}
+            name = names.get(str(annotation["image_id"]), f"{PurePosixPath(annotation['file_name']).stem}.jpg")
+            return {"file_name": str(images / name), "pan_seg_file_name": str(masks / annotation["file_name"])}
 
         records = panoptic_records(source.where, content, vocabulary=match.vocabulary(content), files=files)
         total = len({str(image.get("id")) for image in listed_images})
@@ -95,7 +95,7 @@ def _instances(description: Description, classes: Vocabulary) -> Dataset:
     def parse(match: CategoryMatch, content: dict) -> list[dict]:
         vocabulary = match.vocabulary(content)
         records = instance_records(source.where, content, vocabulary=vocabulary, image_fields=image_fields)
-        _check_instances(description, source.where, vocabulary, records)
+        _check_sizes(source.where, records)
         return records
 
     metadata = {"evaluator_type": "coco", "json_file": str(source.path)}
@@ -147,27 +147,13 @@ def _coco_dataset(
     return _dataset(description, classes, LateMetadata(known, match.vocabulary), load, functools.partial(parse, match))
 
 
-def _check_instances(description: Description, where: str, vocabulary: Vocabulary, records: Iterable[dict]) -> None:
-    """Refuses what can neither be trained on nor evaluated."""
-    classes = set()
-    for record in records:
-        if "height" not in record:
-            raise InputError(
-                f"{where} does not say the size of image {record['image_id']!r}: it needs height and width in "
-                f"'images'. {NOT_INSTANCES}"
-            )
-        for annotation in record["annotations"]:
-            if "segmentation" not in annotation:
-                raise InputError(
-                    f"{where}: an annotation of image {record['image_id']!r} ({record['file_name']}) has no "
-                    "segmentation, and its box alone gives no mask. Add polygons or a run-length code, or take it out."
-                )
-            classes.add(annotation["category_id"])
-    stuff = [vocabulary.class_names[index] for index in sorted(classes) if not vocabulary.classes[index].thing]
-    if stuff:
+def _check_sizes(where: str, records: Iterable[dict]) -> None:
+    """Refuses images without a size, which evaluation needs before an image is opened."""
+    unsized = [record["image_id"] for record in records if "height" not in record]
+    if unsized:
         raise InputError(
-            f"{where} has instances of stuff: {listed(stuff, 5)}. Add these classes to `things` in {description.path} "
-            "(without the key, all are things), or take their annotations out."
+            f"{where} does not say the size of image {listed(map(repr, unsized))}: it needs height and width in "
+            f"'images'. {NOT_INSTANCES}"
         )
 
 
@@ -211,30 +197,11 @@ def _dataset(
     )
 
 
-# ---- files ----
-
-
-def _image_names(folder: Path, images: Iterable[dict]) -> Callable[[dict], str]:
-    """From a panoptic annotation to its image below the folder: as `images` of the JSON say, else the file of the same
-    stem as the PNG."""
-    names = {str(i.get("id")): i["file_name"] for i in images if isinstance(i.get("file_name"), str)}
-
-    @functools.cache
-    def by_stem() -> dict[str, str]:
-        return {file.stem: file.relative_to(folder).as_posix() for file in _files(folder, IMAGE_ENDINGS)}
-
-    def name_of(annotation: dict) -> str:
-        image_id, stem = annotation["image_id"], PurePosixPath(annotation["file_name"]).stem
-        return names[str(image_id)] if str(image_id) in names else by_stem().get(stem, f"{stem}.jpg")
-
-    return name_of
-
-
 def _paired(description: Description, images: Path, labels: Path) -> list[dict]:
     """Records `file_name, sem_seg_file_name, image_id` of the images and label maps whose paths below the two folders
     are the same but for the ending, sorted by them. A file without a partner is left out, which the log says."""
-    image_files = _by_name(description, "images", images, IMAGE_ENDINGS, without=labels)
-    maps = _by_name(description, "annotations", labels, LABEL_ENDINGS, without=images)
+    image_files = _by_name(description, "images", images, IMAGE_ENDINGS)
+    maps = _by_name(description, "annotations", labels, LABEL_ENDINGS)
     names = sorted(image_files.keys() & maps.keys())
     alone = sorted(str(files[name]) for files in (image_files, maps) for name in files.keys() - set(names))
     if not names:
@@ -252,28 +219,18 @@ def _paired(description: Description, images: Path, labels: Path) -> list[dict]:
     ]
 
 
-def _by_name(
-    description: Description, key: str, folder: Path, endings: Sequence[str], *, without: Path
-) -> dict[str, Path]:
-    """The files in a folder and below it, but not those in another, by their path below it without the ending."""
-    other = without.resolve()
-    inside = other.is_relative_to(folder.resolve())
+def _by_name(description: Description, key: str, folder: Path, endings: Sequence[str]) -> dict[str, Path]:
+    """The files in a folder and below it by their path below it without the ending; hidden ones are skipped."""
     files: dict[str, Path] = {}
-    for path in _files(folder, endings):
-        if inside and path.resolve().is_relative_to(other):
+    for path in sorted(folder.rglob("*")):
+        place = path.relative_to(folder)
+        is_hidden = any(part.startswith(".") for part in place.parts)
+        if is_hidden or path.suffix.lower() not in endings or not path.is_file():
             continue
-        name = path.relative_to(folder).with_suffix("").as_posix()
+        name = place.with_suffix("").as_posix()
         if name in files:
             raise description.wrong(key, f"{files[name]} and {path} have the same name but for the ending")
         files[name] = path
     if not files:
         raise description.wrong(key, f"no file in {folder} ends in {', '.join(endings)}")
     return files
-
-
-def _files(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
-    """The files with these endings in a folder and below it, sorted; hidden ones are skipped."""
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in endings and not hidden and path.is_file():
-            yield path

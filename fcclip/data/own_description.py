@@ -14,7 +14,7 @@ import yaml
 from fcclip.config import nearest
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import listed
-from fcclip.vocabulary import Vocabulary
+from fcclip.vocabulary import Vocabulary, plain_name, refuse_same_names, split_mark
 
 KINDS = ("panoptic", "instances", "semantic")
 _MEANINGS = {
@@ -28,7 +28,6 @@ _MEANINGS = {
 }
 _NEEDED = ("type", "images", "annotations", "classes")
 _NOT_OF = {"panoptic": (), "instances": ("masks", "ignore_label"), "semantic": ("masks",)}  # type -> keys of others
-_MARKS = {":thing": True, ":stuff": False}
 _HIGHEST_LABEL = 65535  # of a label map of 16 bit
 
 
@@ -71,9 +70,7 @@ class Description:
                 f"{path} is not a plain YAML file: {error}. Python objects in YAML are not read."
             ) from error
         if not isinstance(content, dict):
-            raise InputError(
-                f"{path}: expected the keys {', '.join(_MEANINGS)} of a data set, got {_described(content)}"
-            )
+            raise InputError(f"{path}: expected the keys {', '.join(_MEANINGS)} of a data set, got {content!r}")
         description = cls(path, content)
         description._check()
         return description
@@ -96,7 +93,7 @@ class Description:
         for key in ("images", "annotations", "masks"):
             value = self.content.get(key, "given")
             if not isinstance(value, str) or not value.strip():
-                raise self.wrong(key, f"expected a path, {_MEANINGS[key]}; got {_described(value)}")
+                raise self.wrong(key, f"expected a path, {_MEANINGS[key]}; got {value!r}")
 
     @property
     def name(self) -> str:
@@ -139,7 +136,7 @@ class Description:
         if value is None:
             return 255 if num_classes <= 255 else _HIGHEST_LABEL
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _HIGHEST_LABEL:
-            raise self.wrong("ignore_label", f"expected a whole number 0..{_HIGHEST_LABEL}, got {_described(value)}")
+            raise self.wrong("ignore_label", f"expected a whole number 0..{_HIGHEST_LABEL}, got {value!r}")
         if value < num_classes:
             raise self.wrong(
                 "ignore_label",
@@ -157,7 +154,6 @@ class Description:
             ValueError: there are none, two cannot be told apart, or nothing says which are things.
         """
         vocabulary, marks = self._classes()
-        self._check_names(vocabulary.class_names)
         if self.content.get("things") is not None:
             marks = self._things(vocabulary, marks)
         elif self.kind == "panoptic" and len(marks) < len(vocabulary) and False not in marks.values():
@@ -179,13 +175,11 @@ class Description:
         if isinstance(value, str):
             return self._classes_of_file(self.place("classes"))
         if not isinstance(value, list):
-            raise self.wrong("classes", f"expected a list of names or the path of a file, got {_described(value)}")
+            raise self.wrong("classes", f"expected a list of names or the path of a file, got {value!r}")
         for number, entry in enumerate(value):
             if not isinstance(entry, str):
-                advice = "Expected 'class, synonym:stuff'" if isinstance(entry, dict | list) else "Put it into quotes"
                 raise self.wrong(
-                    "classes",
-                    f'entry {number} is {_described(entry)} for YAML, not a text. {advice}: - "{_quoted(entry)}"',
+                    "classes", f"entry {number} is {entry!r} for YAML, not a text. Put it into quotes, as 'car:stuff'"
                 )
         return self._classes_of_list(value)
 
@@ -202,6 +196,7 @@ class Description:
             if not is_json and not all(re.match(r"\s*\d+\s*:", line) for line in lines):
                 return self._classes_of_list(lines)
             vocabulary = Vocabulary.from_file(path)
+            refuse_same_names(vocabulary.classes)
         except UnicodeDecodeError as error:
             raise self.wrong("classes", f"{path} is not UTF-8 text: {error}. Save it as UTF-8") from error
         except ValueError as error:
@@ -214,36 +209,18 @@ class Description:
             vocabulary = Vocabulary.from_names(entries, name=self.name)
         except ValueError as error:
             raise self.wrong("classes", str(error)) from error
-        marks = {
-            index: thing
-            for index, entry in enumerate(entries)
-            for mark, thing in _MARKS.items()
-            if entry.strip().endswith(mark)
-        }
-        return vocabulary, marks
-
-    def _check_names(self, names: Sequence[str]) -> None:
-        """Refuses names that cannot be told apart."""
-        known: dict[str, tuple[int, str]] = {}
-        for index, name in enumerate(names):
-            before, other = known.setdefault(name.casefold(), (index, name))
-            if before != index:
-                same = f"'{name}' twice" if name == other else f"'{other}' and '{name}', which differ only by case"
-                raise self.wrong(
-                    "classes",
-                    f"classes {before} and {index} are {same}. Names tell classes apart; give one of them another "
-                    "name, or remove it if they are the same",
-                )
+        marks = {index: split_mark(entry)[1] for index, entry in enumerate(entries)}
+        return vocabulary, {index: thing for index, thing in marks.items() if thing is not None}
 
     def _things(self, vocabulary: Vocabulary, marks: Mapping[int, bool]) -> dict[int, bool]:
         """What `things` says of every class; marks in a list must not say otherwise, the flags of a JSON give way."""
         value = self.content["things"]
         if not isinstance(value, list) or not all(isinstance(entry, str) for entry in value):
-            raise self.wrong("things", f"expected a list of class names, such as [car], got {_described(value)}")
+            raise self.wrong("things", f"expected a list of class names, such as [car], got {value!r}")
         index_of = {name: index for index, name in enumerate(vocabulary.class_names)}
         things = set()
         for entry in value:
-            name = entry.partition(",")[0].strip()  # a whole entry of `classes` is fine too
+            name = plain_name(entry.partition(",")[0])  # a whole entry of `classes` is fine too
             if name not in index_of:
                 raise self.wrong(
                     "things",
@@ -256,18 +233,3 @@ class Description:
                 problem = "is not in it, but is marked :thing" if thing else "is in it, but is marked :stuff"
                 raise self.wrong("things", f"'{vocabulary.class_names[index]}' {problem} in `classes`. Remove one")
         return {index: index in things for index in range(len(vocabulary))}
-
-
-def _described(value: Any) -> str:
-    """A value of a YAML as its user knows it."""
-    if isinstance(value, dict | list):
-        return f"a {'mapping' if isinstance(value, dict) else 'list'} ({listed(value, 5)})"
-    return "nothing" if value is None else repr(value)
-
-
-def _quoted(entry: Any) -> str:
-    """What an entry that YAML did not take for a text was probably meant to be."""
-    if isinstance(entry, dict) and len(entry) == 1:
-        ((name, mark),) = entry.items()
-        return f"{name}:{mark}"
-    return "..." if isinstance(entry, list) else {True: "yes", False: "no", None: "null"}.get(entry, str(entry))

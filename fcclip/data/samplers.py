@@ -49,8 +49,6 @@ def repeated_stream(num_records: int, seed: int, *, factors: Tensor) -> Iterator
         seed: of the generator.
         factors: (n,) float32, at least 1; see `repeat_factors`.
     """
-    if len(factors) != num_records:
-        raise InputError(f"{len(factors)} repeat factors for {num_records} records")
     generator = torch.Generator()
     generator.manual_seed(seed)
     whole = factors.trunc()

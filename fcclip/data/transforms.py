@@ -51,12 +51,8 @@ class Geometry:
     flips_first: bool
     id_padding: int
 
-    def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """(height, width, 3) uint8 -> (*canvas, 3) uint8: bilinear with antialiasing, padded with 128."""
-        return self.pad_image(self.view(Image.fromarray(image)))
-
     def view(self, image: Image.Image) -> np.ndarray:
-        """The image -> (*visible, 3) uint8: flipped, resized and cropped, without the padding."""
+        """The image -> (*visible, 3) uint8: flipped, resized (bilinear with antialiasing) and cropped, not padded."""
         self._check((image.height, image.width))
         if self.flips_first:
             image = self._flipped(image)
@@ -64,7 +60,7 @@ class Geometry:
         return np.asarray(image if self.flips_first else self._flipped(image))
 
     def pad_image(self, image: np.ndarray) -> np.ndarray:
-        """(*visible, 3) uint8 -> (*canvas, 3) uint8, in memory with the channels first, as torch wants them."""
+        """(*visible, 3) uint8 -> (*canvas, 3) uint8, padded with 128, in memory with the channels first for torch."""
         rows, columns = image.shape[:2]
         canvas = np.empty((3, *self.canvas), np.uint8)
         cv2.split(image, [plane[:rows, :columns] for plane in canvas])
@@ -411,7 +407,10 @@ def _torch_nearest(size: int, new_size: int) -> np.ndarray:
 def _clipped(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """Corners (k, 2) of a polygon -> those of its part inside (0, 0)..(width, height), side after side of the window
     (Sutherland and Hodgman 1974); none if that part has no area. What leaves the window and comes back stays one
-    polygon, joined along the border, where it covers no pixel."""
+    polygon, joined along the border, where it covers no pixel.
+
+    A polygon that crosses itself keeps all its parts, as evaluation counts them by the rule of the COCO tools; the
+    published mapper repairs it before a crop, which drops some of them, and fills all of them without one."""
     if len(points) == 0 or (points.min() >= 0 and (points <= (width, height)).all()):
         return points
     sides: Sequence[tuple[int, float, float]] = ((0, 0.0, 1.0), (0, width, -1.0), (1, 0.0, 1.0), (1, height, -1.0))

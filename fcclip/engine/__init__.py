@@ -38,7 +38,7 @@ from fcclip.engine.environment import (
     set_random_state,
 )
 from fcclip.engine.evaluating import PeriodicEvaluation
-from fcclip.engine.guards import NonFiniteError, OnNonFinite
+from fcclip.engine.guards import NonFiniteError
 from fcclip.engine.logs import close_logging, log_exception, setup_logging
 from fcclip.engine.metrics import duration
 from fcclip.engine.optimizer import StepSettings, build_gradient_clipping, build_optimizer, parameter_groups
@@ -54,7 +54,6 @@ __all__ = [
     "REQUEUE_EXIT_CODE",
     "Checkpointer",
     "NonFiniteError",
-    "OnNonFinite",
     "PeriodicEvaluation",
     "ProcessFailedError",
     "Recorder",

@@ -1,7 +1,6 @@
 """Which data set and which metric choose the weights that stay as `best.pth`.
 
-By default the val split of a registered training set, never one of DATASETS.TEST: a number that is reported must not
-have chosen the weights that it is reported for.
+It should not be one of DATASETS.TEST: a number that is reported must not have chosen its own weights.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
-from fcclip.data import DATASETS, Dataset, distinct_datasets, get_dataset, is_own_data
+from fcclip.data import Dataset, distinct_datasets, get_dataset
 from fcclip.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -63,10 +62,9 @@ def check_best(cfg: CfgNode) -> None:
     Raises:
         ValueError: an unknown data set or task, or another data set of the name of one in DATASETS.TEST.
     """
-    if not cfg.TEST.EVAL_PERIOD:
+    if not cfg.SOLVER.BEST.DATASET or not cfg.TEST.EVAL_PERIOD:
         return
-    if cfg.SOLVER.BEST.DATASET:
-        _is_reported(cfg, cfg.SOLVER.BEST.DATASET)
+    _is_reported(cfg, cfg.SOLVER.BEST.DATASET)
     task, _, metric = cfg.SOLVER.BEST.METRIC.partition("/")
     if task not in _TASKS or not metric:
         raise InputError(
@@ -76,10 +74,9 @@ def check_best(cfg: CfgNode) -> None:
 
 
 def best_choice(cfg: CfgNode) -> BestChoice | None:
-    """What SOLVER.BEST.* says; None: no `best.pth` is kept. The log says what chooses, or why nothing does."""
-    name = cfg.SOLVER.BEST.DATASET or cfg.DATASETS.TRAIN[0].replace("train", "val")
-    if why := _why_not(cfg, name):
-        logger.info("no best.pth is kept: %s", why)
+    """What SOLVER.BEST.* says; None: no `best.pth` is kept."""
+    name = cfg.SOLVER.BEST.DATASET
+    if not name or not cfg.TEST.EVAL_PERIOD:
         return None
     is_reported = _is_reported(cfg, name)
     if is_reported:
@@ -88,25 +85,6 @@ def best_choice(cfg: CfgNode) -> BestChoice | None:
         )
     logger.info("best.pth: the weights with the highest %s on '%s'", cfg.SOLVER.BEST.METRIC, name)
     return BestChoice(get_dataset(name), cfg.SOLVER.BEST.METRIC, is_reported)
-
-
-def _why_not(cfg: CfgNode, name: str) -> str:
-    """Why a data set chooses nothing; "" when it does."""
-    if not cfg.TEST.EVAL_PERIOD:
-        return "TEST.EVAL_PERIOD is 0, so only the final weights are evaluated"
-    if cfg.SOLVER.BEST.DATASET:
-        return ""
-    if is_own_data(cfg.DATASETS.TRAIN[0]):
-        return "the training set is a YAML file, which has no val split; SOLVER.BEST.DATASET can name a data set"
-    if name not in DATASETS or name == cfg.DATASETS.TRAIN[0]:
-        return "the training set has no val split"
-    if name in [dataset.name for dataset in distinct_datasets(cfg.DATASETS.TEST)]:
-        return f"'{name}' is reported (DATASETS.TEST), so it chooses nothing unless SOLVER.BEST.DATASET names it"
-    try:
-        get_dataset(name).records()
-    except FileNotFoundError:
-        return f"'{name}', the val split of the training set, is not there"
-    return ""
 
 
 def _is_reported(cfg: CfgNode, name: str) -> bool:

@@ -14,11 +14,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.comm import get_world_size
-from fcclip.config import lookup
+from fcclip.config import flatten, lookup
 from fcclip.engine.checkpoint import Checkpointer, Saving
 from fcclip.engine.evaluating import PeriodicEvaluation
-from fcclip.engine.guards import OnNonFinite
-from fcclip.engine.metrics import Writer, build_writers, check_wandb
+from fcclip.engine.guards import max_skips
+from fcclip.engine.metrics import (
+    JsonWriter,
+    LineWriter,
+    TensorBoardWriter,
+    WandbWriter,
+    Writer,
+    check_wandb,
+)
 from fcclip.engine.optimizer import StepSettings, build_gradient_clipping, build_optimizer
 from fcclip.engine.progress_bar import build_progress_bar
 from fcclip.engine.recording import Recorder
@@ -27,7 +34,7 @@ from fcclip.engine.signals import StopRequest
 from fcclip.engine.trainer import Batches, Trainer
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import frozen_notes, vocabulary_note
+from fcclip.weights import frozen_notes, unnamed_parts, vocabulary_note
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +65,9 @@ def build_trainer(
     check_training(cfg, vocabulary, world_size=get_world_size())
     solver = cfg.SOLVER
     optimizer = build_optimizer(cfg, model)
-    random_clip = not cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS
-    if random_clip:
-        logger.info("the CLIP has random weights, which no other file holds: checkpoints store it too")
+    unnamed = unnamed_parts(model, cfg)
+    for name in unnamed:
+        logger.info("the config names no weights of the %s: checkpoints store it too", name)
     about = {"config": cfg.dump(), "vocabulary": vocabulary_note(vocabulary), **frozen_notes(model)}
     return Trainer(
         model=_distribute(model, device),
@@ -73,13 +80,13 @@ def build_trainer(
             gradient_clipping=build_gradient_clipping(cfg),
             amp_dtype=amp_dtype(cfg, device),
             accumulate=solver.ACCUMULATE,
-            on_non_finite=OnNonFinite.parse(solver.NON_FINITE),
+            max_skips=max_skips(solver.NON_FINITE),
         ),
         saving=Saving(
             checkpointer=None if output_dir is None else Checkpointer(output_dir, keep=solver.CHECKPOINT_KEEP),
             period=solver.CHECKPOINT_PERIOD,
             notes={**about, "seed": cfg.SEED, **(notes or {})},
-            full=solver.CHECKPOINT_FULL or random_clip,
+            full=solver.CHECKPOINT_FULL or bool(unnamed),
         ),
         evaluation=evaluation,
         recorder=None if output_dir is None else build_recorder(cfg, Path(output_dir)),
@@ -89,12 +96,18 @@ def build_trainer(
 
 def build_recorder(cfg: CfgNode, output_dir: Path) -> Recorder:
     """The writers that a config asks for, and a bar where there is a terminal."""
-    max_iter, wandb = cfg.SOLVER.MAX_ITER, None
-    if cfg.WANDB.PROJECT:
-        wandb = {name.lower(): value for name, value in cfg.WANDB.items()} | {"config": cfg.dump()}
+    max_iter, wandb = cfg.SOLVER.MAX_ITER, cfg.WANDB
 
     def writers(start: int) -> list[Writer]:
-        return build_writers(output_dir, max_iter=max_iter, start=start, wandb=wandb)
+        built = [
+            LineWriter(max_iter=max_iter),
+            JsonWriter(output_dir / "metrics.json", start=start),
+            TensorBoardWriter(output_dir, start=start),
+        ]
+        if wandb.PROJECT:
+            names = {"project": wandb.PROJECT, "name": wandb.NAME, "entity": wandb.ENTITY}
+            built.append(WandbWriter(output_dir, start=start, config=flatten(cfg), **names))
+        return built
 
     return Recorder(writers=writers, progress=lambda start: build_progress_bar(max_iter=max_iter, start=start))
 
@@ -119,7 +132,7 @@ def check_training(cfg: CfgNode, vocabulary: Vocabulary, *, world_size: int) -> 
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} cannot be split evenly over {world_size} process(es) with "
             f"SOLVER.ACCUMULATE {solver.ACCUMULATE}"
         )
-    OnNonFinite.parse(solver.NON_FINITE)
+    max_skips(solver.NON_FINITE)
     check_wandb(cfg.WANDB.PROJECT)
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         if damaged is not None:
             raise InputError(
                 f"checkpoint '{path}' is damaged: its record '{damaged}' does not have the check sum that it was "
-                "written with. Is the disk all right? Copy the file again, or use an earlier checkpoint."
+                "written with. Is the disk all right? Copy the file again, or go on from an earlier checkpoint: write "
+                "its name into last_checkpoint."
             )
     return content
 
@@ -72,9 +73,9 @@ class Checkpointer:
     complete one in `last_checkpoint`.
 
     Writing overlaps the training: what is handed over is copied into main memory at once, and a thread writes it. A
-    write that fails harms no earlier file and is logged, and the next checkpoint is a new try; two failures in a row
-    are raised by `check`, the last one by `wait`. As a context, a checkpointer waits at the end, and raises nothing
-    when there is an error on its way already.
+    checkpoint that cannot be written harms no earlier file and is logged, and the next one is a new try; two failures
+    in a row are raised by `check`, the last one by `wait`. As a context, a checkpointer waits at the end, and raises
+    nothing when there is an error on its way already.
 
     Args:
         folder: where they are; must exist.
@@ -86,10 +87,8 @@ class Checkpointer:
             raise InputError(f"SOLVER.CHECKPOINT_KEEP must not be negative, got {keep}")
         self.folder = Path(folder)
         self.keep = keep
-        self.newest: Path | None = None  # checkpoint that was written here, not by an earlier run in the folder
         self._thread: threading.Thread | None = None
-        self._failures: dict[str, list[Exception]] = {}  # kind of file -> what went wrong since it was last written
-        self._best: Mapping[str, Any] | None = None  # what is to be written into best.pth
+        self._failures: list[Exception] = []  # since a checkpoint was last written
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -110,43 +109,36 @@ class Checkpointer:
         path, snapshot = self.folder / f"{name}.pth", _snapshot(content)
 
         def write() -> None:
-            save_checkpoint(path, snapshot)
-            write_atomically(self.folder / "last_checkpoint", lambda file: file.write(path.name.encode()))
-            logger.info("saved %s", path)
-            self.newest = path
-            self._remove_old(path)
+            try:
+                save_checkpoint(path, snapshot)
+                write_atomically(self.folder / "last_checkpoint", lambda file: file.write(path.name.encode()))
+                logger.info("saved %s", path)
+                self._remove_old(path)
+            except Exception as error:
+                logger.error("%s", error)
+                self._failures.append(error)
+            else:
+                self._failures.clear()
 
         self.settle()
         self.check()
-        self._thread = threading.Thread(target=self._try, args=("checkpoint", write), name="checkpoint writer")
+        self._thread = threading.Thread(target=write, name="checkpoint writer")
         self._thread.start()
 
-    def save_periodic(self, iteration: int, content: Mapping[str, Any]) -> None:
-        """Writes the checkpoint after the 0-based `iteration`."""
-        self.save(f"model_{iteration:07d}", content)
-
     def save_evaluation(self, note: Mapping[str, Any], *, best: Mapping[str, Any] | None = None) -> None:
-        """Writes what became of an evaluation; `last_checkpoint` stays. Returns when it is written, or has failed.
+        """Writes what became of an evaluation; `last_checkpoint` stays. Returns when it is written.
 
         Args:
             note: JSON values by name, for `noted_evaluation`; written last.
             best: the content of `best.pth`, if the evaluation chose it.
 
         Raises:
-            OSError: as `check`.
+            OSError: it could not be written.
         """
         self.settle()
-        self.check()
-        if best is not None:  # else one that could not be written is tried again
-            self._best = _snapshot(best)
-
-        def write() -> None:
-            if self._best is not None:
-                save_checkpoint(self.folder / "best.pth", self._best)
-                self._best = None
-            write_json(self.folder / "last_evaluation", note)
-
-        self._try("evaluation", write)
+        if best is not None:
+            save_checkpoint(self.folder / "best.pth", best)
+        write_json(self.folder / "last_evaluation", note)
 
     def forget_evaluation(self) -> None:
         """Takes back what `save_evaluation` noted, when the run goes on from before that evaluation."""
@@ -163,31 +155,20 @@ class Checkpointer:
         """Costs nothing and waits for nothing.
 
         Raises:
-            OSError: the same kind of file could not be written twice in a row.
+            OSError: no checkpoint could be written twice in a row.
         """
-        for errors in list(self._failures.values()):
-            if len(errors) > 1 or not isinstance(errors[-1], OSError):  # another error is our own mistake
-                raise errors[-1]
+        if len(self._failures) > 1 or any(not isinstance(error, OSError) for error in self._failures):
+            raise self._failures[-1]  # an error that is no OSError is our own mistake, and raised at once
 
     def wait(self) -> None:
         """Returns when everything is written.
 
         Raises:
-            OSError: the last file of a kind could not be written.
+            OSError: the last checkpoint could not be written.
         """
         self.settle()
-        failures, self._failures = self._failures, {}
-        for errors in failures.values():
-            raise errors[-1]
-
-    def _try(self, kind: str, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except Exception as error:
-            logger.error("%s", error)
-            self._failures.setdefault(kind, []).append(error)
-        else:
-            self._failures.pop(kind, None)
+        if self._failures:
+            raise self._failures[-1]
 
     # ---- reading ----
 
@@ -208,26 +189,6 @@ class Checkpointer:
                 "the name of one of them into that file, or delete it to start again."
             )
         return path
-
-    def load(self, path: str | Path) -> dict[str, Any]:
-        """Reads a checkpoint of this run as `load_checkpoint` does.
-
-        Raises:
-            ValueError: damaged; names the newest one of the run that is not.
-        """
-        try:
-            return load_checkpoint(path)
-        except ValueError as error:
-            others = set(self.folder.glob("*.pth")) - {Path(path), self.folder / "best.pth"}
-            newest_first = sorted(others, key=lambda file: file.stat().st_mtime, reverse=True)
-            readable = next(filter(_is_readable, newest_first), None)
-            advice = "The folder has no other checkpoint that can be read."
-            if readable is not None:
-                advice = (
-                    f"The newest one in the folder that can be read is {readable.name}: to go on from there, write "
-                    f"that name into {self.folder / 'last_checkpoint'}."
-                )
-            raise InputError(f"{error} {advice}") from error
 
     def noted_evaluation(self) -> dict[str, Any]:
         """The `note` that `save_evaluation` was given last; {} before that."""
@@ -272,14 +233,6 @@ class Saving:
     def weights(self, model: nn.Module) -> dict[str, Any]:
         """The notes, and the weights under `model`."""
         return {**self.notes, "model": model_weights(model, full=self.full)}
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        load_checkpoint(path)
-    except ValueError:
-        return False
-    return True
 
 
 def _snapshot(content: Any) -> Any:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +16,6 @@ from fcclip.engine.step import StepLosses
 from fcclip.errors import InputError, UserError
 from fcclip.weights import unwrap
 
-logger = logging.getLogger(__name__)
-
-MAX_ROLLBACKS = 3  # to one checkpoint: then the weights in it are the problem, not the images after it
 MAX_SCALER_SKIPS = 100  # steps in a row that the float16 loss scaler may leave out: it halves the scale at each
 
 Batch = Sequence[Mapping[str, Any]]
@@ -30,52 +25,25 @@ class NonFiniteError(UserError, RuntimeError):
     """A loss, a gradient or a weight became infinite or not a number."""
 
 
-class BrokenWeightsError(NonFiniteError):
-    """Weights are not finite, which no policy can cure."""
-
-
 class FullMemoryError(UserError, torch.OutOfMemoryError):
     """The memory of a device is full."""
 
 
-@dataclass(frozen=True)
-class OnNonFinite:
-    """The policy of SOLVER.NON_FINITE.
+def max_skips(policy: str) -> int:
+    """How many steps in a row may be left out because they are not finite, as SOLVER.NON_FINITE says.
 
-    Args:
-        kind: "raise" stops the training; "skip" leaves the step out; "rollback" goes back to the last checkpoint and
-            leaves the step out when it comes again.
-        limit: for "skip", steps in a row that may be left out.
+    Raises:
+        ValueError: anything but `raise` or `skip:N` with N of 1 or more.
 
     Example:
-        >>> OnNonFinite.parse("skip:5")
-        OnNonFinite(kind='skip', limit=5)
+        >>> max_skips("raise"), max_skips("skip:5")
+        (0, 5)
     """
-
-    kind: str = "raise"
-    limit: int = 0
-
-    @classmethod
-    def parse(cls, text: str) -> OnNonFinite:
-        """The policy that SOLVER.NON_FINITE names.
-
-        Raises:
-            ValueError: anything but `raise`, `skip:N` with N of 1 or more, or `rollback`.
-        """
-        if match := re.fullmatch(r"skip:([1-9]\d*)", text):
-            return cls("skip", int(match[1]))
-        if text in ("raise", "rollback"):
-            return cls(text)
-        raise InputError(f"SOLVER.NON_FINITE must be 'raise', 'skip:N' (N of 1 or more) or 'rollback', got '{text}'")
-
-    def skip(self, error: NonFiniteError, in_a_row: int) -> None:
-        """Logs that a step is left out, the `in_a_row`-th, or raises the error if the policy does not allow that."""
-        if self.kind != "skip":
-            raise error
-        told = f"{error} SOLVER.NON_FINITE is skip:{self.limit}"
-        if in_a_row > self.limit:
-            raise NonFiniteError(f"{told}, and this is number {in_a_row} in a row.") from error
-        logger.warning("%s: left out (%d in a row)", told, in_a_row)
+    if policy == "raise":
+        return 0
+    if match := re.fullmatch(r"skip:([1-9]\d*)", policy):
+        return int(match[1])
+    raise InputError(f"SOLVER.NON_FINITE must be 'raise' or 'skip:N' (N of 1 or more), got '{policy}'")
 
 
 def check_losses(losses: StepLosses, batch: Batch, *, iteration: int) -> None:
@@ -116,13 +84,13 @@ def check_weights(weights: Mapping[str, Tensor], *, device: torch.device, iterat
     """Refuses to save weights that are not finite.
 
     Raises:
-        BrokenWeightsError: names the first one.
+        NonFiniteError: names the first one.
     """
     names = [key for key, value in weights.items() if value.is_floating_point()]
     finite = torch.stack([weights[key].isfinite().all().to(device) for key in names]).tolist()
     bad = [key for key, good in zip(names, finite) if not good]
     if bad:
-        raise BrokenWeightsError(
+        raise NonFiniteError(
             f"{len(bad)} weights are not finite after iteration {iteration} (first: {bad[0]}); no checkpoint is "
             "written. Resume from the last one, with a lower SOLVER.BASE_LR or SOLVER.AMP.DTYPE bfloat16."
         )

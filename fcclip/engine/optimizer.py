@@ -7,7 +7,7 @@ the updates are the same, and the fused kernels see a few long lists instead of 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from fcclip.config import lookup
-from fcclip.engine.guards import OnNonFinite
 from fcclip.errors import InputError
 
 # Layers whose affine parameters take WEIGHT_DECAY_NORM; batch and instance norms have a base class of their own.
@@ -86,8 +85,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: unknown SOLVER.OPTIMIZER, or nothing to train.
     """
     solver = cfg.SOLVER
-    momentum = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-    known = {"ADAMW": (torch.optim.AdamW, {}), "SGD": (torch.optim.SGD, momentum)}
+    known = {"ADAMW": (torch.optim.AdamW, {}), "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM})}
     optimizer, options = lookup("SOLVER.OPTIMIZER", solver.OPTIMIZER, known)
     groups = (
         _own_groups(cfg, model)
@@ -161,13 +159,13 @@ class StepSettings:
         gradient_clipping: clips gradients before the step.
         amp_dtype: autocast type of the forward pass; None for full precision. float16 adds a loss scaler.
         accumulate: equal parts that a batch is cut into, one after the other through the model.
-        on_non_finite: what happens when a loss or a gradient is not finite.
+        max_skips: steps in a row that may be left out because a loss or a gradient is not finite.
     """
 
     gradient_clipping: GradientClipping
     amp_dtype: torch.dtype | None = None
     accumulate: int = 1
-    on_non_finite: OnNonFinite = field(default_factory=OnNonFinite)
+    max_skips: int = 0
 
     def __post_init__(self) -> None:
         if self.accumulate < 1:

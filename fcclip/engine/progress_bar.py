@@ -8,45 +8,35 @@ from collections.abc import Mapping
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
-from rich.text import Text
 
-from fcclip.engine.metrics import duration, shown_losses, time_shares
+from fcclip.engine.metrics import duration
 
 
 class ProgressBar:
-    """A live bar on a terminal: losses, time of an iteration, memory, time left; to be updated every iteration."""
+    """A live bar on a terminal: time left, loss, time of an iteration; to be updated every iteration."""
 
     def __init__(self, *, max_iter: int, start: int, stream: TextIO) -> None:
         self.max_iter = max_iter
-        console = Console(file=stream)
         columns = (
             _text("training"),
             BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=6)),
             _text("{task.completed}/{task.total}", style="progress.download"),
             _text("{task.fields[left]}", style="progress.remaining"),
-            _Roomy(" {task.fields[losses]}", console, min_columns=78),
-            _Roomy(" {task.fields[pace]}", console, min_columns=118),
+            _text("{task.fields[pace]}"),
         )
-        self._progress = Progress(*columns, console=console, refresh_per_second=4, expand=True)
-        self._task = self._progress.add_task(
-            "training", total=max_iter, completed=start, losses="", pace="", left="eta -:--:--"
-        )
+        self._progress = Progress(*columns, console=Console(file=stream), refresh_per_second=4, expand=True)
+        self._task = self._progress.add_task("training", total=max_iter, completed=start, pace="", left="eta -:--:--")
         self._progress.start()
 
     def write(self, iteration: int, scalars: Mapping[str, float]) -> None:
+        """Moves it behind the 0-based `iteration`."""
         fields = {}
-        if losses := shown_losses(scalars):
-            short = {name: name.removeprefix("loss_").removeprefix("total_") for name in losses}
-            fields["losses"] = "  ".join(f"{label} {scalars[name]:#.3g}" for name, label in short.items())
         if "time" in scalars:
             # Rich's own estimate counts evaluations, and forgets iterations that are longer than its window.
             fields["left"] = f"eta {duration(scalars['time'] * (self.max_iter - iteration - 1))}"
-            pace = [f"{scalars['time']:#.3g} s", *time_shares(scalars, names=("data_time",))]
-            if "max_memory_mb" in scalars:
-                pace.append(f"{scalars['max_memory_mb'] / 1024:.1f} GiB")
-            fields["pace"] = ", ".join(pace)
+            fields["pace"] = f"loss {scalars['total_loss']:#.3g}, {scalars['time']:#.3g} s"
         if iteration + 1 >= self.max_iter:
             fields["left"] = f"took {duration(self._progress.tasks[0].elapsed or 0)}"
         self._progress.update(self._task, completed=iteration + 1, **fields)
@@ -65,17 +55,6 @@ class ProgressBar:
     def _stop(self, *, keep: bool) -> None:
         self._progress.live.transient = not keep
         self._progress.stop()
-
-
-class _Roomy(TextColumn):
-    """Text that gives way on a narrow terminal."""
-
-    def __init__(self, text: str, console: Console, *, min_columns: int) -> None:
-        super().__init__(text, table_column=Column(no_wrap=True))
-        self.console, self.min_columns = console, min_columns
-
-    def render(self, task: Task) -> Text:
-        return super().render(task) if self.console.width >= self.min_columns else Text("")
 
 
 def _text(content: str, style: str = "none") -> TextColumn:

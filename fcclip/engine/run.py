@@ -13,14 +13,14 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from fcclip.comm import broadcast_object, get_rank, is_main_process
-from fcclip.config import keys_without_effect, resolve_device
+from fcclip.config import resolve_device, told_without_effect
 from fcclip.data.loaders import LoaderError
-from fcclip.engine.checkpoint import Checkpointer
+from fcclip.engine.checkpoint import load_checkpoint
 from fcclip.engine.environment import apply_numeric_settings, draw_seed, environment_report, seed_everything
 from fcclip.engine.logs import close_logging, log_exception, setup_logging
 from fcclip.engine.run_folder import check_resume, check_same_classes
 from fcclip.engine.run_lock import RunLock
-from fcclip.files import listed, write_atomically
+from fcclip.files import write_atomically
 from fcclip.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -84,11 +84,8 @@ def begin_run(cfg: CfgNode, *, config_file: str, training: bool, writes: bool = 
         return
     report = environment_report(resolve_device(cfg.MODEL.DEVICE))
     logger.info("environment:%s", "".join(f"\n  {name:<16} {value}" for name, value in report.items()))
-    reasons: dict[str, list[str]] = {}
-    for key, why in keys_without_effect(config_file).items():
-        reasons.setdefault(why, []).append(key)
-    for why, keys in reasons.items():
-        logger.info("keys of %s without effect, because %s: %s", config_file, why, listed(keys))
+    if unused := told_without_effect(config_file):
+        logger.info("keys of %s without effect: %s", config_file, unused)
     if not writes:
         logger.info("read %s, writing nothing but this log", config_file)
         return
@@ -109,7 +106,7 @@ def as_begun(cfg: CfgNode, last: Path | None, vocabulary: Vocabulary) -> CfgNode
     Raises:
         ValueError: the checkpoint is damaged, or holds another training than this config's.
     """
-    state = {} if last is None else Checkpointer(cfg.OUTPUT_DIR).load(last)
+    state = {} if last is None else load_checkpoint(last)
     if cfg.SEED < 0:
         cfg = cfg.clone()
         cfg.defrost()

@@ -18,6 +18,7 @@ from fcclip.errors import InputError
 logger = logging.getLogger(__name__)
 
 Multiplier = Callable[[int], float]
+SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", "WarmupPolyLR", "FusionerLR")
 
 
 def multi_step(*, max_iter: int, steps: Sequence[int], gamma: float) -> Multiplier:
@@ -36,6 +37,17 @@ def multi_step(*, max_iter: int, steps: Sequence[int], gamma: float) -> Multipli
             "SOLVER.STEPS %s at or above SOLVER.MAX_ITER %d are ignored", tuple(steps)[len(reached) :], max_iter
         )
     return lambda iteration: float(gamma ** bisect.bisect_right(reached, iteration))
+
+
+def fixed_gamma(*, max_iter: int, num_decays: int, gamma: float) -> Multiplier:
+    """`gamma` to the power of the number of decays, of which there are `num_decays` at equal distances.
+
+    Example:
+        >>> rate = fixed_gamma(max_iter=8, num_decays=3, gamma=0.5)
+        >>> [rate(iteration) for iteration in range(8)]
+        [1.0, 1.0, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125]
+    """
+    return lambda iteration: float(gamma ** min(iteration * (num_decays + 1) // max_iter, num_decays))
 
 
 def cosine(*, max_iter: int, end: float) -> Multiplier:
@@ -121,8 +133,7 @@ def build_multiplier(cfg: CfgNode) -> Multiplier:
         raise InputError(f"SOLVER.MAX_ITER must be at least 1, got {length}")
     warm_up = {"iters": solver.WARMUP_ITERS, "factor": solver.WARMUP_FACTOR, "method": solver.WARMUP_METHOD}
     name = solver.LR_SCHEDULER_NAME
-    known = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupPolyLR", "FusionerLR")
-    lookup("SOLVER.LR_SCHEDULER_NAME", name, dict.fromkeys(known))
+    lookup("SOLVER.LR_SCHEDULER_NAME", name, dict.fromkeys(SCHEDULES))
     if name == "FusionerLR":
         return fusioner(max_iter=length, warm_up=solver.WARMUP_ITERS, end=solver.BASE_LR_END / solver.BASE_LR)
     if name == "WarmupPolyLR":
@@ -130,6 +141,8 @@ def build_multiplier(cfg: CfgNode) -> Multiplier:
         return scaled_by_warm_up(schedule, **warm_up, constant_ending=solver.POLY_LR_CONSTANT_ENDING)
     if name == "WarmupCosineLR":
         schedule = cosine(max_iter=length, end=solver.BASE_LR_END / solver.BASE_LR)
+    elif name == "WarmupStepWithFixedGammaLR":
+        schedule = fixed_gamma(max_iter=length, num_decays=solver.NUM_DECAYS, gamma=solver.GAMMA)
     else:
         schedule = multi_step(max_iter=length, steps=solver.STEPS, gamma=solver.GAMMA)
     return warm_up_to(schedule, max_iter=length, **warm_up, rescale_interval=solver.RESCALE_INTERVAL)

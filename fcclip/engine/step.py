@@ -28,9 +28,14 @@ class StepLosses:
         vector = torch.stack([value.detach().float() for value in losses.values()])
         self._sum = vector if self._sum is None else self._sum + vector
 
-    def send(self, *, stop: bool = False) -> None:
-        """Averages over the processes and starts the copy to the host. `stop`: this process was asked to stop."""
-        local = torch.cat([self._sum, self._sum.new_tensor([float(stop)])])
+    def send(self, *, stop: bool = False, failed: bool = False) -> None:
+        """Averages over the processes and starts the copy to the host.
+
+        Args:
+            stop: this process was asked to stop.
+            failed: this process has no batch, and the step must not be taken.
+        """
+        local = torch.cat([self._sum, self._sum.new_tensor([float(failed), float(stop)])])
         vectors = torch.stack([mean_over_processes(local), local])
         self._host = vectors.to("cpu", non_blocking=True)
         if vectors.device.type == "cuda":
@@ -42,13 +47,18 @@ class StepLosses:
         """Whether any process was asked to stop; all agree."""
         return self._read(0)[-1] > 0
 
+    @property
+    def failed(self) -> bool:
+        """Whether any process has no batch; all agree."""
+        return self._read(0)[-2] > 0
+
     def mean(self) -> dict[str, float]:
         """The mean over the processes, and `total_loss`, their sum."""
-        return self._named(self._read(0)[:-1])
+        return self._named(self._read(0)[:-2])
 
     def local(self) -> dict[str, float]:
         """This process's own losses, and their sum."""
-        return self._named(self._read(1)[:-1])
+        return self._named(self._read(1)[:-2])
 
     def _named(self, values: list[float]) -> dict[str, float]:
         return {"total_loss": sum(values), **dict(zip(self._names, values))}

@@ -11,7 +11,6 @@ import logging
 import math
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from fcclip.comm import all_gather_object, broadcast_object, is_main_process
+from fcclip.comm import all_gather_object, broadcast_object, get_rank, get_world_size, is_main_process
 from fcclip.engine import guards
 from fcclip.engine.checkpoint import Saving, load_training_state
 from fcclip.engine.environment import peak_memory_mb, random_state, set_random_states
@@ -32,6 +31,7 @@ from fcclip.engine.optimizer import StepSettings, check_same_groups, trainable_p
 from fcclip.engine.recording import Recorder
 from fcclip.engine.signals import StopRequest, StopRequested
 from fcclip.engine.step import StepClock, StepLosses
+from fcclip.errors import InputError
 from fcclip.structures import TrainingBatch
 from fcclip.weights import load_state
 
@@ -88,7 +88,6 @@ class Trainer:
         self.stop = stop
 
         self.iteration = 0  # steps taken, which is also the number of batches consumed and the next 0-based iteration
-        self.left_out: set[int] = set()  # iterations whose step was not taken, or is not to be taken
         self.history = History()
         self.scaler = torch.amp.GradScaler(device.type, enabled=step.amp_dtype is torch.float16)
         self._parameters = trainable_parameters(optimizer)
@@ -96,10 +95,11 @@ class Trainer:
         self._grad_norm = math.nan
         self._lr = 0.0
         self._asked_to_stop = False
+        self._is_between_steps = True
+        self._batch: Batch | None = None  # the last one
+        self._failure: Exception | None = None  # why there is no next one
         self._skips_in_a_row = 0
         self._scaler_skips_in_a_row = 0
-        self._rollbacks: Counter[Path] = Counter()
-        self._resumed_from: Path | None = None
 
     # ---- the loop ----
 
@@ -121,9 +121,10 @@ class Trainer:
         self.model.train()
         writing = self.checkpointer or contextlib.nullcontext()
         with writing, self.recorder.recording(self.iteration), contextlib.suppress(_StoppedError):
-            self._iterate()
-            self.recorder.close_bar()
-            self._evaluate()
+            with self._saving_on_error():
+                self._iterate()
+                self.recorder.close_bar()
+                self._evaluate()
             return True
         logger.info("stopped after iteration %d; go on with --resume", self.iteration - 1)
         return False
@@ -141,9 +142,6 @@ class Trainer:
             try:
                 self.step(batches)
             except NonFiniteError as error:
-                if self.settings.on_non_finite.kind == "rollback":
-                    batches = self._go_back(error)
-                    continue
                 self._leave_out(error)
             self._after_step()
         logger.info("trained %d iterations in %s", self.iteration - first, duration(time.perf_counter() - began))
@@ -151,17 +149,16 @@ class Trainer:
     def step(self, batches: Iterator[Batch]) -> None:
         """One iteration: a batch, its losses and gradients, one step of the optimiser and of the schedule."""
         self._clock.start()
-        batch = next(batches)
+        batch = self._next(batches)
         self._clock.mark("data_time")
-        if self.iteration in self.left_out:
-            logger.warning("iteration %d is left out, as decided before the rollback", self.iteration)
-            self._advance()
-            return
         with guards.explaining_full_memory(batch, self.model, device=self.device, iteration=self.iteration):
             losses = self.compute_gradients(batch)
+            if losses.failed:
+                self._leave()
             self.scaler.unscale_(self.optimizer)
             self._grad_norm = self.clip_gradients()
             self._check_gradients(batch)
+            self._is_between_steps = False
             self.scaler.step(self.optimizer)
             self.scaler.update()
         self._clock.mark("step_time")
@@ -177,6 +174,7 @@ class Trainer:
             warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
             self.scheduler.step()
         self.iteration += 1
+        self._is_between_steps = True
 
     def compute_gradients(self, batch: Batch) -> StepLosses:
         """Leaves the gradients of a whole batch, times the scale of the loss scaler, and returns its losses.
@@ -195,7 +193,8 @@ class Trainer:
                 losses.add(weighted)
                 self._clock.mark("forward_time")
                 if part is last:  # before the backward pass is queued, so that waiting for them never waits for it
-                    losses.send(stop=self.stop is not None and self.stop.requested)
+                    stop = self.stop is not None and self.stop.requested
+                    losses.send(stop=stop, failed=self._failure is not None)
                 self.scaler.scale(sum(weighted.values())).backward()
                 self._clock.mark("backward_time")
         guards.check_losses(losses, batch, iteration=self.iteration)
@@ -233,6 +232,46 @@ class Trainer:
             scalars["max_memory_mb"] = peak_memory_mb(self.device)
         return scalars
 
+    # ---- errors that leave the weights good ----
+
+    @contextlib.contextmanager
+    def _saving_on_error(self) -> Iterator[None]:
+        """Saves what was trained before an error ends it. With several processes the others may be anywhere then, so
+        that only errors of which all know are saved after (`_leave`); one after which numbers are not finite never is.
+        """
+        began = self.iteration
+        try:
+            yield
+        except (NonFiniteError, _StoppedError):
+            raise
+        except Exception:
+            alone = self.checkpointer is not None and get_world_size() == 1
+            if alone and self._is_between_steps and self.iteration > began:
+                self._save_and_say()
+            raise
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch. A process of several that has none takes part with the last one in a step that is not taken,
+        so that all know of it."""
+        try:
+            self._batch = next(batches)
+        except Exception as error:
+            if self._batch is None or get_world_size() == 1:
+                raise
+            self._failure = error
+        return self._batch
+
+    def _leave(self) -> None:
+        """Saves, and raises on every process, because one of them has no batch."""
+        failures = all_gather_object(f"process {get_rank()}: {self._failure}" if self._failure else "")
+        if self.checkpointer is not None:
+            self._save_and_say()
+        raise self._failure or InputError("; ".join(filter(None, failures)))
+
+    def _save_and_say(self) -> None:
+        self.save()
+        logger.info("saved what was trained up to iteration %d; go on with --resume", self.iteration - 1)
+
     # ---- numbers that are not finite ----
 
     def _check_gradients(self, batch: Batch) -> None:
@@ -248,33 +287,17 @@ class Trainer:
         raise guards.non_finite_gradient(self._grad_norm, self.model, batch, iteration=self.iteration)
 
     def _leave_out(self, error: NonFiniteError) -> None:
-        """Goes on behind a step that was not taken, as far as the policy allows."""
+        """Goes on behind a step that was not taken, unless SOLVER.NON_FINITE allows no more of them in a row."""
         self._skips_in_a_row += 1
-        self.settings.on_non_finite.skip(error, self._skips_in_a_row)
-        self.left_out.add(self.iteration)
+        limit = self.settings.max_skips
+        if not limit:
+            raise error
+        if self._skips_in_a_row > limit:
+            raise NonFiniteError(
+                f"{error} SOLVER.NON_FINITE is skip:{limit}, and this is number {self._skips_in_a_row} in a row."
+            ) from error
+        logger.warning("%s Left out, as SOLVER.NON_FINITE says (%d in a row)", error, self._skips_in_a_row)
         self._advance()
-
-    def _go_back(self, error: NonFiniteError) -> Iterator[Batch]:
-        """To the newest checkpoint of this training, the same on every process; returns the batches after it. The step
-        that was not taken will be left out."""
-        path = None
-        if self.checkpointer is not None:
-            self.checkpointer.settle()
-            path = broadcast_object(self.checkpointer.newest) or self._resumed_from
-        if path is None or self._rollbacks[path] >= guards.MAX_ROLLBACKS:
-            why = f"{path.name} was gone back to {guards.MAX_ROLLBACKS} times" if path else "there is no checkpoint yet"
-            raise NonFiniteError(f"{error} SOLVER.NON_FINITE is rollback, but {why}.") from error
-        self._rollbacks[path] += 1
-        logger.warning("%s SOLVER.NON_FINITE is rollback: going back to %s", error, path.name)
-        left_out, best = self.left_out | {self.iteration}, self.evaluation.best
-        self.resume(path)
-        self.left_out |= left_out
-        self.evaluation.best = best  # that of best.pth
-        self._scaler_skips_in_a_row = 0
-        if is_main_process():
-            self.checkpointer.forget_evaluation()
-        self.recorder.go_back(self.iteration)
-        return self.batches(self.iteration)
 
     # ---- evaluation ----
 
@@ -326,7 +349,6 @@ class Trainer:
             "iteration": self.iteration - 1,  # 0-based number of the last step taken, as published
             "random": all_gather_object(random_state()),
             "history": self.history.state_dict(),
-            "left_out": sorted(self.left_out),
             "best": dict(self.evaluation.best),
         }
 
@@ -343,10 +365,7 @@ class Trainer:
         state = self.state_dict() if state is None else state
         guards.check_weights(state["model"], device=self.device, iteration=self.iteration - 1)
         if is_main_process():
-            if name is None:
-                self.checkpointer.save_periodic(self.iteration - 1, state)
-            else:
-                self.checkpointer.save(name, state)
+            self.checkpointer.save(name or f"model_{self.iteration - 1:07d}", state)
 
     def resume(self, path: str | Path) -> None:
         """Continues from a checkpoint: weights, optimiser, schedule, loss scaler, random numbers and position in the
@@ -363,10 +382,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self._resumed_from = Path(path)
         self.iteration = state["iteration"] + 1
         self.history.load_state_dict(state.get("history", {}))
-        self.left_out = set(state.get("left_out", ()))
         self.evaluation.best = dict(state.get("best", {}))
         set_random_states(state["random"], source=path)
         logger.info("resumed from %s at iteration %d", path, self.iteration)

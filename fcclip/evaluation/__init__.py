@@ -3,8 +3,10 @@
 runner.py     evaluate: a model over a data set in several modes; evaluate_augmented: with test-time augmentation
 evaluators.py build_evaluators: which evaluators a data set gets
 ground_truth.py  GroundTruth and Evaluator: what the runner hands over and expects
-panoptic.py   panoptic_quality of files, PanopticEvaluator of id maps
+panoptic.py   PanopticEvaluator: panoptic quality of id maps
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
+recall.py     MaskRecallEvaluator: whether some proposal covers a class, whatever it is called
+boundary.py   BoundaryEvaluator: boundary IoU of each class
 instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
 pairs.py      PairEvaluator: mIoU and FB-IoU of one prompted class an image, in folds of classes
@@ -19,19 +21,15 @@ histograms.py joint histograms of two maps
 averages.py   unweighted means over classes, over seen and unseen ones
 """
 
+from fcclip.evaluation.boundary import BoundaryEvaluator
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth, encode_masks
 from fcclip.evaluation.lvis import LvisEvaluator
-from fcclip.evaluation.panoptic import (
-    ClassCounts,
-    PanopticEvaluator,
-    compare_segments,
-    panoptic_quality,
-    write_id_map,
-)
+from fcclip.evaluation.panoptic import ClassCounts, PanopticEvaluator, compare_segments, write_id_map
 from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, saved_modes
+from fcclip.evaluation.recall import MaskRecallEvaluator
 from fcclip.evaluation.results import (
     copypaste_lines,
     current_commit,
@@ -46,6 +44,7 @@ from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import EvaluationThreads
 
 __all__ = [
+    "BoundaryEvaluator",
     "CityscapesInstanceEvaluator",
     "CityscapesSemanticEvaluator",
     "ClassCounts",
@@ -55,6 +54,7 @@ __all__ = [
     "InstanceEvaluator",
     "InstanceTruth",
     "LvisEvaluator",
+    "MaskRecallEvaluator",
     "Oracle",
     "PanopticEvaluator",
     "PredictionWriter",
@@ -70,7 +70,6 @@ __all__ = [
     "format_table",
     "format_value",
     "headlines",
-    "panoptic_quality",
     "saved_modes",
     "unmet_expectations",
     "write_id_map",

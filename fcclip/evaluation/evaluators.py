@@ -11,12 +11,14 @@ from fvcore.common.config import CfgNode
 from fcclip.config import lookup
 from fcclip.data import EVALUATORS, Dataset
 from fcclip.errors import InputError
+from fcclip.evaluation.boundary import BoundaryEvaluator
 from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, CityscapesSemanticEvaluator
 from fcclip.evaluation.ground_truth import Evaluator
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth
 from fcclip.evaluation.lvis import LvisEvaluator
 from fcclip.evaluation.pairs import PairEvaluator
 from fcclip.evaluation.panoptic import PanopticEvaluator
+from fcclip.evaluation.recall import MaskRecallEvaluator
 from fcclip.evaluation.semantic import SemanticEvaluator
 
 
@@ -43,6 +45,8 @@ def build_evaluators(
     metadata = dataset.metadata
     kind = metadata["evaluator_type"]
     tasks = enabled_tasks(cfg, dataset.name, kind)
+    if cfg.MODEL.MASK_FORMER.TEST.RECALL_ON and "semantic" not in EVALUATORS[kind]:
+        raise InputError(f"MODEL.MASK_FORMER.TEST.RECALL_ON: data set '{dataset.name}' has no semantic ground truth")
     names = distinct_names(metadata["stuff_classes"])
     thing_index = metadata.get("thing_dataset_id_to_contiguous_id", {})
     things = {index: identifier for identifier, index in thing_index.items()}
@@ -57,6 +61,8 @@ def build_evaluators(
             return
         if "panoptic" in tasks:
             yield PanopticEvaluator(**common, thing_classes=things)
+        if cfg.MODEL.MASK_FORMER.TEST.RECALL_ON:
+            yield MaskRecallEvaluator(**common)
         if kind == "cityscapes_panoptic_seg":
             ids = {index: identifier for identifier, index in metadata["stuff_dataset_id_to_contiguous_id"].items()}
             if "instance" in tasks:
@@ -69,6 +75,8 @@ def build_evaluators(
             yield instance_evaluator(**common, truth=truth, dataset_ids=things, folder=mode_folder)
         if "semantic" in tasks:
             yield SemanticEvaluator(**common, ignore_label=metadata["ignore_label"])
+            if cfg.TEST.BOUNDARY_IOU:
+                yield BoundaryEvaluator(class_names=names, ignore_label=metadata["ignore_label"])
 
     return {mode: list(build(mode_folder)) for mode, mode_folder in mode_folders(folder, modes).items()}
 
@@ -112,9 +120,7 @@ def _instance_truth(dataset: Dataset) -> InstanceTruth | None:
     """
     path = dataset.metadata.get("json_file")
     if path:
-        truth = InstanceTruth.read(path)
-        own = "yaml_file" in dataset.metadata
-        return truth.completed(dataset.metadata["thing_dataset_id_to_contiguous_id"]) if own else truth
+        return InstanceTruth.read(path, dataset.metadata["thing_dataset_id_to_contiguous_id"])
     if dataset.metadata["evaluator_type"] == "coco_panoptic_seg" and dataset.metadata.get("panoptic_json"):
         return None
     raise InputError(

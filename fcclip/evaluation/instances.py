@@ -16,11 +16,13 @@ import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from torch import Tensor
 
-from fcclip.data.segmentations import compressed, has_area
+from fcclip.data.annotations import instance_entries, is_id, settle
+from fcclip.data.datasets.files import AnnotationFile
+from fcclip.data.datasets.instances import NOT_INSTANCES
 from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
 from fcclip.evaluation.ground_truth import ClassEvaluator, GroundTruth, in_order
-from fcclip.files import listed, read_json, write_json
+from fcclip.files import listed, write_json
 from fcclip.structures import Instances
 
 logger = logging.getLogger(__name__)
@@ -37,50 +39,40 @@ class InstanceTruth(NamedTuple):
     categories: dict[int, dict]  # category id -> entry
 
     @classmethod
-    def read(cls, path: str | os.PathLike) -> InstanceTruth:
-        """Reads the file.
+    def read(cls, path: str | os.PathLike, category_ids: Iterable[int]) -> InstanceTruth:
+        """Reads the file. Boxes and areas that it does not give, and categories that nothing belongs to, are added.
+
+        Args:
+            path: the file.
+            category_ids: of the data set's thing classes.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: broken JSON, or one that is not in the format.
+            ValueError: broken JSON, or something in it that cannot be used (see `instance_entries`).
         """
-        content = read_json(path, what="instances file")
-        try:
-            images = {image["id"]: image for image in content["images"]}
-            categories = {category["id"]: category for category in content["categories"]}
-            return cls(str(path), images, content["annotations"], categories)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"instances file '{path}' is not in the COCO instances format: no {error}") from error
-
-    def completed(self, category_ids: Iterable[int]) -> InstanceTruth:
-        """The same with what users' own files may leave out: categories that nothing belongs to, boxes and areas; and
-        without the annotations that the reader leaves out too, all of whose polygons have no area.
-
-        Args:
-            category_ids: of the thing classes.
-        """
-        categories = {identifier: {"id": identifier} for identifier in category_ids} | self.categories
-        annotations = []
-        for annotation in self.annotations:
+        content = AnnotationFile("instances file", Path(path), ("images", "annotations"), NOT_INSTANCES).read()
+        images, annotations, problems = instance_entries(content, dict.fromkeys(category_ids, 0), need_files=False)
+        settle(f"instances file '{path}'", problems, expected=NOT_INSTANCES)
+        unsized = [image["id"] for image in images.values() if not {"height", "width"} <= image.keys()]
+        if unsized:
+            raise InputError(f"instances file '{path}': image {listed(map(repr, unsized))} has no height and width")
+        of_id = {image["id"]: image for image in images.values()}
+        for annotation in annotations:
             if "bbox" not in annotation or "area" not in annotation:
-                code = self._code(annotation)
-                if code is None:
-                    continue
+                code = _code(annotation["segmentation"], of_id[annotation["image_id"]])
                 bounds, area = pycocotools.mask.toBbox(code).tolist(), float(pycocotools.mask.area(code))
-                annotation = {"bbox": bounds, "area": area, **annotation}
-            annotations.append(annotation)
-        return self._replace(annotations=annotations, categories=categories)
+                annotation.update({"bbox": bounds, "area": area} | annotation)
+        entries = content["categories"] if isinstance(content.get("categories"), list) else ()
+        named = {entry["id"]: entry for entry in entries if isinstance(entry, dict) and is_id(entry.get("id"))}
+        categories = {identifier: named.get(identifier, {"id": identifier}) for identifier in category_ids}
+        return cls(str(path), of_id, annotations, categories)
 
-    def _code(self, annotation: Mapping) -> dict | None:
-        """The run-length code of an annotation's mask; None where no polygon has an area."""
-        segmentation, image = annotation["segmentation"], self.images[annotation["image_id"]]
-        if isinstance(segmentation, Mapping):
-            return compressed(segmentation)
-        polygons = [polygon for polygon in segmentation if has_area(polygon)]
-        if not polygons:
-            return None
-        codes = pycocotools.mask.frPyObjects(polygons, image["height"], image["width"])
-        return pycocotools.mask.merge(codes)
+
+def _code(segmentation: Mapping | list, image: Mapping[str, int]) -> dict:
+    """The run-length code of polygons or of a code."""
+    if isinstance(segmentation, Mapping):
+        return segmentation
+    return pycocotools.mask.merge(pycocotools.mask.frPyObjects(segmentation, image["height"], image["width"]))
 
 
 class ImageInstances(NamedTuple):
@@ -100,10 +92,6 @@ class InstanceEvaluator(ClassEvaluator):
         class_names, seen: as for `ClassEvaluator`.
         dataset_ids: contiguous index of each thing class -> the data set's category id.
         folder: where `save` writes `coco_instances_results.json`; None: nowhere.
-
-    Raises:
-        ValueError: the file has annotations of a category that is not a thing class of the data set, or lacks a thing
-            class.
     """
 
     file_name = "coco_instances_results.json"
@@ -121,13 +109,6 @@ class InstanceEvaluator(ClassEvaluator):
         self.dataset_ids = dict(sorted(dataset_ids.items()))
         super().__init__(class_names=class_names, classes=self.dataset_ids, seen=seen)
         self.folder = None if folder is None else Path(folder)
-        if truth is None:
-            return
-        lacking = sorted(set(self.dataset_ids.values()) - truth.categories.keys())
-        strange = sorted({annotation["category_id"] for annotation in truth.annotations} - {*self.dataset_ids.values()})
-        if lacking or strange:
-            problem = f"has no categories {listed(lacking)}" if lacking else f"annotates categories {listed(strange)}"
-            raise InputError(f"{truth.path} {problem}; its category ids must be those of the data set's thing classes")
 
     def measure(self, ground_truth: GroundTruth, output: Mapping) -> ImageInstances:
         image_id, truth = ground_truth.image_id, None

@@ -66,8 +66,7 @@ class Meter:
         self.done += images
         now = time.perf_counter()
         if self.bar is not None:
-            wide = self.bar.console.width >= 120  # the split of time is not worth more than the rest of the bar
-            self.bar.update(self.task, completed=self._all_done(), speed=self._split() if wide else self._speed())
+            self.bar.update(self.task, completed=self._all_done(), speed=self._speed())
         elif self.show and now - self.last_line >= _LINE_SECONDS:
             self.last_line = now
             logger.info("evaluate %s: %d/%d images, %s", self.name, self._all_done(), self.num_images, self._split())

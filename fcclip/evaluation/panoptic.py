@@ -1,4 +1,4 @@
-"""Panoptic quality by the rules of panopticapi, from files or from id maps in memory.
+"""Panoptic quality by the rules of panopticapi, from id maps in memory.
 
 Every pixel belongs to one segment of the ground truth and one of the prediction; all that counts is the joint histogram
 of those two ids, taken once per image. g and p are such ids, 0 is void.
@@ -7,11 +7,13 @@ of those two ids, taken once per image. g and p are such ids, 0 is void.
     union  pixels of p + JSON area of g - n - pixels of p on void
 
 The area of a ground-truth segment is what its JSON says, not a count: data sets differ there (ADE20K measures stuff
-before things are pasted over it), and the published numbers depend on it.
+before things are pasted over it), and the published numbers depend on it. Where the JSON does not say, or says less
+than the pixels of the mask, which would make an IoU above 1, it is counted.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -21,12 +23,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fcclip.data import read_id_map
 from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined, seen_and_unseen
 from fcclip.evaluation.ground_truth import ClassEvaluator, GroundTruth, in_order
 from fcclip.evaluation.histograms import as_array, joint_histogram
 from fcclip.files import listed, read_json
+
+logger = logging.getLogger(__name__)
 
 
 class ClassCounts(NamedTuple):
@@ -59,8 +62,8 @@ def compare_segments(
 
     Args:
         truth_map: (h, w) int, segment ids; 0 is void.
-        truth_segments: `id, category_id, area, iscrowd` of each segment. An id of the map that is not listed is
-            background.
+        truth_segments: `id, category_id` and, optional, `area` and `iscrowd` of each segment. An id of the map that is
+            not listed is background.
         predicted_map: (h, w) int, segment ids below 2**24; 0 is void.
         predicted_segments: `id, category_id` of each segment; exactly the ids in the map.
         categories: the category ids a prediction may have.
@@ -86,8 +89,13 @@ def compare_segments(
     _check_prediction(predicted, area, histogram.second[p_row < 0], categories, name)
     on_void = pixels_per_prediction((p_row >= 0) & (histogram.first == 0))
 
-    truth_area = _field(truth, "area", name)
-    crowd = _field(truth, "iscrowd", name) == 1
+    counted = np.bincount(g_row[g_row >= 0], pixels[g_row >= 0], len(truth)).astype(np.int64)
+    stated = [segment.get("area") for segment in truth.values()]
+    truth_area = np.array([n if area is None else max(area, n) for area, n in zip(stated, counted.tolist())])
+    small = [number for number, area, n in zip(truth, stated, counted.tolist()) if area is not None and area < n]
+    if small:
+        logger.warning("%s: areas of segments %s are smaller than their masks; counted instead", name, listed(small))
+    crowd = np.array([segment.get("iscrowd", 0) for segment in truth.values()]) == 1
     classes, class_of = np.unique(
         [segment["category_id"] for segment in (*truth.values(), *predicted.values())], return_inverse=True
     )
@@ -98,6 +106,7 @@ def compare_segments(
     union = area[p] + truth_area[g] - n - on_void[p]
     match = ~crowd[g] & (truth_class[g] == predicted_class[p]) & (union > 0) & (2 * n > union)
     iou = n[match] / union[match]
+    assert (iou <= 1).all(), f"{name}: an IoU above 1, of segment {list(truth)[g[match][iou.argmax()]]}"
 
     missed = ~crowd
     missed[g[match]] = False
@@ -144,82 +153,16 @@ def class_quality(counts: ClassCounts) -> ClassQuality:
     )
 
 
-def panoptic_quality(
-    gt_json: str | os.PathLike,
-    pred_json: str | os.PathLike,
-    gt_dir: str | os.PathLike | None = None,
-    pred_dir: str | os.PathLike | None = None,
-) -> dict[str, dict]:
-    """Panoptic quality of predictions on disk, in COCO panoptic format.
-
-    Args:
-        gt_json: ground truth with `categories` and `annotations`.
-        pred_json: predictions; only `annotations` is read. Entries for images without ground truth are ignored, and
-            of several for one image the last counts.
-        gt_dir, pred_dir: folders of the id PNGs; None: the JSON's path without `.json`.
-
-    Returns:
-        `All`, `Things`, `Stuff`: {"pq", "sq", "rq", "n"}, unweighted means over the n classes with a segment in the
-        ground truth or in the predictions, 0..1, NaN when n is 0. `per_class`: category id -> {"pq", "sq", "rq"}, zeros
-        for a class without any segment.
-
-    Raises:
-        FileNotFoundError: a JSON or a PNG does not exist.
-        ValueError: a file that is not in the format, no ground truth, an image without prediction, and what
-            `compare_segments` refuses.
-    """
-    truth, gt_dir = read_panoptic_file(gt_json, gt_dir, keys=("categories", "annotations"))
-    predictions, pred_dir = read_panoptic_file(pred_json, pred_dir)
-    if not truth["annotations"]:
-        raise InputError(f"{gt_json} has no annotations; there is nothing to evaluate")
-    categories = {category["id"]: category.get("isthing") == 1 for category in truth["categories"]}
-    prediction_of = {annotation["image_id"]: annotation for annotation in predictions["annotations"]}
-    image_ids = [annotation["image_id"] for annotation in truth["annotations"]]
-    missing = [image_id for image_id in image_ids if image_id not in prediction_of]
-    if missing:
-        raise InputError(
-            f"{pred_json} has no prediction for {len(missing)} of {len(image_ids)} images of {gt_json}: "
-            f"image_id {listed(map(repr, missing))}. Ids are compared with their JSON type: the string '7' is "
-            "not the number 7."
-        )
-    images = {}
-    for number, (image_id, annotation) in enumerate(zip(image_ids, truth["annotations"])):
-        prediction = prediction_of[image_id]
-        # The number keeps the images apart should the file list one twice.
-        images[isinstance(image_id, str), image_id, number] = compare_segments(
-            read_id_map(gt_dir / annotation["file_name"]),
-            annotation["segments_info"],
-            read_id_map(pred_dir / prediction["file_name"]),
-            prediction["segments_info"],
-            categories=categories,
-            name=f"image {image_id!r} of {pred_json}",
-        )
-    total = sum_counts(images)
-    quality = {category: class_quality(total.get(category, ClassCounts())) for category in categories}
-    return {
-        "All": _group(quality.values()),
-        "Things": _group(quality[category] for category, isthing in categories.items() if isthing),
-        "Stuff": _group(quality[category] for category, isthing in categories.items() if not isthing),
-        "per_class": {
-            category: {key: 0.0 if math.isnan(value) else value for key, value in of_class._asdict().items()}
-            for category, of_class in quality.items()
-        },
-    }
-
-
-def read_panoptic_file(
-    path: str | os.PathLike, folder: str | os.PathLike | None = None, *, keys: Sequence[str] = ("annotations",)
-) -> tuple[dict, Path]:
+def read_panoptic_file(path: str | os.PathLike, folder: str | os.PathLike | None = None) -> tuple[dict, Path]:
     """The content of a COCO panoptic JSON, and the folder of its id PNGs: the path without `.json` if not given.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: one of `keys` is missing, or an entry of an annotation.
+        ValueError: it has no `annotations`, or one of them lacks an entry.
     """
     content = read_json(path, what="panoptic file")
-    for key in keys:
-        if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise InputError(f"panoptic file '{path}' has no '{key}'; expected the COCO panoptic format")
+    if not isinstance(content, dict) or not isinstance(content.get("annotations"), list):
+        raise InputError(f"panoptic file '{path}' has no 'annotations'; expected the COCO panoptic format")
     for number, annotation in enumerate(content["annotations"]):
         lacking = {"image_id", "file_name", "segments_info"} - annotation.keys()
         if lacking:
@@ -228,7 +171,7 @@ def read_panoptic_file(
 
 
 class PanopticEvaluator(ClassEvaluator):
-    """Panoptic quality of id maps as they come, the same numbers as `panoptic_quality` of the files.
+    """Panoptic quality of id maps.
 
     Keeps counts per image, so several processes merge to exactly what one would have found.
 
@@ -297,14 +240,6 @@ def _rows(ids: np.ndarray, known: Sequence[int]) -> np.ndarray:
     return np.where(known[row] == ids, row, -1)
 
 
-def _field(segments: Mapping[int, Mapping], key: str, name: str) -> np.ndarray:
-    try:
-        return np.asarray([segment[key] for segment in segments.values()])
-    except KeyError:
-        lacking = [identifier for identifier, segment in segments.items() if key not in segment]
-        raise InputError(f"{name}: ground-truth segments {listed(lacking)} have no '{key}'") from None
-
-
 def _check_prediction(
     segments: Mapping[int, Mapping], area: np.ndarray, unlisted: np.ndarray, categories: Collection[int], name: str
 ) -> None:
@@ -323,8 +258,7 @@ def _check_prediction(
 
 def _group(quality: Iterable[ClassQuality]) -> dict[str, float]:
     averaged = [of_class for of_class in quality if not math.isnan(of_class.pq)]
-    means = {key: mean_of_defined(getattr(of_class, key) for of_class in averaged) for key in ClassQuality._fields}
-    return means | {"n": len(averaged)}
+    return {key: mean_of_defined(getattr(of_class, key) for of_class in averaged) for key in ClassQuality._fields}
 
 
 def _check_sizes(truth_map: np.ndarray, predicted_map: np.ndarray, name: str) -> None:

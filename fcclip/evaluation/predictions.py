@@ -27,10 +27,10 @@ import cv2
 import numpy as np
 import pycocotools.mask
 import torch
-from torch import nn
 
 from fcclip.comm import get_rank
 from fcclip.config import affects, flatten, keys_that
+from fcclip.data import Dataset
 from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
 from fcclip.evaluation.histograms import as_array
@@ -63,29 +63,16 @@ class PredictionWriter(Evaluator):
 
     Args:
         folder: the folder `predictions`; made when missing.
-        records: of the whole data set; their images give the files their names.
-        num_classes: K.
-        dataset_ids: contiguous index -> the data set's category id, for `predictions.json`.
-        panoptic_header: what `predictions.json` says besides its annotations, the ground truth's `images` and
-            `categories`; None: it is not written.
+        dataset: what is evaluated.
+        records: its images, which give the files their names.
     """
 
-    def __init__(
-        self,
-        *,
-        folder: str | os.PathLike,
-        records: Sequence[Mapping],
-        num_classes: int,
-        dataset_ids: Mapping[int, int],
-        panoptic_header: Mapping | None = None,
-    ) -> None:
-        self.folder = Path(folder)
-        self.names = image_names(records)
+    def __init__(self, folder: Path, dataset: Dataset, records: Sequence[Mapping]) -> None:
+        self.folder, self.dataset, self.names = folder, dataset, image_names(records)
+        num_classes = len(dataset.metadata["stuff_classes"])
         self.label_type = np.uint8 if num_classes < 256 else np.uint16  # K stands for no class
-        self.dataset_ids = dict(dataset_ids)
-        self.panoptic_header = None if panoptic_header is None else dict(panoptic_header)
-        self.path = self.folder / _LINES.format(get_rank())
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / _LINES.format(get_rank())
+        folder.mkdir(parents=True, exist_ok=True)
 
     def measure(self, ground_truth: GroundTruth, output: Mapping) -> bytes:
         name = self.names[ground_truth.image_id]
@@ -134,19 +121,27 @@ class PredictionWriter(Evaluator):
         return {}
 
     def save(self) -> None:
-        """Writes `predictions.json`, which other programs read."""
-        if self.panoptic_header is None:
-            return
-        saved, annotations = SavedPredictions(self.folder), []
+        """Writes `predictions.json`, which other programs read, where the ground truth is in COCO's panoptic format."""
+        metadata, saved, annotations = self.dataset.metadata, SavedPredictions(self.folder), []
+        indices = {
+            **metadata.get("stuff_dataset_id_to_contiguous_id", {}),
+            **metadata.get("thing_dataset_id_to_contiguous_id", {}),
+        }
+        dataset_ids = {index: identifier for identifier, index in indices.items()}
         for image_id in in_order(saved.image_ids & self.names.keys()):
             record = saved.record(image_id)
+            if "panoptic" not in record:
+                continue
             segments = [
                 {key: value for key, value in segment.items() if key != "isthing"}
-                | {"category_id": self.dataset_ids[segment["category_id"]]}
+                | {"category_id": dataset_ids[segment["category_id"]]}
                 for segment in record["segments_info"]
             ]
             annotations.append({"image_id": image_id, "file_name": f"{record['name']}.png", "segments_info": segments})
-        write_json(self.folder.with_suffix(".json"), self.panoptic_header | {"annotations": annotations})
+        if annotations and metadata.get("panoptic_json"):
+            ground_truth = read_json(metadata["panoptic_json"])
+            del ground_truth["annotations"]
+            write_json(self.folder.with_suffix(".json"), ground_truth | {"annotations": annotations})
 
 
 class SavedPredictions:
@@ -286,11 +281,9 @@ def prediction_header(
         vocabulary: the classes to look for.
         mode: its name.
         ensemble: (alpha, beta); None: as the config says.
-        oracle: "masks" where these are not the model's.
+        oracle: its name; None: nothing is true instead of predicted.
     """
-    module = getattr(model, "model", model)
-    if not isinstance(module, nn.Module):
-        module = None
+    module = model.model if isinstance(model, AugmentedModel) else model
     seen = getattr(module, "seen_vocabulary", None)  # decides where alpha counts, and where beta
     return {
         "format": FORMAT,
@@ -301,8 +294,8 @@ def prediction_header(
         "vocabulary": vocabulary.name,
         "vocabulary_sha256": vocabulary.hash,
         "seen_vocabulary_sha256": None if seen is None else seen.hash,
-        "weights_sha256": None if module is None else weights_hash(module),
-        "clip_weights": None if module is None else frozen_notes(module).get("clip", {}).get("weights"),
+        "weights_sha256": weights_hash(module),
+        "clip_weights": frozen_notes(module).get("clip", {}).get("weights"),
         "augmentation": _augmentation(model),
         "config": deciding_settings(cfg),
     }

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,21 +37,18 @@ Results = dict[str, dict[str, dict[str, float]]]  # mode -> task -> metric -> pe
 
 
 class Oracle(Protocol):
-    """Something that is true instead of predicted (see `fcclip.reports.oracle`).
+    """Makes what predicts in the model's place, partly from ground truth (see `fcclip.reports.oracle`).
 
     Attributes:
         name: for messages and files.
-        predicts: whether it predicts in the model's place, so that saved predictions are not the model's.
     """
 
     name: str
-    predicts: bool
 
-    def model(self, model: Architecture, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> Any:
-        """What predicts: has `score` and `outputs` like the model."""
-
-    def evaluators(self, evaluators: Sequence[Evaluator], dataset: Dataset, vocabulary: Vocabulary) -> list[Evaluator]:
-        """What looks at the predictions."""
+    def __call__(
+        self, model: Architecture, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset
+    ) -> Any:
+        """Has `score` and `outputs` like the model."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def evaluate(
             `per_image.json` how good each image is.
         resume: with `save_predictions`, go on with the predictions that are there; their images need no model. Else
             they are removed.
-        oracle: what is true instead of predicted; None: nothing.
+        oracle: what is true instead of predicted; None: nothing. Instances have no oracle and are not evaluated.
         settings: how outputs are made; None: as the config says.
 
     Returns:
@@ -131,14 +127,16 @@ def evaluate(
     records = dataset.records()[:max_images]
     if not records:
         raise InputError(f"data set '{dataset.name}' has no images to evaluate (max_images: {max_images})")
+    if oracle is not None:
+        if dataset.evaluators == ("instance",):
+            raise InputError(f"data set '{dataset.name}' is evaluated for instances, which have no oracle")
+        cfg = _without_heads(cfg, "INSTANCE", "RECALL")
     vocabulary = dataset_vocabulary(dataset, cfg.MODEL.FC_CLIP.VOCABULARIES) if vocabulary is None else vocabulary
     vocabulary = _fitting(vocabulary, dataset)
     seen = None if training_vocabulary is None else vocabulary.seen_by(training_vocabulary).tolist()
     modes = {cfg.TEST.MODE: None} if modes is None else dict(modes)
     folder = None if output_dir is None else Path(output_dir) / dataset.name
     evaluators = build_evaluators(cfg, dataset, modes=tuple(modes), seen=seen, folder=folder)
-    if oracle is not None:
-        evaluators = {mode: oracle.evaluators(group, dataset, vocabulary) for mode, group in evaluators.items()}
     task = _Task(records, vocabulary, modes, mode_folders(folder, tuple(modes)), evaluators, {}, ())
     if save_predictions:
         task = _begin_saving(task, model, cfg, dataset, resume=resume, oracle=oracle)
@@ -166,10 +164,7 @@ def evaluate_augmented(model: Architecture, cfg: CfgNode, dataset: Dataset, **op
         RuntimeError: another process failed.
     """
     augmented, settings = build_augmented(cfg, model), build_output_settings(cfg)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
-    cfg.freeze()
+    cfg = _without_heads(cfg, "PANOPTIC", "INSTANCE", "RECALL")
     logger.info(
         "test-time augmentation: each image of %s in %d variants, shorter side %s%s",
         dataset.name,
@@ -179,47 +174,6 @@ def evaluate_augmented(model: Architecture, cfg: CfgNode, dataset: Dataset, **op
     )
     results = evaluate(augmented, cfg, dataset, settings=settings, **options)
     return {mode: {f"{task}_TTA": metrics for task, metrics in tasks.items()} for mode, tasks in results.items()}
-
-
-def evaluate_saved(
-    saved: Mapping[str, Any],
-    image_ids: Iterable[int | str],
-    ground_truth_of: Callable[[int | str], GroundTruth],
-    evaluators: Mapping[str, Sequence[Evaluator]],
-    advance: Callable[[int], None] = lambda images: None,
-) -> None:
-    """Hands predictions that were saved to evaluators.
-
-    Args:
-        saved: mode -> something with `read(image_id)`, such as `SavedPredictions`.
-        image_ids: the images.
-        ground_truth_of: image id -> ground truth.
-        evaluators: mode -> the evaluators.
-        advance: is told the number of images that are done.
-    """
-    with EvaluationThreads(evaluators) as threads:
-        for image_id in image_ids:
-            threads.process(ground_truth_of(image_id), _ReadLater(saved, image_id))
-            advance(1)
-
-
-class _ReadLater(Mapping):
-    """Mode -> the saved output for an image, read by the thread that looks at it."""
-
-    def __init__(self, saved: Mapping[str, Any], image_id: int | str) -> None:
-        self.saved, self.image_id = saved, image_id
-        self.kept: dict[str, Any] = {}
-
-    def __getitem__(self, mode: str) -> Any:
-        if mode not in self.kept:
-            self.kept[mode] = self.saved[mode].read(self.image_id)
-        return self.kept[mode]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.saved)
-
-    def __len__(self) -> int:
-        return len(self.saved)
 
 
 def write_per_image(folder: Path, evaluators: Sequence[Evaluator]) -> None:
@@ -253,53 +207,80 @@ def _run(
     remaining = dataclasses.replace(dataset, load=functools.partial(list, left))
     rank, world_size = get_rank(), get_world_size()
     loader = build_test_loader(cfg, remaining, rank=rank, world_size=world_size) if left else ()
-    network = model if oracle is None else oracle.model(model, ground_truth_of, dataset)
+    network = model if oracle is None else oracle(model, ground_truth_of, dataset)
     options = {"heads": enabled_heads(cfg), "semantic": "labels", "settings": settings or build_output_settings(cfg)}
 
+    def evaluate_saved(meter: Meter) -> None:
+        saved = {mode: SavedPredictions(folder / "predictions") for mode, folder in task.folders.items()}
+        with EvaluationThreads(task.evaluators) as threads:
+            for image_id in task.done[rank::world_size]:
+                outputs = {mode: predictions.read(image_id) for mode, predictions in saved.items()}
+                threads.process(ground_truth_of(image_id), outputs)
+                meter.advance(1)
+
+    @torch.no_grad()
     def predict(samples: list[dict]) -> list[dict[str, dict]]:
         """Mode -> outputs, an image each."""
-        return [
+        outputs = [
             {mode: network.outputs(scored, ensemble=ensemble, **options) for mode, ensemble in task.modes.items()}
             for scored in network.score(samples, task.vocabulary)
         ]
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return outputs
 
     def evaluate_share() -> None:
-        meter = Meter(dataset.name, len(task.records), world_size, show=progress and rank == 0)
-        with _evaluation_mode(model), meter:
+        groups = {mode: [*group, *task.writers.get(mode, ())] for mode, group in task.evaluators.items()}
+        with _evaluation_mode(model), Meter(dataset.name, len(by_id), world_size, show=progress and rank == 0) as meter:
             if task.done:
-                saved = {mode: SavedPredictions(folder / "predictions") for mode, folder in task.folders.items()}
-                evaluate_saved(saved, task.done[rank::world_size], ground_truth_of, task.evaluators, meter.advance)
-            groups = {mode: [*group, *task.writers.get(mode, ())] for mode, group in task.evaluators.items()}
-            _predict_and_evaluate(predict, loader, ground_truth_of, groups, meter)
+                evaluate_saved(meter)
+            with EvaluationThreads(groups) as threads:
+                for samples in meter.timed("data", loader):
+                    with meter.time("network"):
+                        outputs = predict(samples)
+                    with meter.time("evaluation"):
+                        for sample, by_mode in zip(samples, outputs):
+                            threads.process(ground_truth_of(sample["image_id"]), by_mode)
+                    meter.advance(len(samples))
+                with meter.time("evaluation"):
+                    threads.finish()
 
-    def states() -> dict[str, list[Any]]:
-        return {mode: [evaluator.state() for evaluator in group] for mode, group in task.evaluators.items()}
-
-    for state in _gather(evaluate_share, states)[1:]:
-        for mode, group in task.evaluators.items():
-            for evaluator, other in zip(group, state[mode], strict=True):
+    if world_size == 1:
+        evaluate_share()
+        return
+    # States are Python objects in main memory, and the others may take long: hence a group of its own.
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
+    try:
+        _together(evaluate_share, group)
+        own = {mode: [evaluator.state() for evaluator in group] for mode, group in task.evaluators.items()}
+        states: list[Any] | None = [None] * world_size if rank == 0 else None
+        torch.distributed.gather_object(own, states, dst=0, group=group)
+    finally:
+        torch.distributed.destroy_process_group(group)
+    for state in (states or [])[1:]:
+        for mode, evaluators in task.evaluators.items():
+            for evaluator, other in zip(evaluators, state[mode], strict=True):
                 evaluator.merge(other)
 
 
-def _predict_and_evaluate(
-    predict: Callable[[list[dict]], list[dict[str, dict]]],
-    loader: Iterable[list[dict]],
-    ground_truth_of: Callable[[int | str], GroundTruth],
-    evaluators: Mapping[str, Sequence[Evaluator]],
-    meter: Meter,
-) -> None:
-    with EvaluationThreads(evaluators) as threads:
-        for samples in meter.timed("data", loader):
-            with meter.time("network"), torch.no_grad():
-                outputs = predict(samples)
-                if torch.cuda.is_initialized():
-                    torch.cuda.synchronize()
-            with meter.time("evaluation"):
-                for sample, by_mode in zip(samples, outputs):
-                    threads.process(ground_truth_of(sample["image_id"]), by_mode)
-            meter.advance(len(samples))
-        with meter.time("evaluation"):
-            threads.finish()
+def _together(work: Callable[[], Any], group: torch.distributed.ProcessGroup | None = None) -> Any:
+    """What `work` gives in this process. One that fails does not leave the others waiting: all of them raise."""
+    if get_world_size() == 1:
+        return work()
+    made, failure = None, None
+    try:
+        made = work()
+    except Exception as error:
+        failure = error
+    messages: list[str | None] = [None] * get_world_size()
+    message = None if failure is None else f"{type(failure).__name__}: {failure}"
+    torch.distributed.all_gather_object(messages, message, group=group)
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"evaluation stopped because process {rank} failed: {message}")
+    return made
 
 
 def _results(task: _Task) -> Results:
@@ -315,37 +296,6 @@ def _results(task: _Task) -> Results:
     return results
 
 
-def _gather(work: Callable[[], None], state: Callable[[], Any]) -> list[Any]:
-    """Does the work of this process, then collects the states of all on rank 0, in the order of the ranks.
-
-    A process that fails does not leave the others waiting: all of them raise.
-    """
-    if get_world_size() == 1:
-        work()
-        return [state()]
-    failure = None
-    try:
-        work()
-    except Exception as error:
-        failure = error
-    # States are Python objects in main memory, and the others may take long: hence a group of its own.
-    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
-    try:
-        messages: list[str | None] = [None] * get_world_size()
-        message = None if failure is None else f"{type(failure).__name__}: {failure}"
-        torch.distributed.all_gather_object(messages, message, group=group)
-        if failure is not None:
-            raise failure
-        for other, message in enumerate(messages):
-            if message is not None:
-                raise RuntimeError(f"evaluation stopped because process {other} failed: {message}")
-        states: list[Any] | None = [None] * get_world_size() if is_main_process() else None
-        torch.distributed.gather_object(state(), states, dst=0, group=group)
-        return states or []
-    finally:
-        torch.distributed.destroy_process_group(group)
-
-
 @contextlib.contextmanager
 def _evaluation_mode(model: Architecture | AugmentedModel) -> Iterator[None]:
     training = model.training
@@ -354,6 +304,15 @@ def _evaluation_mode(model: Architecture | AugmentedModel) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _without_heads(cfg: CfgNode, *heads: str) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    for head in heads:
+        cfg.MODEL.MASK_FORMER.TEST[f"{head}_ON"] = False
+    cfg.freeze()
+    return cfg
 
 
 def _fitting(vocabulary: Vocabulary, dataset: Dataset) -> Vocabulary:
@@ -384,51 +343,19 @@ def _begin_saving(
         RuntimeError: rank 0 failed.
     """
     header = functools.partial(prediction_header, model, cfg, dataset=dataset.name, vocabulary=task.vocabulary)
-    name = oracle.name if oracle is not None and oracle.predicts else None
-    done = _on_first(
-        lambda: begin_predictions(
-            {mode: folder / "predictions" for mode, folder in task.folders.items()},
-            {mode: header(mode=mode, ensemble=ensemble, oracle=name) for mode, ensemble in task.modes.items()},
-            [record["image_id"] for record in task.records],
-            resume=resume,
-        )
-    )
+    name = None if oracle is None else oracle.name
+    folders = {mode: folder / "predictions" for mode, folder in task.folders.items()}
+
+    def begin() -> Sequence[int | str]:
+        if not is_main_process():
+            return ()
+        headers = {mode: header(mode=mode, ensemble=ensemble, oracle=name) for mode, ensemble in task.modes.items()}
+        return begin_predictions(folders, headers, [record["image_id"] for record in task.records], resume=resume)
+
+    done = broadcast_object(_together(begin))
     if done:
         logger.info(
             "%s: %d of %d images are evaluated from saved predictions", dataset.name, len(done), len(task.records)
         )
-    writers = {mode: [_writer(cfg, dataset, task.records, folder)] for mode, folder in task.folders.items()}
+    writers = {mode: [PredictionWriter(folder, dataset, task.records)] for mode, folder in folders.items()}
     return dataclasses.replace(task, done=done, writers=writers)
-
-
-def _writer(cfg: Any, dataset: Dataset, records: Sequence[Mapping], folder: Path) -> PredictionWriter:
-    metadata = dataset.metadata
-    header = None
-    if cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON and metadata.get("panoptic_json") and is_main_process():
-        content = json.loads(Path(metadata["panoptic_json"]).read_text(encoding="utf-8"))
-        header = {key: value for key, value in content.items() if key != "annotations"}
-    ids = metadata.get("stuff_dataset_id_to_contiguous_id", {}) | metadata.get("thing_dataset_id_to_contiguous_id", {})
-    return PredictionWriter(
-        folder=folder / "predictions",
-        records=records,
-        num_classes=len(metadata["stuff_classes"]),
-        dataset_ids={index: identifier for identifier, index in ids.items()},
-        panoptic_header=header,
-    )
-
-
-def _on_first(work: Callable[[], Any]) -> Any:
-    """What rank 0 makes of `work`, on every rank; where it fails, all do."""
-    failure, made = None, None
-    if is_main_process():
-        try:
-            made = work()
-        except Exception as error:
-            failure = error
-    message = None if failure is None else f"{type(failure).__name__}: {failure}"
-    message, made = broadcast_object((message, made))
-    if failure is not None:
-        raise failure
-    if message is not None:
-        raise RuntimeError(f"evaluation stopped because process 0 failed: {message}")
-    return made

@@ -22,15 +22,12 @@ class SemanticEvaluator(ClassEvaluator):
     `mIoU` is the mean over the classes with ground truth, `mIoU_union` over the classes with ground truth or
     predictions, where a class without ground truth counts as 0. Published tables use the first since 2022 and the
     second before; they differ where a data set has classes that none of its images show. Predictions on ignored
-    pixels never count. Where nothing is predicted (class K, only with `gaps`) the true class is missed, and no other
-    is blamed.
+    pixels never count. Where nothing is predicted (class K) the true class is missed, and no other is blamed.
 
     Args:
         class_names, seen: as for `ClassEvaluator`.
         ignore_label: value of ground-truth pixels that do not count.
     """
-
-    gaps = False  # whether a prediction may leave pixels without a class, as value K; a model here never does
 
     def __init__(
         self, *, class_names: Sequence[str], ignore_label: int = 255, seen: Sequence[bool] | None = None
@@ -46,7 +43,7 @@ class SemanticEvaluator(ClassEvaluator):
 
         Args:
             truth: (h, w) int, class of each pixel or `ignore_label`.
-            predicted: (h, w) int, class of each pixel.
+            predicted: (h, w) int, class of each pixel; K where nothing is predicted.
             name: what errors call the ground truth.
 
         Raises:
@@ -73,7 +70,7 @@ class SemanticEvaluator(ClassEvaluator):
                 "expected the same (height, width)"
             )
         lowest, highest = int(predicted.min()), int(predicted.max())
-        if lowest < 0 or highest >= len(self.class_names) + self.gaps:
+        if lowest < 0 or highest > len(self.class_names):
             self._refuse(f"{name}: predicted class {lowest if lowest < 0 else highest}")
 
     def _refuse(self, what: str, advice: str = "") -> NoReturn:

@@ -34,8 +34,6 @@ class EvaluationThreads:
         self, evaluators: Mapping[str, Sequence[Evaluator]], *, num_threads: int | None = None, num_waiting: int = 2
     ) -> None:
         num_threads = min(2, os.cpu_count() or 1) if num_threads is None else num_threads
-        if num_threads < 1 or num_waiting < 1:
-            raise InputError(f"num_threads and num_waiting must be 1 or more, got {num_threads} and {num_waiting}")
         self.evaluators = evaluators
         self.num_waiting = num_waiting
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="evaluation")

@@ -8,11 +8,11 @@ extras.py        begin: all that a training script asks of a fine-tuning, as one
 comparison.py    Comparison: before and after, as a table and as finetune.json
 """
 
-from fcclip.finetuning.comparison import Comparison, format_comparison, grouped_figures
+from fcclip.finetuning.comparison import Comparison, figures_of, format_comparison, grouped_figures
 from fcclip.finetuning.distillation import DistillationLoss
 from fcclip.finetuning.extras import BuildLoader, Extras, begin
 from fcclip.finetuning.replay import build_replay_loader, replayed_images
-from fcclip.finetuning.start import FineTuning, begin_finetuning, check_finetuning, replay_sets
+from fcclip.finetuning.start import begin_finetuning, check_finetuning, replay_sets
 from fcclip.finetuning.teacher import Teacher
 
 __all__ = [
@@ -20,12 +20,12 @@ __all__ = [
     "Comparison",
     "DistillationLoss",
     "Extras",
-    "FineTuning",
     "Teacher",
     "begin",
     "begin_finetuning",
     "build_replay_loader",
     "check_finetuning",
+    "figures_of",
     "format_comparison",
     "grouped_figures",
     "replay_sets",

@@ -6,27 +6,22 @@ Classes are told apart by what the *start* knew, so both columns compare the sam
 
 from __future__ import annotations
 
-import io
-import json
+import itertools
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from fvcore.common.config import CfgNode
 
 from fcclip.comm import is_main_process
 from fcclip.data import Dataset, dataset_vocabulary, distinct_datasets
 from fcclip.engine import random_state, set_random_state
-from fcclip.errors import InputError
 from fcclip.evaluation.averages import mean_of_defined
 from fcclip.evaluation.evaluators import distinct_names
 from fcclip.evaluation.results import format_value
 from fcclip.evaluation.runner import evaluate
-from fcclip.files import write_atomically
+from fcclip.files import read_json, write_json
 from fcclip.modeling import FCCLIP, test_modes
 from fcclip.vocabulary import Vocabulary
 
@@ -46,7 +41,10 @@ Figures = dict[str, dict[str, float]]  # metric -> group -> percent, NaN where u
 
 
 class Comparison:
-    """Evaluates DATASETS.TEST in the mode of TEST.MODE before a fine-tuning, and compares what comes out behind it.
+    """Evaluates DATASETS.TEST in the mode of TEST.MODE before a fine-tuning, and compares the results after it.
+
+    `finetune.json` in OUTPUT_DIR is {"schema", "method", …, "before", "after"}, with figures in percent, null where
+    undefined; "after" is null until it is known.
 
     Args:
         cfg: reads DATASETS.TEST, TEST.MODE, FINETUNE.METHOD, MODEL.WEIGHTS, OUTPUT_DIR and what `evaluate` reads.
@@ -54,11 +52,12 @@ class Comparison:
         own: classes that the fine-tuning is trained on.
     """
 
-    def __init__(self, cfg: Any, *, former: Vocabulary, own: Vocabulary) -> None:
+    def __init__(self, cfg: CfgNode, *, former: Vocabulary, own: Vocabulary) -> None:
         self.cfg = cfg
         self.former = former
         self.own = own
         self.before: dict[str, Figures] = {}
+        self.path = Path(cfg.OUTPUT_DIR, FILE)
         folder = cfg.MODEL.FC_CLIP.VOCABULARIES
         datasets = distinct_datasets(cfg.DATASETS.TEST)
         self._sets = [(dataset, dataset_vocabulary(dataset, folder)) for dataset in datasets]
@@ -86,14 +85,14 @@ class Comparison:
             model.seen_vocabulary = seen
             set_random_state(random)
         if is_main_process():
-            write_comparison(self.cfg.OUTPUT_DIR, about=self._about(), before=self.before)
+            self._write(None)
 
     def resume(self) -> None:
         """Takes the figures of the start from `finetune.json`, when the fine-tuning goes on."""
-        before = read_before(self.cfg.OUTPUT_DIR) if is_main_process() else {}
-        if before is None:
-            logger.warning("%s has no %s: results will not be compared", self.cfg.OUTPUT_DIR, FILE)
-        self.before = before or {}
+        if self.path.is_file():
+            self.before = figures_of(read_json(self.path)["before"])
+        elif is_main_process():
+            logger.warning("%s does not exist: results will not be compared", self.path)
 
     def finish(self, results: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]]) -> None:
         """Writes `finetune.json` and tells the log, on rank 0.
@@ -104,27 +103,34 @@ class Comparison:
         if not is_main_process():
             return
         mode = self.cfg.TEST.MODE
-        after = {one.name: self._figures(results[one.name][mode], one, words) for one, words in self._sets}
-        path = write_comparison(self.cfg.OUTPUT_DIR, about=self._about(), before=self.before, after=after)
+        after = {
+            dataset.name: self._figures(results[dataset.name][mode], dataset, vocabulary)
+            for dataset, vocabulary in self._sets
+        }
+        self._write(after)
         logger.info(
             "before and after the fine-tuning (%s), in percent, also in %s; seen: the %d former classes, own: new ones "
             "of '%s', unseen: all others\n%s",
-            *(self.cfg.FINETUNE.METHOD, path, len(self.former), self.own.name),
+            *(self.cfg.FINETUNE.METHOD, self.path, len(self.former), self.own.name),
             format_comparison(self.before, after),
         )
 
     def _figures(self, tasks: Mapping[str, Mapping[str, float]], dataset: Dataset, vocabulary: Vocabulary) -> Figures:
         return grouped_figures(tasks, dataset, vocabulary, former=self.former, own=self.own)
 
-    def _about(self) -> dict[str, Any]:
-        return {
+    def _write(self, after: Mapping[str, Figures] | None) -> None:
+        content = {
+            "schema": SCHEMA,
             "method": self.cfg.FINETUNE.METHOD,
             "weights": self.cfg.MODEL.WEIGHTS,
             "iterations": self.cfg.SOLVER.MAX_ITER,
             "mode": self.cfg.TEST.MODE,
             "former_vocabulary": {"name": self.former.name, "sha256": self.former.hash},
             "own_vocabulary": {"name": self.own.name, "sha256": self.own.hash},
+            "before": self.before,
+            "after": after,
         }
+        write_json(self.path, content, indent=2)
 
 
 def grouped_figures(
@@ -140,8 +146,7 @@ def grouped_figures(
     Args:
         tasks: task -> metric -> percent, with the metrics of single classes.
         dataset, vocabulary: what was evaluated.
-        former: classes that the start was trained on.
-        own: classes that the fine-tuning is trained on.
+        former, own: classes that the start and the fine-tuning are trained on.
     """
     known, new = vocabulary.seen_by(former), vocabulary.seen_by(own)
     members = {"seen": known, "own": new & ~known, "unseen": ~new & ~known}
@@ -162,86 +167,32 @@ def format_comparison(before: Mapping[str, Figures], after: Mapping[str, Figures
 
     Groups without a figure are left out; a data set that is in one of the two only has dashes for the other.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("data set")
-    table.add_column("classes")
-    for metric in _METRICS:
-        for column in ("before", "after", "change"):
-            table.add_column(f"{metric}\n{column}", justify="right")
-    for name in dict.fromkeys([*before, *after]):
-        rows = []
-        for group in GROUPS:
-            pairs = [
-                [figures.get(name, {}).get(metric, {}).get(group, math.nan) for figures in (before, after)]
-                for metric in _METRICS
-            ]
-            if not all(math.isnan(value) for pair in pairs for value in pair):
-                rows.append([group, *(text for pair in pairs for text in _three(*pair))])
-        for index, row in enumerate(rows):
-            table.add_row(name if index == 0 else "", *row, end_section=index == len(rows) - 1)
-    console = Console(file=io.StringIO(), width=200)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().strip("\n").splitlines())
+    names = list(dict.fromkeys([*before, *after]))
+    width = max(map(len, ["data set", *names]))
+    metrics = "".join(f"{metric:>6} before   after  change" for metric in _METRICS)
+    lines = [f"{'data set':<{width}}  classes{metrics}"]
+    for name, group in itertools.product(names, GROUPS):
+        pairs = [
+            [figures.get(name, {}).get(metric, {}).get(group, math.nan) for figures in (before, after)]
+            for metric in _METRICS
+        ]
+        if all(math.isnan(value) for pair in pairs for value in pair):
+            continue
+        cells = "".join(f"{format_value(old):>13}{format_value(new):>8}{_change(old, new):>8}" for old, new in pairs)
+        lines.append(f"{name:<{width}}  {group:<7}{cells}")
+    return "\n".join(lines)
 
 
-def _three(before: float, after: float) -> tuple[str, str, str]:
-    change = after - before
-    return format_value(before), format_value(after), "-" if math.isnan(change) else f"{change:+.1f}"
+def _change(before: float, after: float) -> str:
+    return "-" if math.isnan(after - before) else f"{after - before:+.1f}"
 
 
-def write_comparison(
-    folder: str | Path,
-    *,
-    about: Mapping[str, Any],
-    before: Mapping[str, Figures],
-    after: Mapping[str, Figures] | None = None,
-) -> Path:
-    """Writes `finetune.json`, whole or not at all: {"schema", …about, "before", "after"}.
-
-    Figures are in percent, null where undefined; `after` is null until it is known.
-    """
-    content = {
-        "schema": SCHEMA,
-        **about,
-        "before": _with_null(before),
-        "after": None if after is None else _with_null(after),
-    }
-    path = Path(folder) / FILE
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-    return path
-
-
-def read_before(folder: str | Path) -> dict[str, Figures] | None:
-    """The figures before the fine-tuning in `folder`; None when there is no such file.
-
-    Raises:
-        ValueError: the file is broken.
-    """
-    path = Path(folder) / FILE
-    if not path.is_file():
-        return None
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))["before"]
-        return {
-            name: {
-                metric: {group: math.nan if value is None else float(value) for group, value in groups.items()}
-                for metric, groups in figures.items()
-            }
-            for name, figures in before.items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(
-            f"{path} cannot be read ({error!r}). It holds the figures before the fine-tuning; delete it to go on "
-            "without."
-        ) from error
-
-
-def _with_null(figures: Mapping[str, Figures]) -> dict[str, Any]:
+def figures_of(content: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, Figures]:
+    """Figures as `finetune.json` has them, with NaN for null."""
     return {
         name: {
-            metric: {group: None if math.isnan(value) else value for group, value in groups.items()}
-            for metric, groups in by_group.items()
+            metric: {group: math.nan if value is None else value for group, value in groups.items()}
+            for metric, groups in figures.items()
         }
-        for name, by_group in figures.items()
+        for name, figures in content.items()
     }

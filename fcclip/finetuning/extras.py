@@ -12,13 +12,13 @@ from typing import Any
 from fvcore.common.config import CfgNode
 from torch import nn
 
-from fcclip.comm import barrier, is_main_process
+from fcclip.comm import barrier
 from fcclip.data import build_train_loader
-from fcclip.engine import REQUEUE_EXIT_CODE, Checkpointer, StopRequest, StopRequested
+from fcclip.engine import REQUEUE_EXIT_CODE, StopRequest, StopRequested, load_checkpoint
 from fcclip.finetuning.comparison import Comparison
 from fcclip.finetuning.replay import build_replay_loader
 from fcclip.finetuning.start import begin_finetuning, replay_sets
-from fcclip.weights import load_weights
+from fcclip.weights import has_layouts, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +58,6 @@ class Extras:
                 self.comparison.measure(model)
                 barrier()  # nobody trains while the first process is still at its figures and can be stopped there
         except StopRequested:
-            pointer = Path(self.comparison.cfg.OUTPUT_DIR, "last_checkpoint")
-            if is_main_process() and pointer.is_file():
-                earlier = pointer.rename(pointer.with_name("last_checkpoint_earlier"))
-                logger.warning("%s pointed at an earlier training; --resume would have gone on with that", earlier)
             raise SystemExit(REQUEUE_EXIT_CODE) from None
 
     def after(self, results: Results) -> None:
@@ -84,18 +80,18 @@ def begin(cfg: CfgNode, model: nn.Module, *, last: Path | None) -> Extras:
     if not cfg.FINETUNE.METHOD:
         if cfg.MODEL.WEIGHTS and last is None:
             load_weights(model, cfg.MODEL.WEIGHTS, initialise=True)
-            model.seen_vocabulary = (
-                model.train_vocabulary
-            )  # an ordinary training knows the classes of DATASETS.TRAIN alone
+            model.seen_vocabulary = model.train_vocabulary  # an ordinary training knows no former classes
             logger.info("starting from the weights in %s", cfg.MODEL.WEIGHTS)
+        elif last is not None and has_layouts(model):
+            load_weights(model, last)  # also when it is resumed, but shapes must not change once it is distributed
         return Extras()
-    resumed = None if last is None else Checkpointer(cfg.OUTPUT_DIR).load(last)
-    tuning = begin_finetuning(cfg, model, resumed=resumed)
+    resumed = None if last is None else load_checkpoint(last)
+    former, notes = begin_finetuning(cfg, model, resumed=resumed)
     build_loader, comparison = build_train_loader, None
     if cfg.FINETUNE.METHOD == "replay" and cfg.FINETUNE.REPLAY_SHARE:
         build_loader = functools.partial(build_replay_loader, former=replay_sets(cfg))
     if cfg.DATASETS.TEST:
-        comparison = Comparison(cfg, former=tuning.former, own=model.train_vocabulary)
+        comparison = Comparison(cfg, former=former, own=model.train_vocabulary)
     else:
         logger.info("DATASETS.TEST is empty: nothing is compared before and after the fine-tuning")
-    return Extras(build_loader, tuning.notes, comparison, resumes=last is not None)
+    return Extras(build_loader, notes, comparison, resumes=last is not None)

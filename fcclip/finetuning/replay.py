@@ -20,38 +20,13 @@ from fcclip.data.transport import CompactRecords
 from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
-__all__ = ["MixedBatches", "ReplayLoader", "build_replay_loader", "replayed_images", "with_replay_mapper"]
-
 logger = logging.getLogger(__name__)
 
 REPLAYED_FROM = "replayed_from"  # field of a record and of a sample: number of the former data set
 _FORMER_POSITIONS = 1 << 62  # where the positions of former images begin, so that no two images share a draw
 
 
-class ReplayLoader:
-    """Endless batches of one rank: new images first, then former ones, which bring the `vocabulary` of their labels.
-
-    Args:
-        loader: gives the mixed batches.
-        vocabularies: of the former data sets.
-    """
-
-    def __init__(self, loader: TrainLoader, vocabularies: Sequence[Vocabulary]) -> None:
-        self.loader = loader
-        self.vocabularies = tuple(vocabularies)
-
-    def __iter__(self) -> ReplayLoader:
-        return self
-
-    def __next__(self) -> list[dict[str, Any]]:
-        batch = next(self.loader)
-        for sample in batch:
-            if REPLAYED_FROM in sample:  # here, so that no process sends a vocabulary with every image
-                sample["vocabulary"] = self.vocabularies[sample.pop(REPLAYED_FROM)]
-        return batch
-
-
-class MixedBatches:
+class _MixedBatches:
     """Endless batches of one rank that join a batch of each of two streams.
 
     Args:
@@ -64,23 +39,15 @@ class MixedBatches:
         self.new = new
         self.former = former
         self.seed = new.seed
-        self.kinds = np.concatenate([new.kinds, former.kinds + 1 + new.kinds.max()])
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for new, former in zip(self.new, self.former):
-            yield [
-                *new,
-                *(Draw(_FORMER_POSITIONS + one.position, self.new.num_records + one.record) for one in former),
-            ]
+            moved = [Draw(_FORMER_POSITIONS + draw.position, self.new.num_records + draw.record) for draw in former]
+            yield [*new, *moved]
 
 
 class _MixedMapper:
-    """Gives each record to the mapper of its data set.
-
-    Args:
-        new: for records of the new data set.
-        former: for those of each former one.
-    """
+    """Gives each record to the mapper of its data set: the new one, or one of the former ones."""
 
     def __init__(self, new: JitterMapper, former: Sequence[JitterMapper]) -> None:
         self.new = new
@@ -103,7 +70,7 @@ def replayed_images(cfg, world_size: int = 1) -> int:
         raise InputError(f"FINETUNE.REPLAY_SHARE must be 0 or more and less than 1, got {share}")
     count = round(share * size)
     if abs(count - share * size) > 1e-6 or count == size:
-        shares = ", ".join(f"{one / size:.4g}" for one in range(size))
+        shares = ", ".join(f"{number / size:.4g}" for number in range(size))
         raise InputError(
             f"FINETUNE.REPLAY_SHARE is {share}, and a process has {size} images of a batch (SOLVER.IMS_PER_BATCH "
             f"{cfg.SOLVER.IMS_PER_BATCH}, {world_size} process(es)): {share * size:.4g} former ones. Choose one of "
@@ -121,8 +88,9 @@ def build_replay_loader(
     world_size: int = 1,
     start: int = 0,
     worker_init: WorkerInit | None = None,
-) -> ReplayLoader:
-    """Endless batches with FINETUNE.REPLAY_SHARE former images, drawn evenly from all former data sets together.
+) -> Iterator[list[dict[str, Any]]]:
+    """Endless batches with FINETUNE.REPLAY_SHARE former images, drawn evenly from all former data sets together. These
+    stand behind the new ones, and bring the `vocabulary` of their labels.
 
     A sample depends on SEED and its position alone, as with `build_train_loader`; the new images are those that a
     batch of their number would have without the former ones.
@@ -161,7 +129,7 @@ def build_replay_loader(
         )
 
     former_seed = int(np.random.SeedSequence((cfg.SEED, 1)).generate_state(1)[0])  # of an order of their own
-    mixed = MixedBatches(batches(records, size - count, cfg.SEED), batches(former_records, count, former_seed))
+    mixed = _MixedBatches(batches(records, size - count, cfg.SEED), batches(former_records, count, former_seed))
     logger.info(
         "each process trains on %d images of '%s' (%d) and %d of the former data sets %s (%d) in a batch, order and "
         "augmentation from seed %d",
@@ -175,11 +143,21 @@ def build_replay_loader(
         mapper=_MixedMapper(mappers[0], mappers[1:]),
         batches=mixed,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
-        max_bad=cfg.DATALOADER.MAX_BAD_IMAGES,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
         worker_init=worker_init,
     )
-    return ReplayLoader(loader, [vocabulary for _, vocabulary in former])
+    return _with_vocabularies(loader, [vocabulary for _, vocabulary in former])
+
+
+def _with_vocabularies(
+    loader: Iterator[list[dict[str, Any]]], vocabularies: Sequence[Vocabulary]
+) -> Iterator[list[dict[str, Any]]]:
+    """Here, so that no process sends a vocabulary with every image."""
+    for batch in loader:
+        for sample in batch:
+            if REPLAYED_FROM in sample:
+                sample["vocabulary"] = vocabularies[sample.pop(REPLAYED_FROM)]
+        yield batch
 
 
 def with_replay_mapper(cfg):

@@ -10,24 +10,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from torch import Tensor
 
 from fcclip.config import lookup, resolve_file
 from fcclip.data import Dataset, dataset_vocabulary, get_dataset
-from fcclip.engine.run_folder import check_same_classes
 from fcclip.errors import InputError
 from fcclip.finetuning.distillation import DistillationLoss
 from fcclip.finetuning.replay import replayed_images
 from fcclip.finetuning.teacher import Teacher
 from fcclip.modeling import FCCLIP
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import is_mask2former, load_weights, trained_vocabulary, vocabulary_note, weights_hash
+from fcclip.weights import load_weights, trained_vocabulary, vocabulary_note, weights_hash
 from fcclip.weights.checkpoint import FORMER
 from fcclip.weights.files import read_weight_file
 
@@ -35,21 +32,7 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("", "plain", "replay", "distill")
 _START = "finetuned_from"  # note of a fine-tuned file: hash of the weights that it began with
-_REPLAYED = "replay_vocabularies"  # note of a replay: the vocabulary of each of FINETUNE.REPLAY_DATASETS
 _VOCABULARY_FILES = (".json", ".txt")
-
-
-@dataclass(frozen=True)
-class FineTuning:
-    """What a fine-tuning goes on from.
-
-    Args:
-        former: all classes that the start was trained on.
-        notes: entries for every checkpoint.
-    """
-
-    former: Vocabulary
-    notes: dict[str, Any]
 
 
 def check_finetuning(cfg: CfgNode, *, world_size: int, resumes: bool = False) -> None:
@@ -61,8 +44,8 @@ def check_finetuning(cfg: CfgNode, *, world_size: int, resumes: bool = False) ->
         resumes: there is a checkpoint to go on from, so the start is needed by `distill` alone.
 
     Raises:
-        ValueError, FileNotFoundError: an unknown method, a start that is none of FC-CLIP, former classes that nobody
-            knows, missing former data, a share or weight that cannot be.
+        ValueError, FileNotFoundError: an unknown method, weights that are not of FC-CLIP, unknown former classes,
+            missing former data, an impossible share or weight.
     """
     tuning = cfg.FINETUNE
     lookup("FINETUNE.METHOD", tuning.METHOD, dict.fromkeys(METHODS))
@@ -80,7 +63,9 @@ def check_finetuning(cfg: CfgNode, *, world_size: int, resumes: bool = False) ->
     former_vocabulary(cfg, _read_start(cfg))
 
 
-def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] | None = None) -> FineTuning:
+def begin_finetuning(
+    cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] | None = None
+) -> tuple[Vocabulary, dict[str, Any]]:
     """Loads the start (MODEL.WEIGHTS) into a model and gives it what its method needs.
 
     Args:
@@ -89,9 +74,11 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
         resumed: the checkpoint that will be resumed from afterwards; its former classes hold, and the start is loaded
             for `distill` alone.
 
+    Returns:
+        All classes that the start was trained on, and entries for every checkpoint.
+
     Raises:
-        ValueError: as `load_weights` and `former_vocabulary`; the start, or the classes of the former data, are not
-            those of the training that is resumed.
+        ValueError: as `load_weights` and `former_vocabulary`; the start is not that of the training that is resumed.
     """
     method, source = cfg.FINETUNE.METHOD, cfg.MODEL.WEIGHTS
     if resumed is None:
@@ -113,11 +100,6 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
                     f"the fine-tuning that is resumed began with other weights than MODEL.WEIGHTS '{source}', and "
                     "FINETUNE.METHOD 'distill' keeps to the weights it began with; give the same file"
                 )
-    if method == "replay":
-        replayed = replay_sets(cfg)
-        for stored, (dataset, vocabulary) in zip((resumed or {}).get(_REPLAYED, ()), replayed):
-            check_same_classes(stored, vocabulary, source=f"{cfg.OUTPUT_DIR}, images of '{dataset.name}'")
-        notes[_REPLAYED] = [vocabulary_note(vocabulary) for _, vocabulary in replayed]
     model.seen_vocabulary = former.joined(model.train_vocabulary)
     new = int((~model.train_vocabulary.seen_by(former)).sum())
     logger.info(
@@ -127,7 +109,7 @@ def begin_finetuning(cfg: CfgNode, model: FCCLIP, *, resumed: Mapping[str, Any] 
     )
     if method == "distill" and cfg.FINETUNE.DISTILL_WEIGHT > 0:
         model.extra_losses.append(build_teacher(cfg, model, former))
-    return FineTuning(former, notes)
+    return former, notes
 
 
 def build_teacher(cfg: CfgNode, model: FCCLIP, vocabulary: Vocabulary) -> Teacher:
@@ -195,7 +177,7 @@ def _read_start(cfg: CfgNode) -> dict[str, Any]:
     """What stands beside the weights of MODEL.WEIGHTS.
 
     Raises:
-        ValueError: there is no such key, or the weights are none of FC-CLIP.
+        ValueError: MODEL.WEIGHTS is empty, or the weights are not of FC-CLIP.
     """
     method, source = cfg.FINETUNE.METHOD, cfg.MODEL.WEIGHTS
     if not source:
@@ -204,18 +186,10 @@ def _read_start(cfg: CfgNode) -> dict[str, Any]:
             'Name them, or set FINETUNE.METHOD "" for a training from the beginning.'
         )
     file = read_weight_file(resolve_file(source, what="MODEL.WEIGHTS"), what="MODEL.WEIGHTS")
-    kind = _foreign(file.tensors)
-    if kind:
+    if "void_embedding.weight" not in file.tensors:
         raise InputError(
-            f"FINETUNE.METHOD is '{method}', but MODEL.WEIGHTS '{source}' holds {kind}: a fine-tuning starts from "
-            'weights of FC-CLIP, which know former classes. Set FINETUNE.METHOD "" for a training that starts from '
+            f"FINETUNE.METHOD is '{method}', but MODEL.WEIGHTS '{source}' holds no weights of FC-CLIP (there is no "
+            'void_embedding), which a fine-tuning starts from. Set FINETUNE.METHOD "" for a training that starts from '
             "such a file."
         )
     return file.rest
-
-
-def _foreign(weights: Mapping[str, Tensor]) -> str:
-    """What weights are that are none of FC-CLIP; "" if they are."""
-    if is_mask2former(weights):
-        return "weights of Mask2Former"
-    return "" if "void_embedding.weight" in weights else "no weights of FC-CLIP (there is no void_embedding)"

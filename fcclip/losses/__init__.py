@@ -3,7 +3,6 @@
 points.py     where losses look: points, bilinear sampling of predictions and of labels, the uncertain ones
 matching.py   match: the Hungarian assignment of queries to segments
 criterion.py  SetCriterion: the three losses with deep supervision
-distillation.py  DistillationLoss: the distance to the answers of a frozen start
 """
 
 from fcclip.losses.criterion import SetCriterion

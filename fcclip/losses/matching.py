@@ -58,6 +58,6 @@ def match(costs: list[Tensor]) -> list[list[tuple[Tensor, Tensor]]]:
     assignments = []
     for cost, start, stop in zip(costs, offsets[:-1], offsets[1:]):
         per_set = flat[start:stop].reshape(tuple(cost.shape))
-        pairs = [linear_sum_assignment(one) for one in per_set]
+        pairs = [linear_sum_assignment(cost_of_set) for cost_of_set in per_set]
         assignments.append([(torch.as_tensor(rows), torch.as_tensor(columns)) for rows, columns in pairs])
     return assignments

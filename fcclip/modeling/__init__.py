@@ -3,6 +3,9 @@
 architecture.py   Architecture: what every model can be asked; ScoredMasks, Ensemble, the hook of extra losses
 build.py          build_model: from a config to a model; the dicts in which names become parts
 fcclip.py         FCCLIP: the parts put together; losses in training, predictions else
+frozenseg.py      FrozenSeg: FC-CLIP, and a frozen SAM that its decoder looks at
+openseg.py        automatic masks of SAM in semantic maps: read, named, weighed
+automatic_masks.py  masks of SAM with soft logits, by the package segment-anything
 fusioner.py       Fusioner: the same for tokens of two encoders and one binary decision a class
 fusion.py         its trained parts: fusion, decoder, cosines and loss
 windows.py        Windows: what a network of a fixed input size says of a larger image
@@ -10,6 +13,7 @@ backbones/        one module a frozen encoder
 inputs.py         what models are called with: checked, and made into one tensor
 text.py           class names become vectors, cached
 pixel_decoder.py  deformable encoder and top-down step
+sam_pixel_decoder.py  the same, and a deformable encoder on SAM's features, in two layouts
 mask_decoder.py   masked transformer decoder with the in-vocabulary classifier
 head.py           FCCLIPHead: both decoders
 classifier.py     mask pooling, similarity to class names, the geometric ensemble
@@ -25,6 +29,7 @@ from fcclip.modeling.augmentation import AugmentedModel, build_augmented, build_
 from fcclip.modeling.backbones.clip import CLIPBackbone, build_clip
 from fcclip.modeling.build import build_model, enabled_heads, test_modes
 from fcclip.modeling.fcclip import FCCLIP
+from fcclip.modeling.frozenseg import FrozenSeg
 from fcclip.modeling.outputs import HEADS
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "AugmentedModel",
     "CLIPBackbone",
     "Ensemble",
+    "FrozenSeg",
     "ScoredMasks",
     "build_augmented",
     "build_clip",

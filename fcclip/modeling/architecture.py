@@ -121,4 +121,5 @@ class Architecture(Protocol):
         semantic: str = "scores",
         settings: OutputSettings | None = None,
     ) -> dict[str, Any]:
-        """`sem_seg`, `panoptic_seg` and `instances` of one image, as far as `heads` ask for them."""
+        """`sem_seg`, `panoptic_seg` and `instances` of one image, as far as `heads` ask for them; what is None is the
+        model's, and `semantic` is "scores" or "labels"."""

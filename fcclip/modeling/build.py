@@ -17,15 +17,19 @@ from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
 from fcclip.modeling.architecture import Architecture, Ensemble
 from fcclip.modeling.backbones.clip import FAMILIES, CLIPBackbone, build_clip
+from fcclip.modeling.backbones.sam import SamImageEncoder, build_sam
 from fcclip.modeling.backbones.vit import TimmViT, ViTCLIP
 from fcclip.modeling.fcclip import FCCLIP
+from fcclip.modeling.frozenseg import FrozenSeg, FrozenSegDecoder, FrozenSegHead
 from fcclip.modeling.fusion import ConvDecoder, Fusion
 from fcclip.modeling.fusioner import Fusioner, TextVectors
 from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
+from fcclip.modeling.openseg import OpenSegEnsemble
 from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS, RegionClassifier
 from fcclip.modeling.outputs import OutputSettings
 from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
+from fcclip.modeling.sam_pixel_decoder import FrozenSegPixelDecoder
 from fcclip.modeling.text import TextEncoder
 from fcclip.modeling.windows import Windows
 from fcclip.ops import select_engine
@@ -60,18 +64,10 @@ def build_model(
 
 
 def compile_parts(model: FCCLIP, names: str) -> None:
-    """Gives parts of a model to torch.compile, in place: keys of the state dict stay.
-
-    Args:
-        model: whose parts.
-        names: of `COMPILABLE`, separated by commas; "" compiles nothing.
-
-    Raises:
-        ValueError: an unknown part.
-    """
+    """Gives parts of a model to torch.compile, in place; `names` of `COMPILABLE` are separated by commas."""
     # the cached functions of these parts depend on their arguments alone
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    for name in filter(None, (one.strip() for one in names.split(","))):
+    for name in filter(None, (name.strip() for name in names.split(","))):
         part = lookup("part in MODEL.COMPILE", name, COMPILABLE)(model)
         part.compile()
         logger.info("%s: compiled by torch at its first use, which takes a minute or two", name)
@@ -91,11 +87,7 @@ test_modes.__test__ = False  # pytest takes it for a test otherwise
 
 
 def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
-    """The outputs that MODEL.MASK_FORMER.TEST asks for, of `HEADS`.
-
-    Raises:
-        ValueError: none.
-    """
+    """The outputs that MODEL.MASK_FORMER.TEST asks for, of `HEADS`; at least one."""
     test = cfg.MODEL.MASK_FORMER.TEST
     switches = {"semantic": test.SEMANTIC_ON, "panoptic": test.PANOPTIC_ON, "instances": test.INSTANCE_ON}
     heads = tuple(head for head, is_on in switches.items() if is_on)
@@ -103,16 +95,11 @@ def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
         raise InputError(
             "MODEL.MASK_FORMER.TEST turns SEMANTIC_ON, INSTANCE_ON and PANOPTIC_ON off: nothing would be computed"
         )
-    return heads
+    return (*heads, "recall") if test.RECALL_ON else heads
 
 
 class Levels(Protocol):
-    """What a head must know of the backbone it is built on; every `CLIPBackbone` says it.
-
-    Attributes:
-        channels, strides: of each level, by name.
-        embed_dim: width of the joint image-text space.
-    """
+    """What a head must know of the backbone it is built on; every `CLIPBackbone` says it."""
 
     channels: Mapping[str, int]
     strides: Mapping[str, int]
@@ -136,10 +123,10 @@ def build_fcclip(cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_voca
 def check_embed_dim(cfg: CfgNode, backbone: CLIPBackbone) -> None:
     """Refuses a MODEL.FC_CLIP.EMBED_DIM that is not the width of this CLIP's joint space."""
     if backbone.embed_dim != cfg.MODEL.FC_CLIP.EMBED_DIM:
+        fc_clip = cfg.MODEL.FC_CLIP
         raise InputError(
-            f"MODEL.FC_CLIP.EMBED_DIM is {cfg.MODEL.FC_CLIP.EMBED_DIM}, but CLIP "
-            f"'{cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}' has a joint space of "
-            f"{backbone.embed_dim}"
+            f"MODEL.FC_CLIP.EMBED_DIM is {fc_clip.EMBED_DIM}, but CLIP '{fc_clip.CLIP_MODEL_NAME}' has a joint space "
+            f"of {backbone.embed_dim}"
         )
 
 
@@ -230,10 +217,7 @@ def build_output_settings(cfg: CfgNode) -> OutputSettings:
         object_mask_threshold=test.OBJECT_MASK_THRESHOLD,
         overlap_threshold=test.OVERLAP_THRESHOLD,
         topk=cfg.TEST.DETECTIONS_PER_IMAGE,
-        zero_boxes=cfg.MODEL.FC_CLIP.ZERO_BOXES,
         masks_first=test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON,
-        query_chunk=cfg.TEST.QUERY_CHUNK,
-        class_chunk=cfg.TEST.CLASS_CHUNK,
     )
 
 
@@ -265,14 +249,9 @@ def build_clip_backbone(cfg: CfgNode, families: Sequence[type[CLIPBackbone]] = F
 
 def build_fcclip_head(cfg: CfgNode, backbone: Levels) -> FCCLIPHead:
     """Pixel decoder and masked decoder on the backbone's levels."""
-    decoder = lookup(
-        "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
-        cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME,
-        TRANSFORMER_DECODERS,
-    )
-    pixel_decoder = lookup(
-        "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME, PIXEL_DECODERS
-    )
+    names = cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME, cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME
+    decoder = lookup("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", names[0], TRANSFORMER_DECODERS)
+    pixel_decoder = lookup("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", names[1], PIXEL_DECODERS)
     check_decoder_input(cfg)
     return FCCLIPHead(pixel_decoder=pixel_decoder(cfg, backbone), predictor=decoder(cfg, backbone))
 
@@ -304,22 +283,19 @@ def pixel_decoder_arguments(cfg: CfgNode, backbone: Levels) -> dict[str, Any]:
     encoder = [name for name in used if name in head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES]
     if len(encoder) != MultiScaleMaskedTransformerDecoder.num_levels:
         raise InputError(
-            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES must name three of IN_FEATURES, which "
-            "the decoder "
-            f"looks at in turn; got {encoder}"
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES must name three of IN_FEATURES, which the "
+            f"decoder looks at in turn; got {encoder}"
         )
     if head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS != NUM_POINTS:
         raise InputError(
             f"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS is "
-            f"{head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS}, but "
-            f"{NUM_POINTS} points are built, as published"
+            f"{head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS}, but {NUM_POINTS} points are built, as published"
         )
     finer = [name for name in used if head.COMMON_STRIDE <= backbone.strides[name] < backbone.strides[encoder[0]]]
     if not finer or backbone.strides[finer[0]] != head.COMMON_STRIDE:
         raise InputError(
             f"MODEL.SEM_SEG_HEAD.COMMON_STRIDE is {head.COMMON_STRIDE}, but IN_FEATURES has no level of that stride "
-            f"finer than "
-            f"{encoder[0]}; the levels have strides { ({name: backbone.strides[name] for name in used}) }"
+            f"finer than {encoder[0]}; the levels have strides { ({name: backbone.strides[name] for name in used}) }"
         )
     return {
         "in_channels": backbone.channels,
@@ -358,13 +334,85 @@ def mask_decoder_arguments(cfg: CfgNode, *, embed_dim: int) -> dict[str, Any]:
     }
 
 
+def build_frozenseg(
+    cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None
+) -> FrozenSeg:
+    """FrozenSeg from its config."""
+    backbone = lookup("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONES)(cfg)
+    check_embed_dim(cfg, backbone)
+    lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, {"FrozenSegHead": None})
+    sam = build_sam_encoder(cfg)
+    return FrozenSeg(
+        backbone=backbone,
+        sam=sam,
+        openseg=build_openseg(cfg),
+        sem_seg_head=build_frozenseg_head(cfg, backbone, sam),
+        **fcclip_arguments(cfg, backbone),
+        train_vocabulary=train_vocabulary,
+        test_vocabulary=test_vocabulary,
+    )
+
+
+def build_openseg(cfg: CfgNode) -> OpenSegEnsemble | None:
+    """The ensemble with SAM's masks; None where the config does not ask for it."""
+    test = cfg.TEST
+    if not test.USE_SAM_MASKS:
+        return None
+    if test.AUG.ENABLED:
+        raise InputError("TEST.USE_SAM_MASKS and TEST.AUG.ENABLED do not go together: SAM's masks are of whole images")
+    folder = Path(test.SAM_MASKS_DIR).expanduser() / test.PKL_SAM_MODEL_NAME
+    if not folder.is_dir():
+        raise InputError(
+            f"TEST.USE_SAM_MASKS: there is no folder '{folder}' (TEST.SAM_MASKS_DIR and TEST.PKL_SAM_MODEL_NAME); "
+            "tools/precompute_sam_masks.py makes it"
+        )
+    return OpenSegEnsemble(folder, test.SAM_MASK_PRED_ALPHA)
+
+
+def build_sam_encoder(cfg: CfgNode) -> SamImageEncoder | None:
+    """The frozen SAM; None where no injector looks at it."""
+    model, former = cfg.MODEL, cfg.MODEL.MASK_FORMER
+    if former.SAM_QUERY_FUSE_LAYER == former.SAM_FEATURE_FUSE_LAYER == NO_FUSE_LAYER:
+        return None
+    if cfg.INPUT.FORMAT != "RGB":
+        raise InputError(f"INPUT.FORMAT must be RGB for SAM, got {cfg.INPUT.FORMAT}")
+    cache_dir = Path(model.SAM_CACHE_DIR).expanduser() if model.SAM_CACHE_DIR else None
+    sam = build_sam(model.SAM_NAME, model.SAM_WEIGHTS, resize=model.SAM_RESIZE, cache_dir=cache_dir)
+    if sam.channels != former.HIDDEN_DIM:
+        raise InputError(
+            f"MODEL.MASK_FORMER.HIDDEN_DIM ({former.HIDDEN_DIM}) must equal the channels of SAM '{model.SAM_NAME}' "
+            f"({sam.channels}), whose features are added to the queries"
+        )
+    return sam
+
+
+def build_frozenseg_head(cfg: CfgNode, backbone: Levels, sam: SamImageEncoder | None) -> FrozenSegHead:
+    """FC-CLIP's decoders with what FrozenSeg adds to them, as far as the config turns it on."""
+    check_decoder_input(cfg)
+    head, former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+    lookup("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", head.PIXEL_DECODER_NAME, PIXEL_DECODERS)
+    lookup("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", former.TRANSFORMER_DECODER_NAME, TRANSFORMER_DECODERS)
+    arguments = pixel_decoder_arguments(cfg, backbone)
+    if former.SAM_FEATURE_FUSE_LAYER == NO_FUSE_LAYER:
+        pixel_decoder = MSDeformAttnPixelDecoder(**arguments)
+    else:
+        pixel_decoder = FrozenSegPixelDecoder(sam_channels=sam.channels, **arguments)
+    predictor = FrozenSegDecoder(
+        feature_level=former.SAM_FEATURE_FUSE_LAYER,
+        query_level=former.SAM_QUERY_FUSE_LAYER,
+        **mask_decoder_arguments(cfg, embed_dim=backbone.embed_dim),
+    )
+    return FrozenSegHead(pixel_decoder=pixel_decoder, predictor=predictor)
+
+
+NO_FUSE_LAYER = 3  # of MODEL.MASK_FORMER.SAM_*_FUSE_LAYER
 COMPILABLE = {
     "backbone": lambda model: model.backbone,
     "pixel_decoder": lambda model: model.sem_seg_head.pixel_decoder,
     "mask_decoder": lambda model: model.sem_seg_head.predictor,
 }
 # Published names; one line adds a part.
-META_ARCHITECTURES = {"FCCLIP": build_fcclip, "Fusioner": build_fusioner}
+META_ARCHITECTURES = {"FCCLIP": build_fcclip, "FrozenSeg": build_frozenseg, "Fusioner": build_fusioner}
 BACKBONES = {"CLIP": build_clip_backbone}
 FUSIONER_FAMILIES = (ViTCLIP, *FAMILIES)
 VISION_ENCODERS: dict[str, Callable[[CfgNode], CLIPBackbone | TimmViT]] = {

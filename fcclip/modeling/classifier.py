@@ -61,7 +61,7 @@ def text_logits(embeddings: Tensor, text: TextEmbeddings, logit_scale: Tensor) -
 def cut_classes(class_logits: Tensor, start: int, stop: int) -> Tensor:
     """(…, K + 1) -> (…, stop - start + 1): some of the classes, and void.
 
-    Words do not see each other before the softmax, so what is cut out of many is what these alone would give.
+    Classes do not see each other before the softmax, so what is cut out of many is what these alone would give.
     """
     return torch.cat([class_logits[..., start:stop], class_logits[..., -1:]], dim=-1)
 
@@ -85,7 +85,7 @@ def own_classes(
     starts = dict(zip(lists, accumulate(map(len, lists), initial=0)))
     num_classes = sum(map(len, lists))
     if num_classes + 1 < class_logits[0].shape[-1]:
-        class_logits = [cut_classes(one, 0, num_classes) for one in class_logits]
+        class_logits = [cut_classes(logits, 0, num_classes) for logits in class_logits]
     if len(lists) == 1:
         return list(class_logits), list(targets)
     foreign = torch.ones(len(targets), 1, num_classes + 1, dtype=torch.bool)
@@ -93,8 +93,8 @@ def own_classes(
     for row, own in zip(foreign, vocabularies):
         row[:, starts[own] : starts[own] + len(own)] = False
     foreign = foreign.to(class_logits[0].device, non_blocking=True)
-    moved = [replace(one, labels=one.labels + starts[own]) for one, own in zip(targets, vocabularies)]
-    return [one.masked_fill(foreign, -torch.inf) for one in class_logits], moved
+    moved = [replace(target, labels=target.labels + starts[own]) for target, own in zip(targets, vocabularies)]
+    return [logits.masked_fill(foreign, -torch.inf) for logits in class_logits], moved
 
 
 def with_void(text: TextEmbeddings, void: Tensor) -> TextEmbeddings:

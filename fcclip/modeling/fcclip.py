@@ -33,7 +33,7 @@ from fcclip.vocabulary import Vocabulary
 
 
 class FCCLIP(nn.Module):
-    """Segments images with any class names; an `Architecture`.
+    """Segments images with any class names; an `Architecture`, which says what its attributes are.
 
     One pass has four steps: `features = backbone(images)`, `proposals = sem_seg_head(levels, text)`,
     `regions = classifier(dense, mask_logits)` and `outputs`. Classes come with every call; the model keeps those that
@@ -52,10 +52,6 @@ class FCCLIP(nn.Module):
         text_encoder: turns vocabularies into vectors with the backbone's text tower.
         train_vocabulary: classes of the training labels; they count as seen.
         test_vocabulary: classes to use when a call brings none.
-
-    Attributes:
-        seen_vocabulary: classes that count as seen; after a fine-tuning more than those of the training.
-        extra_losses: the hook of training.
     """
 
     def __init__(
@@ -140,7 +136,7 @@ class FCCLIP(nn.Module):
         extra = [vocabulary for hook in self.extra_losses for vocabulary in hook.vocabularies]
         scored = list(dict.fromkeys([*vocabularies, *extra]))
         text = TextEmbeddings.joined([self.text_encoder.encode(vocabulary) for vocabulary in scored])
-        features = self.backbone(images)
+        features = self.see(images, batch)
         proposals = self.propose(features, text, all_sets=self.criterion.deep_supervision)
         class_logits, targets = own_classes(proposals.class_logits, targets, vocabularies)
         losses = self.criterion(
@@ -169,7 +165,7 @@ class FCCLIP(nn.Module):
         for index, sample in enumerate(inputs):
             groups.setdefault(vocabulary_of(sample, default), []).append(index)
         texts = [self.text_encoder.encode(own) for own in groups]
-        features = self.backbone(images)
+        features = self.see(images, inputs)
         proposals = self.propose(features, TextEmbeddings.joined(texts))
         class_logits, mask_logits = proposals.class_logits[-1], proposals.mask_logits()
         records: list[ScoredMasks | None] = [None] * len(inputs)
@@ -189,7 +185,6 @@ class FCCLIP(nn.Module):
                         padded_size=tuple(images.shape[-2:]),
                         image_size=sizes[index],
                         output_size=output_size(inputs[index], sizes[index]),
-                        query_chunk=self.output_settings.query_chunk,
                     ),
                     dense=features.dense[index],
                     vocabulary=own,
@@ -225,7 +220,7 @@ class FCCLIP(nn.Module):
         semantic: str = "scores",
         settings: OutputSettings | None = None,
     ) -> dict[str, Any]:
-        """What `forward` gives for one image; what is None is the model's."""
+        """See `Architecture`."""
         return make_outputs(
             scored.class_logits(self.ensemble if ensemble is None else ensemble),
             scored.masks,
@@ -241,21 +236,17 @@ class FCCLIP(nn.Module):
         """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
         return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=self.size_divisibility)
 
+    def see(self, images: Tensor, inputs: Samples) -> Features:
+        """What the frozen parts see in preprocessed images (B, 3, H, W), which were made of `inputs`."""
+        return self.backbone(images)
+
     def propose(self, features: Features, text: TextEmbeddings, *, all_sets: bool = False) -> MaskProposals:
         """Masks with the opinion of the in-vocabulary classifier on K classes and void."""
         return self.sem_seg_head(features.levels, with_void(text, self.void_embedding.weight), all_sets=all_sets)
 
     def classify(self, dense: Tensor, mask_logits: Tensor, text: TextEmbeddings) -> tuple[Tensor, Tensor | None]:
-        """The opinion of the out-of-vocabulary classifier.
-
-        Args:
-            dense: (B, C, h, w).
-            mask_logits: (B, Q, ·, ·).
-            text: K classes without void.
-
-        Returns:
-            (B, Q, K) logits; (B, Q) bool, the queries to which the ensemble applies, None: all.
-        """
+        """The opinion of the out-of-vocabulary classifier: dense features (B, C, h, w), mask logits (B, Q, ·, ·) and K
+        classes without void -> logits (B, Q, K), and (B, Q) bool, queries to which the ensemble applies; None: all."""
         small = resize_masks(mask_logits, dense.shape[-2:])
         logits = text_logits(self.classifier(dense, small), text, self.backbone.logit_scale)
         return logits, (small > 0).flatten(2).any(-1) if self.ensemble_on_valid_mask else None

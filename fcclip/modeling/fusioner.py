@@ -182,7 +182,6 @@ class Fusioner(nn.Module):
                     padded_size=size if self.windows is None else sizes[index],
                     image_size=sizes[index],
                     output_size=output_size(sample, sizes[index]),
-                    query_chunk=self.output_settings.query_chunk,
                 ),
                 dense=dense[index],
                 vocabulary=own,

@@ -96,8 +96,10 @@ class CrossAttentionLayer(_Residual):
         super().__init__(dim=dim, pre_norm=pre_norm)
         self.multihead_attn = Attention(dim=dim, heads=heads)
 
-    def forward(self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor, blocked: Tensor) -> Tensor:
-        """x (B, Q, d), memory (B, hw, d), position (hw, d), blocked (B, Q, hw) -> (B, Q, d)."""
+    def forward(
+        self, x: Tensor, query_position: Tensor, memory: Tensor, position: Tensor | int, blocked: Tensor | None
+    ) -> Tensor:
+        """x (B, Q, d), memory (B, hw, d), position (hw, d) or 0 for none, blocked (B, Q, hw) -> (B, Q, d)."""
         query = self.before(x) + query_position
         return self.after(x, self.multihead_attn(query, memory + position, memory, blocked))
 
@@ -143,6 +145,27 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+class DecoderHooks:
+    """What may come between the layers of the decoder in one call; as it is, nothing does."""
+
+    def after_heads(self, layer: int, x: Tensor, embedding: Tensor) -> Tensor:
+        """The queries that the next layer sees.
+
+        Args:
+            layer: the next one, counted from 0.
+            x: (B, Q, d) queries, whose masks are predicted already.
+            embedding: (B, Q, mask_dim), the embeddings of those masks.
+        """
+        return x
+
+    def memory(self, layer: int, memory: Tensor, position: Tensor) -> tuple[Tensor, Tensor | int]:
+        """What a layer looks at: memory (B, hw, d) and the position (hw, d) of its keys, 0 for none."""
+        return memory, position
+
+
+NO_HOOKS = DecoderHooks()
 
 
 class MultiScaleMaskedTransformerDecoder(nn.Module):
@@ -209,7 +232,13 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     def forward(
-        self, pyramid: Sequence[Tensor], mask_features: Tensor, text: TextEmbeddings, *, all_sets: bool
+        self,
+        pyramid: Sequence[Tensor],
+        mask_features: Tensor,
+        text: TextEmbeddings,
+        *,
+        all_sets: bool,
+        hooks: DecoderHooks = NO_HOOKS,
     ) -> MaskProposals:
         """Predictions of every layer or of the last.
 
@@ -218,6 +247,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             mask_features: (B, mask_dim, H/4, W/4).
             text: K classes and void, which is the last.
             all_sets: also score the start queries and every layer but the last (deep supervision); else only the last.
+            hooks: what comes between the layers.
 
         Returns:
             `num_layers` + 1 prediction sets, or one.
@@ -244,9 +274,9 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
                 break
             level = step % self.num_levels
             blocked = attention_mask(embedding, sized_features[level])
-            x = self.transformer_cross_attention_layers[step](
-                x, query_position, memories[level], positions[level], blocked
-            )
+            x = hooks.after_heads(step, x, embedding)
+            memory, position = hooks.memory(step, memories[level], positions[level])
+            x = self.transformer_cross_attention_layers[step](x, query_position, memory, position, blocked)
             x = self.transformer_self_attention_layers[step](x, query_position)
             x = self.transformer_ffn_layers[step](x)
         return MaskProposals(class_logits, mask_embeddings, mask_features)

@@ -6,7 +6,7 @@ the numbers of the whole to rounding: bilinear resizing and the sum over queries
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -28,27 +28,24 @@ class OutputMasks:
         mask_logits: (Q, ·, ·) float at network stride, over the padded image.
         padded_size, image_size, output_size: (height, width) of the network input with and without padding, and of the
             outputs.
-        query_chunk: masks made at once; 0: as many as fit into 64 MiB on a CPU, into 256 MiB elsewhere. Results are
-            the same to the bit.
     """
 
     mask_logits: Tensor
     padded_size: tuple[int, int]
     image_size: tuple[int, int]
     output_size: tuple[int, int]
-    query_chunk: int = 0
 
     @classmethod
-    def whole(cls, mask_logits: Tensor, *, query_chunk: int = 0) -> OutputMasks:
+    def whole(cls, mask_logits: Tensor) -> OutputMasks:
         """Masks (Q, h, w) that have the output size already."""
         size = tuple(mask_logits.shape[-2:])
-        return cls(mask_logits, size, size, size, query_chunk)
+        return cls(mask_logits, size, size, size)
 
     def of(self, queries: Tensor) -> Iterator[Tensor]:
-        """Mask logits (m, h, w) of the queries (n,) int64, m at a time, in their order."""
+        """Mask logits (m, h, w) of the queries (n,) int64, as many at a time as fit, in their order."""
         height, width = self.output_size
         budget = _MASKS_CPU if self.mask_logits.device.type == "cpu" else _MASKS
-        for chunk in queries.split(self.query_chunk or max(1, budget // (height * width))):
+        for chunk in queries.split(max(1, budget // (height * width))):
             if len(chunk):
                 maps = resize(self.mask_logits[chunk], self.padded_size)
                 yield resize(maps[:, : self.image_size[0], : self.image_size[1]], self.output_size)
@@ -61,70 +58,38 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size=tuple(size), mode="bilinear", align_corners=False)[0]
 
 
-def semantic_blocks(
-    masks: OutputMasks, num_classes: int, *, masks_first: bool, class_chunk: int = 0
-) -> Iterator[tuple[slice, Callable[[Tensor], Tensor]]]:
+def semantic_blocks(masks: OutputMasks, probabilities: Tensor, *, masks_first: bool) -> Iterator[tuple[slice, Tensor]]:
     """Semantic scores at the output size, some rows at a time.
 
     Args:
         masks: of Q queries.
-        num_classes: K.
+        probabilities: (Q, K), of the classes.
         masks_first: resize the mask logits to the output size and then take their probabilities, as for panoptic maps;
             else the scores at the size of the input are resized.
-        class_chunk: how many classes are asked for at once; 0: all.
 
     Yields:
-        rows of the output, and a function from class probabilities (Q, k) to the scores (k, number of rows, width)
-        there; it may be called for some classes after the others.
+        rows of the output, and the scores (K, number of rows, width) there.
     """
-    mask_logits, padded_size, image_size, output_size = (
-        *(masks.mask_logits, masks.padded_size),
-        *(masks.image_size, masks.output_size),
-    )
-    queries, at_once = len(mask_logits), min(num_classes, class_chunk or num_classes)
+    mask_logits, padded_size = masks.mask_logits, masks.padded_size
+    image_size, output_size = masks.image_size, masks.output_size
+    queries, num_classes = probabilities.shape
     budget = _BLOCK_CPU if mask_logits.device.type == "cpu" else _BLOCK
-    step = max(1, budget // (max(at_once, queries) * max(padded_size[1], output_size[1])))
+    step = max(1, budget // (max(num_classes, queries) * max(padded_size[1], output_size[1])))
     for start in range(0, output_size[0], step):
         rows = range(start, min(start + step, output_size[0]))
         needed = _sources(rows, image_size[0], output_size[0])
-
-        def at_output(maps: Tensor, rows: range = rows, needed: range = needed) -> Tensor:
-            return resize_rows(maps, rows, output_size, first=needed.start, of=image_size[0])
-
-        at_input = resize_rows(mask_logits, needed, padded_size)[..., : image_size[1]]
-        shares = at_output(at_input).sigmoid() if masks_first else at_input.sigmoid()
-        resizes_scores = not masks_first and num_classes < queries
-        if not masks_first and not resizes_scores:  # queries are fewer maps to resize
-            shares = at_output(shares)
-
-        def scores(probabilities: Tensor, shares: Tensor = shares, resize=at_output if resizes_scores else None):
-            result = (probabilities.T @ shares.flatten(1)).unflatten(1, shares.shape[1:])
-            return result if resize is None else resize(result)
-
-        yield slice(rows.start, rows.stop), scores
-
-
-def best_classes(scores: Callable[[Tensor], Tensor], probabilities: Tensor, *, class_chunk: int = 0) -> Tensor:
-    """The first class with the highest score.
-
-    Args:
-        scores: from (Q, k) probabilities to (k, h, w) scores.
-        probabilities: (Q, K).
-        class_chunk: how many classes are held at once; 0: all.
-
-    Returns:
-        (h, w) int64, 0..K - 1.
-    """
-    best = winner = None
-    chunk = class_chunk or probabilities.shape[1]
-    for start in range(0, probabilities.shape[1], chunk):
-        values, classes = scores(probabilities[:, start : start + chunk]).max(0)  # faster than argmax on a CPU
-        if best is None:
-            best, winner = values, classes
+        place = {"first": needed.start, "of": image_size[0]}
+        shares = resize_rows(mask_logits, needed, padded_size)[..., : image_size[1]]
+        if masks_first:
+            shares = resize_rows(shares, rows, output_size, **place).sigmoid()
+        elif num_classes >= queries:  # queries are fewer maps to resize
+            shares = resize_rows(shares.sigmoid(), rows, output_size, **place)
         else:
-            better = values > best
-            best, winner = torch.where(better, values, best), torch.where(better, classes + start, winner)
-    return winner
+            shares = shares.sigmoid()
+        scores = (probabilities.T @ shares.flatten(1)).unflatten(1, shares.shape[1:])
+        if not masks_first and num_classes < queries:
+            scores = resize_rows(scores, rows, output_size, **place)
+        yield slice(rows.start, rows.stop), scores
 
 
 def resize_rows(maps: Tensor, rows: range, size: tuple[int, int], *, first: int = 0, of: int | None = None) -> Tensor:

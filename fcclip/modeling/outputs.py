@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fcclip.errors import InputError
-from fcclip.modeling.output_masks import OutputMasks, best_classes, semantic_blocks
+from fcclip.modeling.output_masks import OutputMasks, semantic_blocks
 from fcclip.structures import Instances, boxes_of_masks
 
-HEADS = ("semantic", "panoptic", "instances")
+HEADS = ("semantic", "panoptic", "instances", "recall")
 
 
 @dataclass(frozen=True)
@@ -25,26 +25,14 @@ class OutputSettings:
 
     Args:
         object_mask_threshold, overlap_threshold: of `panoptic_inference`.
-        topk, zero_boxes: of `instance_inference`.
-        masks_first: semantic maps resize mask logits to the output size, not class scores at the input's.
-        query_chunk: masks held at the output size at once; 0: chosen, see `OutputMasks`.
-        class_chunk: classes whose scores are held at once while labels are computed; 0: all, for few rows.
+        topk: of `instance_inference`.
+        masks_first: of `semantic_inference`.
     """
 
     object_mask_threshold: float
     overlap_threshold: float
     topk: int
-    zero_boxes: bool = False
     masks_first: bool = False
-    query_chunk: int = 0
-    class_chunk: int = 0
-
-    def __post_init__(self) -> None:
-        if self.query_chunk < 0 or self.class_chunk < 0:
-            raise InputError(
-                "TEST.QUERY_CHUNK and TEST.CLASS_CHUNK must be 0 (chosen) or a number of queries and of classes, got "
-                f"{self.query_chunk} and {self.class_chunk}"
-            )
 
 
 def semantic_inference(class_logits: Tensor, masks: OutputMasks, *, masks_first: bool = True) -> Tensor:
@@ -61,26 +49,15 @@ def semantic_inference(class_logits: Tensor, masks: OutputMasks, *, masks_first:
     """
     shares = class_logits.softmax(-1)[:, :-1]
     result = shares.new_empty((shares.shape[1], *masks.output_size))
-    for rows, scores in semantic_blocks(masks, shares.shape[1], masks_first=masks_first):
-        result[:, rows] = scores(shares)
+    for rows, scores in semantic_blocks(masks, shares, masks_first=masks_first):
+        result[:, rows] = scores
     return result
 
 
-def semantic_labels(
-    class_logits: Tensor, masks: OutputMasks, *, masks_first: bool = True, class_chunk: int = 0
-) -> Tensor:
-    """The class with the highest score at every pixel, without ever holding all scores.
-
-    Args:
-        class_logits, masks, masks_first: as for `semantic_inference`.
-        class_chunk: classes whose scores are held at once; 0: all.
-
-    Returns:
-        (h, w) int64, equal to the argmax of `semantic_inference`.
-    """
-    shares = class_logits.softmax(-1)[:, :-1]
-    blocks = semantic_blocks(masks, shares.shape[1], masks_first=masks_first, class_chunk=class_chunk)
-    return torch.cat([best_classes(scores, shares, class_chunk=class_chunk) for _, scores in blocks])
+def semantic_labels(class_logits: Tensor, masks: OutputMasks, *, masks_first: bool = True) -> Tensor:
+    """(h, w) int64, the argmax of `semantic_inference` without ever holding all scores; the first of equal ones."""
+    blocks = semantic_blocks(masks, class_logits.softmax(-1)[:, :-1], masks_first=masks_first)
+    return torch.cat([scores.max(0).indices for _, scores in blocks])  # faster than argmax on a CPU
 
 
 def panoptic_inference(
@@ -169,7 +146,7 @@ def _owners(scores: Tensor, mask_chunks: Iterator[Tensor]) -> tuple[Tensor, Tens
 
 
 def instance_inference(
-    class_logits: Tensor, masks: OutputMasks, *, thing_classes: Sequence[int], topk: int, zero_boxes: bool = False
+    class_logits: Tensor, masks: OutputMasks, *, thing_classes: Sequence[int], topk: int
 ) -> Instances:
     """The best (query, class) pairs that are things; a query may appear with several classes.
 
@@ -178,7 +155,6 @@ def instance_inference(
         masks: of the Q queries.
         thing_classes: contiguous indices of the thing classes.
         topk: pairs taken before stuff is dropped, so fewer may remain.
-        zero_boxes: the published all-zero boxes.
 
     Returns:
         Instances; a score is the class probability times the mean mask probability inside the mask.
@@ -200,12 +176,11 @@ def instance_inference(
         sums = (mask_logits.sigmoid() * inside[-1]).flatten(1).sum(1)
         means.append(sums / (inside[-1].flatten(1).sum(1) + 1e-6))
     inside = torch.cat(inside)
-    boxes = torch.zeros(len(inside), 4, device=inside.device) if zero_boxes else boxes_of_masks(inside)
     return Instances(
         scores=scores * torch.cat(means)[position],
         pred_classes=labels,
         pred_masks=inside[position],
-        pred_boxes=boxes[position],
+        pred_boxes=boxes_of_masks(inside)[position],
     )
 
 
@@ -218,7 +193,8 @@ def make_outputs(
     settings: OutputSettings,
     semantic: str = "scores",
 ) -> dict[str, Any]:
-    """What a model gives for an image: `sem_seg`, `panoptic_seg` and `instances`, as far as `heads` ask for them.
+    """What a model gives for an image: `sem_seg`, `panoptic_seg`, `instances` and `recall_seg`, a list of all masks, as
+    far as `heads` ask for them.
 
     Args:
         class_logits, masks, thing_classes: as for the functions above.
@@ -236,12 +212,8 @@ def make_outputs(
         raise InputError(f"semantic must be 'scores' or 'labels', got {semantic!r}")
     outputs: dict[str, Any] = {}
     if "semantic" in heads:
-        first = settings.masks_first
-        if semantic == "labels":
-            chunk = settings.class_chunk
-            outputs["sem_seg"] = semantic_labels(class_logits, masks, masks_first=first, class_chunk=chunk)
-        else:
-            outputs["sem_seg"] = semantic_inference(class_logits, masks, masks_first=first)
+        infer = semantic_labels if semantic == "labels" else semantic_inference
+        outputs["sem_seg"] = infer(class_logits, masks, masks_first=settings.masks_first)
     if "panoptic" in heads:
         outputs["panoptic_seg"] = panoptic_inference(
             class_logits,
@@ -251,7 +223,7 @@ def make_outputs(
             overlap_threshold=settings.overlap_threshold,
         )
     if "instances" in heads:
-        outputs["instances"] = instance_inference(
-            class_logits, masks, thing_classes=thing_classes, topk=settings.topk, zero_boxes=settings.zero_boxes
-        )
+        outputs["instances"] = instance_inference(class_logits, masks, thing_classes=thing_classes, topk=settings.topk)
+    if "recall" in heads:
+        outputs["recall_seg"] = [masks]
     return outputs

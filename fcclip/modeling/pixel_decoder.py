@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,9 +71,19 @@ class MSDeformAttn(nn.Module):
 class EncoderLayer(nn.Module):
     """Deformable self-attention over all levels, then a ReLU network; norms after the residuals."""
 
-    def __init__(self, *, dim: int, levels: int, heads: int, feedforward: int, dropout: float, engine: str) -> None:
+    def __init__(
+        self,
+        *,
+        dim: int,
+        levels: int,
+        heads: int,
+        feedforward: int,
+        dropout: float,
+        engine: str,
+        attention: type[MSDeformAttn] = MSDeformAttn,
+    ) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(dim=dim, levels=levels, heads=heads, engine=engine)
+        self.self_attn = attention(dim=dim, levels=levels, heads=heads, engine=engine)
         self.norm1 = nn.LayerNorm(dim)
         self.linear1 = nn.Linear(dim, feedforward)
         self.linear2 = nn.Linear(feedforward, dim)
@@ -95,22 +106,12 @@ class _Encoder(nn.Module):
 
 
 class DeformableEncoder(nn.Module):
-    """`num_layers` encoder layers over the concatenated levels, with an embedding of the level added to the
-    position.
-    """
+    """`num_layers` encoder layers over the concatenated levels; an embedding of the level is added to the position."""
 
-    def __init__(
-        self, *, dim: int, levels: int, heads: int, feedforward: int, num_layers: int, dropout: float, engine: str
-    ) -> None:
+    def __init__(self, *, dim: int, levels: int, num_layers: int, **layer: Any) -> None:
+        """`layer`: what each `EncoderLayer` takes besides its width and its levels."""
         super().__init__()
-        self.encoder = _Encoder(
-            [
-                EncoderLayer(
-                    dim=dim, levels=levels, heads=heads, feedforward=feedforward, dropout=dropout, engine=engine
-                )
-                for _ in range(num_layers)
-            ]
-        )
+        self.encoder = _Encoder([EncoderLayer(dim=dim, levels=levels, **layer) for _ in range(num_layers)])
         self.level_embed = nn.Parameter(torch.empty(levels, dim))
         nn.init.normal_(self.level_embed)
         for layer in self.encoder.layers:
@@ -122,15 +123,15 @@ class DeformableEncoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps (B, d, H_l, W_l) -> the same shapes, each cell having looked at all levels."""
-        shapes = [tuple(one.shape[-2:]) for one in maps]
+        shapes = [tuple(level.shape[-2:]) for level in maps]
         device = maps[0].device
-        x = torch.cat([one.flatten(2).transpose(1, 2) for one in maps], dim=1)
+        x = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         positions = [sine_positions(*shape, x.shape[-1], device).flatten(1).T for shape in shapes]
-        position = torch.cat([one + embed for one, embed in zip(positions, self.level_embed)])  # (S, d)
+        position = torch.cat([place + embed for place, embed in zip(positions, self.level_embed)])  # (S, d)
         for layer in self.encoder.layers:
             x = layer(x, position, shapes)
         levels = x.transpose(1, 2).split([height * width for height, width in shapes], dim=-1)
-        return [one.unflatten(-1, shape) for one, shape in zip(levels, shapes)]
+        return [level.unflatten(-1, shape) for level, shape in zip(levels, shapes)]
 
 
 class ConvNorm(nn.Conv2d):

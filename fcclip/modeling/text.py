@@ -24,6 +24,7 @@ from fcclip.vocabulary import TEMPLATES, Vocabulary, prompts
 logger = logging.getLogger(__name__)
 
 _CHUNK = 256  # prompts encoded at once; a memory knob
+_SHORT = 40  # bytes of a name that fits into the text tower with every template
 _KEEP = 16  # vocabularies held in memory
 _SLICED = threading.Lock()  # the text tower runs with sliced positions, one thread at a time
 
@@ -67,6 +68,7 @@ class TextEncoder:
         embeddings = self._memory.get(key)
         if embeddings is None:
             unique = list(dict.fromkeys(names))
+            warn_of_cut_names(unique, int(self.clip_model.positional_embedding.shape[0]))
             rows = self._encode_or_read(unique)
             position = {name: index for index, name in enumerate(unique)}
             device = self.clip_model.text_projection.device
@@ -114,6 +116,19 @@ def text_weights_hash(clip_model: nn.Module) -> str:
 
 def _text_weights(clip_model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, weight) for name, weight in clip_model.named_parameters() if not name.startswith("visual.")]
+
+
+def warn_of_cut_names(names: Sequence[str], context_length: int) -> None:
+    """Says which names CLIP does not read to their end, with the number of their tokens."""
+    long = [name for name in names if len(name.encode()) > _SHORT]
+    tokenizer = open_clip.SimpleTokenizer() if long else None
+    for name in long:
+        num_tokens = max(len(tokenizer.encode(prompt)) for prompt in prompts([name])) + 2  # start and end of text
+        if num_tokens > context_length:
+            logger.warning(
+                "the class name '%s' makes %d tokens with its prompt, CLIP reads %d: its end is cut off. Shorten it.",
+                *(name if len(name) < 80 else f"{name[:60]} … {name[-15:]}", num_tokens, context_length),
+            )
 
 
 @torch.no_grad()

@@ -15,15 +15,14 @@ An engine is a module and one line in `ENGINES` (and its place in `AUTO`). It ha
 
     DEVICES: tuple[str, ...]                          # kinds of devices it computes on; () means any
     available(device) -> Availability                 # builds nothing, is cheap, does not raise
-    forward(value, shapes, locations, weights) -> output
-    backward(grad_output, value, shapes, locations, weights) -> (grad_value, grad_locations, grad_weights)
-    forward_fused(value, shapes, offsets, logits) -> output
-    backward_fused(grad_output, value, shapes, offsets, logits) -> (grad_value, grad_offsets, grad_logits)
+    forward(fused, value, shapes, points, weights) -> output
+    backward(fused, grad_output, value, shapes, points, weights) -> (grad_value, grad_points, grad_weights)
     EXTENSION: Extension                              # only where something must be compiled
 
-and gets, checked by library.py: `shapes` as pairs of Python ints, tensors of the shapes that `ms_deform_attn` names, of
-one of the four float types, on one device, contiguous, without empty dimensions and without autograd. It returns fresh
-tensors of the dtype of `value`. What all engines share, so that they can be exchanged:
+where `fused` says whether points and weights are offsets and logits, or locations and weights. It gets, checked by
+library.py: `shapes` as pairs of Python ints, tensors of the shapes that `ms_deform_attn` names, of one of the four
+float types, on one device, contiguous, without empty dimensions and without autograd. It returns fresh tensors of the
+dtype of `value`. What all engines share, so that they can be exchanged:
 
 - pixel x = location_x * W - 0.5; fused: (i + 0.5) / W_own * W - 0.5 + offset_x for column i of the query's own level.
 - A sample counts when -1 <= x < W and -1 <= y < H. Corners outside the level are 0; at whole pixels the derivative is

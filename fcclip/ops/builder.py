@@ -19,7 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +60,6 @@ class Extension:
         compiler: () -> its command and a line that tells its version; raises NoCompilerError.
         arguments: compiler's command -> what follows the source.
         try_out: takes the fresh library through a small problem; raises BuildError.
-        fits: whether this machine can use a library; of several that were built, the newest that fits is loaded.
     """
 
     name: str
@@ -68,20 +67,14 @@ class Extension:
     compiler: Callable[[], tuple[list[str], str]]
     arguments: Callable[[list[str]], list[str]]
     try_out: Callable[[ctypes.CDLL], None]
-    fits: Callable[[ctypes.CDLL], bool] = lambda library: True
 
 
 def find(extension: Extension) -> Path | None:
     """The newest library that was built for this source, torch and processor, by whatever compiler."""
-    return next(iter(_built(extension)), None)
-
-
-def _built(extension: Extension) -> list[Path]:
-    """All of them, the newest first."""
     with contextlib.suppress(OSError):
         libraries = cache_folder(_LIBRARIES).glob(f"{extension.name}-{_key(extension)}-*.so")
-        return sorted(libraries, key=lambda path: path.stat().st_mtime, reverse=True)
-    return []
+        return max(libraries, key=lambda path: path.stat().st_mtime, default=None)
+    return None
 
 
 def load(extension: Extension) -> ctypes.CDLL:
@@ -107,14 +100,10 @@ def availability(extension: Extension) -> Availability:
 
 @functools.cache
 def _load(extension: Extension, _folder: Path) -> ctypes.CDLL:
-    libraries = []
-    for path in _built(extension):
-        libraries.append(_open(path, f"`{COMMAND} {extension.name} --force` builds it again"))
-        if extension.fits(libraries[-1]):
-            return libraries[-1]
-    if not libraries:
+    path = find(extension)
+    if path is None:
         raise NotBuiltError(f"it is not built; `{COMMAND} {extension.name}` builds it")
-    return libraries[0]  # which the engine will refuse, with the reason
+    return _open(path, f"`{COMMAND} {extension.name} --force` builds it again")
 
 
 def _open(path: Path, advice: str) -> ctypes.CDLL:
@@ -142,27 +131,30 @@ def build(extension: Extension, *, force: bool = False) -> tuple[Path, bool]:
     folder = cache_folder(_LIBRARIES)
     identity = hashlib.sha256("\n".join([*command, version]).encode()).hexdigest()[:8]
     target = folder / f"{extension.name}-{_key(extension)}-{identity}.so"
-    before = _stamp(target)
     with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{extension.name}.lock")  # the system frees it when its owner dies
         lock.acquire()
     try:
-        # with force: unless another process has just done it
-        if target.exists() and (not force or _stamp(target) != before):
+        if target.exists() and not force:
             return target, False
         for left_over in folder.glob(f"{_WORK}{extension.name}-*"):  # of builds that were killed; we hold the lock
             shutil.rmtree(left_over, ignore_errors=True)
         with _writable(folder), tempfile.TemporaryDirectory(dir=folder, prefix=f"{_WORK}{extension.name}-") as work:
             fresh = Path(work, target.name)
             source = str(SOURCES / extension.source)
-            _compile([*command, source, "-o", str(fresh), *extension.arguments(command)], fresh)
+            _compile([*command, source, "-o", str(fresh), *extension.arguments(command)])
             extension.try_out(_open(fresh, "this is an error of the build"))
             os.replace(fresh, target)
     finally:
         lock.release()
     _load.cache_clear()
     return target, True
+
+
+def int64s(numbers: Sequence[int]) -> ctypes.Array:
+    """Numbers as the compiled engines take them."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def ask_compiler(command: list[str], question: str, advice: str) -> str:
@@ -191,7 +183,7 @@ def accepts(command: list[str], *flags: str, program: str = "int main() { return
     return False
 
 
-def _compile(command: list[str], output: Path) -> None:
+def _compile(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -201,8 +193,6 @@ def _compile(command: list[str], output: Path) -> None:
             f"the compiler failed with status {done.returncode}:\n{_last_lines(done.stderr or done.stdout)}\n"
             f"the command was: {shlex.join(command)}"
         )
-    if not output.is_file():
-        raise BuildError(f"the compiler reported success but wrote nothing; the command was: {shlex.join(command)}")
 
 
 def _last_lines(text: str) -> str:
@@ -217,14 +207,6 @@ def _writable(folder: Path) -> Iterator[None]:
         raise BuildError(
             f"the cache folder {folder} cannot be written: {error}; set XDG_CACHE_HOME to a folder that can"
         ) from error
-
-
-def _stamp(path: Path) -> int | None:
-    """Tells one version of a file from the next."""
-    try:
-        return path.stat().st_mtime_ns
-    except OSError:
-        return None
 
 
 @functools.cache

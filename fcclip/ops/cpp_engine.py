@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fcclip.ops import torch_engine
 from fcclip.ops.availability import Availability
-from fcclip.ops.builder import BuildError, Extension, NoCompilerError, accepts, ask_compiler, availability, load
+from fcclip.ops.builder import BuildError, Extension, NoCompilerError, accepts, ask_compiler, availability, int64s, load
 
 DEVICES = ("cpu",)
 Shapes = Sequence[tuple[int, int]]
@@ -34,54 +34,34 @@ def available(device: torch.device) -> Availability:
     return availability(EXTENSION)
 
 
-def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """As `torch_engine.forward`, not differentiable."""
-    return _forward(load(EXTENSION), False, value, shapes, locations, weights)
-
-
-def backward(
-    grad_output: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_engine.backward`."""
-    return _backward(load(EXTENSION), False, grad_output, value, shapes, locations, weights)
-
-
-def forward_fused(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor) -> Tensor:
-    """As `torch_engine.forward_fused`, not differentiable."""
-    return _forward(load(EXTENSION), True, value, shapes, offsets, logits)
-
-
-def backward_fused(
-    grad_output: Tensor, value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_engine.backward_fused`."""
-    return _backward(load(EXTENSION), True, grad_output, value, shapes, offsets, logits)
-
-
-def _forward(
-    library: ctypes.CDLL, fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor
+def forward(
+    fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor, *, library: ctypes.CDLL | None = None
 ) -> Tensor:
+    """As `torch_engine.forward`, not differentiable; `library`: another than the one that is loaded."""
+    library = library or load(EXTENSION)
     if value.dtype == torch.float16:
-        return _forward(library, fused, value.float(), shapes, points.float(), weights.float()).half()
+        return forward(fused, value.float(), shapes, points.float(), weights.float(), library=library).half()
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, points.shape[1], heads * channels)
     _call(library.fcclip_msda_forward, fused, shapes, (value, points, weights), (output,))
     return output
 
 
-def _backward(
-    library: ctypes.CDLL,
+def backward(
     fused: bool,
     grad_output: Tensor,
     value: Tensor,
     shapes: Shapes,
     points: Tensor,
     weights: Tensor,
+    *,
+    library: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `torch_engine.backward`; `library` as for `forward`."""
+    library = library or load(EXTENSION)
     if value.dtype == torch.float16:
-        inputs = [tensor.float() for tensor in (grad_output, value, points, weights)]
-        grads = _backward(library, fused, inputs[0], inputs[1], shapes, inputs[2], inputs[3])
-        return tuple(grad.half() for grad in grads)
+        inputs = (grad_output.float(), value.float(), shapes, points.float(), weights.float())
+        return tuple(grad.half() for grad in backward(fused, *inputs, library=library))
     grads = tuple(torch.empty_like(tensor) for tensor in (value, points, weights))
     _call(library.fcclip_msda_backward, fused, shapes, (value, points, weights), grads, grad_output)
     return grads
@@ -101,15 +81,11 @@ def _call(
     sizes = (batch, cells, heads, channels, points.shape[1], len(shapes), points.shape[4])
     memory = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (*first, *inputs, *outputs)]
     flat = [size for pair in shapes for size in pair]
-    status = function(_DTYPES[value.dtype], int(fused), _array(sizes), _array(flat), *memory)
+    status = function(_DTYPES[value.dtype], int(fused), int64s(sizes), int64s(flat), *memory)
     if status:
         raise torch.OutOfMemoryError(
             f"not enough memory for multi-scale deformable attention over {batch} x {cells} cells on the CPU"
         )
-
-
-def _array(numbers: Sequence[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 # ---- build ----
@@ -141,16 +117,8 @@ def _arguments(command: list[str]) -> list[str]:
 
 def _try_out(library: ctypes.CDLL) -> None:
     """Both forms, forward and backward, against the plain engine on a small problem."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
-    shapes = [(4, 5), (2, 3)]
-    value, points, weights = random(2, 26, 2, 20), random(2, 26, 2, 2, 3, 2), random(2, 26, 2, 2, 3)
-    grad_output = random(2, 26, 40)
-    engine = partial(_forward, library), partial(_backward, library)
-    if not torch_engine.agrees(*engine, grad_output, value, shapes, points, weights, tolerance=1e-4):
+    engine = partial(forward, library=library), partial(backward, library=library)
+    if not torch_engine.agrees(*engine, "cpu", channels=20, tolerance=1e-4):
         raise BuildError("the library was built but computes wrong numbers; please report this with your compiler")
 
 

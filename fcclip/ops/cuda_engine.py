@@ -22,7 +22,7 @@ from torch import Tensor
 from fcclip.errors import InputError
 from fcclip.ops import torch_engine
 from fcclip.ops.availability import Availability
-from fcclip.ops.builder import COMMAND, BuildError, Extension, NoCompilerError, ask_compiler, availability, load
+from fcclip.ops.builder import COMMAND, BuildError, Extension, NoCompilerError, ask_compiler, availability, int64s, load
 
 DEVICES = ("cuda",)
 Shapes = Sequence[tuple[int, int]]
@@ -47,48 +47,28 @@ def available(device: torch.device) -> Availability:
     return built
 
 
-def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """As `torch_engine.forward`, not differentiable."""
-    return _forward(load(EXTENSION), False, value, shapes, locations, weights)
-
-
-def backward(
-    grad_output: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_engine.backward`."""
-    return _backward(load(EXTENSION), False, grad_output, value, shapes, locations, weights)
-
-
-def forward_fused(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor) -> Tensor:
-    """As `torch_engine.forward_fused`, not differentiable."""
-    return _forward(load(EXTENSION), True, value, shapes, offsets, logits)
-
-
-def backward_fused(
-    grad_output: Tensor, value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_engine.backward_fused`."""
-    return _backward(load(EXTENSION), True, grad_output, value, shapes, offsets, logits)
-
-
-def _forward(
-    library: ctypes.CDLL, fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor
+def forward(
+    fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor, *, library: ctypes.CDLL | None = None
 ) -> Tensor:
+    """As `torch_engine.forward`, not differentiable; `library`: another than the one that is loaded."""
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, points.shape[1], heads * channels)
-    _call(library, "forward", fused, value, shapes, points, (value, points, weights, output))
+    _call(library or load(EXTENSION), "forward", fused, value, shapes, points, (value, points, weights, output))
     return output
 
 
-def _backward(
-    library: ctypes.CDLL,
+def backward(
     fused: bool,
     grad_output: Tensor,
     value: Tensor,
     shapes: Shapes,
     points: Tensor,
     weights: Tensor,
+    *,
+    library: ctypes.CDLL | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `torch_engine.backward`; `library` as for `forward`."""
+    library = library or load(EXTENSION)
     grad_points, grad_weights = torch.empty_like(points), torch.empty_like(weights)
     grad_value = None
     if not torch.are_deterministic_algorithms_enabled():
@@ -150,17 +130,17 @@ def _call(
         raise InputError(f"the engine 'cuda' takes at most {MAX_LEVELS} levels, got {len(shapes)}")
     if max(*sizes, heads * channels * value.element_size(), sizes[5] * sizes[6]) > _INT_MAX:
         raise InputError(f"the engine 'cuda' counts to {_INT_MAX}, got (B, S, M, D, N, L, P) = {sizes}")
-    flat = [size for pair in shapes for size in pair]
+    numbers = int64s(sizes), int64s([size for pair in shapes for size in pair])
     arguments = [ctypes.c_void_p(part.data_ptr()) if isinstance(part, Tensor) else part for part in memory]
+    function = getattr(library, f"fcclip_msda_{kernel}")
     with _on(value.device) as (index, stream):
-        status = getattr(library, f"fcclip_msda_{kernel}")(
-            _DTYPES[value.dtype], int(fused), _array(sizes), _array(flat), index, ctypes.c_void_p(stream), *arguments
-        )
+        status = function(_DTYPES[value.dtype], int(fused), *numbers, index, ctypes.c_void_p(stream), *arguments)
     if status:
+        is_foreign = status in _NO_KERNEL_IMAGE
+        cause = _no_kernel_for(library, value.device) if is_foreign else _text(library.fcclip_msda_error, status)
         raise RuntimeError(
-            f"the CUDA kernel '{kernel}' of multi-scale deformable attention failed with status {status}: "
-            + (_no_kernel_for(library, value.device) if status in _NO_KERNEL_IMAGE else _meaning(library, status))
-            + f"; (B, S, M, D, N, L, P) = {sizes}, levels {list(shapes)}, {value.dtype}, {value.device}"
+            f"the CUDA kernel '{kernel}' of multi-scale deformable attention failed with status {status}: {cause}; "
+            f"(B, S, M, D, N, L, P) = {sizes}, levels {list(shapes)}, {value.dtype}, {value.device}"
         )
 
 
@@ -171,14 +151,9 @@ def _on(device: torch.device) -> Iterator[tuple[int, int]]:
         yield device.index, torch.cuda.current_stream(device).cuda_stream
 
 
-def _array(numbers: Sequence[int]) -> ctypes.Array:
-    return (ctypes.c_int64 * len(numbers))(*numbers)
-
-
-def _meaning(library: ctypes.CDLL, status: int) -> str:
-    function = library.fcclip_msda_error
+def _text(function: ctypes._CFuncPtr, *arguments: int) -> str:
     function.restype = ctypes.c_char_p
-    return function(status).decode()
+    return function(*arguments).decode()
 
 
 # ---- architectures ----
@@ -186,9 +161,7 @@ def _meaning(library: ctypes.CDLL, status: int) -> str:
 
 def _architectures_of(library: ctypes.CDLL) -> list[str]:
     """What a library holds: "sm_80" for machine code, "compute_90" for what a driver can still translate."""
-    function = library.fcclip_msda_architectures
-    function.restype = ctypes.c_char_p
-    return function().decode().split()
+    return _text(library.fcclip_msda_architectures).split()
 
 
 def _covers(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -212,36 +185,23 @@ def _no_kernel_for(library: ctypes.CDLL, device: torch.device) -> str:
     )
 
 
-def target_architectures(known: Sequence[str]) -> list[str]:
+def target_architectures() -> list[str]:
     """What to compile for: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else the GPUs of this machine, else sm_80 and sm_90
     with PTX for later ones.
 
-    Args:
-        known: what nvcc can compile for, as "compute_80".
-
     Raises:
-        NoCompilerError: something that nvcc does not know, or that is not an architecture.
+        NoCompilerError: something in TORCH_CUDA_ARCH_LIST that is not an architecture.
     """
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    source = "TORCH_CUDA_ARCH_LIST"
     if not listed and torch.version.hip is None and torch.cuda.is_available():
         capabilities = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
         listed = [f"{major}.{minor}" for major, minor in sorted(capabilities)]
-        source = "a GPU of this machine"
-    if not listed:
-        listed, source = ["8.0", "9.0+PTX"], "the default"
     targets = []
-    for entry in listed:
+    for entry in listed or ["8.0", "9.0+PTX"]:
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not match:
             raise NoCompilerError(f"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0+PTX', got '{entry}'")
         number = match[1] + match[2]  # the letter of 9.0a gives instructions that nothing here uses
-        if f"compute_{number}" not in known:
-            raise NoCompilerError(
-                f"{source} asks for compute capability {match[1]}.{match[2]}, which this nvcc does not know (it knows "
-                f"{', '.join(known)}); another CUDA toolkit does, or TORCH_CUDA_ARCH_LIST='9.0+PTX' leaves the rest "
-                f"to the driver of a later GPU"
-            )
         targets += [f"sm_{number}"] + [f"compute_{number}"] * bool(match[4])
     return list(dict.fromkeys(targets))
 
@@ -263,12 +223,11 @@ def _compiler() -> tuple[list[str], str]:
         nvcc = str(usual) if usual.exists() else "nvcc"
     command = [nvcc]
     release = ask_compiler(command, "--version", advice).splitlines()[-1]
-    targets = target_architectures(ask_compiler(command, "--list-gpu-arch", advice).split())
-    return command, f"{release} for {' '.join(targets)}"
+    return command, f"{release} for {' '.join(target_architectures())}"
 
 
 def _arguments(command: list[str]) -> list[str]:
-    targets = target_architectures(ask_compiler(command, "--list-gpu-arch", "").split())
+    targets = target_architectures()
     codes = [f"-gencode=arch=compute_{target.partition('_')[2]},code={target}" for target in targets]
     return [
         *("-std=c++17", "-O3", "--threads", "0", "-shared", "-cudart", "static", "-Xcompiler", "-fPIC"),
@@ -281,32 +240,15 @@ def _try_out(library: ctypes.CDLL) -> None:
     """Both forms against the plain engine on a small problem, on every GPU of this machine that it was built for."""
     if not torch.cuda.is_available():  # built for another machine
         return
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
-
-    shapes = [(4, 5), (2, 3), (3, 1)]
-    total = sum(height * width for height, width in shapes)
-    tensors = random(2, total, 64), random(2, total, 2, 32), random(2, total, 2, 3, 4, 2), random(2, total, 2, 3, 4)
-    engine = partial(_forward, library), partial(_backward, library)
+    engine = partial(forward, library=library), partial(backward, library=library)
     for index in range(torch.cuda.device_count()):
         if not _covers(_architectures_of(library), torch.cuda.get_device_capability(index)):
             continue
-        grad_output, value, points, weights = (tensor.cuda(index) for tensor in tensors)
-        if not torch_engine.agrees(*engine, grad_output, value, shapes, points, weights, tolerance=1e-3):
+        if not torch_engine.agrees(*engine, f"cuda:{index}", channels=32, tolerance=1e-3):
             raise BuildError(
                 f"the library was built but computes wrong numbers on {torch.cuda.get_device_name(index)}; please "
                 f"report this with your versions of CUDA and its driver"
             )
 
 
-def _fits(library: ctypes.CDLL) -> bool:
-    """Whether it was built for a GPU of this machine: homes are shared by machines with different ones."""
-    if not torch.cuda.is_available():
-        return True
-    built = _architectures_of(library)
-    return any(_covers(built, torch.cuda.get_device_capability(index)) for index in range(torch.cuda.device_count()))
-
-
-EXTENSION = Extension("cuda", "ms_deform_attn.cu", _compiler, _arguments, _try_out, _fits)
+EXTENSION = Extension("cuda", "ms_deform_attn.cu", _compiler, _arguments, _try_out)

@@ -77,20 +77,20 @@ def _engine(name: str, device: torch.device):
     return engine
 
 
-def _define(form: str, forward: str, backward: str) -> None:
-    """Registers one form of the operator; `forward` and `backward` are the functions of an engine that compute it."""
+def _define(form: str, *, fused: bool) -> None:
+    """Registers one form of the operator."""
     points_name, weights_name = _POINTS[form], _WEIGHTS[form]
     inputs = f"Tensor value, SymInt[] spatial_shapes, Tensor {points_name}, Tensor {weights_name}, str engine"
 
     @torch.library.custom_op(f"fcclip::{form}", mutates_args=(), schema=f"({inputs}) -> Tensor")
     def operator(value, spatial_shapes, points, weights, engine):
         check_tensors(form, value, spatial_shapes, points, weights)
-        run = getattr(_engine(engine, value.device), forward)
+        run = _engine(engine, value.device).forward
         batch, _, heads, channels = value.shape
         if 0 in (batch, points.shape[1], heads, channels, points.shape[4]):  # nothing to sum
             return value.new_zeros(batch, points.shape[1], heads * channels)
         tensors = (value.contiguous(), points.contiguous(), weights.contiguous())
-        return run(tensors[0], pairs(spatial_shapes), *tensors[1:]).contiguous()
+        return run(fused, tensors[0], pairs(spatial_shapes), *tensors[1:]).contiguous()
 
     @operator.register_fake
     def _(value, spatial_shapes, points, weights, engine):
@@ -105,7 +105,7 @@ def _define(form: str, forward: str, backward: str) -> None:
     )
     def backward_operator(grad_output, value, spatial_shapes, points, weights, engine):
         check_tensors(form, value, spatial_shapes, points, weights)
-        run = getattr(_engine(engine, value.device), backward)
+        run = _engine(engine, value.device).backward
         batch, _, heads, channels = value.shape
         expected = (batch, points.shape[1], heads * channels)
         if tuple(grad_output.shape) != expected or grad_output.dtype != value.dtype:
@@ -117,7 +117,7 @@ def _define(form: str, forward: str, backward: str) -> None:
                 torch.zeros_like(tensor, memory_format=torch.contiguous_format) for tensor in (value, points, weights)
             )
         tensors = (value.contiguous(), points.contiguous(), weights.contiguous())
-        grads = run(grad_output.contiguous(), tensors[0], pairs(spatial_shapes), *tensors[1:])
+        grads = run(fused, grad_output.contiguous(), tensors[0], pairs(spatial_shapes), *tensors[1:])
         return tuple(grad.contiguous() for grad in grads)
 
     @backward_operator.register_fake
@@ -138,5 +138,5 @@ def _define(form: str, forward: str, backward: str) -> None:
         operator.register_autocast(device_type, torch.float32)
 
 
-_define("ms_deform_attn", "forward", "backward")
-_define("ms_deform_attn_fused", "forward_fused", "backward_fused")
+_define("ms_deform_attn", fused=False)
+_define("ms_deform_attn_fused", fused=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,9 +39,7 @@ def ms_deform_attn(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit together, an unknown engine, or one that cannot run here.
     """
-    return _run(
-        "ms_deform_attn", torch_engine.forward, value, spatial_shapes, sampling_locations, attention_weights, engine
-    )
+    return _run(False, value, spatial_shapes, sampling_locations, attention_weights, engine)
 
 
 def ms_deform_attn_fused(
@@ -68,20 +66,11 @@ def ms_deform_attn_fused(
     Raises:
         ValueError: as `ms_deform_attn`.
     """
-    return _run(
-        "ms_deform_attn_fused",
-        torch_engine.forward_fused,
-        value,
-        spatial_shapes,
-        sampling_offsets,
-        attention_logits,
-        engine,
-    )
+    return _run(True, value, spatial_shapes, sampling_offsets, attention_logits, engine)
 
 
 def _run(
-    form: str,
-    plain: Callable[..., Tensor],
+    fused: bool,
     value: Tensor,
     spatial_shapes: Sequence[tuple[int, int]],
     points: Tensor,
@@ -91,6 +80,7 @@ def _run(
     if isinstance(spatial_shapes, Tensor):
         raise InputError("spatial_shapes must be pairs of Python ints; reading them from a tensor would stop a GPU")
     flat = [size for pair in spatial_shapes for size in pair]
+    form = "ms_deform_attn_fused" if fused else "ms_deform_attn"
     if engine == "auto":
         engine = automatic_engine(value.device.type)
     if engine != "torch":
@@ -102,6 +92,6 @@ def _run(
         tensors = (value, points, weights)
         value, points, weights = (tensor if tensor.dtype == torch.float64 else tensor.float() for tensor in tensors)
         with torch.autocast(kind, enabled=False):
-            return _run(form, plain, value, spatial_shapes, points, weights, engine)
+            return _run(fused, value, spatial_shapes, points, weights, engine)
     library.check_tensors(form, value, flat, points, weights)
-    return plain(value, library.pairs(flat), points, weights)
+    return torch_engine.forward(fused, value, library.pairs(flat), points, weights)

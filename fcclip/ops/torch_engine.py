@@ -2,8 +2,8 @@
 
 Legend: B images, S cells of all levels, M heads, D channels of a head, N queries, L levels, P points.
 
-`forward` and `forward_fused` are differentiable; `backward` and `backward_fused` are their gradients written out, for
-the custom operator, below which autograd does not record.
+`forward` is differentiable; `backward` is its gradient written out, for the custom operator, below which autograd does
+not record.
 """
 
 from __future__ import annotations
@@ -29,25 +29,45 @@ def available(device: torch.device) -> Availability:
     return Availability()
 
 
-def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """One `grid_sample` per level; shapes as in `fcclip.ops.ms_deform_attn`."""
+def forward(fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
+    """One `grid_sample` per level.
+
+    Args:
+        fused: `points` are offsets from the cells' centres and `weights` logits, as in
+            `fcclip.ops.ms_deform_attn_fused`; else locations and weights, as in `fcclip.ops.ms_deform_attn`.
+        value, shapes, points, weights: as there.
+    """
     if value.dtype in _HALVES:
-        return forward(value.float(), shapes, locations.float(), weights.float()).to(value.dtype)
+        return forward(fused, value.float(), shapes, points.float(), weights.float()).to(value.dtype)
+    if fused:
+        points, weights = _locations(shapes, points), _softmax(weights)
     batch, _, heads, channels = value.shape
-    queries = locations.shape[1]
+    queries = points.shape[1]
     output = value.new_zeros(batch * heads, channels, queries)
-    for maps, grid, weight in zip(_maps(value, shapes), _grids(locations), _per_level(weights)):
+    for maps, grid, weight in zip(_maps(value, shapes), _grids(points), _per_level(weights)):
         output = output + (_sample(maps, grid) * weight[:, None]).sum(2)  # (B*M, D, P, N) -> (B*M, D, N)
     return output.view(batch, heads * channels, queries).transpose(1, 2)
 
 
 def backward(
+    fused: bool, grad_output: Tensor, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward` by value, points and weights; grad_output (B, N, M*D)."""
+    if value.dtype in _HALVES:
+        grads = backward(fused, grad_output.float(), value.float(), shapes, points.float(), weights.float())
+        return tuple(grad.to(value.dtype) for grad in grads)
+    if not fused:
+        return _backward(grad_output, value, shapes, points, weights)
+    shares = _softmax(weights)
+    grad_value, grad_locations, grad_shares = _backward(grad_output, value, shapes, _locations(shapes, points), shares)
+    weighted = (shares * grad_shares).sum((-2, -1), keepdim=True)
+    sizes = _constants(shapes, points)[1]
+    return grad_value, grad_locations / sizes[:, None], shares * (grad_shares - weighted)
+
+
+def _backward(
     grad_output: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward` by value, locations and weights; grad_output (B, N, M*D)."""
-    if value.dtype in _HALVES:
-        grads = backward(grad_output.float(), value.float(), shapes, locations.float(), weights.float())
-        return tuple(grad.to(value.dtype) for grad in grads)
     batch, queries, heads, levels, points, _ = locations.shape
     grad_output = grad_output.view(batch, queries, heads, -1).permute(0, 2, 3, 1).flatten(0, 1)[:, :, None]
     per_level = []
@@ -65,47 +85,35 @@ def backward(
     return torch.cat(grad_values, dim=1), grad_locations.contiguous(), grad_weights.contiguous()
 
 
-def forward_fused(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor) -> Tensor:
-    """`forward` at the cells' centres plus offsets; shapes as in `fcclip.ops.ms_deform_attn_fused`."""
-    if value.dtype in _HALVES:
-        return forward_fused(value.float(), shapes, offsets.float(), logits.float()).to(value.dtype)
-    return forward(value, shapes, _locations(shapes, offsets), _softmax(logits))
-
-
-def backward_fused(
-    grad_output: Tensor, value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `forward_fused` by value, offsets and logits; grad_output (B, N, M*D)."""
-    if value.dtype in _HALVES:
-        grads = backward_fused(grad_output.float(), value.float(), shapes, offsets.float(), logits.float())
-        return tuple(grad.to(value.dtype) for grad in grads)
-    weights = _softmax(logits)
-    grad_value, grad_locations, grad_weights = backward(
-        grad_output, value, shapes, _locations(shapes, offsets), weights
-    )
-    weighted = (weights * grad_weights).sum((-2, -1), keepdim=True)
-    sizes = _constants(shapes, offsets)[1]
-    return grad_value, grad_locations / sizes[:, None], weights * (grad_weights - weighted)
-
-
 def agrees(
-    forward_of: Callable[..., Tensor],
-    backward_of: Callable[..., tuple[Tensor, ...]],
-    grad_output: Tensor,
-    *inputs: Tensor | Shapes,
+    engine_forward: Callable[..., Tensor],
+    engine_backward: Callable[..., tuple[Tensor, ...]],
+    device: torch.device | str,
+    *,
+    channels: int,
     tolerance: float,
 ) -> bool:
-    """Whether a compiled engine computes what this one does, in both forms.
+    """Whether the functions of a compiled engine compute what those of this one do, on a small problem in both forms.
 
     Args:
-        forward_of, backward_of: its functions, called with `fused` and then as those above.
-        grad_output, inputs: value, shapes, points and weights, as for both forms.
+        engine_forward, engine_backward: called like `forward` and `backward`.
+        device: of the tensors.
+        channels: of a head.
         tolerance: relative and absolute.
     """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device)
+
+    shapes = [(4, 5), (2, 3), (3, 1)]
+    samples = (2, sum(height * width for height, width in shapes), 2, len(shapes), 4)  # (B, N, M, L, P)
+    grad_output = random(*samples[:2], 2 * channels)
+    inputs = random(*samples[:3], channels), shapes, random(*samples, 2), random(*samples)
     pairs = []
-    for fused, truth, truth_backward in ((False, forward, backward), (True, forward_fused, backward_fused)):
-        pairs.append((forward_of(fused, *inputs), truth(*inputs)))
-        pairs += zip(backward_of(fused, grad_output, *inputs), truth_backward(grad_output, *inputs))
+    for fused in (False, True):
+        pairs.append((engine_forward(fused, *inputs), forward(fused, *inputs)))
+        pairs += zip(engine_backward(fused, grad_output, *inputs), backward(fused, grad_output, *inputs))
     return all(torch.allclose(ours, expected, rtol=tolerance, atol=tolerance) for ours, expected in pairs)
 
 

@@ -43,30 +43,6 @@ def available(device: torch.device) -> Availability:
     return Availability()
 
 
-def forward(value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    """As `torch_engine.forward`, not differentiable."""
-    return _forward(False, value, shapes, locations, weights)
-
-
-def backward(
-    grad_output: Tensor, value: Tensor, shapes: Shapes, locations: Tensor, weights: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_engine.backward`."""
-    return _backward(False, grad_output, value, shapes, locations, weights)
-
-
-def forward_fused(value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor) -> Tensor:
-    """As `torch_engine.forward_fused`, not differentiable."""
-    return _forward(True, value, shapes, offsets, logits)
-
-
-def backward_fused(
-    grad_output: Tensor, value: Tensor, shapes: Shapes, offsets: Tensor, logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_engine.backward_fused`."""
-    return _backward(True, grad_output, value, shapes, offsets, logits)
-
-
 @functools.cache
 def _kernels() -> ModuleType:
     """triton is imported with the first use: it takes a second, and not everyone has it."""
@@ -75,7 +51,8 @@ def _kernels() -> ModuleType:
     return triton_kernels
 
 
-def _forward(fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
+def forward(fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
+    """As `torch_engine.forward`, not differentiable."""
     batch, _, heads, channels = value.shape
     output = value.new_empty(batch, points.shape[1], heads * channels)
     sizes, constants, grid = _launch(fused, value, shapes, points)
@@ -84,9 +61,10 @@ def _forward(fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights
     return output
 
 
-def _backward(
+def backward(
     fused: bool, grad_output: Tensor, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """As `torch_engine.backward`."""
     kernels = _kernels()
     batch, cells, heads, _ = value.shape
     grad_points, grad_weights = torch.empty_like(points), torch.empty_like(weights)

@@ -9,8 +9,7 @@ import contextlib
 import json
 import os
 import shutil
-import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ LABEL_MODES = ("L", "P", "I;16", "I")  # one value a pixel: grey, palette index,
 COLOUR_MODES = ("RGB", "RGBA")
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".tif": "TIFF"}
 _REMEDY = "Unpack the download again."
-_HOST = socket.gethostname().replace(os.sep, "_")
 
 
 # ---- images ----
@@ -124,9 +122,9 @@ def atomically(path: Path) -> Iterator[Path]:
     """A file to write, in the same folder, which becomes `path` when the block ends without an error.
 
     Unlike those of `fcclip.files.write_atomically`, hundreds of thousands of files are not flushed to the disk one by
-    one, and several processes may write the same one.
+    one. What a killed process leaves half-written is written over by the next one.
     """
-    partial_file = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}.partial")
+    partial_file = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial_file
@@ -175,23 +173,3 @@ def has_content(path: Path) -> bool:
         return path.stat().st_size > 0
     except FileNotFoundError:
         return False
-
-
-def remove_leftovers(folders: Iterable[Path]) -> None:
-    """Removes what ended processes of this machine left half-written."""
-    for folder in folders:
-        for file in folder.glob(f".*.{_HOST}-*.partial"):
-            pid = file.name.removesuffix(".partial").rpartition("-")[2]
-            if pid.isdigit() and not is_running(int(pid)):
-                file.unlink(missing_ok=True)
-
-
-def is_running(pid: int) -> bool:
-    """Whether another process of this number is running."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return pid != os.getpid()

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fcclip.data.catalog import root_folder
-from fcclip.data.datasets.folds import IGNORE_LABEL, NUM_FOLDS, Folds, check_counts
+from fcclip.data.datasets.folds import IGNORE_LABEL, NUM_FOLDS, Folds
 from fcclip.errors import InputError, MissingFileError
 from fcclip.files import write_atomically
 from fcclip.preparation.files import read_json
@@ -27,44 +25,34 @@ from fcclip.vocabulary import Vocabulary
 LARGE_PX = 2 * 32 * 32
 
 
-@dataclass(frozen=True)
-class FoldPreparation(Preparation):
-    """How masks and lists of one of the two are made.
+def prepare(preparation: Preparation, options: Namespace, *, folds: Folds, smallest: Mapping[str, int]) -> int:
+    """Masks where there are none, and the lists; returns the exit status.
 
     Args:
+        preparation: of the masks, whose annotations are `pixel_file`.
+        options: the command line.
         folds: the benchmark.
         smallest: kind -> pixels that a class needs in a mask.
-        images: kind -> images of the published set.
     """
-
-    folds: Folds | None = None
-    smallest: Mapping[str, int] | None = None
-    images: Mapping[str, int] | None = None
-
-    def published_count(self, split: str) -> int:
-        return self.images[split]
-
-
-def prepare(preparation: FoldPreparation, options: Namespace) -> int:
-    """Masks where there are none, and the lists; returns the exit status."""
     status = run(preparation, options)
-    if status or options.check:
+    if status:
         return status
     root = root_folder(options.root)
     for split in options.splits:
         content = read_json(root / preparation.annotations.path.format(split=split))
-        pairs = write_lists(preparation.folds, root, split, content["images"], preparation.smallest[split])
-        print(
-            f"{preparation.title}, {split}: " + ", ".join(f"fold {fold}: {pairs[fold]:,}" for fold in range(NUM_FOLDS))
-        )
-        for sentence in check_counts(preparation.folds, split, pairs):
-            print(f"warning: {sentence}", file=sys.stderr)
+        counts = write_lists(folds, root, split, content["images"], smallest[split])
+        print(f"{preparation.title}, {split}: pairs of the folds {', '.join(f'{count:,}' for count in counts)}")
+        for fold, (count, published) in enumerate(zip(counts, folds.counts[split])):
+            if count != published:
+                print(
+                    f"warning: {folds.name}: the list of fold {fold} ({split}) has {count:,} pairs, the published one "
+                    f"{published:,}; results are not comparable",
+                    file=sys.stderr,
+                )
     return 0
 
 
-def write_lists(
-    folds: Folds, root: Path, kind: str, images: Sequence[Mapping[str, Any]], smallest: int
-) -> Counter[int]:
+def write_lists(folds: Folds, root: Path, kind: str, images: Sequence[Mapping[str, Any]], smallest: int) -> list[int]:
     """Writes the list of each fold; returns the number of pairs of each.
 
     Args:
@@ -82,7 +70,7 @@ def write_lists(
         path.parent.mkdir(parents=True, exist_ok=True)
         content = "".join(own).encode()
         write_atomically(path, lambda file, content=content: file.write(content))
-    return Counter({fold: len(own) for fold, own in lines.items()})
+    return [len(own) for own in lines.values()]
 
 
 def class_pixels(mask: np.ndarray, folds: Folds, path: Path) -> dict[str, Any]:
@@ -109,7 +97,7 @@ def pixel_file(folds: Folds, program: str) -> AnnotationFile:
         return {"images": [{"id": task.name, **result} for task, result in zip(tasks, results, strict=True)]}
 
     path = f"{folds.name}/{{split}}.json"
-    return AnnotationFile(path, {"prepared_by": program}, assemble=assemble, inspect=lambda content, tasks: ())
+    return AnnotationFile(path, {"prepared_by": program}, assemble=assemble)
 
 
 def first_that(exists: Callable[[Path], bool], places: Sequence[Path], what: str) -> Path:

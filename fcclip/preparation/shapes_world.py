@@ -16,14 +16,10 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from fcclip.errors import InputError
-
 WORLD_VERSION = 1  # another number means other images for the same seed
 IMAGE_SIZE = 256
-MIN_AREA_SHARE, MAX_AREA_SHARE = (
-    0.0205,
-    0.115,
-)  # of the image, for the whole shape; the visible part obeys the lower bound as well
+# Of the image, for the whole shape; the visible part obeys the lower bound as well.
+MIN_AREA_SHARE, MAX_AREA_SHARE = 0.0205, 0.115
 MAX_EXTENT_PX = 88  # before turning and stretching
 MIN_VISIBLE_SHARE = 0.45  # of the shape
 MIN_GROUND_SHARE = 0.02  # of the image
@@ -39,14 +35,8 @@ COLOURS: dict[str, tuple[tuple[float, float, float], str]] = {  # name: (RGB, sy
     "pink": ((0.98, 0.52, 0.76), "rose"),
     "white": ((0.95, 0.95, 0.95), "ivory"),
 }
-SHAPES: dict[str, str] = {
-    "circle": "disc",
-    "square": "box",
-    "triangle": "",
-    "star": "",
-    "heart": "",
-    "cross": "plus",
-}  # name: synonym or nothing
+# Name: synonym, or nothing.
+SHAPES = {"circle": "disc", "square": "box", "triangle": "", "star": "", "heart": "", "cross": "plus"}
 GROUNDS: dict[str, str] = {
     "sand": "beach",
     "grass": "lawn",
@@ -95,26 +85,14 @@ def world_classes() -> tuple[WorldClass, ...]:
     """
     classes = []
     for (colour, (_, colour_synonym)), (shape, shape_synonym) in itertools.product(COLOURS.items(), SHAPES.items()):
-        synonyms = (
-            (f"{colour_synonym} {shape}", f"{colour} {shape_synonym}")
-            if shape_synonym
-            else (f"{colour_synonym} {shape}",)
-        )
+        synonyms = (f"{colour_synonym} {shape}",)
+        if shape_synonym:
+            synonyms += (f"{colour} {shape_synonym}",)
         seen = shape == "circle" if colour in CIRCLES_ONLY else (colour, shape) != ALSO_UNSEEN
         classes.append(WorldClass(len(classes) + 1, f"{colour} {shape}", synonyms, True, seen, colour, shape))
     for ground, synonym in GROUNDS.items():
         classes.append(WorldClass(len(classes) + 1, ground, (synonym,), False, ground not in UNSEEN_GROUNDS))
     return tuple(classes)
-
-
-def vocabulary_json(*, seen_only: bool) -> dict:
-    """The world's vocabulary as the content of a vocabulary file."""
-    classes = [c for c in world_classes() if c.seen or not seen_only]
-    return {
-        "name": "shapes_seen" if seen_only else "shapes",
-        "version": "1",
-        "classes": [{"id": c.id, "name": c.name, "synonyms": list(c.synonyms), "thing": c.thing} for c in classes],
-    }
 
 
 @dataclass(frozen=True)
@@ -249,12 +227,11 @@ def _outline(shape: str) -> np.ndarray:
         x = 16 * np.sin(t) ** 3
         y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         return np.stack([x / 15.5, -(y + 2.5) / 15.0], 1)
-    if shape == "cross":
-        a, b = 0.36, 1.05
-        return np.array(
-            [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]]
-        )
-    raise InputError(f"unknown shape '{shape}'; known: {', '.join(SHAPES)}")
+    assert shape == "cross", shape
+    a, b = 0.36, 1.05
+    return np.array(
+        [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]]
+    )
 
 
 def _shape_coverage(rng: np.random.Generator, shape: str) -> tuple[np.ndarray, np.ndarray]:
@@ -302,19 +279,15 @@ def _paint_shape(
         local @ np.array([math.cos(light), math.sin(light)], np.float32)
     ) * (2 / size)
     depth = cv2.distanceTransform((coverage > 0.5).astype(np.uint8), cv2.DIST_L2, 3)
-    shade *= 1 - 0.38 * np.clip(
-        1.6 - 0.5 * depth, 0, 1
-    )  # a dark rim, so that equal shapes stay apart where they overlap
+    shade *= 1 - 0.38 * np.clip(1.6 - 0.5 * depth, 0, 1)  # a dark rim: equal shapes stay apart where they overlap
     window = canvas[top : top + size, left : left + size]
     window += coverage[..., None] * (np.clip(rgb * shade[..., None], 0, 1) - window)
 
 
 def _cast_shadow(canvas: np.ndarray, coverage: np.ndarray, top: int, left: int) -> None:
-    size = coverage.shape[0]
-    shadow = cv2.GaussianBlur(np.pad(coverage, 8), (0, 0), 2.5)[
-        5 : 5 + size + 11, 5 : 5 + size + 11
-    ]  # reaches 3 px to the right and down
-    bottom, right = min(top + size + 11, IMAGE_SIZE), min(left + size + 11, IMAGE_SIZE)
+    reach = coverage.shape[0] + 11  # 3 px to the right and down
+    shadow = cv2.GaussianBlur(np.pad(coverage, 8), (0, 0), 2.5)[5 : 5 + reach, 5 : 5 + reach]
+    bottom, right = min(top + reach, IMAGE_SIZE), min(left + reach, IMAGE_SIZE)
     canvas[top:bottom, left:right] *= 1 - 0.35 * shadow[: bottom - top, : right - left, None]
 
 

@@ -8,7 +8,7 @@ oracle.py     true masks with predicted classes, and the other way round
 
 from fcclip.reports.external import LabelSource, PanopticSource, ResultsSource, SavedSource, evaluate_predictions
 from fcclip.reports.oracle import ORACLES
-from fcclip.reports.page import PageSet, write_page
+from fcclip.reports.page import write_page
 from fcclip.reports.zero_shot import (
     FAIL,
     MIOU_RULE,
@@ -27,7 +27,6 @@ __all__ = [
     "ORACLES",
     "LabelSource",
     "Outcome",
-    "PageSet",
     "PanopticSource",
     "Plan",
     "Report",

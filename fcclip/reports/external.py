@@ -16,14 +16,13 @@ import torch
 
 from fcclip.config import get_cfg
 from fcclip.data import Dataset, read_id_map, read_label_map
-from fcclip.data.segmentations import fill_polygons, has_area, read_run_lengths
+from fcclip.data.segmentations import read_run_lengths
 from fcclip.errors import InputError, MissingFileError
 from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.ground_truth import GroundTruth, in_order
 from fcclip.evaluation.panoptic import read_panoptic_file
 from fcclip.evaluation.predictions import SavedPredictions
 from fcclip.evaluation.runner import write_per_image
-from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import EvaluationThreads
 from fcclip.files import listed, read_json
 from fcclip.structures import Instances, boxes_of_masks
@@ -37,12 +36,10 @@ class Source(Protocol):
 
     Attributes:
         outputs: keys of `HEADS` that `read` gives.
-        tasks: results that they are good for; None: all.
         image_ids: images that there are predictions for.
     """
 
     outputs: tuple[str, ...]
-    tasks: tuple[str, ...] | None
     image_ids: Collection[Hashable]
 
     def read(self, image_id: Hashable) -> dict[str, Any]: ...
@@ -55,20 +52,16 @@ class SavedSource:
         FileNotFoundError, ValueError: there is nothing, or it belongs to another data set.
     """
 
-    tasks = None
-
     def __init__(self, folder: str | os.PathLike, *, dataset: Dataset) -> None:
-        self.saved = SavedPredictions(folder)
-        name, settings = self.saved.header["data_set"], self.saved.header["config"]
+        saved = SavedPredictions(folder)
+        name, settings = saved.header["data_set"], saved.header["config"]
         if name != dataset.name:
             raise InputError(f"the predictions in '{folder}' are of data set '{name}', not of '{dataset.name}'")
-        heads = dataset.evaluators
+        switches = {output: f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON" for output, head in HEADS.items()}
         self.outputs = tuple(
-            output
-            for output, head in HEADS.items()
-            if head in heads and settings[f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON"]
+            output for output, head in HEADS.items() if head in dataset.evaluators and settings[switches[output]]
         )
-        self.image_ids, self.read = self.saved.image_ids, self.saved.read
+        self.image_ids, self.read = saved.image_ids, saved.read
 
 
 class PanopticSource:
@@ -84,7 +77,7 @@ class PanopticSource:
         ValueError: not in the format, two predictions for an image, or a category that the data set does not have.
     """
 
-    outputs, tasks = ("panoptic_seg",), None
+    outputs = ("panoptic_seg",)
 
     def __init__(self, path: str | os.PathLike, folder: str | os.PathLike | None = None, *, dataset: Dataset) -> None:
         content, folder = read_panoptic_file(path, folder)
@@ -115,7 +108,9 @@ class PanopticSource:
 
 
 class ResultsSource:
-    """COCO results format: a list with a row for each instance, masks (`segmentation`) or boxes alone (`bbox`).
+    """COCO results format: a list with a row for each instance, whose `segmentation` is a run-length code.
+
+    Without a `bbox` an instance has that of its mask. An image without a row is one in which nothing was found.
 
     Args:
         path: the JSON; categories are the data set's own ids.
@@ -131,21 +126,17 @@ class ResultsSource:
     outputs = ("instances",)
 
     def __init__(self, path: str | os.PathLike, *, dataset: Dataset, records: Sequence[Mapping]) -> None:
-        self.path = Path(path)
         rows = read_json(path, what="COCO results file")
         if not isinstance(rows, list):
             raise InputError(f"{path} is not a list of instances; expected the COCO results format")
         class_of = dataset.metadata.get("thing_dataset_id_to_contiguous_id", {})
         self._sizes = {record["image_id"]: (record["height"], record["width"]) for record in records}
-        self._rows: dict[Hashable, list[dict]] = {}
+        self._rows: dict[Hashable, list[dict]] = {image_id: [] for image_id in self._sizes}
         self.image_ids = self._rows.keys()
-        with_masks = bool(rows) and isinstance(rows[0], Mapping) and "segmentation" in rows[0]
-        self.tasks = None if with_masks else ("bbox",)
-        keys = ("image_id", "category_id", "score", "segmentation" if with_masks else "bbox")
         for number, row in enumerate(rows):
-            lacking = [key for key in keys if not isinstance(row, Mapping) or key not in row]
-            if lacking:
-                raise InputError(f"{path}: row {number} has no '{lacking[0]}'; expected the COCO results format")
+            for key in ("image_id", "category_id", "score", "segmentation"):
+                if not isinstance(row, Mapping) or key not in row:
+                    raise InputError(f"{path}: row {number} has no '{key}'; expected the COCO results format")
             where = f"{path}: row {number} (image {row['image_id']!r})"
             if not isinstance(row["score"], (int, float)) or not math.isfinite(row["score"]):
                 raise InputError(f"{where} has the score {row['score']!r}; expected a finite number")
@@ -156,8 +147,10 @@ class ResultsSource:
         rows, size = self._rows[image_id], self._sizes[image_id]
         masks = np.zeros((len(rows), *size), bool)
         for mask, row in zip(masks, rows):
-            if "segmentation" in row:
-                _fill(mask, row["segmentation"], row["where"])
+            try:
+                mask[:] = read_run_lengths([row["segmentation"]], size)[0]
+            except (TypeError, ValueError) as error:
+                raise InputError(f"{row['where']}: its segmentation cannot be read: {error}") from error
         pred_masks = torch.from_numpy(masks)
         boxes = boxes_of_masks(pred_masks).double()
         for box, row in zip(boxes, rows):
@@ -173,26 +166,15 @@ class ResultsSource:
         return {"instances": instances}
 
 
-def _fill(mask: np.ndarray, segmentation: Mapping | Sequence, where: str) -> None:
-    """Sets the pixels of a run-length code or of polygons in a (h, w) bool mask."""
-    try:
-        if isinstance(segmentation, Mapping):
-            mask[:] = read_run_lengths([segmentation], mask.shape)[0]
-        else:
-            fill_polygons([np.reshape(polygon, (-1, 2)) for polygon in segmentation if has_area(polygon)], mask)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{where}: its segmentation cannot be read: {error}") from error
-
-
 class LabelSource:
-    """A folder of label maps, one an image, named like the image (its image id or its label map will do too).
+    """A folder of label maps, one an image, named like the image or its image id.
+
+    Pixels with the data set's ignore label have no class.
 
     Args:
         folder: is searched with everything below it.
         dataset: that the predictions are for.
         records: its records.
-        offset: value of class 0.
-        ignore: value of pixels without a class; None: there are none.
         own_ids: the values are the data set's own ids (Cityscapes' label ids), not 0..K-1.
         suffix: what file names have after the name of the image, such as `_pred`.
 
@@ -201,7 +183,7 @@ class LabelSource:
         ValueError: files of unknown images, or two for one image.
     """
 
-    outputs, tasks = ("sem_seg",), None
+    outputs = ("sem_seg",)
 
     def __init__(
         self,
@@ -209,23 +191,24 @@ class LabelSource:
         *,
         dataset: Dataset,
         records: Sequence[Mapping],
-        offset: int = 0,
-        ignore: int | None = None,
         own_ids: bool = False,
         suffix: str = "",
     ) -> None:
         folder = Path(folder)
         if not folder.is_dir():
             raise MissingFileError(f"folder '{folder}' does not exist; expected a label map for each image in it")
-        self.num_classes, self.name = len(dataset.metadata["stuff_classes"]), dataset.name
+        self.name, num_classes = dataset.name, len(dataset.metadata["stuff_classes"])
         ids = dataset.metadata.get("stuff_dataset_id_to_contiguous_id") if own_ids else None
         if own_ids and not ids:
             raise InputError(f"data set '{dataset.name}' has no class ids of its own; its classes are 0..K-1")
-        self.class_of = ids or {offset + index: index for index in range(self.num_classes)}
-        self.ignore = ignore
+        classes = ids or {index: index for index in range(num_classes)}
+        ignore_label = dataset.metadata.get("ignore_label", 255)
+        self.class_of = {ignore_label: num_classes, **classes}
+        self.expected = f"{num_classes} classes, {min(classes)}..{max(classes)}; {ignore_label} means no class"
         self._files: dict[Hashable, Path] = {}
         self.image_ids = self._files.keys()
-        known = _ids_by_name(records)
+        names = {Path(record["file_name"]).stem: record["image_id"] for record in records}
+        known = {str(record["image_id"]): record["image_id"] for record in records} | names
         unknown = []
         for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in LABEL_FILES):
             image_id = known.get(path.stem.removesuffix(suffix))
@@ -238,30 +221,26 @@ class LabelSource:
         if unknown:
             raise InputError(
                 f"{folder}: {len(unknown)} files belong to no image of '{dataset.name}': {listed(unknown)}; expected "
-                f"names like {', '.join(list(known)[:2])}{f' + {suffix}' if suffix else ''}"
+                f"names like {', '.join(list(names)[:2])}{f' + {suffix}' if suffix else ''}"
             )
 
     def read(self, image_id: Hashable) -> dict[str, Any]:
         path = self._files[image_id]
         values, position = np.unique(read_label_map(path), return_inverse=True)
-        classes = [
-            self.num_classes if value == self.ignore else self.class_of.get(value, -1) for value in values.tolist()
-        ]
-        strange = [value for value, index in zip(values.tolist(), classes) if index == -1]
+        strange = [value for value in values.tolist() if value not in self.class_of]
         if strange:
-            expected = f"{min(self.class_of)}..{max(self.class_of)}"
             raise InputError(
-                f"{path}: the values {listed(strange)} are not classes of '{self.name}' ({self.num_classes} classes, "
-                f"{expected}). --label-offset says which value class 0 has, --label-ignore which one means no class."
+                f"{path}: the values {listed(strange)} are not classes of '{self.name}' ({self.expected}). "
+                "--label-ids says whether the values are the data set's own ids."
             )
-        return {"sem_seg": np.array(classes, np.int32)[position].reshape(position.shape)}
+        classes = np.array([self.class_of[value] for value in values.tolist()], np.int32)
+        return {"sem_seg": classes[position].reshape(position.shape)}
 
 
 def evaluate_predictions(
     dataset: Dataset,
     sources: Sequence[Source],
     *,
-    missing: str = "error",
     seen: Sequence[bool] | None = None,
     output_dir: str | os.PathLike | None = None,
     max_images: int | None = None,
@@ -271,7 +250,6 @@ def evaluate_predictions(
     Args:
         dataset: its ground truth.
         sources: predictions, each for other outputs.
-        missing: "error", or "empty": images without a prediction count as if nothing was found in them.
         seen: (K,) whether training knew the class; None when unknown.
         output_dir: files go to its folder named like the data set; None: no files.
         max_images: only the first images of the data set; None: all.
@@ -283,30 +261,24 @@ def evaluate_predictions(
         ValueError: predictions for unknown images, missing ones, two sources for one output, an output that the data
             set is not evaluated for, and what the evaluators refuse.
     """
-    if missing not in ("error", "empty"):
-        raise InputError(f"missing must be 'error' or 'empty', got {missing!r}")
     records = dataset.records()
     if not records[:max_images]:
         raise InputError(f"data set '{dataset.name}' has no images to evaluate (max_images: {max_images})")
     outputs = [output for source in sources for output in source.outputs]
     _check_outputs(outputs, dataset)
     for source in sources:
-        _check_images(source, records, dataset.name, records[:max_images] if missing == "error" else ())
+        _check_images(source, records, dataset.name, records[:max_images])
     cfg = get_cfg()
     for output, head in HEADS.items():
         cfg.MODEL.MASK_FORMER.TEST[f"{head.upper()}_ON"] = output in outputs
     folder = None if output_dir is None else Path(output_dir) / dataset.name
     (evaluators,) = build_evaluators(cfg, dataset, modes=["predictions"], seen=seen, folder=folder).values()
-    for evaluator in evaluators:
-        if isinstance(evaluator, SemanticEvaluator):
-            evaluator.gaps = True
     ignore_label = dataset.metadata.get("ignore_label", 255)
     with EvaluationThreads({"": evaluators}) as threads:
         for record in records[:max_images]:
-            output, image_id = {}, record["image_id"]
+            output = {}
             for source in sources:
-                is_missing = image_id not in source.image_ids
-                output |= nothing_found(record, source, dataset) if is_missing else source.read(image_id)
+                output |= source.read(record["image_id"])
             threads.process(GroundTruth(record, ignore_label), {"": output})
     results: dict[str, dict[str, float]] = {}
     for evaluator in evaluators:
@@ -314,48 +286,25 @@ def evaluate_predictions(
         evaluator.save()
     if folder is not None:
         write_per_image(folder, evaluators)
-    for source in sources:
-        if source.tasks is not None:
-            del results["segm"]
     return results
-
-
-def nothing_found(record: Mapping, source: Source, dataset: Dataset) -> dict[str, Any]:
-    """What a model gives that finds nothing in an image."""
-    size = (record["height"], record["width"])
-    none = Instances(
-        scores=torch.zeros(0),
-        pred_classes=torch.zeros(0, dtype=torch.int64),
-        pred_masks=torch.zeros(0, *size, dtype=torch.bool),
-        pred_boxes=torch.zeros(0, 4),
-    )
-    empty = {
-        "panoptic_seg": (np.zeros(size, np.int32), []),
-        "sem_seg": np.full(size, len(dataset.metadata["stuff_classes"]), np.int32),
-        "instances": none,
-    }
-    return {output: empty[output] for output in source.outputs}
 
 
 def _check_outputs(outputs: Sequence[str], dataset: Dataset) -> None:
     if not outputs:
         raise InputError(f"data set '{dataset.name}': there are no predictions to evaluate")
-    kind = dataset.metadata["evaluator_type"]
-    heads = dataset.evaluators
     for output in outputs:
         if outputs.count(output) > 1:
             raise InputError(f"data set '{dataset.name}': two sources give '{output}'; leave one out")
-        if HEADS[output] not in heads:
+        if HEADS[output] not in dataset.evaluators:
             raise InputError(
-                f"data set '{dataset.name}' ({kind}) is evaluated for {', '.join(heads)}; it has no ground truth for "
-                f"{HEADS[output]} predictions"
+                f"data set '{dataset.name}' is evaluated for {', '.join(dataset.evaluators)}; it has no ground truth "
+                f"for {HEADS[output]} predictions"
             )
 
 
 def _check_images(source: Source, records: Sequence[Mapping], name: str, needed: Sequence[Mapping]) -> None:
     """Refuses predictions for images that are not in `records`, and the lack of one for an image in `needed`."""
-    known = {record["image_id"] for record in records}
-    unknown = in_order(set(source.image_ids) - known)
+    unknown = in_order(set(source.image_ids) - {record["image_id"] for record in records})
     if unknown:
         example, hint = records[0]["image_id"], ""
         if type(unknown[0]) is not type(example):
@@ -368,7 +317,7 @@ def _check_images(source: Source, records: Sequence[Mapping], name: str, needed:
     if missing:
         raise InputError(
             f"{len(missing)} of {len(needed)} images of '{name}' have no {' or '.join(source.outputs)} prediction: "
-            f"image_id {listed(map(repr, missing))}. --missing empty counts them as images in which nothing was found."
+            f"image_id {listed(map(repr, missing))}"
         )
 
 
@@ -379,15 +328,3 @@ def _class_of(entry: Mapping, class_of: Mapping[int, int], where: str, name: str
         known = sorted(class_of)
         ids = f"{len(known)} ids, {known[0]}..{known[-1]}" if known else "it has none"
         raise InputError(f"{where}: category {entry.get('category_id')!r} is not one of '{name}' ({ids})") from None
-
-
-def _ids_by_name(records: Sequence[Mapping]) -> dict[str, Hashable]:
-    """Names that an image's label map may have -> image id."""
-    names: dict[str, Hashable] = {}
-    for key in ("file_name", "sem_seg_file_name", "pan_seg_file_name"):
-        for record in records:
-            if record.get(key) is not None:
-                names.setdefault(Path(record[key]).stem, record["image_id"])
-    for record in records:
-        names.setdefault(str(record["image_id"]), record["image_id"])
-    return names

@@ -5,31 +5,26 @@ features inside the true mask; the decoder's opinion is that of the query whose 
 wrong is classification.
 
 `classes`: every predicted segment gets the class of the ground-truth segment that it overlaps most, if their
-intersection over union is more than 0.5; else it keeps its own. Segments are those of the panoptic map, instances, or
-in a semantic map the pixels of one class. What remains wrong is segmentation.
+intersection over union is more than 0.5; else it keeps its own. Segments are those of the panoptic map, or in a
+semantic map the pixels of one class. What remains wrong is segmentation.
+
+Both give panoptic and semantic maps; instances have no oracle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import pycocotools.mask
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fcclip.data import Dataset
-from fcclip.data.segmentations import compressed, has_area
-from fcclip.errors import InputError
-from fcclip.evaluation.ground_truth import Evaluator, GroundTruth
+from fcclip.evaluation.ground_truth import GroundTruth
 from fcclip.evaluation.histograms import as_array, compact, joint_histogram
-from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.modeling import FCCLIP, Ensemble, ScoredMasks
-from fcclip.modeling.outputs import OutputSettings
-from fcclip.structures import Instances, boxes_of_masks
 from fcclip.vocabulary import Vocabulary
 
 MIN_IOU = 0.5
@@ -38,71 +33,42 @@ MIN_IOU = 0.5
 # ---- true classes ----
 
 
-class TrueClassEvaluator(Evaluator):
-    """An evaluator that sees predictions with true classes.
+class TrueClassModel:
+    """A model whose segments have their true classes; has `score` and `outputs` like the model.
 
     Args:
-        evaluator: what looks at them; everything but `measure` is its own.
-        thing_classes: contiguous indices of the countable classes.
-        ignore_label: value of pixels without a class in label maps.
+        model: is used, not copied.
+        ground_truth_of: image id -> ground truth.
+        dataset: says which label is ignored.
     """
 
-    def __init__(self, evaluator: Evaluator, *, thing_classes: Collection[int], ignore_label: int) -> None:
-        self.evaluator, self.thing_classes, self.ignore_label = evaluator, frozenset(thing_classes), ignore_label
+    name = "classes"
 
-    def measure(self, ground_truth: GroundTruth, output: Mapping) -> Any:
-        return self.evaluator.measure(
-            ground_truth, _TrueClasses(ground_truth, output, self.thing_classes, self.ignore_label)
-        )
+    def __init__(self, model: Any, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> None:
+        self.source, self.ground_truth_of = model, ground_truth_of
+        self.ignore_label = dataset.metadata.get("ignore_label", 255)
 
-    def keep(self, image_id: int | str, measured: Any) -> None:
-        self.evaluator.keep(image_id, measured)
+    def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary) -> list[tuple[GroundTruth, Vocabulary, Any]]:
+        """Ground truth, classes and what the model says, of each image."""
+        return [
+            (self.ground_truth_of(sample["image_id"]), vocabulary, scored)
+            for sample, scored in zip(inputs, self.source.score(inputs, vocabulary))
+        ]
 
-    @property
-    def per_image(self) -> dict:
-        return self.evaluator.per_image
-
-    def state(self) -> Any:
-        return self.evaluator.state()
-
-    def merge(self, state: Any) -> None:
-        self.evaluator.merge(state)
-
-    def results(self) -> dict[str, dict[str, float]]:
-        return self.evaluator.results()
-
-    def save(self) -> None:
-        self.evaluator.save()
-
-
-class _TrueClasses(Mapping):
-    """The outputs of an image; each gets its true classes when it is asked for."""
-
-    def __init__(
-        self, ground_truth: GroundTruth, output: Mapping, thing_classes: frozenset[int], ignore_label: int
-    ) -> None:
-        self.ground_truth, self.output = ground_truth, output
-        self.thing_classes, self.ignore_label = thing_classes, ignore_label
-
-    def __getitem__(self, key: str) -> Any:
-        value = self.output[key]
-        if key == "panoptic_seg":
-            ground_truth = self.ground_truth
-            return true_panoptic(*value, ground_truth.id_map, ground_truth.segments, thing_classes=self.thing_classes)
-        if key == "sem_seg":
-            return true_labels(value, self.ground_truth.labels, ignore_label=self.ignore_label)
-        if key == "instances":
-            classes, masks = self.ground_truth.once(
-                "true instances", lambda: true_masks(self.ground_truth, self.thing_classes)
+    def outputs(self, scored: tuple[GroundTruth, Vocabulary, Any], **options: Any) -> dict[str, Any]:
+        """As the model's, with true classes."""
+        ground_truth, vocabulary, own = scored
+        outputs = self.source.outputs(own, **options)
+        if "panoptic_seg" in outputs:
+            outputs["panoptic_seg"] = true_panoptic(
+                *outputs["panoptic_seg"],
+                ground_truth.id_map,
+                ground_truth.segments,
+                thing_classes=vocabulary.thing_classes,
             )
-            return true_instances(value, classes, masks)
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.output)
-
-    def __len__(self) -> int:
-        return len(self.output)
+        if "sem_seg" in outputs:
+            outputs["sem_seg"] = true_labels(outputs["sem_seg"], ground_truth.labels, ignore_label=self.ignore_label)
+        return outputs
 
 
 def true_panoptic(
@@ -123,14 +89,14 @@ def true_panoptic(
         thing_classes: contiguous indices.
     """
     ids = as_array(id_map)
-    class_of = {one["id"]: one["category_id"] for one in truth}
+    class_of = {segment["id"]: segment["category_id"] for segment in truth}
     best = _best_matches(truth_map, ids, first=class_of.keys())
-    found = []
+    corrected = []
     for segment in segments:
         match = best.get(segment["id"])
         index = segment["category_id"] if match is None else class_of[match]
-        found.append({**segment, "category_id": index, "isthing": index in thing_classes})
-    return ids, found
+        corrected.append({**segment, "category_id": index, "isthing": index in thing_classes})
+    return ids, corrected
 
 
 def true_labels(labels: np.ndarray | Tensor, truth: np.ndarray, *, ignore_label: int) -> np.ndarray:
@@ -146,61 +112,6 @@ def true_labels(labels: np.ndarray | Tensor, truth: np.ndarray, *, ignore_label:
     best = _best_matches(truth[counted][None], labels[counted][None], first=present)
     values, position = compact(labels)
     return np.array([best.get(value, value) for value in values.tolist()], labels.dtype)[position]
-
-
-def true_instances(instances: Instances, truth_classes: np.ndarray, truth_masks: Tensor) -> Instances:
-    """Predicted instances with true classes; of several with one mask and one class the best scored stays.
-
-    Args:
-        instances: n predictions.
-        truth_classes: (m,) int.
-        truth_masks: (m, h, w) bool; may overlap.
-    """
-    masks = instances.pred_masks.detach().cpu()
-    classes = instances.pred_classes.detach().cpu().clone()
-    if len(masks) and len(truth_classes):
-        flat = truth_masks.flatten(1).float()
-        common = _unique_product(masks, flat)  # (n, m)
-        size, truth_size = masks.flatten(1).sum(1, dtype=torch.float32), flat.sum(1)
-        iou = common / (size[:, None] + truth_size[None] - common).clamp(min=1)
-        value, row = iou.max(1)
-        matched = value > MIN_IOU
-        classes[matched] = torch.as_tensor(truth_classes, dtype=classes.dtype)[row[matched]]
-    order = instances.scores.detach().cpu().sort(descending=True, stable=True).indices.tolist()
-    content = [np.packbits(mask).tobytes() for mask in masks.numpy()]
-    first = {}
-    for index in order:
-        first.setdefault((content[index], int(classes[index])), index)
-    kept = torch.tensor(sorted(first.values()), dtype=torch.int64)
-    return Instances(
-        scores=instances.scores.detach().cpu()[kept],
-        pred_classes=classes[kept],
-        pred_masks=masks[kept],
-        pred_boxes=instances.pred_boxes.detach().cpu()[kept],
-    )
-
-
-def true_masks(ground_truth: GroundTruth, thing_classes: Collection[int]) -> tuple[np.ndarray, Tensor]:
-    """((m,) int classes, (m, h, w) bool masks) of the true instances of an image. Crowds are among
-    them: what lies on one is then excused, as it should be."""
-    record = ground_truth.record
-    if "segments_info" in record:
-        chosen = [one for one in ground_truth.segments if one["category_id"] in thing_classes]
-        masks = [ground_truth.id_map == one["id"] for one in chosen]
-    else:
-        chosen = record.get("annotations", ())
-        masks = [_mask_of(one["segmentation"], record["height"], record["width"]) for one in chosen]
-    classes = np.array([one["category_id"] for one in chosen], np.int64)
-    size = (record["height"], record["width"])
-    return classes, torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *size), bool))
-
-
-def _mask_of(segmentation: Mapping | Sequence, height: int, width: int) -> np.ndarray:
-    if isinstance(segmentation, Mapping):
-        return pycocotools.mask.decode(compressed(segmentation)).astype(bool)
-    polygons = [one for one in segmentation if has_area(one)]
-    code = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, height, width))
-    return pycocotools.mask.decode(code).astype(bool)
 
 
 def _best_matches(truth: np.ndarray, predicted: np.ndarray, *, first: Collection[int]) -> dict[int, int]:
@@ -219,73 +130,15 @@ def _best_matches(truth: np.ndarray, predicted: np.ndarray, *, first: Collection
     }
 
 
-def _unique_product(masks: Tensor, flat: Tensor) -> Tensor:
-    """Common pixels of (n, h, w) masks and (m, hw) others, (n, m) float; equal masks are multiplied once."""
-    content = [np.packbits(mask).tobytes() for mask in masks.numpy()]
-    row_of = {key: row for row, key in enumerate(dict.fromkeys(content))}
-    rows = torch.tensor([row_of[key] for key in content])
-    one_of = torch.tensor([content.index(key) for key in row_of])
-    return (masks[one_of].flatten(1).float() @ flat.T)[rows]
-
-
-class TrueClasses:
-    """The oracle `classes`: predictions of the model, with true classes."""
-
-    name, predicts = "classes", False
-
-    def model(self, model: Any, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> Any:
-        """The model itself."""
-        return model
-
-    def evaluators(self, evaluators: Sequence[Evaluator], dataset: Dataset, vocabulary: Vocabulary) -> list[Evaluator]:
-        """Evaluators that see true classes."""
-        ignore_label = dataset.metadata.get("ignore_label", 255)
-        options = {"thing_classes": vocabulary.thing_classes, "ignore_label": ignore_label}
-        return [TrueClassEvaluator(evaluator, **options) for evaluator in evaluators]
-
-
 # ---- true masks ----
 
 
-class TrueMasks:
-    """The oracle `masks`: the model's classes of true masks."""
+class ScoredSegments(NamedTuple):
+    """The true segments of an image, scored."""
 
-    name, predicts = "masks", True
-
-    def model(
-        self, model: FCCLIP, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset
-    ) -> TrueMaskModel:
-        """What classifies true masks."""
-        ignore_label = dataset.metadata.get("ignore_label", 255)
-        return TrueMaskModel(model, ground_truth_of=ground_truth_of, ignore_label=ignore_label)
-
-    def evaluators(self, evaluators: Sequence[Evaluator], dataset: Dataset, vocabulary: Vocabulary) -> list[Evaluator]:
-        """The same, which now allow pixels without a class."""
-        for evaluator in evaluators:
-            if isinstance(evaluator, SemanticEvaluator):
-                evaluator.gaps = True
-        return list(evaluators)
-
-
-ORACLES = {oracle.name: oracle for oracle in (TrueMasks(), TrueClasses())}
-
-
-@dataclass(frozen=True)
-class ScoredSegments:
-    """The true segments of an image, scored.
-
-    Args:
-        ground_truth: of the image.
-        id_map: (h, w) int.
-        ids: of the n segments to classify.
-        scored: their masks with both opinions; None where there is no segment.
-        vocabulary: the classes.
-    """
-
-    ground_truth: GroundTruth
-    id_map: np.ndarray
-    ids: Sequence[int]
-    scored: ScoredMasks | None
+    id_map: np.ndarray  # (h, w) int
+    ids: Sequence[int]  # of the n segments to classify
+    scored: ScoredMasks | None  # their masks with both opinions; None where there is no segment
     vocabulary: Vocabulary
 
 
@@ -295,16 +148,17 @@ class TrueMaskModel:
     Args:
         model: is used, not copied.
         ground_truth_of: image id -> ground truth.
-        ignore_label: value of pixels without a class in label maps.
+        dataset: says which label is ignored.
     """
 
-    def __init__(
-        self, model: FCCLIP, *, ground_truth_of: Callable[[int | str], GroundTruth], ignore_label: int
-    ) -> None:
-        self.source, self.ground_truth_of, self.ignore_label = model, ground_truth_of, ignore_label
+    name = "masks"
+
+    def __init__(self, model: FCCLIP, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> None:
+        self.source, self.ground_truth_of = model, ground_truth_of
+        self.ignore_label = dataset.metadata.get("ignore_label", 255)
 
     @torch.no_grad()
-    def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary | None = None) -> list[ScoredSegments]:
+    def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary) -> list[ScoredSegments]:
         """As the model's, with true masks."""
         return [
             self._score(self.ground_truth_of(sample["image_id"]), own)
@@ -321,7 +175,7 @@ class TrueMaskModel:
             at_dense = coverage(id_map, ids, *sizes, tuple(own.dense.shape[-2:])).to(device)
             queries = best_queries(masks.mask_logits > 0, inside(at_masks))
             scored = self.source.score_masks(own, queries, torch.where(inside(at_dense), 20.0, -20.0))
-        return ScoredSegments(ground_truth, id_map, ids, scored, own.vocabulary)
+        return ScoredSegments(id_map, ids, scored, own.vocabulary)
 
     def _segments(self, ground_truth: GroundTruth) -> tuple[np.ndarray, list[int]]:
         """(h, w) int ids and those of the segments to classify: of the panoptic annotation, crowds too, or of each
@@ -329,10 +183,6 @@ class TrueMaskModel:
         if "segments_info" in ground_truth.record:
             present = set(compact(ground_truth.id_map)[0].tolist())
             return ground_truth.id_map, [segment["id"] for segment in ground_truth.segments if segment["id"] in present]
-        if not ground_truth.record.get("sem_seg_file_name"):
-            raise InputError(
-                f"image {ground_truth.image_id!r} has neither segments nor a label map; true masks need one of them"
-            )
         labels = ground_truth.labels
         return labels, [value for value in compact(labels)[0].tolist() if value != self.ignore_label]
 
@@ -343,10 +193,10 @@ class TrueMaskModel:
         *,
         heads: Sequence[str],
         ensemble: Ensemble | tuple[float, float] | None = None,
-        semantic: str = "labels",
-        settings: OutputSettings | None = None,
+        **_: Any,
     ) -> dict[str, Any]:
-        """As the model's; pixels without a true segment have class K in semantic maps."""
+        """Panoptic map and labels; pixels without a true segment have class K. Other options of the model's `outputs`
+        do not concern it."""
         ids, num_classes, things = scored.ids, len(scored.vocabulary), set(scored.vocabulary.thing_classes)
         scores, classes = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
         if ids:
@@ -368,17 +218,6 @@ class TrueMaskModel:
                     for index, (category, score, area) in rows
                 ],
             )
-        if "instances" in heads:
-            segments = scored.ground_truth.record.get("segments_info", ())
-            crowds = {segment["id"] for segment in segments if segment.get("iscrowd", 0)}
-            chosen = [
-                index
-                for index, (segment_id, category) in enumerate(zip(ids, classes.tolist()))
-                if category in things and segment_id not in crowds
-            ]
-            masks = [numbers == index + 1 for index in chosen]
-            masks = torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *numbers.shape), bool))
-            outputs["instances"] = Instances(scores[chosen], classes[chosen], masks, boxes_of_masks(masks))
         return outputs
 
 
@@ -426,3 +265,6 @@ def _nearest(id_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(h, w) -> size, the value at the centre of each pixel."""
     rows, columns = (((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in zip(size, id_map.shape))
     return id_map[rows[:, None], columns[None]]
+
+
+ORACLES = {oracle.name: oracle for oracle in (TrueMaskModel, TrueClassModel)}

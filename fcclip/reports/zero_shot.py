@@ -140,8 +140,13 @@ def _place(dataset: Dataset) -> str:
 
 def backbone_of(cfg: CfgNode) -> dict[str, Any] | None:
     """The published backbone that a config builds; None: none of them."""
+    built = (cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME)
     backbones = published_results()["backbones"]
-    return next((entry for entry in backbones if entry["clip"] == cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME), None)
+    return next((entry for entry in backbones if (_architecture(entry), entry["clip"]) == built), None)
+
+
+def _architecture(backbone: Mapping[str, Any]) -> str:
+    return backbone.get("architecture", "FCCLIP")
 
 
 _published_config = functools.cache(load_config)
@@ -155,34 +160,44 @@ def backbone_of_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Any] |
     """
     projection = shapes.get("sem_seg_head.pixel_decoder.input_proj.0.0.weight", ())
     void = shapes.get("void_embedding.weight", ())
+    architecture = "FrozenSeg" if any("_attention_layers_sam." in key for key in shapes) else "FCCLIP"
     for backbone in published_results()["backbones"]:
+        if _architecture(backbone) != architecture:
+            continue
         if list(projection[1:2]) == [backbone["res5_channels"]] and list(void[-1:]) == [backbone["embed_dim"]]:
             return backbone
     return None
 
 
-def differences(
-    plan: Plan, *, vocabulary: Vocabulary, training: Vocabulary | None, num_images: int, extra: Sequence[str] = ()
-) -> list[str]:
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the evaluation of a data set."""
+
+    plan: Plan
+    vocabulary: Vocabulary  # what was looked for
+    num_images: int  # that were evaluated
+    results: Modes
+
+
+def differences(outcome: Outcome, *, training: Vocabulary | None, extra: Sequence[str] = ()) -> list[str]:
     """Why the figures of a data set cannot be compared with the published ones; empty: they can.
 
     Args:
-        plan: the data set and its config.
-        vocabulary: what was looked for.
+        outcome: of the data set.
         training: what the model was trained on.
-        num_images: that were evaluated.
         extra: further reasons.
     """
+    plan = outcome.plan
     known, backbone = benchmark(plan.dataset.name), backbone_of(plan.cfg)
     if known is None:
         return ["nothing was published for this data set"]
     reasons = []
-    if not vocabulary.is_published:
+    if not outcome.vocabulary.is_published:
         reasons.append("vocabulary: fcclip (not the published one)")
     if training is not None and not training.is_published:
         reasons.append("vocabulary of the training: fcclip (not the published one)")
-    if num_images != plan.dataset.published_count:
-        reasons.append(f"{num_images} images, published {plan.dataset.published_count}")
+    if outcome.num_images != plan.dataset.published_count:
+        reasons.append(f"{outcome.num_images} images, published {plan.dataset.published_count}")
     if backbone is None:
         reasons.append(f"no published figures for the CLIP '{plan.cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
     else:
@@ -249,7 +264,7 @@ def cells_of(
         task, metric, tolerance = place["task"], place["metric"], place["tolerance"]
         published = math.nan
         if backbone is not None:
-            rounded = backbone["table"][name][column]
+            rounded = backbone["table"].get(name, {}).get(column, math.nan)
             published = backbone["log"].get(name, {}).get(task, {}).get(metric, rounded)
         cell = Cell(name, label, column, task, metric, _values(modes, task, metric), published, tolerance)
         if not modes:
@@ -350,29 +365,26 @@ class Report:
 
     def markdown(self) -> str:
         """The same as a Markdown file, with a line for each figure."""
-        head = [f"{cell.label} {cell.column}" for cell in self.cells]
+        columns = ["data set", "figure", "here", "published", "difference", "tolerance", "verdict"]
         figures = [
             [
-                *_figure(cell.data_set, cell.task, cell.metric, cell.here, cell.published),
+                cell.data_set,
+                f"{cell.task}/{cell.metric}",
+                _number(cell.here),
+                _number(cell.published),
+                _signed(cell.difference, 2),
                 _number(cell.tolerance),
                 cell.verdict,
             ]
             for cell in self.cells
         ]
-        logged = [
-            _figure(name, figure["task"], figure["metric"], figure["here"], figure["published"])
-            for name, content in self.sets.items()
-            for figure in content.get("log", ())
-        ]
-        columns = ["data set", "figure", "here", "published", "difference", "tolerance", "verdict"]
-        lines = ["# Zero-shot evaluation", "", f"Verdict: **{self.verdict}**", ""]
-        lines += _markdown_table(["", *head], [[name, *values] for name, values in self.rows()])
-        lines += ["", *_markdown_table(columns, figures)]
-        if logged:
-            lines += ["", "All figures of the published log:", "", *_markdown_table(columns[:5], logged)]
+        head = ["", *(f"{cell.label} {cell.column}" for cell in self.cells)]
         notes = {f"not comparable: {name}": "; ".join(why) for name, why in self.reasons.items() if why}
-        lines += ["", *(f"- **{name}**: {text}" for name, text in (notes | self._missing_and_notes()).items()), ""]
-        return "\n".join(lines)
+        lines = ["# Zero-shot evaluation", "", f"Verdict: **{self.verdict}**", ""]
+        lines += [*_markdown_table(head, [[name, *values] for name, values in self.rows()]), ""]
+        lines += [*_markdown_table(columns, figures), ""]
+        lines += [f"- **{name}**: {text}" for name, text in (notes | self._missing_and_notes()).items()]
+        return "\n".join([*lines, ""])
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values, null where undefined."""
@@ -388,16 +400,6 @@ class Report:
                 "notes": self.notes,
             }
         )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of the evaluation of a data set."""
-
-    plan: Plan
-    vocabulary: Vocabulary  # what was looked for
-    num_images: int  # that were evaluated
-    results: Modes
 
 
 def report_of(
@@ -422,9 +424,7 @@ def report_of(
     cells, reasons, sets, vocabularies = {}, {}, {}, {}
     for outcome in outcomes:
         name, vocabulary, results = outcome.plan.dataset.name, outcome.vocabulary, outcome.results
-        reasons[name] = differences(
-            outcome.plan, vocabulary=vocabulary, training=training, num_images=outcome.num_images, extra=changes
-        )
+        reasons[name] = differences(outcome, training=training, extra=changes)
         cells[name] = cells_of(name, results, backbone=backbone, reasons=reasons[name])
         sets[name] = {
             "images": outcome.num_images,
@@ -450,25 +450,19 @@ def report_of(
     )
 
 
-def columns_of_sets(cells: Sequence[Cell]) -> list[list[int]]:
-    """The indices of the cells of each data set."""
-    columns: dict[str, list[int]] = {}
-    for index, cell in enumerate(cells):
-        columns.setdefault(cell.data_set, []).append(index)
-    return list(columns.values())
-
-
-def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]], *, width: int = WIDTH) -> list[str]:
-    """The rows as lines of text, data sets side by side and in further blocks below where they do not fit.
+def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]]) -> list[str]:
+    """The rows as lines of text, data sets side by side and in further blocks below where they do not fit into `WIDTH`.
 
     Args:
         cells: what the columns are, those of a data set together.
         rows: (name, text of each cell).
-        width: columns of the text; a single data set may take more.
     """
-    names = max(len(name) for name, _ in rows) if rows else 0
+    members_of: dict[str, list[int]] = {}  # data set -> indices of its cells
+    for index, cell in enumerate(cells):
+        members_of.setdefault(cell.data_set, []).append(index)
+    names = max((len(name) for name, _ in rows), default=0)
     blocks: list[list[list[str]]] = [[]]
-    for members in columns_of_sets(cells):
+    for members in members_of.values():
         widths = [max(len(cells[index].column), *(len(values[index]) for _, values in rows)) for index in members]
         label = cells[members[0]].label
         total = max(len(label), sum(widths) + len(widths) - 1)
@@ -476,7 +470,7 @@ def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]],
         for texts in ([cell.column for cell in cells], *(values for _, values in rows)):
             column.append(" ".join(texts[index].rjust(wide) for index, wide in zip(members, widths)).center(total))
         taken = names + sum(len(other[0]) + 1 for other in blocks[-1])
-        if blocks[-1] and taken + 1 + total > width:
+        if blocks[-1] and taken + 1 + total > WIDTH:
             blocks.append([])
         blocks[-1].append(column)
     lines = []
@@ -495,10 +489,6 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def _number(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.4f}".rstrip("0").rstrip(".")
-
-
-def _figure(data_set: str, task: str, metric: str, here: float, published: float) -> list[str]:
-    return [data_set, f"{task}/{metric}", _number(here), _number(published), _signed(here - published, 2)]
 
 
 def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

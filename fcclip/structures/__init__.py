@@ -2,16 +2,14 @@
 
 batch.py      TrainingBatch: training samples, whole or a part
 targets.py    Targets: what a training image contains
-boxes.py     boxes_of_masks: tight boxes
-predictions.py  Instances and Segment: what a model found
+predictions.py  Instances and Segment: what a model found; boxes_of_masks: tight boxes
 text.py      TextEmbeddings: a vocabulary as vectors
 features.py  Features: what a backbone gives
 """
 
 from fcclip.structures.batch import TrainingBatch
-from fcclip.structures.boxes import boxes_of_masks
 from fcclip.structures.features import Features
-from fcclip.structures.predictions import Instances, Segment
+from fcclip.structures.predictions import Instances, Segment, boxes_of_masks
 from fcclip.structures.targets import Targets
 from fcclip.structures.text import TextEmbeddings
 

@@ -44,14 +44,12 @@ def draw_panoptic(
     class_names: Sequence[str],
     *,
     scores: bool = True,
-    opacity: float = MASK_OPACITY,
 ) -> np.ndarray:
     """Draws a panoptic map over its image.
 
     Every segment is tinted in the colour of its class and carries its name; things have an outline in a shade of that
     colour that differs between instances, stuff a thin off-white one. Names never overlap; those that find no place
-    stand in a strip below the image. An image smaller than `READABLE_SIDE_PX` is enlarged first, so that names are
-    readable.
+    are left out. An image smaller than `READABLE_SIDE_PX` is enlarged first, so that names are readable.
 
     Args:
         image: (h, w, 3) uint8 RGB; not changed.
@@ -59,7 +57,6 @@ def draw_panoptic(
         segments: the segments to draw; one without a pixel is left out.
         class_names: K names, by contiguous class index.
         scores: write the score after the name.
-        opacity: of the tint of stuff, 0..1; things get half of it.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -84,7 +81,7 @@ def draw_panoptic(
             color = instance_color(segment.category_id, instances_of.get(segment.category_id, 0))
             instances_of[segment.category_id] = instances_of.get(segment.category_id, 0) + 1
         detection = sv.Detections(xyxy=sv.mask_to_xyxy(mask[None]).astype(float), mask=mask[None])
-        strength = opacity / 2 if segment.isthing else opacity
+        strength = MASK_OPACITY / 2 if segment.isthing else MASK_OPACITY
         tint = sv.MaskAnnotator(color=sv.Color(*color), opacity=strength, color_lookup=sv.ColorLookup.INDEX)
         canvas = tint.annotate(canvas, detection)
         outlines.append((detection, color if segment.isthing else STUFF_OUTLINE, thickness if segment.isthing else 1))
@@ -98,12 +95,7 @@ def draw_panoptic(
 
 
 def draw_labels(
-    image: np.ndarray,
-    labels: np.ndarray,
-    class_names: Sequence[str],
-    *,
-    ignore_label: int = 255,
-    opacity: float = MASK_OPACITY,
+    image: np.ndarray, labels: np.ndarray, class_names: Sequence[str], *, ignore_label: int = 255
 ) -> np.ndarray:
     """Draws a semantic label map over its image: one segment per class.
 
@@ -112,7 +104,6 @@ def draw_labels(
         labels: (h, w) int, contiguous class index of each pixel.
         class_names: K names.
         ignore_label: pixels with this value stay untouched.
-        opacity: of the tint, 0..1.
 
     Returns:
         (H, W, 3) uint8 RGB, enlarged like `draw_panoptic`'s.
@@ -126,7 +117,7 @@ def draw_labels(
         for c, area in zip(classes, areas)
     ]
     ids = np.where(labels == ignore_label, 0, labels.astype(np.int32) + 1)
-    return draw_panoptic(image, ids, segments, class_names, scores=False, opacity=opacity)
+    return draw_panoptic(image, ids, segments, class_names, scores=False)
 
 
 def _check(image: np.ndarray, id_map: np.ndarray, segments: Sequence[Segment], class_names: Sequence[str]) -> None:
@@ -162,27 +153,25 @@ def _enlarge(image: np.ndarray, id_map: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _write_labels(canvas: np.ndarray, labels: Sequence[_Label], cell_px: int) -> np.ndarray:
-    """canvas (H, W, 3) uint8 BGR -> RGB with names, and with a strip below for those without a place."""
+    """canvas (H, W, 3) uint8 BGR -> RGB with names."""
     height, width = canvas.shape[:2]
     size_px = max(13, round(0.7 * max(height, width) ** 0.5))
-    font, padding = _font(size_px), max(2, size_px // 5)
+    font, padding = label_font(size_px), max(2, size_px // 5)
     image = Image.fromarray(cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB))
     pen = ImageDraw.Draw(image, "RGBA")
     line_px = sum(font.getmetrics()) + padding
     taken = np.zeros_like(labels[0].mask) if labels else None
-    unplaced = []
     for label in sorted(labels, key=lambda label: label.area):  # small segments have the least choice
         box = round(font.getlength(label.text)) + 2 * padding, line_px
         corner = _place(label.mask, taken, tuple(-(-side // cell_px) for side in box))
         if corner is None:
-            unplaced.append(label)
             continue
         row, column = corner
         taken[row : row + -(-box[1] // cell_px), column : column + -(-box[0] // cell_px)] = True
         left, top = column * cell_px, row * cell_px
         pen.rounded_rectangle((left, top, left + box[0], top + box[1]), radius=padding, fill=(0, 0, 0, 190))
         pen.text((left + padding, top + padding / 2), label.text, font=font, fill=_lighter(label.color))
-    return _with_strip(np.asarray(image), unplaced, font, padding, line_px)
+    return np.asarray(image)
 
 
 def _place(mask: np.ndarray, taken: np.ndarray, box: tuple[int, int]) -> tuple[int, int] | None:
@@ -217,30 +206,8 @@ def _box_sums(grid: np.ndarray, rows: int, columns: int) -> np.ndarray:
     return total[rows:, columns:] - total[:-rows, columns:] - total[rows:, :-columns] + total[:-rows, :-columns]
 
 
-def _with_strip(
-    image: np.ndarray, labels: Sequence[_Label], font: ImageFont.FreeTypeFont, padding: int, line_px: int
-) -> np.ndarray:
-    """Adds one swatch and name per label below the image; unchanged without labels."""
-    if not labels:
-        return image
-    width = image.shape[1]
-    positions, left, top = [], padding, padding
-    for label in labels:
-        length = line_px + round(font.getlength(label.text)) + 3 * padding
-        if left + length > width and left > padding:
-            left, top = padding, top + line_px
-        positions.append((left, top))
-        left += length
-    strip = Image.new("RGB", (width, top + line_px + padding), (24, 24, 24))
-    pen = ImageDraw.Draw(strip)
-    for label, (left, top) in zip(labels, positions):
-        pen.rectangle((left, top + padding, left + line_px - 2 * padding, top + line_px - padding), fill=label.color)
-        pen.text((left + line_px, top + padding / 2), label.text, font=font, fill=(235, 235, 235))
-    return np.concatenate([image, np.asarray(strip)])
-
-
 @functools.lru_cache(maxsize=16)
-def _font(size_px: int) -> ImageFont.FreeTypeFont:
+def label_font(size_px: int) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which comes with matplotlib and knows most alphabets."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size_px)
 

@@ -9,28 +9,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fcclip.errors import InputError
-from fcclip.visualization.draw import _font
+from fcclip.visualization.draw import label_font
 
 GAP_PX = 8
 PAPER = (255, 255, 255)
-
-
-def side_by_side(
-    image: np.ndarray,
-    ground_truth: np.ndarray,
-    prediction: np.ndarray,
-    *,
-    titles: Sequence[str] = ("image", "ground truth", "prediction"),
-) -> np.ndarray:
-    """One row of a contact sheet.
-
-    Args:
-        image: (h, w, 3) uint8 RGB.
-        ground_truth: (H, W, 3) uint8 RGB, drawn by `draw_panoptic` or `draw_labels`.
-        prediction: likewise.
-        titles: a title above each of the three.
-    """
-    return contact_sheet([[image, ground_truth, prediction]], titles=titles)
 
 
 def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, titles: Sequence[str] = ()) -> np.ndarray:
@@ -65,7 +47,7 @@ def contact_sheet(rows: Sequence[Sequence[np.ndarray]], *, titles: Sequence[str]
     pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         centre = GAP_PX + column * (width + GAP_PX) + width // 2
-        pen.text((centre, GAP_PX + head_px // 2), title, font=_font(size_px), fill=(0, 0, 0), anchor="mm")
+        pen.text((centre, GAP_PX + head_px // 2), title, font=label_font(size_px), fill=(0, 0, 0), anchor="mm")
     top = head_px + GAP_PX
     for row, height in zip(scaled, heights):
         for column, image in enumerate(row):

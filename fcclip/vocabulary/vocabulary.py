@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,11 @@ from torch import Tensor
 
 from fcclip.config import lookup
 from fcclip.errors import InputError, MissingFileError
+from fcclip.files import listed
 
+logger = logging.getLogger(__name__)
+
+_MARKS = {"thing": True, "stuff": False}
 _NAMES = Path(__file__).resolve().parent / "names"
 _PLACEHOLDER = "invalid_class_id"
 # SHA-256 of the prompt-engineered vocabulary files with which the published numbers were obtained.
@@ -45,12 +52,14 @@ class ClassEntry:
             unless it is a label only: no plain English ("wall-other-merged"), misleading alone ("crane"), or the name
             of another class too.
         thing: countable, in contrast to stuff.
+        color: published (R, G, B), 0..255; None: there is none.
     """
 
     id: int
     name: str
     synonyms: tuple[str, ...]
     thing: bool = True
+    color: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,6 @@ class Vocabulary:
 
     name: str
     classes: tuple[ClassEntry, ...]
-    version: str = "1"
     source_sha256: str = ""  # of the file it was read from
 
     def __post_init__(self) -> None:
@@ -140,11 +148,8 @@ class Vocabulary:
     def with_things(self, things: Iterable[int]) -> Vocabulary:
         """The same classes with the thing classes given by contiguous index."""
         wanted = _check_things(things, len(self), self.name)
-        classes = tuple(
-            ClassEntry(entry.id, entry.name, entry.synonyms, index in wanted)
-            for index, entry in enumerate(self.classes)
-        )
-        return Vocabulary(self.name, classes, self.version, self.source_sha256)
+        marked = (dataclasses.replace(entry, thing=index in wanted) for index, entry in enumerate(self.classes))
+        return dataclasses.replace(self, classes=tuple(marked))
 
     @classmethod
     def from_names(
@@ -154,11 +159,12 @@ class Vocabulary:
 
         Args:
             entries: one entry a class, or one string in which `;` separates entries. An entry is `"class, synonym, …"`,
-                with an optional `:thing` or `:stuff` at its end, which wins over `things`.
+                with an optional `:thing` or `:stuff` at its end (see `split_mark`), which wins over `things`.
             things: contiguous indices of the thing classes; None: every unmarked class is a thing.
 
         Raises:
-            ValueError: no entries, an entry without a name, an index in `things` that is not a class.
+            ValueError: no entries, an entry without a name or with an unknown mark, two classes of one name, an index
+                in `things` that is not a class.
 
         Example:
             >>> Vocabulary.from_names("surfboard, surf board; sand:stuff").thing_classes
@@ -172,21 +178,20 @@ class Vocabulary:
         marked = None if things is None else _check_things(things, len(parts), name)
         classes = []
         for index, part in enumerate(parts):
-            text, thing = part.strip(), marked is None or index in marked
-            for mark, value in ((":thing", True), (":stuff", False)):
-                if text.endswith(mark):
-                    text, thing = text[: -len(mark)], value
-            synonyms = _split(text)
+            text, thing = split_mark(part)
+            synonyms = tuple(dict.fromkeys(_split(text)))
             if not synonyms:
                 raise InputError(f'entry {index} ({part!r}) has no name; write it as "class, synonym" or remove it')
+            thing = (marked is None or index in marked) if thing is None else thing
             classes.append(ClassEntry(index, synonyms[0], synonyms, thing))
+        refuse_same_names(classes)
         return cls(name, tuple(classes))
 
     @classmethod
     def from_file(cls, path: str | Path, things: Iterable[int] | None = None) -> Vocabulary:
         """A vocabulary from our JSON, or from the published text format (`id:name,synonym,…`, one class a line).
 
-        The JSON is {"name", "version", "classes": [{"id", "name", "synonyms", "thing"}, …]}. A class with
+        The JSON is {"name", "version", "classes": [{"id", "name", "synonyms", "thing", "color"}, …]}. A class with
         `"label_only": true` is shown by its name, and CLIP's text tower reads only its synonyms.
 
         The text format is split at the first colon; lines named `invalid_class_id` are dropped; the order of the lines
@@ -207,8 +212,8 @@ class Vocabulary:
             raise InputError(f"vocabulary file '{path}' is not UTF-8 text: {error}") from error
         digest = hashlib.sha256(content).hexdigest()
         parse = _parse_json if text.lstrip().startswith("{") else _parse_text
-        name, version, classes = parse(text, path)
-        vocabulary = cls(name, tuple(classes), version, digest)
+        name, classes = parse(text, path)
+        vocabulary = cls(name, tuple(classes), digest)
         return vocabulary if things is None else vocabulary.with_things(things)
 
     @classmethod
@@ -231,8 +236,62 @@ def builtin_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in _NAMES.glob("*.json")))
 
 
+def plain_name(name: str) -> str:
+    """A name as it is compared and shown: composed Unicode (NFC), no invisible letters, single spaces.
+
+    Example:
+        >>> plain_name(" cafe\u0301\u200b  table ")
+        'café table'
+    """
+    visible = (letter for letter in unicodedata.normalize("NFC", name) if unicodedata.category(letter) != "Cf")
+    return " ".join("".join(visible).split())
+
+
+def split_mark(entry: str) -> tuple[str, bool | None]:
+    """An entry without its mark, and whether the mark says thing; None: it has none. Case and spaces do not matter.
+
+    Raises:
+        ValueError: a single word behind a colon that is neither "thing" nor "stuff".
+
+    Example:
+        >>> split_mark("sand: Stuff"), split_mark("sand")
+        (('sand', False), ('sand', None))
+    """
+    text, colon, mark = entry.rpartition(":")
+    mark = plain_name(mark)
+    if not colon or not re.fullmatch(r"[^\W\d]+", mark):
+        return entry, None
+    if mark.lower() not in _MARKS:
+        raise InputError(f"{entry!r} has the unknown mark ':{mark}'; write :thing or :stuff, or no colon")
+    return text, _MARKS[mark.lower()]
+
+
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(synonym.strip() for synonym in text.split(",") if synonym.strip())
+    return tuple(synonym for part in text.split(",") if (synonym := plain_name(part)))
+
+
+def refuse_same_names(classes: Sequence[ClassEntry]) -> None:
+    """Says in the log where classes share a synonym: CLIP cannot tell them apart.
+
+    Raises:
+        ValueError: two classes have one name, but for case.
+    """
+    first: dict[str, ClassEntry] = {}
+    for entry in classes:
+        other = first.setdefault(entry.name.casefold(), entry)
+        if other is not entry:
+            same = f"'{entry.name}' twice" if entry.name == other.name else f"'{other.name}' and '{entry.name}'"
+            raise InputError(
+                f"classes {other.id} and {entry.id} are {same}. Names tell classes apart: remove one, write both in "
+                f"one entry, or give one another name"
+            )
+    owners: dict[str, list[str]] = {}
+    for entry in classes:
+        for synonym in entry.synonyms:
+            owners.setdefault(synonym, []).append(entry.name)
+    for synonym, names in owners.items():
+        if len(names) > 1:
+            logger.warning("'%s' is a name of the classes %s, which share its score", synonym, listed(names))
 
 
 def _check_things(things: Iterable[int], num_classes: int, name: str) -> set[int]:
@@ -243,7 +302,7 @@ def _check_things(things: Iterable[int], num_classes: int, name: str) -> set[int
     return wanted
 
 
-def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
+def _parse_json(text: str, path: Path) -> tuple[str, list[ClassEntry]]:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -269,11 +328,15 @@ def _parse_json(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
             synonyms = synonyms[1:]
         if not synonyms:
             raise InputError(f"vocabulary file '{path}': '{name}' is label_only, so it needs at least one synonym")
-        classes.append(ClassEntry(int(entry.get("id", index)), name, synonyms, bool(entry.get("thing", True))))
-    return str(data.get("name", path.stem)), str(data.get("version", "1")), classes
+        color = entry.get("color")
+        if color is not None and (len(color) != 3 or not all(isinstance(part, int) for part in color)):
+            raise InputError(f"vocabulary file '{path}': '{name}' has the color {color!r}, expected [R, G, B]")
+        identifier, thing = int(entry.get("id", index)), bool(entry.get("thing", True))
+        classes.append(ClassEntry(identifier, name, synonyms, thing, color and tuple(color)))
+    return str(data.get("name", path.stem)), classes
 
 
-def _parse_text(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
+def _parse_text(text: str, path: Path) -> tuple[str, list[ClassEntry]]:
     classes = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
@@ -285,4 +348,4 @@ def _parse_text(text: str, path: Path) -> tuple[str, str, list[ClassEntry]]:
         if not colon or not identifier.strip().isdigit() or not synonyms:
             raise InputError(f"vocabulary file '{path}', line {number}: expected 'id:name,synonym,…', got {line!r}")
         classes.append(ClassEntry(int(identifier), synonyms[0], synonyms))
-    return path.stem, "1", classes
+    return path.stem, classes

@@ -2,17 +2,18 @@
 
 files.py       read_weight_file: every kind of file that holds weights
 pickles.py     the reader of pickles behind it
-checkpoint.py  load_weights, save_weights: what the weights of a file mean to a model
+checkpoint.py  load_weights, write_safetensors: what the weights of a file mean to a model
 frozen.py      FrozenPart: an encoder that no training changes, which files name by its fingerprint
 """
 
 from fcclip.weights.checkpoint import (
+    has_layouts,
     initialise_from,
+    is_base,
     is_mask2former,
     load_state,
     load_weights,
     model_weights,
-    save_weights,
     seen_vocabulary,
     trained_vocabulary,
     vocabulary_note,
@@ -20,7 +21,15 @@ from fcclip.weights.checkpoint import (
     write_safetensors,
 )
 from fcclip.weights.files import WeightFile, read_plain_data, read_weight_file
-from fcclip.weights.frozen import FrozenPart, frozen_notes, frozen_parts, frozen_prefixes, sampled_hash, unwrap
+from fcclip.weights.frozen import (
+    FrozenPart,
+    frozen_notes,
+    frozen_parts,
+    frozen_prefixes,
+    sampled_hash,
+    unnamed_parts,
+    unwrap,
+)
 
 __all__ = [
     "FrozenPart",
@@ -28,7 +37,9 @@ __all__ = [
     "frozen_notes",
     "frozen_parts",
     "frozen_prefixes",
+    "has_layouts",
     "initialise_from",
+    "is_base",
     "is_mask2former",
     "load_state",
     "load_weights",
@@ -36,9 +47,9 @@ __all__ = [
     "read_plain_data",
     "read_weight_file",
     "sampled_hash",
-    "save_weights",
     "seen_vocabulary",
     "trained_vocabulary",
+    "unnamed_parts",
     "unwrap",
     "vocabulary_note",
     "weights_hash",

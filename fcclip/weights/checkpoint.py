@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fcclip.errors import InputError
 from fcclip.files import listed, write_atomically
 from fcclip.vocabulary import ClassEntry, Vocabulary, builtin_names
 from fcclip.weights.files import WeightFile, read_weight_file
-from fcclip.weights.frozen import FrozenPart, frozen_notes, frozen_parts, frozen_prefixes, unwrap
+from fcclip.weights.frozen import FrozenPart, frozen_parts, frozen_prefixes, unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,8 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
     Args:
         model: the model, or its DistributedDataParallel wrapper.
         path: a file of any kind that `read_weight_file` reads, or the name of a shipped asset.
-        initialise: a file of Mask2Former is taken too, as a start for a training (see `initialise_from`).
+        initialise: a file of Mask2Former is taken too, as a start for a training (see `initialise_from`), or of the
+            architecture that the model adds parts to (`is_base`).
 
     Returns:
         What else the file says: a checkpoint's other entries, or the metadata of a safetensors file.
@@ -59,8 +60,13 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
     """
     file = own_names(read_weight_file(resolve_file(path, what="weights file")))
     if initialise and is_mask2former(file.tensors):
-        start = initialise_from(model, file.tensors, versions=file.versions, source=str(path))
+        start = initialise_from(model, file.tensors, source=str(path))
         logger.info("%s", start.report())
+    elif initialise and is_base(model, file.tensors):
+        added = unwrap(model).added_parts
+        load_state(model, file.tensors, source=str(path), notes=file.rest, may_lack=added)
+        fresh = [key for key in model_weights(model) if key.startswith(added)]
+        logger.info("%s", Start(str(path), tuple(file.tensors), {}, tuple(fresh), of="FC-CLIP").report())
     else:
         load_state(model, file.tensors, source=str(path), notes=file.rest)
     bare = unwrap(model)
@@ -133,7 +139,12 @@ def _noted_vocabulary(note: Any) -> Vocabulary | None:
 
 
 def load_state(
-    model: nn.Module, weights: Mapping[str, Tensor], *, source: str, notes: Mapping[str, Any] | None = None
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    source: str,
+    notes: Mapping[str, Any] | None = None,
+    may_lack: tuple[str, ...] = (),
 ) -> None:
     """Copies weights into a model under the rules of `load_weights`.
 
@@ -141,6 +152,7 @@ def load_state(
         model, weights: the model, or its DistributedDataParallel wrapper, and a state dict.
         source: names the weights in messages.
         notes: what stands beside the weights, with the fingerprints of the frozen parts they were trained with.
+        may_lack: beginnings of names that may be missing and then stay as they are.
 
     Raises:
         InputError: weights of another model, or on another frozen part; the model is as it was.
@@ -148,9 +160,14 @@ def load_state(
     model = unwrap(model)
     parts = frozen_parts(model)
     ignored = _IGNORED | {prefix + name for prefix, part in parts.items() for name in part.constants}
+    groups = tuple(name for name in ignored if name.endswith("."))
     expected = {key: value for key, value in model.state_dict().items() if key not in ignored}
-    weights = {key: value for key, value in weights.items() if key not in ignored}
-    _check_fit(weights, expected, tuple(parts), source)
+    weights = {key: value for key, value in weights.items() if key not in ignored and not key.startswith(groups)}
+    for name, module in model.named_modules():
+        if hasattr(module, "state_like"):  # comes in several layouts, and takes that of the file when it is loaded
+            own = module.state_like(_below(f"{name}.", weights))
+            expected |= {f"{name}.{key}": value for key, value in own.items()}
+    _check_fit(weights, expected, (*parts, *may_lack), source)
     complete = {
         prefix: _check_frozen(part, _below(prefix, weights), _below(prefix, expected), notes or {}, source=source)
         for prefix, part in parts.items()
@@ -170,7 +187,7 @@ def _copy(weights: Mapping[str, Tensor], model: nn.Module) -> None:
 
 
 def _check_fit(
-    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], frozen: tuple[str, ...], source: str
+    weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], optional: tuple[str, ...], source: str
 ) -> None:
     both = [key for key in weights if key in expected]
     misfits = {
@@ -179,7 +196,7 @@ def _check_fit(
             for key in both
             if weights[key].shape != expected[key].shape
         ],
-        "missing from the file": [key for key in expected if key not in weights and not key.startswith(frozen)],
+        "missing from the file": [key for key in expected if key not in weights and not key.startswith(optional)],
         "unknown to the model": [key for key in weights if key not in expected],
         "not floating-point": [
             f"{key} ({str(weights[key].dtype).removeprefix('torch.')})"
@@ -190,7 +207,7 @@ def _check_fit(
     if any(misfits.values()):
         raise InputError(
             f"the weights in '{source}' do not fit the model:\n{_lines(misfits)}\n"
-            f"  likely cause: {_likely_cause(weights, expected, frozen)}"
+            f"  likely cause: {_likely_cause(weights, expected, optional)}"
         )
     broken = [key for key in both if weights[key].is_floating_point() and not weights[key].isfinite().all()]
     if broken:
@@ -238,31 +255,6 @@ def _about_equal(tensor: Tensor, other: Tensor) -> bool:
     return torch.allclose(tensor.float(), other.float().cpu(), rtol=2**-10, atol=1e-6)
 
 
-def save_weights(
-    model: nn.Module,
-    path: str | Path,
-    metadata: Mapping[str, Any] | None = None,
-    *,
-    dtype: torch.dtype | None = torch.float16,
-    full: bool = False,
-) -> None:
-    """Writes the weights of a model as a safetensors file to share.
-
-    Args:
-        model: the model, or its DistributedDataParallel wrapper.
-        path: the file; replaced when the new one is complete.
-        metadata: JSON values by name, stored beside the weights; `load_weights` returns them. The fingerprints of the
-            frozen parts are added.
-        dtype: of the stored floating-point weights; None keeps each as it is.
-        full: store the frozen parts too.
-    """
-    weights = {
-        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        for key, value in model_weights(model, full=full).items()
-    }
-    write_safetensors(path, weights, {**frozen_notes(model), **(metadata or {})})
-
-
 def write_safetensors(path: str | Path, weights: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes tensors bit for bit, and JSON values beside them, as a safetensors file that appears whole or not at all.
 
@@ -293,7 +285,7 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# ---- Mask2Former as a start ----
+# ---- other models as a start ----
 
 
 @dataclass(frozen=True)
@@ -305,19 +297,20 @@ class Start:
         taken: names, as the model has them.
         left: reason -> names in the file that were not taken.
         fresh: names of the model's own parts that stay freshly initialised.
+        of: what the weights are of.
     """
 
     source: str
     taken: tuple[str, ...]
     left: dict[str, tuple[str, ...]]
     fresh: tuple[str, ...]
+    of: str = "Mask2Former"
 
     def report(self) -> str:
-        """Counts and names, a line per kind; names with a common beginning are put together."""
+        """Counts and names, a line per kind."""
         left = {f"left, {reason}": names for reason, names in self.left.items()}
         kinds = {"taken": self.taken, **left, "freshly initialised": self.fresh}
-        lines = [f"  {kind} ({len(names)}): {', '.join(_grouped(names))}" for kind, names in kinds.items() if names]
-        return "\n".join([f"starting from the Mask2Former weights in '{self.source}':", *lines])
+        return f"starting from the {self.of} weights in '{self.source}':\n{_lines(kinds)}"
 
 
 def is_mask2former(weights: Mapping[str, Tensor]) -> bool:
@@ -326,9 +319,19 @@ def is_mask2former(weights: Mapping[str, Tensor]) -> bool:
     return decoder and PREDICTOR + "class_embed.weight" in weights
 
 
-def initialise_from(
-    model: nn.Module, weights: Mapping[str, Tensor], *, versions: Mapping[str, Any], source: str
-) -> Start:
+def is_base(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are weights of the architecture that a model adds parts to, as FrozenSeg does to FC-CLIP, which
+    names their beginnings as `added_parts`."""
+    added, own = getattr(unwrap(model), "added_parts", ()), unwrap(model).state_dict()
+    return any(key.startswith(added) for key in own) and not any(key.startswith(added) for key in weights)
+
+
+def has_layouts(model: nn.Module) -> bool:
+    """Whether loaded weights may give parts of a model another shape (`state_like`)."""
+    return any(hasattr(module, "state_like") for module in model.modules())
+
+
+def initialise_from(model: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> Start:
     """Starts a model from Mask2Former's weights: takes every tensor of its pixel decoder and decoder that fits.
 
     Backbone, class head, void embedding and losses stay as they are, and so does what another backbone or another
@@ -337,7 +340,6 @@ def initialise_from(
     Args:
         model: the model, or its DistributedDataParallel wrapper.
         weights: the state dict, with the names of any version of Mask2Former.
-        versions: what torch keeps beside a state dict; a module that is not in it counts as old.
         source: names the weights in messages.
 
     Raises:
@@ -348,7 +350,7 @@ def initialise_from(
     expected = {key: value for key, value in model.state_dict().items() if key.startswith(parts)}
     taken: dict[str, Tensor] = {}
     left: dict[str, list[str]] = {}
-    for key, value in published_names(weights, versions).items():
+    for key, value in published_names(weights).items():
         if not key.startswith(parts):
             reason = "outside pixel decoder and mask decoder"
         elif key.startswith(PREDICTOR + "class_embed."):
@@ -368,27 +370,17 @@ def initialise_from(
     return Start(source, tuple(taken), {reason: tuple(names) for reason, names in left.items()}, tuple(fresh))
 
 
-def published_names(weights: Mapping[str, Tensor], versions: Mapping[str, Any]) -> dict[str, Tensor]:
+def published_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mask2Former's weights under its present names, which are also FC-CLIP's.
 
-    Its head had the pixel decoder's parts directly inside before version 2, and its decoder called the queries'
-    features `static_query`. Weights that already have the present names keep them, whatever version they claim.
+    Its head once had the pixel decoder's parts directly inside, and its decoder called the queries' features
+    `static_query`.
     """
 
-    def is_old(module: str) -> bool:
-        version = (versions.get(module) or {}).get("version")
-        return not isinstance(version, int) or version < 2
-
     def present(key: str) -> str:
-        if (
-            is_old("sem_seg_head")
-            and key.startswith("sem_seg_head.")
-            and not key.startswith((PIXEL_DECODER, PREDICTOR))
-        ):
+        if key.startswith("sem_seg_head.") and not key.startswith((PIXEL_DECODER, PREDICTOR)):
             return PIXEL_DECODER + key.removeprefix("sem_seg_head.")
-        if is_old("sem_seg_head.predictor") and key.startswith(PREDICTOR):
-            return key.replace("static_query", "query_feat")
-        return key
+        return key.replace(PREDICTOR + "static_query.", PREDICTOR + "query_feat.")
 
     return {present(key): value for key, value in weights.items()}
 
@@ -419,6 +411,14 @@ def _likely_cause(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         )
     if PREDICTOR + "class_embed.weight" in weights:
         return "weights of a closed-vocabulary MaskFormer, which has another decoder and class head than FC-CLIP."
+    injectors = [any("_layers_sam." in key for key in keys) for keys in (weights, expected)]
+    if injectors == [False, True]:
+        return (
+            "weights of FC-CLIP, which lacks what FrozenSeg adds. They can be the start of a training (MODEL.WEIGHTS "
+            "without --eval-only), not more."
+        )
+    if injectors == [True, False]:
+        return "weights of FrozenSeg: use its YAML (MODEL.META_ARCHITECTURE)."
     queries = PREDICTOR + "query_feat.weight"
     if pair := sizes(queries, 1):
         return f"the file was trained with MODEL.MASK_FORMER.HIDDEN_DIM (CONVS_DIM, MASK_DIM) {pair[0]}, not {pair[1]}."
@@ -458,20 +458,9 @@ def _fusioner_cause(sizes: Callable[[str, int], tuple[int, int] | None], theirs:
     return "the file belongs to another config; use the YAML it was trained with."
 
 
-def _lines(kinds: Mapping[str, list[str]]) -> str:
+def _lines(kinds: Mapping[str, Sequence[str]]) -> str:
     """A line for each kind of keys that there are."""
     return "\n".join(f"  {kind} ({len(keys)}): {listed(keys, 4)}" for kind, keys in kinds.items() if keys)
-
-
-def _grouped(names: Iterable[str]) -> list[str]:
-    """Names up to their first number or last part, with counts; outside the head up to their first part."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        end = next((index for index, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-        end = end if name.startswith("sem_seg_head.") else 1
-        groups.setdefault(name if "(" in name else ".".join(parts[:end]), []).append(name)
-    return [names[0] if len(names) == 1 else f"{group}.* ({len(names)})" for group, names in groups.items()]
 
 
 def _shape(tensor: Tensor) -> str:

@@ -42,6 +42,7 @@ from fcclip.weights.pickles import (
 __all__ = ["VERSIONS", "UnsafeFileError", "WeightFile", "read_plain_data", "read_weight_file"]
 
 _WRAPPERS = ("model", "state_dict")
+_MODULE_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, Lightning
 _TORCH_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19"  # near the start of torch.save files before torch 1.6
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7-Zip", b"Rar!": "RAR"}
 _MAX_TEXT = 1 << 28  # bytes of the text of a class, and of a pickle inside an archive
@@ -54,8 +55,8 @@ class WeightFile:
     """What a file of weights holds.
 
     Args:
-        tensors: name -> tensor as stored, on the CPU, without a `module.` prefix that all names share and without the
-            wrapper `model` or `state_dict`.
+        tensors: name -> tensor as stored, on the CPU, without the prefixes `module.`, `_orig_mod.` and `model.` where
+            all names have them, and without the wrapper `model` or `state_dict`.
         rest: the other entries of the file; for safetensors its metadata, parsed where it is JSON.
         kind: "safetensors"; "torch" (of `torch.save`); "torchscript"; "pickle" (of plain arrays or tensors).
         versions: module name -> what torch keeps beside a state dict, such as {"version": 2}; {} where absent.
@@ -101,9 +102,9 @@ def _weights(path: Path) -> WeightFile:
     versions = dict(versions) if isinstance(versions, Mapping) else {}
     if not tensors:
         raise UnreadableFileError("holds no tensors")
-    if all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-        versions = {name.removeprefix("module").removeprefix("."): value for name, value in versions.items() if name}
+    while wrappers := [prefix for prefix in _MODULE_WRAPPERS if all(name.startswith(prefix) for name in tensors)]:
+        tensors = {name.removeprefix(wrappers[0]): value for name, value in tensors.items()}
+        versions = {f"{name}.".removeprefix(wrappers[0])[:-1]: value for name, value in versions.items() if name}
     return WeightFile(dict(tensors), rest, kind, versions)
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fcclip.config import flatten
 from fcclip.errors import InputError
 
 
@@ -23,7 +24,8 @@ class FrozenPart(nn.Module):
     Attributes:
         notes_key: the entry of a file that tells of it; in capitals its name in messages.
         config_keys: what a user sets to choose it; the last one names its weights.
-        constants: names in its state dict that files may hold and that are never loaded.
+        constants: names that files may hold and that are never loaded; one with a dot at its end stands for all that
+            begin with it.
         hash_prefix: what stands before each name in its hash, so that hashes of earlier files stay true.
     """
 
@@ -75,6 +77,17 @@ class FrozenPart(nn.Module):
         """After weights were loaded: warns if the part computes something else than where they were trained."""
 
 
+def unnamed_parts(model: nn.Module, cfg: Mapping[str, Any]) -> list[str]:
+    """The frozen parts that the config names no weights for, as messages call them; checkpoints hold them, because no
+    other file may.
+
+    Args:
+        cfg: a full config.
+    """
+    values = flatten(cfg)
+    return [part.notes_key.upper() for part in frozen_parts(model).values() if not values[part.config_keys[-1]]]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside a DistributedDataParallel wrapper, or the model itself."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -97,6 +110,18 @@ def frozen_prefixes(model: nn.Module) -> tuple[str, ...]:
 def frozen_notes(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What a file says of the frozen parts of a model: entry -> fingerprint."""
     return {part.notes_key: part.fingerprint() for part in frozen_parts(model).values()}
+
+
+def load_frozen(part: nn.Module, tensors: Mapping[str, Tensor], *, source: str, what: str) -> None:
+    """Loads all weights of a frozen part, by its own names; `source` and `what` name file and part where they do not
+    fit."""
+    try:
+        part.load_state_dict(
+            {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:600]
+        raise InputError(f"weights '{source}' do not fit {what}. Are they of another architecture? {reason}") from error
 
 
 def sampled_hash(tensors: Mapping[str, Tensor]) -> str:

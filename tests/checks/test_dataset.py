@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import cv2
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcclip.checks.dataset import check_dataset, choose_images
+from fcclip.checks.dataset import check_dataset, in_processes
+from fcclip.checks.images import areas_of
 from fcclip.checks.kinds import KINDS
-from fcclip.checks.processes import DIED
+from fcclip.checks.preview import chosen_records
 from fcclip.config import get_cfg
 from fcclip.data import DATASETS, build_train_mapper, dataset_vocabulary, get_dataset
 from tests.data.published_trees import SIZES, write_ids, write_image, write_labels, write_tree
@@ -101,19 +103,13 @@ def edit(path, change):
 # ---- what is whole ----
 
 
-@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_whole_tree_has_no_error_and_no_warning_but_the_number_of_its_images(trees, name, fast):
-    report = check_dataset(get_dataset(name, trees(name)), fast=fast)
+def test_a_whole_tree_has_no_error_and_no_warning_but_the_number_of_its_images(trees, name):
+    report = check_dataset(get_dataset(name, trees(name)))
     assert report.issues.count("error") == 0, [(issue.file, issue.text) for issue in report.issues]
     assert {issue.kind for issue in report.issues if issue.level == "warning"} == {"count"}
     assert report.num_images == (5 if name in ("openvocab_coco_2017_train", "openvocab_coco_2017_val") else 4)
-    assert sum(entry.images > 0 for entry in report.classes) == (3 if report.knows_classes else 0)
-    assert report.knows_classes == (not fast or report.kind != "semantic")
-
-
-def test_every_published_data_set_has_a_count():
-    assert all(get_dataset(name).published_count for name in NAMES)
+    assert sum(entry.images > 0 for entry in report.classes) == 3
 
 
 def test_classes_are_counted_in_images_segments_and_pixels(trees):
@@ -121,19 +117,23 @@ def test_classes_are_counted_in_images_segments_and_pixels(trees):
     quarter = sum((height // 2) * (width // 2) for height, width in SIZES)
     brush = next(entry for entry in report.classes if entry.name == "toothbrush")
     assert (brush.images, brush.segments, brush.pixels, brush.thing) == (4, 4, quarter, True)
-    assert report.num_crowds == 4
-    fast = check_dataset(get_dataset(PANOPTIC, trees(PANOPTIC)), fast=True)
-    assert fast.classes == report.classes  # areas in the JSON are right
+
+
+@pytest.mark.parametrize("shape", [(13, 17), (1, 1), (3, 4)])
+def test_areas_are_the_pixels_of_each_number(shape):
+    numbers = np.random.default_rng(0).integers(0, 5, shape)
+    values, counts = np.unique(numbers, return_counts=True)
+    assert areas_of(numbers) == dict(zip(values.tolist(), counts.tolist()))
 
 
 def test_classes_are_seen_or_not_by_the_vocabulary_of_the_training_set(trees):
     training = dataset_vocabulary(PANOPTIC)
     dataset = get_dataset(SEMANTIC, trees(SEMANTIC))
-    report = check_dataset(dataset, fast=True, training=training)
+    report = check_dataset(dataset, training=training)
     seen = dataset_vocabulary(dataset).seen_by(training)
     assert [entry.seen for entry in report.classes] == seen.tolist()
     assert report.training == training.name
-    assert check_dataset(dataset, fast=True).classes[0].seen is None
+    assert check_dataset(dataset).classes[0].seen is None
 
 
 def test_palettes_and_16_bits_are_label_maps(copy):
@@ -173,10 +173,6 @@ def deep(shape):
     return lambda path: path.write_bytes(cv2.imencode(".png", np.full(shape, 4095, np.uint16))[1].tobytes())
 
 
-def rgba(opacity):
-    return lambda path: as_format(path, Image.new("RGBA", (64, 48), (10, 20, 30, opacity)), "PNG")
-
-
 def cut_off(path):
     path.write_bytes(path.read_bytes()[:-80])
 
@@ -185,54 +181,41 @@ def empty_file(path):
     path.write_bytes(b"")
 
 
-# what is done to the first image: kind of the issue with pixels and without, a part of its text
+# what is done to the first image: kind of the issue, a part of its text
 IMAGES = {
-    "missing": (Path.unlink, "missing-image", "missing-image", "no such file"),
-    "zero bytes": (empty_file, "unreadable-image", "unreadable-image", "0 bytes"),
-    "a web page": (lambda path: path.write_text("<html>"), "unreadable-image", "unreadable-image", "format"),
-    "cut off": (cut_off, "unreadable-image", "cut-off", ""),
-    "larger": (lambda path: write_image(path, (96, 128), 1), "image-size", "image-size", "96 x 128"),
-    "fractions": (
-        lambda path: as_format(path, Image.new("F", (64, 48), 0.5), "TIFF"),
-        "unreadable-image", "unreadable-image", "black",
-    ),
-    "turned by EXIF, labelled as stored": (turned(6), "turned", "turned", "turned to 64 x 48"),
-    "turned by EXIF, labelled upright": (turned(6, True), None, None, ""),
-    "turned by EXIF by 180 degrees": (turned(3), "turned-unclear", "turned-unclear", "orientation 3"),
-    "grey": (lambda path: as_format(path, Image.new("L", (64, 48), 9), "JPEG"), None, None, ""),
-    "CMYK": (lambda path: as_format(path, Image.new("CMYK", (64, 48)), "JPEG"), "cmyk", "cmyk", ""),
-    "16 bits": (deep((48, 64, 3)), "deep", "deep", "16 bits a channel"),
-    "16 bits, grey": (deep((48, 64)), "deep", "deep", "16 bits a channel"),
-    "opaque alpha": (rgba(255), None, None, ""),
-    "transparent": (rgba(90), "transparent", None, ""),
-    "another format than its name": (lambda path: as_format(path, Image.new("RGB", (64, 48)), "PNG"), None, None, ""),
+    "missing": (Path.unlink, "missing-image", "no such file"),
+    "zero bytes": (empty_file, "unreadable-image", "0 bytes"),
+    "a web page": (lambda path: path.write_text("<html>"), "unreadable-image", "format"),
+    "cut off": (cut_off, "unreadable-image", ""),
+    "larger": (lambda path: write_image(path, (96, 128), 1), "image-size", "96 x 128"),
+    "fractions": (lambda path: as_format(path, Image.new("F", (64, 48), 0.5), "TIFF"), "unreadable-image", "black"),
+    "turned by EXIF, labelled as stored": (turned(6), "turned", "turned to 64 x 48"),
+    "turned by EXIF, labelled upright": (turned(6, True), None, ""),
+    "turned by EXIF by 180 degrees": (turned(3), "turned-unclear", "orientation 3"),
+    "grey": (lambda path: as_format(path, Image.new("L", (64, 48), 9), "JPEG"), None, ""),
+    "another format than its name": (lambda path: as_format(path, Image.new("RGB", (64, 48)), "PNG"), None, ""),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("case", IMAGES)
-def test_an_image_is_judged_as_the_loader_takes_it(copy, loads, case, fast):
-    damage, slow_kind, fast_kind, text = IMAGES[case]
+def test_an_image_is_judged_as_the_loader_takes_it(copy, loads, case):
+    damage, kind, text = IMAGES[case]
     dataset, root = copy(PANOPTIC)
     record = dataset.records()[0]
     damage(root / FIRST)
-    report = check_dataset(dataset, fast=fast)
-    kind = fast_kind if fast else slow_kind
+    report = check_dataset(dataset)
     if kind is None:
         assert not kinds(report)
     else:
         issue = only(report, kind)
         assert issue.file == record["file_name"] == str(root / FIRST) and text in issue.text
-    assert fast or loads(dataset, record) == (report.issues.count("error") == 0)
+    assert loads(dataset, record) == (report.issues.count("error") == 0)
 
 
-def shift_ids(step):
-    def damage(path):
-        pixels = np.asarray(Image.open(path)).astype(int)
-        ids = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
-        write_ids(path, np.where(ids > 0, ids + step, 0))
-
-    return damage
+def shift_ids(path):
+    pixels = np.asarray(Image.open(path)).astype(int)
+    ids = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
+    write_ids(path, np.where(ids > 0, ids + 1, 0))
 
 
 def without_pixels(rows):
@@ -250,10 +233,9 @@ ID_MAPS = {  # what is done to the first id PNG: kind of issue, a part of its te
     "missing": (Path.unlink, "missing-ids", "no such file"),
     "zero bytes": (empty_file, "unreadable-labels", "0 bytes"),
     "cut off": (cut_off, "unreadable-labels", ""),
-    "ids higher by one": (shift_ids(1), "unknown-id", "every id is higher by one"),
-    "ids lower by one": (shift_ids(-1), "unknown-id", "every id is lower by one"),
+    "ids higher by one": (shift_ids, "unknown-id", "; the JSON has "),
     "of another size": (lambda path: write_ids(path, np.zeros((50, 50), int)), "label-size", "50 x 50"),
-    "16 bits": (deep((48, 64, 3)), "unreadable-labels", "16 bits"),
+    "16 bits": (deep((48, 64, 3)), "unreadable-labels", "8 bits a channel"),
     "a JPEG": (lambda path: as_format(path, Image.open(path), "JPEG"), "lossy-labels", "JPEG"),
     "a segment without a pixel": (without_pixels(24), "empty-segment", "id 3226956"),
     "a smaller segment": (without_pixels(1), "area", "id 3226956: 768 in the JSON, 736 in the PNG"),
@@ -281,16 +263,6 @@ def test_an_image_that_exif_turns_away_from_its_labels_is_an_error_of_every_kind
     assert issue.file == record["file_name"] and issue.level == "error"
 
 
-def test_missing_files_of_the_first_record_do_not_end_the_check(copy):
-    dataset, root = copy(PANOPTIC)
-    (root / FIRST).unlink()
-    (root / IDS).unlink()
-    with pytest.raises(FileNotFoundError):
-        dataset.annotations()
-    report = check_dataset(dataset)
-    assert kinds(report) == {"missing-image", "missing-ids"} and report.num_images == 4
-
-
 # ---- folders, label maps, the set as a whole ----
 
 
@@ -313,7 +285,6 @@ def rename(ending):
 
 def add_files(root):
     write_image(root / "val2017/000000000999.jpg", (8, 8), 5)
-    write_ids(root / "panoptic_val2017/000000000999.png", np.ones((8, 8), int))
     (root / "val2017/._000000000999.jpg").touch()
     (root / "val2017/readme.txt").touch()
 
@@ -338,7 +309,7 @@ FILES = {
     "a missing label map": (
         PANOPTIC, "coco/panoptic_semseg_val2017/000000000285.png", Path.unlink, {"missing-labels"}, "error", [],
     ),
-    "more files": (PANOPTIC, "coco", add_files, {"unlisted-file", "unlisted-labels"}, "note", ["000000000139.jpg"]),
+    "more files": (PANOPTIC, "coco", add_files, {"unlisted-file"}, "note", ["000000000139.jpg"]),
     "no instances": (PANOPTIC, INSTANCES_JSON, Path.unlink, {"no-instances-file"}, "warning", []),
     "instances of other images": (
         PANOPTIC, INSTANCES_JSON, lambda path: edit(path, lambda content: content["images"].pop()),
@@ -349,10 +320,7 @@ FILES = {
         ["59 (768 pixels)", "0..58", "255", "begin at 1", "ignore_label: 59"],
     ),
     "coloured": (
-        SEMANTIC, MAP, lambda path: Image.open(path).convert("RGB").save(path), {"coloured-labels"}, "error", ["RGB"],
-    ),
-    "one bit": (
-        SEMANTIC, MAP, lambda path: Image.open(path).convert("1").save(path), {"coloured-labels"}, "error", ["'1'"],
+        SEMANTIC, MAP, lambda path: Image.open(path).convert("RGB").save(path), {"unreadable-labels"}, "error", ["RGB"],
     ),
     "a JPEG": (
         SEMANTIC, MAP, lambda path: as_format(path, Image.open(path), "JPEG"), {"lossy-labels"}, "error", ["JPEG"],
@@ -360,7 +328,6 @@ FILES = {
     "a smaller map": (
         SEMANTIC, MAP, lambda path: Image.open(path).resize((32, 24)).save(path), {"label-size"}, "error", ["24 x 32"],
     ),
-    "an empty map": (SEMANTIC, MAP, empty_file, {"unreadable-labels"}, "error", ["0 bytes"]),
     "a map of another name": (
         SEMANTIC, MAP, lambda path: path.rename(path.with_name("other.png")),
         {"without-labels", "without-image"}, "warning", [],
@@ -374,9 +341,6 @@ FILES = {
     "a missing file of instance ids": (
         CITYSCAPES, GT_FINE, instance_ids("lindau/lindau_000000_*_instanceIds.png"),
         {"missing-instance-ids"}, "warning", [],
-    ),
-    "no instance ids": (
-        CITYSCAPES, GT_FINE, instance_ids("*/*_instanceIds.png"), {"missing-instance-ids"}, "warning", ["no such file"],
     ),
 }  # fmt: skip
 
@@ -404,18 +368,16 @@ def test_a_map_without_a_label_is_noted_and_a_data_set_without_one_refused(copy)
         assert ("nothing-labelled" in kinds(report)) == (number == 3)
 
 
-def test_what_ade20k_was_published_with_is_a_note(copy):
-    """Areas of stuff from before things were painted over it, and two segments with one id."""
+def test_areas_that_ade20k_was_published_with_are_a_note(copy):
+    """Areas of stuff are from before things were painted over it."""
     dataset, root = copy(ADE20K)
 
     def change(content):
-        segments = content["annotations"][0]["segments_info"]
-        segments[1]["area"] += 100
-        segments.append({**segments[0], "category_id": 3})
+        content["annotations"][0]["segments_info"][1]["area"] += 100
 
     edit(root / "ADEChallengeData2016/ade20k_panoptic_val.json", change)
     report = check_dataset(dataset)
-    assert kinds(report) == {"area", "duplicate-segment-id"}
+    assert kinds(report) == {"area"}
     assert {issue.level for issue in report.issues if issue.kind not in HARMLESS} == {"note"}
 
 
@@ -457,67 +419,74 @@ def rename_all(content):
         category["name"] = f"thing {number}"
 
 
-# change of the panoptic JSON: kind, a part of its text, whether the reader refuses it, images that are still looked at
+# change of the panoptic JSON: kind, a part of its text, images that are still looked at
 ENTRIES = {
     "two annotations of one image": (
-        lambda content: content["annotations"][1].update(image_id=139), "duplicate-image-id", "image_id 139", True, 3,
+        lambda content: content["annotations"][1].update(image_id=139), "duplicate-image-id", "image 139", 3,
     ),
     "a file listed twice": (
         lambda content: content["annotations"][1].update(file_name="000000000139.png"),
-        "duplicate-file", "000000000139.png", False, 3,
+        "duplicate-file", "000000000139.png", 4,
     ),
     "a category that is not a class": (
         lambda content: segment(content).update(category_id=12),
-        "unknown-category", "category_id 12: 1 segment, first in 000000000285.png", True, 4,
+        "unknown-category", "000000000285.png, image 285", 4,
     ),
     "no segments": (
-        lambda content: content["annotations"][2].pop("segments_info"), "broken-entry", "annotation 2", True, 3,
+        lambda content: content["annotations"][2].pop("segments_info"), "broken-entry", "annotation 2", 3,
     ),
     "a number in place of a segment": (
-        lambda content: content["annotations"][2].update(segments_info=[7]), "broken-entry", "object", True, 4,
+        lambda content: content["annotations"][2].update(segments_info=[7]), "broken-entry", "object", 4,
     ),
-    "null": (lambda content: content["annotations"].append(None), "broken-entry", "", True, 4),
-    "an id that is a text": (lambda content: segment(content).update(id="7"), "broken-entry", "'7'", False, 4),
-    "an area that is a text": (lambda content: segment(content).update(area="7"), "broken-entry", "area '7'", False, 4),
+    "an id that is a text": (lambda content: segment(content).update(id="7"), "broken-entry", "'7'", 4),
+    "an area that is a text": (lambda content: segment(content).update(area="7"), "broken-entry", "'7'", 4),
     "a box of three numbers": (
-        lambda content: segment(content).update(bbox=[1, 2, 3]), "broken-entry", "bbox", False, 4,
+        lambda content: segment(content).update(bbox=[1, 2, 3]), "bad-box", "bbox", 4,
     ),
-    "the id of unlabelled pixels": (lambda content: segment(content).update(id=0), "void-id", "id 0", False, 4),
+    "a flag that is a text": (lambda content: segment(content).update(iscrowd="0"), "broken-entry", "iscrowd", 4),
+    "an area larger than the image": (
+        lambda content: segment(content).update(area=1e9), "impossible-area", "000000000285.png", 4,
+    ),
+    "the id of unlabelled pixels": (lambda content: segment(content).update(id=0), "void-id", "id 0", 4),
     "two segments with one id": (
         lambda content: content["annotations"][1]["segments_info"].append(dict(segment(content))),
-        "duplicate-segment-id", "000000000285.png", False, 4,
+        "duplicate-segment-id", "000000000285.png", 4,
     ),
     "an image without annotation": (
-        lambda content: content["annotations"].pop(), "no-annotation", "000000000577.jpg", False, 3,
+        lambda content: content["annotations"].pop(), "no-annotation", "000000000577.jpg", 3,
     ),
     "an annotation without image": (
-        lambda content: content["images"].pop(), "unlisted-image", "000000000577.png", False, 4,
+        lambda content: content["images"].pop(), "unknown-size", "577", 4,
     ),
-    "a negative size": (lambda content: content["images"][0].update(height=-1), "broken-entry", "-1", False, 4),
-    "other names": (rename_all, "other-categories", "133 of 133: 'thing 0' for 'person'", False, 4),
+    "a negative size": (lambda content: content["images"][0].update(height=-1), "broken-entry", "-1", 4),
+    "other names": (rename_all, "other-categories", "133 of 133: 'thing 0' for 'person'", 4),
     "a category listed twice": (
-        lambda content: content["categories"].append({"id": 1, "name": "person"}), "categories", "id 1", False, 4,
+        lambda content: content["categories"].append({"id": 1, "name": "person"}), "categories", "id 1", 4,
     ),
     "two categories of one name": (
-        lambda content: content["categories"][1].update(name="person"), "categories", "ids 1 and 2", False, 4,
+        lambda content: content["categories"][1].update(name="person"), "categories", "ids 1 and 2", 4,
     ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("case", ENTRIES)
-def test_a_wrong_entry_is_told_and_the_rest_is_looked_at(copy, case, fast):
-    change, kind, text, refused, left = ENTRIES[case]
+def test_a_wrong_entry_is_told_and_the_rest_is_looked_at(copy, case):
+    change, kind, text, left = ENTRIES[case]
     dataset, root = copy(PANOPTIC)
     edit(root / PANOPTIC_JSON, change)
-    if refused:
-        with pytest.raises((ValueError, TypeError)):
-            dataset.annotations()
-    report = check_dataset(dataset, fast=fast)
+    report = check_dataset(dataset)
     (issue,) = of_kind(report, kind)
     assert text in issue.text and issue.file == str(root / PANOPTIC_JSON)
-    assert not refused or issue.level == "error"
+    assert refuses(dataset) == (issue.level == "error" and kind != "categories")  # classes go by id
     assert report.num_images == left
+
+
+def refuses(dataset):
+    try:
+        dataset.annotations()
+    except ValueError:
+        return True
+    return False
 
 
 def test_a_segment_left_out_for_its_category_is_told_once(copy):
@@ -526,43 +495,38 @@ def test_a_segment_left_out_for_its_category_is_told_once(copy):
     only(check_dataset(dataset), "unknown-category")
 
 
-# change of an instance: kind, whether the reader refuses it
+# change of an instance: kind
 INSTANCE_ENTRIES = {
-    "a category that is not a class": (lambda entry: entry.update(category_id=12), "unknown-category", True),
-    "an image that is not listed": (lambda entry: entry.update(image_id=5), "unlisted-image", True),
-    "an id used twice": (lambda entry: entry.update(id=900_000_000_001), "duplicate-annotation-id", False),
-    "no segmentation": (lambda entry: entry.pop("segmentation"), "no-mask", False),
-    "a polygon of two corners": (lambda entry: entry.update(segmentation=[[0, 0, 5, 5]]), "bad-polygon", False),
-    "a run-length code without size": (lambda entry: entry.update(segmentation={"counts": "abc"}), "bad-code", True),
+    "a category that is not a class": (lambda entry: entry.update(category_id=12), "unknown-category"),
+    "an image that is not listed": (lambda entry: entry.update(image_id=5), "unlisted-image"),
+    "no segmentation": (lambda entry: entry.pop("segmentation"), "no-mask"),
+    "a polygon of two corners": (lambda entry: entry.update(segmentation=[[0, 0, 5, 5]]), "flat-instance"),
+    "a coordinate that is not a number": (
+        lambda entry: entry.update(segmentation=[[0, 0, 5, 5, 5, float("nan")]]), "bad-polygon",
+    ),
+    "a coordinate in another unit": (
+        lambda entry: entry.update(segmentation=[[0, 0, 5, 5, 5, 3.5e8]]), "bad-polygon",
+    ),
+    "a run-length code without size": (lambda entry: entry.update(segmentation={"counts": "abc"}), "bad-code"),
     "a run-length code of another size": (
-        lambda entry: entry.update(segmentation={"size": [5, 5], "counts": [25]}), "bad-code", False,
+        lambda entry: entry.update(segmentation={"size": [5, 5], "counts": [25]}), "bad-code",
     ),
     "a run-length code that is too short": (
-        lambda entry: entry.update(segmentation={"size": [64, 48], "counts": "55"}), "bad-code", False,
+        lambda entry: entry.update(segmentation={"size": [64, 48], "counts": "55"}), "bad-code",
     ),
-    "a run-length code of other letters": (
-        lambda entry: entry.update(segmentation={"size": [64, 48], "counts": "\x00~é"}), "bad-code", False,
-    ),
-    "a word in place of a segmentation": (lambda entry: entry.update(segmentation="all"), "broken-entry", False),
-    "no category": (lambda entry: entry.pop("category_id"), "broken-entry", True),
-    "a box out of the image": (lambda entry: entry.update(bbox=[40, 0, 60, 24]), "box", False),
-    "a box without a size": (lambda entry: entry.update(bbox=[3, 3, 0, 5]), "box", False),
-    "a box elsewhere": (lambda entry: entry.update(bbox=[0, 24, 5, 5]), "box", False),
-    "an area far off": (lambda entry: entry.update(area=10), "instance-area", False),
+    "a word in place of a segmentation": (lambda entry: entry.update(segmentation="all"), "broken-entry"),
+    "no category": (lambda entry: entry.pop("category_id"), "broken-entry"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", INSTANCE_ENTRIES)
 def test_a_wrong_instance_is_told_and_the_rest_is_looked_at(copy, case):
-    change, kind, refused = INSTANCE_ENTRIES[case]
+    change, kind = INSTANCE_ENTRIES[case]
     dataset, root = copy(INSTANCES)
     edit(root / INSTANCES_JSON, lambda content: change(content["annotations"][4]))
-    if refused:
-        with pytest.raises(ValueError):
-            dataset.annotations()
     report = check_dataset(dataset)
     (issue,) = of_kind(report, kind)
-    assert not refused or issue.level == "error"
+    assert refuses(dataset) == (issue.level == "error")
     assert report.num_images == 5
 
 
@@ -598,31 +562,13 @@ def test_whatever_stands_in_an_annotation_file_nothing_raises(copy, name, file, 
         json.dumps(report.as_dict())
 
 
-def test_images_without_instances_and_with_crowds_only_are_told_apart(copy):
-    dataset, root = copy(INSTANCES)
-
-    def change(content):
-        for entry in content["annotations"]:
-            entry["iscrowd"] = int(entry["image_id"] == 139 or entry["iscrowd"])
-
-    edit(root / INSTANCES_JSON, change)
-    report = check_dataset(dataset)
-    assert kinds(report) == {"empty", "crowd-only"}
-    assert Path(of_kind(report, "empty")[0].file).stem == "000000000723"
-    assert Path(of_kind(report, "crowd-only")[0].file).stem == "000000000139"
-
-
-def test_a_panoptic_image_of_crowds_and_one_without_segments_are_noted(copy):
+def test_images_without_instances_and_without_segments_are_noted(copy, trees):
     dataset, root = copy(PANOPTIC)
-
-    def change(content):
-        for entry in content["annotations"][0]["segments_info"]:
-            entry["iscrowd"] = 1
-        content["annotations"][1]["segments_info"].clear()
-
-    edit(root / PANOPTIC_JSON, change)
+    edit(root / PANOPTIC_JSON, lambda content: content["annotations"][1]["segments_info"].clear())
     write_ids(root / "coco/panoptic_val2017/000000000285.png", np.zeros((64, 48), int))
-    assert kinds(check_dataset(dataset)) == {"crowd-only", "empty"}
+    assert Path(only(check_dataset(dataset), "empty").file).stem == "000000000285"
+    report = check_dataset(get_dataset(INSTANCES, trees(INSTANCES)))
+    assert Path(only(report, "empty").file).stem == "000000000723"
 
 
 # ---- own data ----
@@ -669,8 +615,8 @@ def test_a_category_of_own_data_that_differs_by_case_is_told_with_the_class(own_
     with pytest.raises(ValueError, match="'Dog'"):
         dataset.annotations()
     report = check_dataset(dataset)
-    (issue,) = of_kind(report, "unknown-category")
-    assert "category_id 18 ('dog'): 4 segments" in issue.text and "'Dog'" in issue.remedy
+    (issue,) = of_kind(report, "categories")
+    assert "'dog'" in issue.text and "'Dog'" in issue.remedy
     assert report.num_images == 4
 
 
@@ -684,24 +630,12 @@ def test_names_that_are_nearly_those_of_training_or_of_another_class_are_told(ow
     assert "'dog' (dog, hound)" in of_kind(report, "shared-synonym")[0].text
 
 
-def test_own_label_maps_are_checked(copy):
-    _, root = copy(SEMANTIC)
-    path, folder = root / "mine.yml", "pascal_ctx_d2/{}/validation"
-    names = json.dumps([f"class {number}" for number in range(59)])
-    path.write_text(
-        f"type: semantic\nimages: {folder.format('images')}\nannotations: {folder.format('annotations_ctx59')}\n"
-        f"classes: {names}\nignore_label: 200\n"
-    )
-    issues = of_kind(check_dataset(get_dataset(str(path))), "unknown-label")
-    assert len(issues) == 4 and all(issue.remedy.endswith("ignore_label: 255") for issue in issues)
-
-
 # ---- processes ----
 
 
 def test_processes_find_what_this_one_finds(copy):
     dataset, root = copy(PANOPTIC)
-    shift_ids(1)(root / IDS)
+    shift_ids(root / IDS)
     (root / FIRST).unlink()
     calls = []
     report = check_dataset(dataset, workers=2, progress=lambda done, total: calls.append((done, total)))
@@ -710,20 +644,27 @@ def test_processes_find_what_this_one_finds(copy):
     assert calls[-1] == (4, 4)
 
 
-def test_the_order_in_which_images_are_done_changes_nothing(trees, monkeypatch):
-    dataset = get_dataset(INSTANCES, trees(INSTANCES))
-    expected = check_dataset(dataset)
-    backwards = lambda function, jobs, **_: [*enumerate(map(function, jobs))][::-1]  # noqa: E731
-    monkeypatch.setattr("fcclip.checks.dataset.map_in_processes", backwards)
-    report = check_dataset(dataset)
-    assert (report.classes, report.issues) == (expected.classes, expected.issues)
+def test_jobs_are_taken_as_processes_need_them_and_one_that_kills_its_process_ends_them():
+    taken = []
+    jobs = (
+        taken.append(number) or f"{number} if {number} != 300 else __import__('os')._exit(3)" for number in range(999)
+    )
+    results = in_processes(eval, jobs, workers=1)
+    assert [next(results) for _ in range(256)] == list(range(256)) == taken
+    with pytest.raises(BrokenProcessPool):
+        list(results)
 
 
 def test_an_image_whose_process_died_is_an_error(copy, monkeypatch):
+    def die(function, jobs, *, workers):
+        yield function(next(jobs))
+        raise BrokenProcessPool
+
     dataset, _ = copy(PANOPTIC)
-    monkeypatch.setattr("fcclip.checks.dataset.map_in_processes", lambda *_, **__: [(2, DIED)])
+    monkeypatch.setattr("fcclip.checks.dataset.in_processes", die)
     (issue,) = of_kind(check_dataset(dataset), "process-died")
-    assert (Path(issue.file).name, issue.level) == ("000000000431.jpg", "error")
+    assert (Path(issue.file).name, issue.level) == ("000000000285.jpg", "error")
+    assert "3 images were not looked at" in issue.text
 
 
 def test_a_mistake_of_the_check_does_not_end_it(copy, monkeypatch):
@@ -732,11 +673,6 @@ def test_a_mistake_of_the_check_does_not_end_it(copy, monkeypatch):
     report = check_dataset(dataset)
     assert {issue.kind for issue in report.issues if issue.level == "error"} == {"checker"}
     assert report.issues.count("error") == 4
-
-
-def test_a_negative_number_of_processes_is_refused(copy):
-    with pytest.raises(ValueError, match="-1"):
-        check_dataset(copy(PANOPTIC)[0], workers=-1)
 
 
 # ---- reports ----
@@ -766,9 +702,7 @@ def test_images_to_look_at_are_spread_and_are_good(copy):
         write_labels(root / LABELS / f"z_{number:02d}.png", np.full((8, 8), 3, np.uint8))
     (folder / "images/validation/z_17.jpg").write_bytes(b"")
     report = check_dataset(dataset)
-    names = [Path(report.records[position]["file_name"]).stem for position in choose_images(report, 8)]
-    assert len(names) == len(set(names)) == 8 and names == sorted(names)
-    assert choose_images(report, 8) == choose_images(check_dataset(dataset), 8)
-    everything = choose_images(report, 1000)
-    assert len(everything) == 43 and choose_images(report, 0) == []
-    assert "z_17" not in [Path(report.records[position]["file_name"]).stem for position in everything]
+    names = [record["file_name"] for record in chosen_records(report, 8)]
+    assert len(set(names)) == 8 and names == sorted(names)
+    everything = [Path(record["file_name"]).stem for record in chosen_records(report, 1000)]
+    assert len(everything) == 43 and "z_17" not in everything

@@ -17,8 +17,10 @@ from fcclip.config import (
     resolve_file,
 )
 from fcclip.modeling import build_model
+from fcclip.vocabulary import Vocabulary
 
 FOLDER = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_"
+FROZENSEG = sorted((configs_dir() / "coco/frozenseg").glob("[!B]*.yaml"))
 RUNNABLE = sorted((configs_dir() / "coco/panoptic-segmentation/fcclip").glob("*.yaml"))
 TEST_SETS = {
     "ade20k": "openvocab_ade20k_panoptic_val",
@@ -51,6 +53,26 @@ def test_every_published_file_builds(path):
     assert model.sem_seg_head.predictor.query_feat.weight.shape == (250, 256)
     assert model.backbone.embed_dim == cfg.MODEL.FC_CLIP.EMBED_DIM
     assert len(model.train_vocabulary) == 133
+
+
+@pytest.mark.parametrize("path", FROZENSEG, ids=lambda path: path.stem)
+def test_every_published_file_of_frozenseg_builds(path):
+    unloaded = ["MODEL.FROZEN_SEG.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.SAM_WEIGHTS", "", "MODEL.DEVICE", "meta"]
+    cfg = load_config(path, unloaded)
+    own = Vocabulary.from_names("cat") if "lvis" in path.stem else None  # its classes stand in the user's file
+    with torch.device("meta"):
+        model = build_model(cfg, test_vocabulary=own)
+    assert type(model).__name__ == "FrozenSeg" and cfg.DATASETS.TEST and len(model.train_vocabulary) == 133
+    former = cfg.MODEL.MASK_FORMER
+    assert (former.SAM_QUERY_FUSE_LAYER, former.SAM_FEATURE_FUSE_LAYER, cfg.MODEL.SAM_NAME) == (2, 0, "vit_b")
+
+
+def test_files_may_call_fcclips_keys_frozensegs(tmp_path):
+    text = "MODEL:\n  FROZEN_SEG:\n    EMBED_DIM: 640\n    GEOMETRIC_ENSEMBLE_BETA: 0.6\n"
+    cfg = load_config(write(tmp_path, "own.yaml", text))
+    assert (cfg.MODEL.FC_CLIP.EMBED_DIM, cfg.MODEL.FC_CLIP.GEOMETRIC_ENSEMBLE_BETA) == (640, 0.6)
+    with pytest.raises(ValueError, match=r"unknown key 'MODEL.FC_CLIP.EMBED_DIMS'"):
+        load_config(write(tmp_path, "own.yaml", text), ["MODEL.FROZEN_SEG.EMBED_DIMS", 3])
 
 
 @pytest.mark.parametrize("suffix", TEST_SETS)
@@ -137,6 +159,15 @@ def test_a_released_yaml_merges_with_values_over_its_base(tmp_path):
 def test_keys_without_effect_are_told_with_the_reason(tmp_path):
     path = write(tmp_path, "a.yaml", "MODEL:\n  SWIN:\n    DEPTHS: [1, 1, 1, 1]\nSEED: 3\n")
     assert keys_without_effect(path) == {"MODEL.SWIN.DEPTHS": "there is no Swin backbone"}
+
+
+def test_keys_of_detectron2s_other_models_are_accepted_and_told(tmp_path):
+    others = "MODEL:\n  RPN:\n    CONV_DIMS: [-1]\n  RESNETS:\n    DEFORM_MODULATED: false\nVIS_PERIOD: 0\nSEED: 5\n"
+    path = write(tmp_path, "dumped.yaml", others)
+    assert load_config(path).SEED == 5
+    assert {*keys_without_effect(path)} == {"MODEL.RPN.CONV_DIMS", "MODEL.RESNETS.DEFORM_MODULATED", "VIS_PERIOD"}
+    with pytest.raises(ValueError, match=r"MODEL\.RPNS"):
+        load_config(write(tmp_path, "misspelt.yaml", "MODEL:\n  RPNS:\n    CONV_DIMS: [-1]\n"))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_a_training_sample_has_image_targets_and_names(cfg, record):
 def test_image_and_id_map_get_the_drawn_geometry(cfg, record):
     sample = build_train_mapper(cfg)(record, rng(5))
     geometry = LargeScaleJitter(size=32, min_scale=0.1, max_scale=2.0).draw(24, 36, rng(5))
-    expected = geometry.apply_image(read_image(record["file_name"]))
+    expected = geometry.pad_image(geometry.view(Image.open(record["file_name"])))
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), expected)
     padded = (sample["targets"].id_map == PADDING_ID).numpy()
     assert (expected[padded] == 128).all()
@@ -105,23 +105,12 @@ def test_the_test_mapper_opens_no_ground_truth(cfg, record, coco_root):
     assert "targets" not in build_test_mapper(cfg)(record)
 
 
-def test_a_test_sample_needs_nothing_but_a_file_name(cfg, record):
-    sample = build_test_mapper(cfg)({"file_name": record["file_name"]})
-    assert (sample["height"], sample["width"]) == (24, 36)
-
-
 @pytest.mark.parametrize("build", [build_train_mapper, build_test_mapper])
 def test_a_listed_image_that_is_absent_is_named(cfg, record, coco_root, build):
     (coco_root / "coco" / "val2017" / "000000000100.jpg").unlink()
     mapper = build(cfg)
     with pytest.raises(FileNotFoundError, match=r"000000000100\.jpg: no such image, though the data set lists it"):
         mapper(record, rng()) if build is build_train_mapper else mapper(record)
-
-
-def test_an_id_png_of_zero_bytes_is_named(cfg, record):
-    open(record["pan_seg_file_name"], "w").close()
-    with pytest.raises(ValueError, match=r"000000000100\.png: .*the file is empty \(0 bytes\)"):
-        build_train_mapper(cfg)(record, rng())
 
 
 def test_a_image_of_another_size_than_the_json_says_is_named(cfg, record):
@@ -144,21 +133,6 @@ def test_a_png_id_that_is_not_in_the_json_is_named_with_its_area(cfg, record):
         r"100\.png: id 70001 \(216 pixels\) is not in the segments_info .* 2 ids: 70002, 70003\. .*prepare both again"
     )
     with pytest.raises(ValueError, match=message):
-        build_train_mapper(cfg)(record, rng())
-
-
-def test_ids_that_are_all_off_by_one_are_named(cfg, record):
-    for segment in record["segments_info"]:
-        segment["id"] += 1
-    with pytest.raises(
-        ValueError, match=r"100\.png: id 70001 \(216 pixels\) is not .* 3 ids: 70002, 70003, 70004\. PNG and"
-    ):
-        build_train_mapper(cfg)(record, rng())
-
-
-def test_a_missing_id_png_is_named(cfg, record, coco_root):
-    (coco_root / "coco" / "panoptic_val2017" / "000000000100.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"panoptic_val2017/000000000100\.png: no such image, though the data"):
         build_train_mapper(cfg)(record, rng())
 
 
@@ -247,7 +221,7 @@ def drawn_geometry(cfg, seed, height=24, width=36):
 def test_mask_former_panoptic_gives_image_and_ids_the_drawn_geometry(former, record, seed):
     sample = build_train_mapper(former)(record, rng(seed))
     geometry = drawn_geometry(former, seed)
-    expected = geometry.apply_image(read_image(record["file_name"]))
+    expected = geometry.pad_image(geometry.view(Image.open(record["file_name"])))
     np.testing.assert_array_equal(sample["image"].permute(1, 2, 0).numpy(), expected)
     expected = geometry.apply_id_map(read_id_map(record["pan_seg_file_name"]))
     np.testing.assert_array_equal(sample["targets"].id_map.numpy(), expected)
@@ -296,16 +270,6 @@ def test_the_value_of_unlabelled_pixels_is_that_of_the_training_set(former, labe
     former.DATASETS.TRAIN = ("mine",)  # not fcclip's: nothing is known but IGNORE_VALUE
     former.MODEL.SEM_SEG_HEAD.IGNORE_VALUE = 65535
     assert build_train_mapper(former)(labelled, rng())["targets"].labels.tolist() == [0, 16, 119]
-
-
-def test_labels_that_are_all_off_by_one_are_named(former, labelled):
-    former.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
-    former.DATASETS.TRAIN = ("openvocab_ade20k_sem_seg_train",)
-    labels = np.asarray(Image.open(labelled["sem_seg_file_name"])) + 1  # 0 for void, as the raw files of ADE20K have it
-    labels[0, 0] = 150
-    Image.fromarray(labels).save(labelled["sem_seg_file_name"])
-    with pytest.raises(ValueError, match=r"label 150 \(1 pixels\) is not a class: .* labels 0\.\.149"):
-        build_train_mapper(former)(labelled, rng())
 
 
 def test_label_maps_that_do_not_fit_are_named(former, labelled):

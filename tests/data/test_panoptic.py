@@ -1,9 +1,4 @@
-import json
-
 import pytest
-from PIL import Image
-
-from fcclip.data import get_dataset
 
 
 def test_a_record_has_detectron2s_fields(coco_val, coco_root):
@@ -41,49 +36,6 @@ def test_sizes_that_the_json_lacks_come_from_the_images(coco_val, edit_json):
     assert [(r["height"], r["width"]) for r in coco_val.records()] == [(24, 36), (40, 20)] * 3
 
 
-def test_ids_of_ade20k_stay_strings(tmp_path):
-    ade = tmp_path / "ADEChallengeData2016"
-    for folder, name in (
-        ("images/validation", "ADE_val_00000001.jpg"),
-        ("ade20k_panoptic_val", "ADE_val_00000001.png"),
-    ):
-        (ade / folder).mkdir(parents=True)
-        Image.new("RGB", (8, 6)).save(ade / folder / name)
-    annotation = {"image_id": "ADE_val_00000001", "file_name": "ADE_val_00000001.png"}
-    annotation["segments_info"] = [{"id": 5, "category_id": 7, "iscrowd": 0}]
-    content = {"images": [{"id": "ADE_val_00000001", "height": 6, "width": 8}], "annotations": [annotation]}
-    (ade / "ade20k_panoptic_val.json").write_text(json.dumps(content))
-    (record,) = get_dataset("openvocab_ade20k_panoptic_val", tmp_path).records()
-    assert record["image_id"] == "ADE_val_00000001"
-    assert record["sem_seg_file_name"] == f"{ade}/annotations_detectron2/validation/ADE_val_00000001.png"
-    assert record["segments_info"][0]["isthing"] is True  # bed
-
-
-def test_images_of_cityscapes_lie_in_folders_of_cities(tmp_path):
-    city = tmp_path / "leftImg8bit.v1" / "cityscapes"  # a root that must not be mistaken for a part of a file name
-    stem = "bonn_000001_000019"
-    for file in (
-        f"leftImg8bit/val/bonn/{stem}_leftImg8bit.png",
-        f"gtFine/cityscapes_panoptic_val/{stem}_gtFine_panoptic.png",
-    ):
-        (city / file).parent.mkdir(parents=True)
-        Image.new("RGB", (8, 6)).save(city / file)
-    annotation = {"image_id": stem, "file_name": f"{stem}_gtFine_panoptic.png"}
-    annotation["segments_info"] = [
-        {"id": 26001, "category_id": 26, "iscrowd": 0},
-        {"id": 7, "category_id": 7, "iscrowd": 0},
-    ]
-    (city / "gtFine" / "cityscapes_panoptic_val.json").write_text(json.dumps({"annotations": [annotation]}))
-    (record,) = get_dataset("openvocab_cityscapes_fine_panoptic_val", city.parent).records()
-    assert record["image_id"] == stem
-    assert record["sem_seg_file_name"] == f"{city}/gtFine/val/bonn/{stem}_gtFine_labelTrainIds.png"
-    assert [(segment["category_id"], segment["isthing"]) for segment in record["segments_info"]] == [
-        (13, True),
-        (0, False),
-    ]
-    assert (record["height"], record["width"]) == (6, 8)
-
-
 def test_a_missing_json_is_named_with_the_variable_to_set(coco_val, coco_root):
     (coco_root / "coco" / "annotations" / "panoptic_val2017.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"panoptic_val2017\.json does not exist\. .*\$DETECTRON2_DATASETS"):
@@ -107,20 +59,20 @@ def test_a_json_of_another_kind_is_refused(coco_val, coco_root, content):
 @pytest.mark.parametrize("field", ["image_id", "file_name", "segments_info"])
 def test_an_annotation_without_a_field_is_refused(coco_val, edit_json, field):
     edit_json(lambda content: content["annotations"][2].pop(field))
-    with pytest.raises(ValueError, match=rf"panoptic_val2017\.json: annotation 2 has no '{field}'"):
+    with pytest.raises(ValueError, match=rf"panoptic_val2017\.json: annotation 2: .*{field}"):
         coco_val.records()
 
 
 def test_a_class_id_outside_the_vocabulary_is_named(coco_val, edit_json):
     edit_json(lambda content: content["annotations"][3]["segments_info"][1].update(category_id=12))
-    message = r"segment 70002 of 000000000103\.png has category_id 12, .*'coco_panoptic' \(133 classes, ids 1\.\.200\)"
+    message = r"category_id 12 .*133 classes, ids 1\.\.200.*000000000103\.png, image 103"
     with pytest.raises(ValueError, match=message):
         coco_val.records()
 
 
 def test_two_annotations_of_one_image_are_refused(coco_val, edit_json):
     edit_json(lambda content: content["annotations"][2].update(image_id=101))
-    with pytest.raises(ValueError, match=r"panoptic_val2017\.json has two annotations of the image 101\. Give each"):
+    with pytest.raises(ValueError, match=r"panoptic_val2017\.json: annotation 2 \(000000000102\.png, image 101\)"):
         coco_val.records()
 
 

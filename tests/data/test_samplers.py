@@ -29,10 +29,6 @@ def test_the_stream_is_one_permutation_after_the_other():
     assert stream == [i for _ in range(3) for i in torch.randperm(7, generator=generator).tolist()]
 
 
-def test_another_seed_gives_another_order():
-    assert batches(seed=3) == batches(seed=3) != batches(seed=4)
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_ranks_share_the_stream_in_turn(world_size):
     draws = [batches(6, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -115,11 +111,6 @@ def test_the_repeated_stream_is_that_of_detectron2():
     assert list(itertools.islice(repeated_stream(4, 9, factors=factors), len(expected))) == expected
 
 
-def test_without_repetition_every_epoch_has_every_record_once():
-    stream = list(itertools.islice(repeated_stream(7, 5, factors=torch.ones(7)), 21))
-    assert all(sorted(stream[begin : begin + 7]) == list(range(7)) for begin in (0, 7, 14))
-
-
 @pytest.mark.parametrize("key", ["annotations", "segments_info"])
 def test_categories_come_from_instances_or_segments(key):
     cfg = get_cfg()
@@ -145,11 +136,6 @@ def test_records_that_do_not_say_their_categories_are_refused():
         build_stream(cfg, [{"sem_seg_file_name": "a.png"}])
 
 
-def test_factors_for_another_number_of_records_are_refused():
-    with pytest.raises(ValueError, match="3 repeat factors for 4 records"):
-        next(repeated_stream(4, 0, factors=torch.ones(3)))
-
-
 @pytest.mark.parametrize("num_records", [0, 1, 5, 8, 9])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_inference_shares_are_contiguous_and_nearly_equal(num_records, world_size):
@@ -164,7 +150,3 @@ def test_inference_batches_hold_one_kind_and_every_index_once():
     made = inference_batches(indices, kinds, batch_size=3)
     assert sorted(index for batch in made for index in batch) == indices
     assert all(len({kinds[index - 10] for index in batch}) == 1 and len(batch) <= 3 for batch in made)
-
-
-def test_single_images_keep_their_order():
-    assert inference_batches([3, 4, 5], ["a", "b", "a"], batch_size=1) == [[3], [4], [5]]

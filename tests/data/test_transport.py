@@ -14,12 +14,6 @@ def test_records_come_back_equal_and_new():
     assert records[2] is not records[2]
 
 
-@pytest.mark.parametrize("index", [-1, 3])
-def test_a_record_outside_the_list_is_an_error(index):
-    with pytest.raises(IndexError, match=f"record {index} of 3"):
-        CompactRecords([{}] * 3)[index]
-
-
 def test_records_survive_the_way_to_a_worker():
     records = pickle.loads(pickle.dumps(CompactRecords([{"a": 1}, {"b": "two"}])))
     assert [records[0], records[1]] == [{"a": 1}, {"b": "two"}]

@@ -69,14 +69,14 @@ def segment(id_map: np.ndarray, segment_id: int, category: int, crowd: int = 0) 
 
 
 def coco(root: Path) -> None:
-    """COCO 2017: images, panoptic PNGs and JSON files, instances JSON files.
+    """COCO 2017: images, panoptic PNGs and JSON files.
 
     The first image of a split: a crowd of persons (1) above, rug (200) below, void in the last column; the second:
     sky (187) above, dog (18) below.
     """
     folder = root / "coco"
     for split, first in (("train", 9), ("val", 139)):
-        images, panoptic, instances = [], [], []
+        images, panoptic = [], []
         for index, size in enumerate((WIDE, TALL)):
             image_id, stem = first + 5 * index, f"{first + 5 * index:012d}"
             save_photo(folder / f"{split}2017" / f"{stem}.jpg", size, seed=image_id)
@@ -86,10 +86,6 @@ def coco(root: Path) -> None:
                 segments = [segment(id_map, 70, 200), segment(id_map, 3226956, 1, crowd=1)]
             else:
                 segments = [segment(id_map, 3226956, 187), segment(id_map, 70, 18)]
-                rows, columns = size
-                outline = [0.0, rows / 2, columns, rows / 2, columns, rows, 0.0, rows]
-                annotation = {"id": 900 + image_id, "image_id": image_id, "segmentation": [outline]}
-                instances.append({**segments[1], **annotation})
             save(folder / f"panoptic_{split}2017" / f"{stem}.png", colours(id_map))
             images.append(
                 {"id": image_id, "file_name": f"{stem}.jpg", "height": size[0], "width": size[1], "license": 3}
@@ -99,20 +95,8 @@ def coco(root: Path) -> None:
             {"id": entry.id, "name": entry.name, "supercategory": "any", "isthing": int(entry.thing)}
             for entry in Vocabulary.builtin("coco_panoptic").classes
         ]
-        head = {"info": {"year": 2018}, "licenses": [], "images": images}
-        save_json(
-            folder / "annotations" / f"panoptic_{split}2017.json",
-            {**head, "annotations": panoptic, "categories": categories},
-        )
-        things = [
-            {key: category[key] for key in ("id", "name", "supercategory")}
-            for category in categories
-            if category["isthing"]
-        ]
-        save_json(
-            folder / "annotations" / f"instances_{split}2017.json",
-            {**head, "annotations": instances, "categories": things},
-        )
+        content = {"info": {"year": 2018}, "images": images, "annotations": panoptic, "categories": categories}
+        save_json(folder / "annotations" / f"panoptic_{split}2017.json", content)
 
 
 def coco_stuff(root: Path) -> None:
@@ -155,8 +139,6 @@ def ade20k(root: Path) -> None:
             save_photo(folder / "images" / FOLDERS[split] / f"{stem}.jpg", size, seed=index)
             save(folder / "annotations" / FOLDERS[split] / f"{stem}.png", classes)
             save(folder / "annotations_instance" / FOLDERS[split] / f"{stem}.png", instances)
-    (folder / "objectInfo150.txt").write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1576\t11664\t1172\t1\twall\n")
-    (folder / "sceneCategories.txt").write_text("ADE_train_00000001 airport_terminal\n")
 
 
 def ade20k_full(root: Path) -> None:
@@ -191,7 +173,7 @@ def ade20k_full(root: Path) -> None:
     (root / ade / "index_ade20k.pkl").write_bytes(pickle.dumps(index, protocol=4))
 
 
-# ---- Cityscapes and Mapillary Vistas ----
+# ---- Cityscapes ----
 
 
 def cityscapes(root: Path) -> None:
@@ -210,46 +192,10 @@ def cityscapes(root: Path) -> None:
             save(root / "cityscapes" / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", _photo(size))
             save(truth.with_name(f"{truth.name}_instanceIds.png"), instances)
             save(truth.with_name(f"{truth.name}_labelIds.png"), labels)
-            save(truth.with_name(f"{truth.name}_color.png"), np.zeros((*size, 4), np.uint8))
-            save_json(
-                truth.with_name(f"{truth.name}_polygons.json"),
-                {"imgHeight": size[0], "imgWidth": size[1], "objects": []},
-            )
 
 
 def _photo(size: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
-
-
-def mapillary_vistas(root: Path) -> None:
-    """Mapillary Vistas v1.2: sky (label 27, category 28) above and, below it, a car (55, 56); in the last column
-    nothing (65). Names are random letters."""
-    names = {
-        "train": ("-r7sMMIqeQ0b8fC0vDGwHg", "__CRfqTcd4eN6YzOpPRDsQ"),
-        "val": ("0BkUHZcrLKgzTTRWPbGYoA", "_xg2jFxvYSdAtgBcYQdNwg"),
-    }
-    colour_table = [value for index in range(66) for value in (index, 255 - index, 128)]
-    for split in SPLITS:
-        folder = root / "mapillary_vistas" / FOLDERS[split]
-        images, annotations = [], []
-        for name, size in zip(names[split], (WIDE, TALL)):
-            labels, id_map = halves(size, 27, 55), halves(size, 28, 56 + 256 * 1, np.int32)
-            labels[:, -1], id_map[:, -1] = 65, 0
-            save_photo(folder / "images" / f"{name}.jpg", size, seed=5)
-            save(folder / "labels" / f"{name}.png", labels, palette=colour_table)
-            save(folder / "instances" / f"{name}.png", labels.astype(np.uint16) * 256)
-            save(folder / "panoptic" / f"{name}.png", colours(id_map))
-            images.append({"id": name, "file_name": f"{name}.jpg", "height": size[0], "width": size[1]})
-            segments = [segment(id_map, 28, 28), segment(id_map, 312, 56)]
-            annotations.append({"image_id": name, "file_name": f"{name}.png", "segments_info": segments})
-        categories = [
-            {"id": entry.id, "name": entry.name, "isthing": int(entry.thing), "supercategory": "any"}
-            for entry in Vocabulary.builtin("mapillary_vistas").classes
-        ]
-        save_json(
-            folder / "panoptic" / "panoptic_2018.json",
-            {"images": images, "annotations": annotations, "categories": categories},
-        )
 
 
 # ---- Pascal ----

@@ -1,9 +1,5 @@
 """Reading strictly and writing whole files or none."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,7 +17,6 @@ from fcclip.preparation.files import (
     read_json,
     read_pixels,
     remap,
-    remove_leftovers,
     stored_size,
     write_image,
     write_json,
@@ -116,14 +111,7 @@ def test_a_missing_source_is_named_and_nothing_is_written(tmp_path):
     assert names(tmp_path) == []
 
 
-def test_leftovers_of_ended_processes_of_this_machine_go_and_others_stay(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    with atomically(tmp_path / "x.png") as file:
-        file.touch()
-    start = file.name.removesuffix(f"{os.getpid()}.partial")  # .x.png.<this machine>-
-    stay = {f"{start}{os.getppid()}.partial", f".x.png.another{start[7:]}{ended.pid}.partial", ".hidden", "x.png"}
-    for name in (*stay, f"{start}{ended.pid}.partial"):
-        (tmp_path / name).touch()
-    remove_leftovers([tmp_path, tmp_path / "nowhere"])
-    assert {*names(tmp_path)} == stay
+def test_what_a_killed_process_left_half_written_is_written_over(tmp_path):
+    (tmp_path / ".x.json.partial").write_text("{")
+    write_json(tmp_path / "x.json", {})
+    assert names(tmp_path) == ["x.json"]

@@ -1,4 +1,4 @@
-"""What every preparation program keeps to: restart, check, errors, processes; and that what it makes can be used."""
+"""What every preparation program keeps to: restart, errors, processes; and that what it makes can be used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fcclip.config import get_cfg
 from fcclip.data import build_test_mapper, build_train_mapper, get_dataset
@@ -129,19 +128,13 @@ def downloaded(case, downloads, prepare, tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def four_are_all(monkeypatch):
-    """As if the published sets had two images a split."""
-    monkeypatch.setattr(preparation.Preparation, "published_count", lambda self, split: 2)
-
-
 def contents(files):
     return {path: content for path, (_, content) in files().items()}
 
 
 def test_there_is_a_case_for_every_program():
     programs = {path.stem.removeprefix("prepare_") for path in (REPOSITORY / "datasets").glob("prepare_*.py")}
-    assert programs - {"shapes"} == {*CASES}
+    assert programs - {"shapes", "pascal_5i", "coco_20i"} == {*CASES}  # folds: test_prepare_folds.py
 
 
 def test_a_program_and_the_guide_say_the_command_and_the_counts(name, case, program):
@@ -178,23 +171,7 @@ def test_what_is_made_is_registered_loaded_and_mapped(name, case, downloaded, pr
         assert labels and labels <= {*range(classes)}
 
 
-def test_mapillary_vistas_needs_no_preparation(downloads, tmp_path):
-    downloads.mapillary_vistas(tmp_path)
-    dataset = get_dataset("openvocab_mapillary_vistas_panoptic_val", tmp_path)
-    cfg = get_cfg()
-    cfg.INPUT.MIN_SIZE_TEST = 8
-    first, second = dataset.records()
-    assert [segment["category_id"] for segment in first["segments_info"]] == [27, 55]
-    assert build_test_mapper(cfg)(second)["image"].shape == (3, 12, 8)
-
-
-def test_instances_of_coco_need_no_preparation(downloads, tmp_path):
-    downloads.coco(tmp_path)
-    first, second = get_dataset("openvocab_coco_2017_val", tmp_path).records()
-    assert first["annotations"] == [] and [instance["category_id"] for instance in second["annotations"]] == [16]
-
-
-# ---- a second run, a check ----
+# ---- a second run ----
 
 
 def test_a_second_run_changes_nothing(name, downloaded, prepare, files, capsys):
@@ -206,65 +183,17 @@ def test_a_second_run_changes_nothing(name, downloaded, prepare, files, capsys):
     assert capsys.readouterr().out.count("all there already") == 2
 
 
-@pytest.mark.usefixtures("four_are_all")
-def test_the_check_writes_nothing_and_finds_everything_in_order(name, downloaded, prepare, files, capsys):
-    assert prepare(name) == 0
-    before = files()
-    assert prepare(name, "--check") == 0
-    assert files() == before
-    assert capsys.readouterr().out.count("2 images, all there; 2 opened and in order") == 2
-
-
-@pytest.mark.usefixtures("four_are_all")
-def test_the_check_names_a_missing_file_and_prepares_nothing(name, case, downloaded, prepare, files, capsys):
-    assert prepare(name) == 0
-    (downloaded / case.made).unlink()
-    before = files()
-    assert prepare(name, "--check") == 1
-    output = capsys.readouterr()
-    assert case.made in output.err and "missing" in output.err and "run without --check" in output.err
-    assert "train: 2 images, all there" in output.out  # the other split is in order
-    assert files() == before
-    assert prepare(name) == 0 and prepare(name, "--check") == 0
-
-
-@pytest.mark.usefixtures("four_are_all")
-def test_the_check_finds_everything_missing_before_the_first_run(name, downloaded, prepare, capsys):
-    assert prepare(name, "--check") == 1
-    assert "run without --check to make" in capsys.readouterr().err
-
-
-def test_the_check_of_fewer_images_than_published_fails_and_a_run_warns(downloads, prepare, capsys, tmp_path):
+def test_fewer_images_than_published_are_told(downloads, prepare, capsys, tmp_path):
     downloads.pascal_voc(tmp_path)
     assert prepare("pascal_voc_sem_seg") == 0
     assert "warning: Pascal VOC semantic, val has 2 images, the published set 1449" in capsys.readouterr().err
-    assert prepare("pascal_voc_sem_seg", "--check") == 1
-    assert "the download has 2 images, the published set 1449" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("four_are_all")
-@pytest.mark.parametrize("name", ["pascal_voc_sem_seg"])
-@pytest.mark.parametrize(
-    ("damage", "sentence"),
-    [
-        (lambda path: path.write_bytes(b""), "missing or empty files: 1"),
-        (lambda path: path.write_bytes(path.read_bytes()[:40]), "cannot be read as an image"),
-        (lambda path: Image.fromarray(np.full((4, 6), 20, np.uint8)).save(path), "value 20 is neither a class (0..19)"),
-        (lambda path: Image.fromarray(np.zeros((6, 4), np.uint8)).save(path), "6 x 4 pixels (height x width), but its"),
-        (lambda path: Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(path), "pixels are of mode RGB"),
-    ],
-)
-def test_the_check_opens_label_maps(damage, sentence, name, downloaded, prepare, capsys):
-    assert prepare(name) == 0
-    damage(downloaded / VOC)
-    assert prepare(name, "--check") == 1
-    assert sentence in capsys.readouterr().err
-
-
-def test_an_empty_file_is_made_again(name, case, downloaded, prepare, files):
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_an_empty_or_missing_file_is_made_again(damage, name, case, downloaded, prepare, files):
     assert prepare(name) == 0
     before = contents(files)
-    (downloaded / case.made).write_bytes(b"")
+    damage(downloaded / case.made)
     assert prepare(name) == 0
     assert contents(files) == before
 
@@ -279,8 +208,7 @@ def test_what_is_not_downloaded_is_named_with_its_source(name, case, prepare, pr
         for download in program(name).downloads(split):
             for part in (f"{tmp_path / download.path}\n", f"{download.what}. Get it from {download.source}."):
                 assert part in message
-    assert "--help shows the whole tree" in message and "--splits" not in message
-    assert prepare(name, "--check") == 1
+    assert "--splits val prepares one split alone, --help shows the whole tree" in message
     assert files() == {}
 
 
@@ -290,7 +218,7 @@ def test_one_split_alone_can_be_prepared_and_an_error_says_so(downloads, prepare
         (tmp_path / "ADEChallengeData2016" / folder / "training").rename(tmp_path / f"no_{folder}")
     for name in ("ade20k_sem_seg", "ade20k_ins_seg", "ade20k_pan_seg"):
         assert prepare(name) == 1
-        assert "For what is there alone: --splits val" in capsys.readouterr().err
+        assert "--splits val prepares one split alone" in capsys.readouterr().err
         assert prepare(name, "--splits", "val") == 0
     assert not list((tmp_path / "ADEChallengeData2016").rglob("*train*"))
 
@@ -360,9 +288,8 @@ def test_an_error_in_another_process_names_the_image(downloads, program, capsys,
 
 
 def test_a_process_that_is_ended_from_outside_ends_the_run_with_advice():
-    jobs = [("import os; os._exit(9)", None), ("pass", None)]
     with pytest.raises(OSError, match=r"a process was ended from outside.*fewer --workers"):
-        preparation._make_all(exec, jobs, workers=2, title="none")
+        preparation._make_all(exec, ["import os; os._exit(9)", "pass"], workers=2, title="none")
 
 
 def test_after_many_failures_the_rest_is_not_tried():
@@ -375,9 +302,7 @@ def test_after_many_failures_the_rest_is_not_tried():
     with pytest.raises(
         ValueError, match=r"20 of 100 images failed and the rest was not tried\.(?s:.*)  9: bad\n  and 10 more"
     ):
-        preparation._make_all(
-            make, [(preparation.Task(str(number), ()), None) for number in range(100)], workers=1, title="x"
-        )
+        preparation._make_all(make, [preparation.Task(str(number), ()) for number in range(100)], workers=1, title="x")
     assert len(tried) == 20
 
 
@@ -397,12 +322,10 @@ def test_processes_do_not_outlive_a_program_that_is_killed(downloads, tmp_path):
     assert running.returncode == -signal.SIGKILL
 
 
-def test_a_program_that_is_killed_at_any_point_leaves_no_half_file_and_goes_on(
-    downloads, prepare, program, capsys, tmp_path
-):
+def test_a_program_that_is_killed_at_any_point_leaves_no_half_file_and_goes_on(downloads, program, tmp_path):
     whole = tmp_path / "whole"
     whole.mkdir()
-    roots = [tmp_path / f"killed_{number}" for number in range(1, 6)]  # two PNGs, two parts, the JSON file
+    roots = [tmp_path / f"killed_{number}" for number in range(1, 4)]  # two PNGs, the JSON file
     for root in (whole, *roots):
         root.mkdir(exist_ok=True)
         downloads.ade20k(root)
@@ -414,22 +337,13 @@ def test_a_program_that_is_killed_at_any_point_leaves_no_half_file_and_goes_on(
         [sys.executable, str(killer), "ade20k_pan_seg", *map(str, roots)], check=True, capture_output=True, text=True
     )
     assert ended.stdout.split() == ["-9"] * len(roots)
-    capsys.readouterr()
     for number, root in enumerate(roots, start=1):
         left = made_by(root)
         half = [path for path in left if path.endswith(".partial")]
-        parts = [path for path in left if path.endswith(".json") and ".parts/" in path]
-        assert len(half) == 1 and len(parts) == (number - 1) // 2
-        finished = {path: left[path] for path in left if path not in (*half, *parts)}
-        assert len(finished) == number // 2 and finished.items() <= expected.items()
-        kept = {path.name: path.stat().st_mtime_ns for path in root.rglob("*_panoptic_val/*.png")}
+        finished = {path: content for path, content in left.items() if path not in half}
+        assert len(half) == 1 and len(finished) == number - 1 and finished.items() <= expected.items()
         assert main(["--root", str(root), "--splits", "val", "--workers", "1"]) == 0
-        assert f"made {2 - len(parts)} in" in capsys.readouterr().out
         assert made_by(root) == expected
-        for part in parts:
-            png = Path(part).with_suffix(".png").name
-            (path,) = root.rglob(f"*_panoptic_val/{png}")
-            assert path.stat().st_mtime_ns == kept[png]
 
 
 def made_by(root):

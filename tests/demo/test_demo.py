@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from fcclip.segmenter import NamedSegment, Segmentation
-from fcclip.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -84,8 +83,13 @@ def test_every_image_gives_a_drawing_of_its_name_a_json_and_a_line(demo, images,
 
 
 def test_files_folders_and_globs_may_be_mixed_and_an_image_is_done_once(demo, images):
-    found = demo.find_images([str(images / "b.png"), str(images), str(images / "*.jpg")])
-    assert [file.name for file in found] == ["b.png", "a.jpg", "c.webp"]
+    paths = demo.find_images([str(images / "b.png"), str(images), str(images / "*.jpg")])
+    assert [path.name for path in paths] == ["b.png", "a.jpg", "c.webp"]
+
+
+def test_hidden_files_of_a_folder_are_skipped(demo, images):
+    (images / "._shapes.jpg").write_bytes(b"notes of another system")
+    assert [path.name for path in demo.find_images([str(images)]) if path.name.startswith(".")] == []
 
 
 def test_one_image_may_be_written_to_a_file(demo, images, tmp_path):
@@ -106,13 +110,6 @@ def test_an_unreadable_image_is_reported_and_the_others_are_done(demo, images, t
     errors = capsys.readouterr().err
     assert "b.png" in errors
     assert "1 of 3 images could not be read" in errors
-
-
-@pytest.mark.parametrize("names", ["", " ; ", "cat; ,;"])
-def test_an_empty_vocabulary_is_refused_before_anything_is_written(demo, images, tmp_path, names):
-    with pytest.raises(ValueError, match="no (class )?name"):
-        run(demo, "--input", images, "--vocabulary", names, "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("given", ["none.jpg", "*.tiff"])
@@ -159,17 +156,3 @@ def test_a_missing_config_is_an_error_in_one_line(images, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: config file 'none.yaml' not found")
     assert "Traceback" not in done.stderr
-
-
-def test_the_demo_hands_class_names_on_as_the_user_wrote_them(demo, images, tmp_path, monkeypatch):
-    seen = []
-
-    class Recording(OneSegment):
-        def __call__(self, image, vocabulary=None, *, min_score=0.0):
-            seen.append((vocabulary, min_score))
-            return super().__call__(image, vocabulary)
-
-    monkeypatch.setattr(demo, "Segmenter", Recording)
-    names = "blue star, azure star; sand:stuff"
-    run(demo, "--input", images / "a.jpg", "--vocabulary", names, "--output", tmp_path / "out")
-    assert seen == [(Vocabulary.from_names(names), 0.5)]

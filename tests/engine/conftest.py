@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -56,6 +57,13 @@ def start_program() -> Iterator[Callable[..., Program]]:
 
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def train_net(monkeypatch) -> ModuleType:
+    """The program as a module."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("train_net")
 
 
 @pytest.fixture(scope="session")

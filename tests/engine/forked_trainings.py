@@ -184,7 +184,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
     def files(folder: Path) -> dict[str, Any]:
         final = checkpoint.load_checkpoint(folder / "model_final.pth")
-        names = ("model", "optimizer", "scheduler", "scaler", "iteration", "random", "left_out", "best")
+        names = ("model", "optimizer", "scheduler", "scaler", "iteration", "random", "best")
         best = folder / "best.pth"
         return {
             **{name: final[name] for name in names},

@@ -1,17 +1,13 @@
 """SEED makes runs identical; DETERMINISTIC refuses operations that could differ between runs."""
 
-import importlib
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
 
 from fcclip.engine import apply_numeric_settings, load_checkpoint
 from fcclip.losses import SetCriterion
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -24,24 +20,10 @@ def own_settings(monkeypatch):
     torch.backends.cudnn.benchmark = benchmark
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    """Four training images."""
-    folder = tmp_path_factory.mktemp("datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(ROOT / "datasets")
-        importlib.import_module("prepare_shapes").prepare(
-            out=folder, seed=3, num_images=4, num_workers=1, num_evaluation=1
-        )
-    return folder
-
-
 @pytest.fixture
-def train(tiny_cfg, tmp_path, world, monkeypatch):
+def train(tiny_cfg, tmp_path, shapes_world, monkeypatch, train_net):
     """Function (name, KEY, VALUE, ...) -> the final checkpoint and the recorded scalars of a run of `train_net.py`."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(world))
-    monkeypatch.syspath_prepend(ROOT)
-    train_net = importlib.import_module("train_net")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes_world))
     tiny_cfg.DATASETS.TEST = ()
     tiny_cfg.SOLVER.IMS_PER_BATCH, tiny_cfg.SOLVER.MAX_ITER, tiny_cfg.SOLVER.STEPS = 2, 3, (2,)
     config = tmp_path / "tiny.yaml"

@@ -1,6 +1,10 @@
 import pytest
 import torch
-from fvcore.common.param_scheduler import CosineParamScheduler, MultiStepParamScheduler
+from fvcore.common.param_scheduler import (
+    CosineParamScheduler,
+    MultiStepParamScheduler,
+    StepWithFixedGammaParamScheduler,
+)
 
 from fcclip.config import get_cfg, load_config
 from fcclip.engine import build_lr_scheduler, build_multiplier, scale_to_world_size
@@ -49,7 +53,7 @@ def test_constant_warm_up_stays_at_the_factor():
 
 
 @pytest.mark.parametrize("rescale", [False, True])
-@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR"])
+@pytest.mark.parametrize("name", ["WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"])
 def test_schedules_agree_with_an_independent_implementation(name, rescale):
     max_iter, warm, factor = 200, 20, 0.25
     cfg = cfg_with(LR_SCHEDULER_NAME=name, MAX_ITER=max_iter, STEPS=(80, 150), WARMUP_ITERS=warm, WARMUP_FACTOR=factor)
@@ -57,6 +61,7 @@ def test_schedules_agree_with_an_independent_implementation(name, rescale):
     plain = {
         "WarmupMultiStepLR": MultiStepParamScheduler([1, 0.1, 0.01], num_updates=max_iter, milestones=[80, 150]),
         "WarmupCosineLR": CosineParamScheduler(1, 0.05),
+        "WarmupStepWithFixedGammaLR": StepWithFixedGammaParamScheduler(1, 3, 0.1, max_iter),
     }[name]
     rate = build_multiplier(cfg)
     for iteration in range(max_iter):

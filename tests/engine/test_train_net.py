@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -28,14 +27,9 @@ from fcclip.data.mappers import PanopticJitterMapper
 from fcclip.engine import REQUEUE_EXIT_CODE, RunLock, best_choice, load_checkpoint
 from fcclip.losses import SetCriterion
 from tests.conftest import tiny_config
+from tests.engine.programs import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def train_net(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    return importlib.import_module("train_net")
 
 
 @pytest.fixture
@@ -96,24 +90,10 @@ def test_what_cannot_work_is_refused_before_a_process_starts(train_net, capsys, 
     assert all(part in text for part in parts), text
 
 
-def test_a_command_line_that_cannot_be_read_leaves_with_2(train_net, capsys):
-    with pytest.raises(SystemExit) as left:
-        train_net.main(["--num-gpus", "two", "--config-file", "x"])
-    assert left.value.code == 2
-
-
 def test_an_output_folder_that_cannot_be_written_is_refused(train_net, capsys, config, tmp_path):
     (tmp_path / "file").write_text("x")
     text = refusal(train_net, capsys, config, "OUTPUT_DIR", tmp_path / "file" / "out")
     assert f"OUTPUT_DIR '{tmp_path}/file/out' cannot be written" in text and "Choose a folder" in text
-
-
-def test_a_read_only_output_folder_is_refused(train_net, capsys, config, monkeypatch):
-    def read_only(**_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
-    assert "cannot be written (Permission denied)" in refusal(train_net, capsys, config)
 
 
 def test_more_gpus_than_there_are_is_refused(train_net, capsys, config):
@@ -121,12 +101,6 @@ def test_more_gpus_than_there_are_is_refused(train_net, capsys, config):
         assert "--num-gpus 99" in refusal(train_net, capsys, config, "--num-gpus", 99, "MODEL.DEVICE", "cuda")
     else:
         assert "MODEL.DEVICE is 'cuda'" in refusal(train_net, capsys, config, "MODEL.DEVICE", "cuda")
-
-
-def test_our_own_mistakes_keep_their_traceback(train_net, config, monkeypatch):
-    monkeypatch.setattr(train_net, "check", lambda *_: {}["missing"])
-    with pytest.raises(KeyError):
-        run(train_net, config)
 
 
 def test_six_images_are_trained_on_resumed_and_evaluated(train_net, config, capsys, tmp_path):
@@ -237,33 +211,6 @@ def test_an_image_that_goes_bad_during_the_training_is_named(
     assert any(str(path) in text for path in images) and message in text
 
 
-def test_what_was_saved_before_an_image_went_bad_can_be_resumed(
-    train_net, config, capsys, images, monkeypatch, tmp_path
-):
-    contents = {path: path.read_bytes() for path in images}
-    with monkeypatch.context() as patch:
-        before_the_step(patch, 2, lambda: [path.unlink() for path in images])
-        refusal(train_net, capsys, config, *SHORT)
-    assert (tmp_path / "out" / "last_checkpoint").read_text() == "model_0000001.pth"
-    for path, content in contents.items():
-        path.write_bytes(content)
-    assert run(train_net, config, "--resume", *SHORT) == 0
-    assert run(train_net, config, *SHORT, "OUTPUT_DIR", tmp_path / "whole") == 0
-    weights = [load_checkpoint(tmp_path / name / "model_final.pth")["model"] for name in ("out", "whole")]
-    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
-
-
-def test_full_memory_is_one_message_with_the_keys_to_turn(train_net, config, capsys, monkeypatch, tmp_path):
-    def full():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    before_the_step(monkeypatch, 1, full)
-    text = refusal(train_net, capsys, config, *SHORT)
-    assert "out of memory on cpu at iteration 1: CUDA out of memory. Tried to allocate 20.00 GiB" in text
-    assert "images of this step: 3x64x64, 3x64x64" in text and "SOLVER.ACCUMULATE larger" in text
-    assert "Traceback" in (tmp_path / "out" / "log.txt").read_text()
-
-
 def test_a_loss_that_is_not_finite_is_one_message_or_left_out(train_net, config, capsys, monkeypatch, tmp_path):
     real, calls = SetCriterion.forward, []
 
@@ -277,24 +224,7 @@ def test_a_loss_that_is_not_finite_is_one_message_or_left_out(train_net, config,
     assert "not finite at iteration 1: process 0: loss_mask = nan (images: " in text and ".jpg" in text
     calls.clear()
     assert run(train_net, config, *SHORT, "SOLVER.NON_FINITE", "skip:1") == 0
-    assert load_checkpoint(tmp_path / "out" / "model_final.pth")["left_out"] == [1]
-
-
-def test_a_disk_that_is_full_is_one_message_and_earlier_checkpoints_stay(
-    train_net, config, capsys, monkeypatch, tmp_path
-):
-    real = torch.save
-
-    def save(content, file):
-        if content["iteration"] > 2:
-            raise OSError(28, "No space left on device")
-        real(content, file)
-
-    monkeypatch.setattr(torch, "save", save)
-    text = refusal(train_net, capsys, config, *SHORT, "SOLVER.MAX_ITER", 7, "SOLVER.STEPS", "()")
-    assert "cannot write" in text and "No space left on device" in text and "is the disk full" in text
-    out = tmp_path / "out"
-    assert load_checkpoint(out / (out / "last_checkpoint").read_text())["iteration"] == 1
+    assert load_checkpoint(tmp_path / "out" / "model_final.pth")["iteration"] == 3
 
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="loading processes must be forked to do what we want")
@@ -368,7 +298,7 @@ def test_a_checkpoint_with_a_wrong_bit_is_refused_and_a_good_one_resumes(train_n
     content[len(content) // 2] ^= 4
     (out / "model_final.pth").write_bytes(content)
     text = refusal(train_net, capsys, config, "--resume", *SHORT)
-    assert "model_final.pth' is damaged" in text and "can be read is model_0000001.pth" in text
+    assert "model_final.pth' is damaged" in text and "write its name into last_checkpoint" in text
     (out / "last_checkpoint").write_text("model_0000001.pth")
     assert run(train_net, config, "--resume", *SHORT) == 0
     assert load_checkpoint(out / "model_final.pth")["iteration"] == 3
@@ -411,7 +341,7 @@ def test_evaluations_choose_the_best_weights_on_another_data_set_and_draw(train_
     events = EventAccumulator(str(out), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
-    assert "loss/total_loss" in tags["scalars"] and "panoptic_seg/PQ" in tags["scalars"]
+    assert "total_loss" in tags["scalars"] and "panoptic_seg/PQ" in tags["scalars"]
     assert len(tags["images"]) == 2  # there are two images in the set
     for tag in tags["images"]:
         drawings = events.Images(tag)
@@ -419,27 +349,10 @@ def test_evaluations_choose_the_best_weights_on_another_data_set_and_draw(train_
         assert drawings[0].width >= 256 and Image.open(io.BytesIO(drawings[0].encoded_image_string)).mode == "RGB"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("SOLVER.BEST.DATASET", ""), "'shapes_val' is reported (DATASETS.TEST), so it chooses nothing unless"),
-        (("TEST.EVAL_PERIOD", 0), "no best.pth is kept: TEST.EVAL_PERIOD is 0"),
-    ],
-)
-def test_reported_data_sets_choose_nothing_by_default_and_the_log_says_so(
-    train_net, config, capsys, tmp_path, words, message
-):
-    assert run(train_net, config, *EVALUATED, *words) == 0
-    assert message in capsys.readouterr().out and not (tmp_path / "out" / "best.pth").exists()
-
-
-def test_the_val_split_of_the_training_set_chooses_when_it_is_not_reported(train_net, config, monkeypatch, caplog):
-    cfg = load_config(config, ["SOLVER.BEST.DATASET", "", "TEST.EVAL_PERIOD", "2", "DATASETS.TEST", "('shapes_tune',)"])
-    assert best_choice(cfg).name == "shapes_val/panoptic_seg/PQ"
-    monkeypatch.setenv("DETECTRON2_DATASETS", "/nowhere")
-    with caplog.at_level("INFO"):
-        assert best_choice(cfg) is None
-    assert "no best.pth is kept: 'shapes_val', the val split of the training set, is not there" in caplog.text
+@pytest.mark.parametrize("words", [("SOLVER.BEST.DATASET", ""), ("TEST.EVAL_PERIOD", 0)])
+def test_no_best_weights_are_chosen_without_a_data_set_or_a_period(config, words):
+    cfg = load_config(config, [*map(str, EVALUATED), *map(str, words)])
+    assert best_choice(cfg) is None
 
 
 def test_a_reported_data_set_that_is_asked_to_choose_is_warned_of(train_net, config, caplog):
@@ -502,9 +415,11 @@ def test_a_program_that_is_asked_to_stop_saves_and_leaves_with_75(config, enviro
         text=True,
     )
     try:
-        until = time.monotonic() + 120
+        until = time.monotonic() + PATIENCE_S
         while not ((out / "metrics.json").is_file() and (out / "metrics.json").read_text()):
-            assert program.poll() is None and time.monotonic() < until, program.communicate()[0]
+            if program.poll() is not None or time.monotonic() > until:
+                program.kill()  # else its output never ends
+                pytest.fail(program.communicate()[0])
             time.sleep(0.1)
         program.send_signal(number)
         text = program.communicate(timeout=60)[0]

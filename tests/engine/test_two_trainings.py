@@ -47,15 +47,21 @@ def assert_equal_weights(one: dict, other: dict) -> None:
     assert all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_a_broken_loss_of_one_process_makes_both_leave_the_step_out(folder, policy):
-    told = left_by_both(folder / policy)
-    assert told["left_out"] == [3]
-    final = load_checkpoint(folder / policy / "model_final.pth")
-    assert final["iteration"] == 5 and final["left_out"] == [3]
+def test_a_broken_loss_of_one_process_makes_both_leave_the_step_out(folder):
+    told = left_by_both(folder / "skip")
+    final = load_checkpoint(folder / "skip" / "model_final.pth")
+    assert final["iteration"] == 5
     assert all(state["step"] == 5 for state in final["optimizer"]["state"].values())
     whole = left_by_both(folder / "whole")
     assert not torch.equal(told["model"]["void_embedding.weight"], whole["model"]["void_embedding.weight"])
+
+
+def test_both_processes_save_and_say_why_when_one_has_no_batch(folder):
+    told = left_by_both(folder / "unreadable")
+    assert told["error"] == "process 1: 150.jpg cannot be read" and told["iteration"] == 3
+    saved = load_checkpoint(folder / "unreadable" / "model_0000002.pth")
+    assert saved["iteration"] == 2 and {float(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
+    assert_equal_weights(saved["model"], {key: told["model"][key] for key in saved["model"]})
 
 
 @pytest.mark.parametrize("asked", [0, 1])
@@ -68,12 +74,6 @@ def test_both_processes_stop_when_one_is_asked_and_go_on_alike(folder, asked):
 def test_an_evaluation_of_both_is_broken_off_and_done_again(folder):
     told = left_by_both(folder / "stop_evaluation")
     assert told["finished"] is False and told["seen"] == [2, 4, 6]
-    assert_equal_weights(told["model"], left_by_both(folder / "whole")["model"])
-
-
-def test_a_dry_run_of_both_changes_nothing(folder):
-    told = left_by_both(folder / "dry_run")
-    assert [sample.split(",")[0] for sample in told["samples"]] == ["0_0.jpg", "0_1.jpg"]
     assert_equal_weights(told["model"], left_by_both(folder / "whole")["model"])
 
 

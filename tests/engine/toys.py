@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from fcclip.config import get_cfg
 from fcclip.engine import (
     Checkpointer,
-    OnNonFinite,
     PeriodicEvaluation,
     Recorder,
     Saving,
@@ -117,11 +116,10 @@ def make_trainer(model: nn.Module, *, folder: Path, max_iter: int = 6, **changes
         return {name: changes.pop(name, value) for name, value in defaults.items()}
 
     period = {"period": changes.pop("eval_period", 0)}
-    settings = chosen(gradient_clipping=build_gradient_clipping(cfg), amp_dtype=None, accumulate=1)
-    policy = chosen(on_non_finite=OnNonFinite())
+    settings = chosen(gradient_clipping=build_gradient_clipping(cfg), amp_dtype=None, accumulate=1, max_skips=0)
     saving = chosen(checkpointer=Checkpointer(folder), notes={}, full=False)
     parts |= {
-        "step": StepSettings(**settings, **policy),
+        "step": StepSettings(**settings),
         "saving": Saving(**saving, period=changes.pop("checkpoint_period", 2)),
         "evaluation": PeriodicEvaluation(**chosen(evaluate=None, best_metric="", draw=None), **period),
         "recorder": Recorder(**chosen(writers=lambda start: ())),

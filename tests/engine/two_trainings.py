@@ -14,7 +14,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.comm import all_gather_object, get_rank
-from fcclip.engine import OnNonFinite, StopRequest, Trainer, dry_run
+from fcclip.engine import StopRequest, Trainer
+from fcclip.errors import InputError
 from tests.engine import training_processes
 from tests.engine.toys import ToyModel, make_batch, make_trainer
 
@@ -47,15 +48,31 @@ def trainer_in(folder: Path, **changes) -> Trainer:
 
 def tell(folder: Path, trainer: Trainer, **more) -> None:
     """What this process ends with."""
-    content = {"model": trainer.model.module.state_dict(), "left_out": sorted(trainer.left_out), **more}
+    content = {"model": trainer.model.module.state_dict(), **more}
     torch.save(content, folder / f"of_{get_rank()}.pth")
 
 
-def meet_a_broken_loss(folder: Path, policy: str) -> None:
+def meet_a_broken_loss(folder: Path) -> None:
     """A loss of process 1 is not a number."""
-    trainer = trainer_in(folder, batches=broken_on_process_1, on_non_finite=OnNonFinite.parse(policy))
+    trainer = trainer_in(folder, batches=broken_on_process_1, max_skips=1)
     trainer.train()
     tell(folder, trainer)
+
+
+def meet_an_unreadable_image(folder: Path) -> None:
+    """Process 1 has no batch in iteration 3."""
+
+    def unreadable(start: int) -> Iterator[list[dict]]:
+        for position, batch in enumerate(batches(start), start):
+            if position == 3 and get_rank() == 1:
+                raise InputError("150.jpg cannot be read")
+            yield batch
+
+    trainer = trainer_in(folder, batches=unreadable, checkpoint_period=0)
+    try:
+        trainer.train()
+    except InputError as error:
+        tell(folder, trainer, error=str(error), iteration=trainer.iteration)
 
 
 def stop_and_resume(folder: Path, *, asked: int) -> None:
@@ -97,25 +114,16 @@ def stop_in_an_evaluation(folder: Path) -> None:
     tell(folder, trainer, finished=finished, seen=seen)
 
 
-def try_out(folder: Path) -> None:
-    """A dry run before a training."""
-    trainer = trainer_in(folder)
-    tried = dry_run(trainer)
-    trainer.train()
-    tell(folder, trainer, samples=tried.samples)
-
-
 def everything(folder: str) -> None:
     """All of it in one start of two processes."""
     root = Path(folder)
     whole = trainer_in(root / "whole")
     whole.train()
     tell(root / "whole", whole)
-    meet_a_broken_loss(root / "skip", "skip:1")
-    meet_a_broken_loss(root / "rollback", "rollback")
+    meet_a_broken_loss(root / "skip")
+    meet_an_unreadable_image(root / "unreadable")
     stop_and_resume(root / "stop_0", asked=0)
     stop_and_resume(root / "stop_1", asked=1)
     stop_in_an_evaluation(root / "stop_evaluation")
-    try_out(root / "dry_run")
     (root / "with_model").mkdir(exist_ok=True)
     training_processes.everything(str(root / "with_model"))

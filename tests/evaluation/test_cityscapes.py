@@ -49,8 +49,8 @@ def random_city(seed, num_images=5, height=60, width=90):
             bottom, right = top + rng.integers(3, 24), left + rng.integers(3, 30)
             ids[top:bottom, left:right] = label if rng.random() < 0.2 else 1000 * label + number
         masks, classes, scores = [], [], []
-        for one in np.unique(ids).tolist():
-            label = one // 1000 if one >= 1000 else one
+        for region in np.unique(ids).tolist():
+            label = region // 1000 if region >= 1000 else region
             if label in THINGS.values():
                 index = next(index for index, other in THINGS.items() if other == label)
             elif rng.random() < 0.5:
@@ -58,7 +58,7 @@ def random_city(seed, num_images=5, height=60, width=90):
             else:
                 continue
             for _ in range(rng.integers(0, 4)):
-                mask = np.roll(ids == one, rng.integers(-2, 3, 2), (0, 1)) & (rng.random(ids.shape) < 0.95)
+                mask = np.roll(ids == region, rng.integers(-2, 3, 2), (0, 1)) & (rng.random(ids.shape) < 0.95)
                 masks.append(mask)
                 classes.append(index if rng.random() < 0.8 else int(rng.choice(list(THINGS))))
                 scores.append(float(rng.choice([0.25, 0.5, 0.625, 0.875])))
@@ -107,13 +107,13 @@ def evaluate(records, images, **options):
     both = evaluators(**options)
     for record, ground_truth in zip(records, images):
         shared = GroundTruth(record)
-        for one in both:
-            one.process(shared, outputs(ground_truth))
+        for evaluator in both:
+            evaluator.process(shared, outputs(ground_truth))
     return both
 
 
 def results(both):
-    return {task: metrics for one in both for task, metrics in one.results().items()}
+    return {task: metrics for evaluator in both for task, metrics in evaluator.results().items()}
 
 
 # ---- cityscapesScripts ----
@@ -224,8 +224,10 @@ def slow_instance_ap(images):
         for threshold in np.arange(0.5, 1.0, 0.05):
             points, missed, asked = [], 0, 0  # (score, right or not) of every prediction that counts
             for ids, _, instances in images:
-                own = [one for one in np.unique(ids).tolist() if one == label or one // 1000 == label]
-                void = [one for one in np.unique(ids).tolist() if one < 1000 and one not in CLASSES.values()]
+                own = [region for region in np.unique(ids).tolist() if region == label or region // 1000 == label]
+                void = [
+                    region for region in np.unique(ids).tolist() if region < 1000 and region not in CLASSES.values()
+                ]
                 predictions = [
                     (mask.numpy(), score)
                     for mask, other, score in zip(
@@ -235,23 +237,23 @@ def slow_instance_ap(images):
                 ]
                 overlapping = defaultdict(list)
                 for number, (mask, _) in enumerate(predictions):
-                    for one in own:
-                        both = (mask & (ids == one)).sum()
-                        if both / (mask | (ids == one)).sum() > threshold:
-                            overlapping[one].append(number)
-                for one in own:
-                    if one < 1000 or (ids == one).sum() < 100:
+                    for region in own:
+                        both = (mask & (ids == region)).sum()
+                        if both / (mask | (ids == region)).sum() > threshold:
+                            overlapping[region].append(number)
+                for region in own:
+                    if region < 1000 or (ids == region).sum() < 100:
                         continue
                     asked += 1
-                    scores = sorted(predictions[number][1] for number in overlapping[one])
+                    scores = sorted(predictions[number][1] for number in overlapping[region])
                     missed += not scores
                     points += [(score, position == len(scores) - 1) for position, score in enumerate(scores)]
                 for number, (mask, score) in enumerate(predictions):
                     if any(number in numbers for numbers in overlapping.values()):
                         continue
-                    excused = sum((mask & (ids == one)).sum() for one in void)
-                    excused += sum((mask & (ids == one)).sum() for one in own if one < 1000)
-                    excused += sum((mask & (ids == one)).sum() for one in own if (ids == one).sum() < 100)
+                    excused = sum((mask & (ids == region)).sum() for region in void)
+                    excused += sum((mask & (ids == region)).sum() for region in own if region < 1000)
+                    excused += sum((mask & (ids == region)).sum() for region in own if (ids == region).sum() < 100)
                     if excused / mask.sum() <= threshold:
                         points.append((score, False))
             if not asked:
@@ -270,11 +272,11 @@ def slow_instance_ap(images):
 
 def slow_semantic_scores(images):
     pixels = [
-        (one, CLASSES[index])
+        (region, CLASSES[index])
         for ids, predicted, _ in images
-        for one, index in zip(ids.ravel().tolist(), predicted.ravel().tolist())
+        for region, index in zip(ids.ravel().tolist(), predicted.ravel().tolist())
     ]
-    pixels = [(one // 1000 if one >= 1000 else one, one, label) for one, label in pixels]
+    pixels = [(region // 1000 if region >= 1000 else region, region, label) for region, label in pixels]
     pixels = [triple for triple in pixels if triple[0] in CLASSES.values()]
 
     def iou(labels):
@@ -284,8 +286,8 @@ def slow_semantic_scores(images):
     def weighted(label, group):
         right = wrong = 0.0
         for ids, predicted, _ in images:
-            for one in np.unique(ids[ids // 1000 == label]).tolist():
-                guesses = [CLASSES[index] for index in predicted[ids == one].tolist()]
+            for region in np.unique(ids[ids // 1000 == label]).tolist():
+                guesses = [CLASSES[index] for index in predicted[ids == region].tolist()]
                 weight = MEAN_PIXELS[label] / len(guesses)
                 right += weight * sum(guess in group for guess in guesses)
                 wrong += weight * sum(guess not in group for guess in guesses)
@@ -293,7 +295,7 @@ def slow_semantic_scores(images):
 
     def instance_iou(labels, group):
         sums = [weighted(label, group) for label in labels]
-        right, wrong = sum(one for one, _ in sums), sum(other for _, other in sums)
+        right, wrong = sum(first for first, _ in sums), sum(other for _, other in sums)
         intruders = sum(guess in group and true not in group for true, _, guess in pixels)
         whole = right + wrong + intruders
         return right / whole if whole else math.nan
@@ -328,8 +330,8 @@ HEIGHT, WIDTH = 40, 60
 def canvas(*regions):
     """Ids: each region is (id, top, left, height, width), the rest road."""
     ids = np.full((HEIGHT, WIDTH), 7)
-    for one, top, left, height, width in regions:
-        ids[top : top + height, left : left + width] = one
+    for region, top, left, height, width in regions:
+        ids[top : top + height, left : left + width] = region
     return ids
 
 
@@ -413,8 +415,8 @@ def test_merged_shares_equal_one_process_to_the_bit(tmp_path, shares):
     alone = evaluate(records, images, seen=seen)
     parts = [evaluate([records[i] for i in share], [images[i] for i in share], seen=seen) for share in shares]
     for part in reversed(parts[1:]):
-        for one, other in zip(parts[0], part):
-            one.merge(other.state())
+        for evaluator, other in zip(parts[0], part):
+            evaluator.merge(other.state())
     assert repr(results(parts[0])) == repr(results(alone))
     assert {"AP_seen", "AP_unseen"} <= results(alone)["segm"].keys()
     assert parts[0][1].per_image == alone[1].per_image and len(alone[1].per_image) == 5
@@ -443,14 +445,14 @@ def test_the_registered_set_gets_the_protocol_of_its_scripts():
     test.PANOPTIC_ON = test.INSTANCE_ON = test.SEMANTIC_ON = True
     (built,) = build_evaluators(cfg, get_dataset("openvocab_cityscapes_fine_panoptic_val"), modes=["m"]).values()
     names = ["PanopticEvaluator", "CityscapesInstanceEvaluator", "CityscapesSemanticEvaluator"]
-    assert [type(one).__name__ for one in built] == names
+    assert [type(evaluator).__name__ for evaluator in built] == names
     assert built[1].dataset_ids[13] == 26 and len(built[1].dataset_ids) == 8
 
 
 def test_equal_masks_are_counted_once_and_like_others():
     region = np.arange(HEIGHT * WIDTH).reshape(HEIGHT, WIDTH) // 700
     masks = torch.as_tensor(np.random.default_rng(0).random((4, HEIGHT, WIDTH)) < 0.3)[[0, 1, 0, 2, 3]]
-    expected = [[int((mask.numpy() & (region == one)).sum()) for one in range(4)] for mask in masks]
+    expected = [[int((mask.numpy() & (region == number)).sum()) for number in range(4)] for mask in masks]
     assert pixels_by_region(masks, region, 4).tolist() == expected
     assert pixels_by_region(masks[:0], region, 4).shape == (0, 4)
 
@@ -468,8 +470,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
             ids, Instances(torch.ones(1), torch.tensor([0]), cars((1, 0, 0, 9, 9)).pred_masks, None), name="photo"
         )
     (record,) = write_tree(tmp_path, [(ids,)])
-    with pytest.raises(ValueError, match=r"instanceIds\.png: predicted class 19 is not one of the 19 classes"):
-        semantic.process(GroundTruth(record), {"sem_seg": np.full(ids.shape, 19)})
+    with pytest.raises(ValueError, match=r"instanceIds\.png: predicted class 20 is not one of the 19 classes"):
+        semantic.process(GroundTruth(record), {"sem_seg": np.full(ids.shape, 20)})
     with pytest.raises(ValueError, match=r"instanceIds\.png: the prediction has shape \(60, 40\)"):
         semantic.process(GroundTruth(record), {"sem_seg": np.zeros(ids.T.shape, int)})
     with pytest.raises(ValueError, match=r"'labels/1\.png' of image 7 is not named .*_gtFine_labelTrainIds\.png"):

@@ -31,14 +31,14 @@ def random_world(seed, num_images=12, per_image=4):
     images, annotations, detections, masks_of = [], [], {}, []
     for image_id in rng.permutation(num_images).tolist():
         shown = rng.choice(list(FREQUENCIES)[:4], rng.integers(0, 3), replace=False).tolist()
-        others = [one for one in FREQUENCIES if one not in shown]
+        others = [category for category in FREQUENCIES if category not in shown]
         images.append(
             {
                 "id": image_id,
                 "height": HEIGHT,
                 "width": WIDTH,
                 "neg_category_ids": rng.choice(others, 2, replace=False).tolist(),
-                "not_exhaustive_category_ids": [one for one in shown if rng.random() < 0.4],
+                "not_exhaustive_category_ids": [category for category in shown if rng.random() < 0.4],
             }
         )
         masks, classes, scores = [], [], []
@@ -63,7 +63,9 @@ def random_world(seed, num_images=12, per_image=4):
             torch.as_tensor(np.array(masks)),
             torch.tensor(np.stack([left, top, left + width, top + height], 1), dtype=torch.float32),
         )
-    categories = [{"id": one, "name": str(one), "frequency": letter} for one, letter in FREQUENCIES.items()]
+    categories = [
+        {"id": identifier, "name": str(identifier), "frequency": letter} for identifier, letter in FREQUENCIES.items()
+    ]
     return {"images": images, "annotations": annotations, "categories": categories}, detections, masks_of
 
 
@@ -83,7 +85,8 @@ def add(evaluator, image_id, found):
 def evaluator_for(tmp_path, content, kind=LvisEvaluator, **options):
     path = tmp_path / "lvis_v1_val.json"
     path.write_text(json.dumps(content))
-    return kind(truth=InstanceTruth.read(path), class_names=NAMES, dataset_ids=DATASET_IDS, **options)
+    truth = InstanceTruth.read(path, DATASET_IDS.values())
+    return kind(truth=truth, class_names=NAMES, dataset_ids=DATASET_IDS, **options)
 
 
 # ---- the rule, written out slowly ----
@@ -103,13 +106,13 @@ def slow_precisions(content, detections, truth_masks, category, threshold, area_
     marks, num_truth = [], 0  # (score, right), images in order, those without meaning left out
     for image in sorted(content["images"], key=lambda image: image["id"]):
         own = [
-            (one, truth_masks[index])
-            for index, one in enumerate(content["annotations"])
-            if one["image_id"] == image["id"] and one["category_id"] == category
+            (entry, truth_masks[index])
+            for index, entry in enumerate(content["annotations"])
+            if entry["image_id"] == image["id"] and entry["category_id"] == category
         ]
         if not own and category not in image["neg_category_ids"]:
             continue  # nobody looked for it here
-        truths = [(mask, low <= one["area"] <= high) for one, mask in own]
+        truths = [(mask, low <= entry["area"] <= high) for entry, mask in own]
         truths.sort(key=lambda pair: not pair[1])  # those that count first
         num_truth += sum(counts for _, counts in truths)
         found = detections[image["id"]]
@@ -155,7 +158,9 @@ def slow_metrics(content, detections, truth_masks, task):
     }
 
     def mean(chosen):
-        values = [one for key, precisions in table.items() if precisions and chosen(*key) for one in precisions]
+        values = [
+            precision for key, precisions in table.items() if precisions and chosen(*key) for precision in precisions
+        ]
         return 100 * sum(values) / len(values) if values else math.nan
 
     metrics = {f"AP{suffix}": mean(lambda c, t, s, suffix=suffix: s == suffix) for suffix in AREAS}
@@ -205,7 +210,7 @@ def one_image(tmp_path, *, negative=(), partial=(), extra_class=None, **options)
     entry = {"id": 1, "image_id": 5, "category_id": 7, "segmentation": code, "area": 400, "bbox": [0, 0, 20, 20]}
     image = {"id": 5, "height": HEIGHT, "width": WIDTH, "neg_category_ids": list(negative)}
     image["not_exhaustive_category_ids"] = list(partial)
-    categories = [{"id": one, "frequency": letter} for one, letter in FREQUENCIES.items()]
+    categories = [{"id": identifier, "frequency": letter} for identifier, letter in FREQUENCIES.items()]
     content = {"images": [image], "annotations": [entry], "categories": categories}
     evaluator = evaluator_for(tmp_path, content, **options)
     masks = torch.as_tensor(np.array([square(0, 0), square(50, 50)]))
@@ -235,7 +240,7 @@ def test_a_detection_in_another_image_counts_only_where_the_class_is_denied(tmp_
         content = {
             "images": [{**image, **lists, "height": HEIGHT, "width": WIDTH} for image in images],
             "annotations": [entry],
-            "categories": [{"id": one, "frequency": letter} for one, letter in FREQUENCIES.items()],
+            "categories": [{"id": identifier, "frequency": letter} for identifier, letter in FREQUENCIES.items()],
         }
         evaluator = evaluator_for(tmp_path, content)
         for image_id, score in ((5, 0.5), (6, 0.9)):

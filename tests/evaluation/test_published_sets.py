@@ -31,13 +31,13 @@ def instances_of(ground_truth, things):
     """The true instances of an image, crowds left out."""
     record = ground_truth.record
     if "segments_info" in record:
-        chosen = [one for one in ground_truth.segments if one["category_id"] in things and not one["iscrowd"]]
-        masks = [ground_truth.id_map == one["id"] for one in chosen]
+        chosen = [entry for entry in ground_truth.segments if entry["category_id"] in things and not entry["iscrowd"]]
+        masks = [ground_truth.id_map == entry["id"] for entry in chosen]
     else:
-        chosen = [one for one in record["annotations"] if not one["iscrowd"]]
-        masks = [mask_of(one, (record["height"], record["width"])) for one in chosen]
+        chosen = [entry for entry in record["annotations"] if not entry["iscrowd"]]
+        masks = [mask_of(entry, (record["height"], record["width"])) for entry in chosen]
     masks = torch.from_numpy(np.array(masks, bool).reshape(-1, record["height"], record["width"]))
-    classes = torch.tensor([one["category_id"] for one in chosen], dtype=torch.int64)
+    classes = torch.tensor([entry["category_id"] for entry in chosen], dtype=torch.int64)
     return Instances(torch.ones(len(chosen)), classes, masks, boxes_of_masks(masks))
 
 
@@ -61,7 +61,7 @@ def test_its_own_ground_truth_scores_a_hundred(tmp_path, name):
             if things:
                 output["instances"] = instances_of(ground_truth, things)
             threads.process(ground_truth, {"": output})
-    results = {task: metrics for one in evaluators for task, metrics in one.results().items()}
+    results = {task: metrics for evaluator in evaluators for task, metrics in evaluator.results().items()}
     tasks = {"panoptic": {"panoptic_seg"}, "instance": {"segm", "bbox"}, "semantic": {"sem_seg"}}
     wanted = set().union(*(tasks[head] for head in dataset.evaluators))
     if "cityscapes" in name:
@@ -75,6 +75,8 @@ def test_its_own_ground_truth_scores_a_hundred(tmp_path, name):
             assert results[task][metric] == pytest.approx(100), (task, metric)
     if "cityscapes" in name:
         assert list(results["sem_seg"])[:4] == ["IoU", "iIoU", "IoU_sup", "iIoU_sup"]
-        assert [results["sem_seg"][one] for one in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")] == pytest.approx([100] * 4)
+        assert [results["sem_seg"][metric] for metric in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")] == pytest.approx(
+            [100] * 4
+        )
     if "lvis" in name:
         assert results["segm"]["APr"] == pytest.approx(100) and np.isnan(results["segm"]["APf"])

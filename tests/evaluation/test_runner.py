@@ -1,7 +1,6 @@
 import io
 import json
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import fcclip
@@ -21,13 +19,12 @@ from fcclip.evaluation import (
     build_evaluators,
     evaluators,
     meter,
-    panoptic_quality,
     runner,
 )
 from fcclip.evaluation.runner import evaluate_augmented
 from fcclip.modeling import architecture, text
 from fcclip.modeling.augmentation import build_augmented
-from fcclip.structures import Instances
+from fcclip.reports import PanopticSource, evaluate_predictions
 from fcclip.vocabulary import Vocabulary
 from tests.evaluation import tiny_world
 
@@ -62,6 +59,13 @@ def two_processes(folder, tmp_path_factory):
     return str(output)
 
 
+def panoptic_metrics(folder, predictions):
+    """What another program makes of the JSON and its PNGs."""
+    dataset = tiny_world.dataset(folder)
+    source = PanopticSource(predictions, predictions.with_suffix(""), dataset=dataset)
+    return evaluate_predictions(dataset, [source])["panoptic_seg"]
+
+
 def test_two_processes_give_exactly_the_numbers_of_one(folder, two_processes):
     (first, _), (second, _) = (json.loads(Path(f"{two_processes}.{rank}").read_text()) for rank in range(2))
     alone = tiny_world.run(folder)
@@ -69,8 +73,8 @@ def test_two_processes_give_exactly_the_numbers_of_one(folder, two_processes):
     assert second == "{}"
     for mode, tasks in alone.items():  # each process wrote the PNGs of its share, the first all JSON
         predictions = Path(f"{two_processes}.files/tiny_val/{mode}/predictions.json")
-        quality = panoptic_quality(folder / "panoptic.json", predictions, gt_dir=folder / "panoptic")
-        assert 100 * quality["All"]["pq"] == tasks["panoptic_seg"]["PQ"]
+        metrics = panoptic_metrics(folder, predictions)
+        assert metrics == {name: tasks["panoptic_seg"][name] for name in metrics}  # all but those of seen classes
 
 
 def test_a_process_that_fails_stops_the_others(two_processes):
@@ -107,54 +111,17 @@ def test_every_mode_gets_every_task_from_one_pass(folder):
     assert quality["PQ"] > results["out_of_vocabulary"]["panoptic_seg"]["PQ"]
 
 
-def test_the_ground_truth_itself_scores_a_hundred(folder):
-    dataset = tiny_world.dataset(folder)
-    (evaluators,) = build_evaluators(tiny_world.config(), dataset, modes=["ensemble"]).values()
-    for record in dataset.records():
-        ground_truth = GroundTruth(record)
-        things = [segment for segment in ground_truth.segments if segment["isthing"] and not segment["iscrowd"]]
-        left, top, width, height = torch.tensor([segment["bbox"] for segment in things]).T
-        instances = Instances(
-            scores=torch.ones(len(things)),
-            pred_classes=torch.tensor([segment["category_id"] for segment in things]),
-            pred_masks=torch.from_numpy(np.stack([ground_truth.id_map == segment["id"] for segment in things])),
-            pred_boxes=torch.stack([left, top, left + width, top + height], 1),
-        )
-        output = {
-            "panoptic_seg": (torch.from_numpy(ground_truth.id_map), ground_truth.segments),
-            "sem_seg": torch.from_numpy(ground_truth.labels % 255).long(),
-            "instances": instances,
-        }
-        for evaluator in evaluators:
-            evaluator.process(ground_truth, output)
-    results = {task: metrics for evaluator in evaluators for task, metrics in evaluator.results().items()}
-    defined = {key: value for metrics in results.values() for key, value in metrics.items() if not math.isnan(value)}
-    assert {"PQ", "PQ_th", "PQ_st", "AP", "AP75", "mIoU", "mIoU_union", "pACC"} <= defined.keys()
-    assert defined == pytest.approx(dict.fromkeys(defined, 100.0))
-
-
 def test_without_modes_the_config_names_the_only_one(folder):
     results = tiny_world.run(folder, modes=None, training_vocabulary=None)
     assert list(results) == ["ensemble"]
     assert "PQ_seen" not in results["ensemble"]["panoptic_seg"]
 
 
-@pytest.mark.parametrize("batch_size", [2, 100])
-def test_the_batch_size_changes_nothing(folder, batch_size):
-    cfg = tiny_world.config()
-    cfg.TEST.BATCH_SIZE = batch_size
-    options = {"modes": tiny_world.MODES, "vocabulary": tiny_world.VOCABULARY, "progress": False}
-    model = tiny_world.GreyModel()
-    batched = tiny_world.evaluate(model, cfg, tiny_world.dataset(folder), **options)
-    assert model.calls == math.ceil(tiny_world.NUM_IMAGES / batch_size)
-    assert repr(batched) == repr(tiny_world.run(folder, training_vocabulary=None))
-
-
 class SizeSensitiveModel(tiny_world.GreyModel):
     """Sees the padding of a batch, as a network does."""
 
     def score(self, inputs, vocabulary=None):
-        padded = [max(-(-one["image"].shape[side] // 32) for one in inputs) for side in (1, 2)]
+        padded = [max(-(-sample["image"].shape[side] // 32) for sample in inputs) for side in (1, 2)]
         shift = 10 * (3 * padded[0] + padded[1])
         return super().score([{**sample, "image": sample["image"].int() + shift} for sample in inputs], vocabulary)
 
@@ -203,7 +170,7 @@ def evaluate_both(model, cfg, sets, order, function=runner.evaluate):
     """Name -> results, in this order; only the first set is given its words."""
     training = Vocabulary.from_names(TRAINING_WORDS)
     words = {"tiny_val": tiny_world.VOCABULARY, "tiny_twenty": None}
-    named = {one.name: one for one in sets}
+    named = {dataset.name: dataset for dataset in sets}
     return {
         name: function(
             model, cfg, named[name], modes=tiny_world.MODES, training_vocabulary=training, vocabulary=words[name],
@@ -229,8 +196,8 @@ def test_each_data_set_is_evaluated_with_its_own_words_whatever_came_before(
         return model
 
     alone = {}
-    for one in two_sets:
-        alone |= evaluate_both(fresh_model(), tiny_cfg, two_sets, [one.name], function)
+    for dataset in two_sets:
+        alone |= evaluate_both(fresh_model(), tiny_cfg, two_sets, [dataset.name], function)
     encoded.clear()
     model = fresh_model()
     for order in (("tiny_val", "tiny_twenty"), ("tiny_twenty", "tiny_val")):
@@ -313,7 +280,7 @@ def test_files_of_several_modes_lie_apart(folder, tmp_path):
 
 
 def test_saved_predictions_hold_the_ids_of_the_data_set(folder, tmp_path):
-    results = tiny_world.run(folder, modes=None, output_dir=tmp_path, save_predictions=True)
+    results = tiny_world.run(folder, modes=None, training_vocabulary=None, output_dir=tmp_path, save_predictions=True)
     saved = json.loads((tmp_path / "tiny_val" / "predictions.json").read_text())
     assert saved["categories"] == json.loads((folder / "panoptic.json").read_text())["categories"]
     first = saved["annotations"][0]
@@ -321,14 +288,13 @@ def test_saved_predictions_hold_the_ids_of_the_data_set(folder, tmp_path):
     assert ids.tolist() == [segment["id"] for segment in first["segments_info"]]
     assert {segment["category_id"] for segment in first["segments_info"]} <= {2, 4, 5, 9}
     assert "isthing" not in first["segments_info"][0]
-    quality = panoptic_quality(folder / "panoptic.json", tmp_path / "tiny_val" / "predictions.json")
-    assert 100 * quality["Things"]["pq"] == results["ensemble"]["panoptic_seg"]["PQ_th"]
+    assert panoptic_metrics(folder, tmp_path / "tiny_val" / "predictions.json") == results["ensemble"]["panoptic_seg"]
 
 
 def test_only_the_first_images_are_evaluated_when_asked(folder, tmp_path):
     tiny_world.run(folder, modes=None, max_images=2, output_dir=tmp_path, save_predictions=True)
     saved = json.loads((tmp_path / "tiny_val" / "predictions.json").read_text())
-    assert [one["image_id"] for one in saved["annotations"]] == [1, 4]
+    assert [annotation["image_id"] for annotation in saved["annotations"]] == [1, 4]
 
 
 def test_progress_tells_the_speed_and_where_the_time_goes(folder, caplog):
@@ -347,15 +313,13 @@ def test_lines_tell_the_progress_where_there_is_no_terminal(folder, caplog, monk
     assert "evaluate tiny_val: 3/7 images, " in caplog.text
 
 
-@pytest.mark.parametrize(("columns", "split"), [("80", False), ("140", True)])
-def test_a_bar_tells_the_progress_on_a_terminal(folder, monkeypatch, columns, split):
-    monkeypatch.setenv("COLUMNS", columns)
+def test_a_bar_tells_the_progress_on_a_terminal(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     tiny_world.run(folder, progress=True)
     assert all(part in terminal.getvalue() for part in ("evaluate tiny_val", "7/7", "images/s"))
-    assert ("evaluation" in terminal.getvalue()) == split
 
 
 def test_things_are_those_of_the_data_set(folder):
@@ -387,7 +351,7 @@ def test_only_heads_that_are_on_are_evaluated(folder):
     cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
     dataset = tiny_world.dataset(folder, json_file=None)
     built = build_evaluators(cfg, dataset, modes=["ensemble"])
-    assert [type(one).__name__ for one in built["ensemble"]] == ["SemanticEvaluator"]
+    assert [type(evaluator).__name__ for evaluator in built["ensemble"]] == ["SemanticEvaluator"]
     cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False
     with pytest.raises(ValueError, match=r"nothing to evaluate on data set 'tiny_val' .*PANOPTIC_ON"):
         build_evaluators(cfg, dataset, modes=["ensemble"])

@@ -122,7 +122,7 @@ def test_counts_on_a_gpu_equal_those_in_main_memory():
     [
         ([[0, 171]], [[0, 0]], r"ground-truth class 171 .* 5 classes \(0\.\.4, ignore 255\)\. If 171 means unlabelled"),
         ([[0, -1]], [[0, 0]], "ground-truth class -1 .* set ignore_label: -1"),
-        ([[0, 1]], [[0, 5]], r"predicted class 5 is not one of the 5 classes"),
+        ([[0, 1]], [[0, 6]], r"predicted class 6 is not one of the 5 classes"),
         ([[0, 1]], [[0]], r"shape \(1, 1\), the ground truth \(1, 2\)"),
     ],
 )

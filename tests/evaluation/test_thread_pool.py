@@ -119,8 +119,3 @@ def test_a_failure_elsewhere_ends_the_threads_without_looking_at_what_waits():
         raise KeyboardInterrupt
     assert len(begun) < 5 and evaluator.kept == []
     assert not any(thread.name.startswith("evaluation") for thread in threading.enumerate())
-
-
-def test_a_pool_without_threads_is_refused():
-    with pytest.raises(ValueError, match="num_threads .* got 0 and 2"):
-        EvaluationThreads({}, num_threads=0)

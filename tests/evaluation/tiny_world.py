@@ -83,7 +83,9 @@ def write(folder: Path, sizes: Sequence[tuple[int, int]] = ((HEIGHT, WIDTH),)) -
         images.append({"id": image_id, "height": height, "width": width})
     common = {
         "images": images,
-        "categories": [{"id": one.id, "name": one.name, "isthing": int(one.thing)} for one in VOCABULARY.classes],
+        "categories": [
+            {"id": entry.id, "name": entry.name, "isthing": int(entry.thing)} for entry in VOCABULARY.classes
+        ],
     }
     (folder / "panoptic.json").write_text(json.dumps({**common, "annotations": panoptic}))
     things = [category for category in common["categories"] if category["isthing"]]

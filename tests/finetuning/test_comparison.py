@@ -1,14 +1,13 @@
 """Before and after a fine-tuning: the same classes in both columns."""
 
-import json
 import math
 from dataclasses import replace
 
 import pytest
 
 from fcclip.data import get_dataset
-from fcclip.finetuning import format_comparison, grouped_figures
-from fcclip.finetuning.comparison import FILE, read_before, write_comparison
+from fcclip.files import read_json, write_json
+from fcclip.finetuning import figures_of, format_comparison, grouped_figures
 from fcclip.vocabulary import Vocabulary
 
 WORDS = Vocabulary.from_names("cat; dog; cow; sheep; sand:stuff")
@@ -53,18 +52,7 @@ def test_groups_without_a_figure_are_left_out(figures):
     assert "own" in text and "unseen" not in text and text.count("-  ") >= 2
 
 
-def test_the_file_gives_the_figures_before_back(figures, tmp_path):
-    assert read_before(tmp_path) is None
-    write_comparison(tmp_path, about={"method": "plain"}, before={"pets": figures})
-    content = json.loads((tmp_path / FILE).read_text())
-    assert content["schema"] == 1 and content["method"] == "plain" and content["after"] is None
-    assert content["before"]["pets"]["AP"]["all"] is None
-    found = read_before(tmp_path)["pets"]
+def test_figures_are_read_back_with_nan_for_null(figures, tmp_path):
+    write_json(tmp_path / "finetune.json", {"pets": figures})
+    found = figures_of(read_json(tmp_path / "finetune.json"))["pets"]
     assert found["PQ"] == figures["PQ"] and math.isnan(found["AP"]["all"])
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"before": {"pets": {"PQ": 3}}}', '{"after": {}}'])
-def test_a_broken_file_is_an_error_that_names_it(tmp_path, text):
-    (tmp_path / FILE).write_text(text)
-    with pytest.raises(ValueError, match=r"finetune.json cannot be read .* delete it to go on without"):
-        read_before(tmp_path)

@@ -109,14 +109,6 @@ def test_former_images_may_have_a_mapper_of_their_own(cfg, replay):
     assert all(batch == [(32, 32)] * 3 + [(48, 48)] for batch in shapes)
 
 
-def test_a_bad_former_image_is_replaced_by_a_former_one(cfg, replay, halves, coco_root):
-    cfg.DATALOADER.MAX_BAD_IMAGES = 1
-    (coco_root / "coco" / "val2017" / f"{FORMER[1]:012d}.jpg").write_bytes(b"cut")
-    batches = replay()
-    assert {ids(batch)[-1] for batch in batches} == {FORMER[0], FORMER[2]}
-    assert all(batch[-1]["vocabulary"] is WORDS for batch in batches)
-
-
 @pytest.mark.parametrize(
     ("share", "batch", "world_size", "expected"), [(0.0, 4, 1, 0), (0.25, 8, 2, 1), (0.5, 4, 1, 2), (0.1, 10, 1, 1)]
 )

@@ -162,14 +162,6 @@ def test_the_counts_of_the_batch_itself_change_no_bit(segments):
     assert all(torch.equal(value, told[name]) for name, value in alone.items())
 
 
-def test_parts_that_know_nothing_of_each_other_do_not_add_up():
-    data = batch(segments=CROWD)
-    parts = [run(criterion(), part_of(data, start, start + 2), SEEDS[start : start + 2]) for start in (0, 2)]
-    whole = run(criterion(), data, SEEDS)
-    for name in ("loss_ce", "loss_mask", "loss_dice"):
-        assert (parts[0][name] + parts[1][name]).item() / 2 != pytest.approx(whole[name].item(), rel=1e-3)
-
-
 def test_matching_on_sampled_features_equals_matching_on_masks():
     class_logits, embeddings, features, targets = batch()
     module = criterion()

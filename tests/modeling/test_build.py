@@ -1,6 +1,5 @@
 """MODEL.COMPILE: compiled parts change nothing but the speed."""
 
-import copy
 import shutil
 
 import pytest
@@ -129,29 +128,6 @@ def test_training_and_evaluation_may_alternate(build, graphs):
         assert_equal_training(compiled.train(), plain.train())
         assert_equal_outputs(compiled.eval(), plain.eval(), [image(64, 64)])
     assert len(graphs) == 2 * len(COMPILABLE)
-
-
-def test_weights_load_both_ways_and_count_at_once(build, graphs):
-    compiled, plain = build(ALL), build()
-    assert_equal_outputs(compiled, plain, [image(64, 64)])
-    for source, target in ((compiled, plain), (plain, compiled)):
-        other = {
-            key: value * 1.01 if value.is_floating_point() else value for key, value in source.state_dict().items()
-        }
-        source.load_state_dict(other)
-        target.load_state_dict(source.state_dict())
-        assert_equal_outputs(compiled, plain, [image(64, 64)])
-
-
-def test_a_copy_of_a_compiled_model_has_weights_of_its_own(build, graphs):
-    compiled = build(ALL)
-    (before,) = compiled([image(64, 64)])
-    other = copy.deepcopy(compiled)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    assert not torch.equal(other([image(64, 64)])[0]["sem_seg"], before["sem_seg"])
-    assert torch.equal(compiled([image(64, 64)])[0]["sem_seg"], before["sem_seg"])
 
 
 def test_the_low_precision_copy_of_the_backbone_is_one_graph_and_follows_the_weights(build, graphs):

@@ -12,7 +12,7 @@ from fcclip.modeling.windows import Windows
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import load_weights
-from tests.conftest import tiny_fusioner_config
+from tests.conftest import tiny_fusioner
 from tests.modeling.test_fcclip import sample_image, training_sample
 from tests.modeling.test_fusioner_parity import published_name
 
@@ -22,7 +22,7 @@ NAMES = Vocabulary.from_names("cat, kitty; dog; grass:stuff", name="test")
 
 @pytest.fixture
 def cfg():
-    return tiny_fusioner_config()
+    return tiny_fusioner()
 
 
 @pytest.fixture

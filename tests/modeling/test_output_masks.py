@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fcclip.modeling.output_masks import OutputMasks, best_classes, resize, resize_rows, semantic_blocks
+from fcclip.modeling.output_masks import OutputMasks, resize, resize_rows, semantic_blocks
 
 # mask logits; network input with padding; without; output
 SIZES = {
@@ -40,24 +40,13 @@ def test_blocks_are_the_rows_of_the_whole(sizes, masks_first, num_classes, block
     mask_logits, probabilities = torch.randn(20, *shape) * 4, torch.rand(20, num_classes)
     expected = whole(probabilities, mask_logits, padded, image, output, masks_first)
     masks = OutputMasks(mask_logits, padded, image, output)
-    blocks = list(semantic_blocks(masks, num_classes, masks_first=masks_first))
+    blocks = list(semantic_blocks(masks, probabilities, masks_first=masks_first))
     assert [rows.start for rows, _ in blocks[1:]] == [rows.stop for rows, _ in blocks[:-1]]
     assert (blocks[0][0].start, blocks[-1][0].stop) == (0, output[0])
     assert block > 1 or len(blocks) == output[0]
     # 20 sums of products of numbers below 1, resized in another order: rounding of numbers below 20
-    found = torch.cat([scores(probabilities) for _, scores in blocks], dim=1)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    parts = semantic_blocks(masks, num_classes, masks_first=masks_first, class_chunk=3)
-    labels = torch.cat([best_classes(scores, probabilities, class_chunk=3) for _, scores in parts])
-    best = expected.gather(0, labels[None])[0]
-    torch.testing.assert_close(best, expected.amax(0), atol=2e-5, rtol=0)
-
-
-def test_of_equal_classes_the_first_wins_across_chunks():
-    shares = torch.ones(1, 2, 2)
-    probabilities = torch.tensor([[0.1, 0.3, 0.2, 0.3]])
-    labels = best_classes(lambda some: some.T[:, :, None] * shares, probabilities, class_chunk=2)
-    assert labels.tolist() == [[1, 1], [1, 1]]
+    scores = torch.cat([scores for _, scores in blocks], dim=1)
+    torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
 
 def test_rows_of_a_whole_stride_are_those_of_the_whole_map():

@@ -34,14 +34,12 @@ def test_semantic_scores_sum_class_times_mask_probability():
     torch.testing.assert_close(scores, expected)
 
 
-def test_labels_are_the_argmax_of_the_scores_whatever_the_chunks(monkeypatch):
+def test_labels_are_the_argmax_of_the_scores_whatever_the_blocks(monkeypatch):
     class_logits, output_masks = torch.randn(9, 8), OutputMasks.whole(torch.randn(9, 11, 13))
     expected = semantic_inference(class_logits, output_masks).argmax(0)
     assert torch.equal(semantic_labels(class_logits, output_masks), expected)
-    assert torch.equal(semantic_labels(class_logits, output_masks, class_chunk=2), expected)
     monkeypatch.setattr("fcclip.modeling.output_masks._BLOCK_CPU", 200)
     assert torch.equal(semantic_labels(class_logits, output_masks), expected)
-    assert torch.equal(semantic_labels(class_logits, output_masks, class_chunk=3), expected)
 
 
 def test_things_get_a_segment_each_and_stuff_of_a_class_shares_one():
@@ -97,25 +95,20 @@ def test_an_empty_mask_scores_zero_and_no_things_give_no_instances():
     assert len(instance_inference(one_hot_logits(0), masks([1, 1]), thing_classes=[], topk=5)) == 0
 
 
-def test_the_published_zero_boxes_come_on_request():
-    found = instance_inference(one_hot_logits(0), masks([1, -1]), thing_classes=[0], topk=1, zero_boxes=True)
-    assert found.pred_boxes.tolist() == [[0, 0, 0, 0]]
-
-
-@pytest.mark.parametrize("query_chunk", [1, 3])
-def test_masks_that_are_made_a_few_at_a_time_give_the_same_to_the_bit(query_chunk):
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_masks_that_are_made_a_few_at_a_time_give_the_same_to_the_bit(at_once, monkeypatch):
     torch.manual_seed(0)
     class_logits, mask_logits = torch.randn(20, 6), torch.randn(20, 9, 11) * 3
     mask_logits[7] = mask_logits[4]  # of equal ones the first wins
     class_logits[7] = class_logits[4]
-    together, chunked = OutputMasks.whole(mask_logits), OutputMasks.whole(mask_logits, query_chunk=query_chunk)
+    masks = OutputMasks.whole(mask_logits)
     options = {"thing_classes": [0, 2], "object_mask_threshold": 0.1, "overlap_threshold": 0.02}
-    id_map, segments = panoptic_inference(class_logits, together, **options)
-    chunked_map, chunked_segments = panoptic_inference(class_logits, chunked, **options)
+    id_map, segments = panoptic_inference(class_logits, masks, **options)
+    instances = instance_inference(class_logits, masks, thing_classes=[0, 2], topk=30)
+    monkeypatch.setattr("fcclip.modeling.output_masks._MASKS_CPU", at_once * 9 * 11)
+    chunked_map, chunked_segments = panoptic_inference(class_logits, masks, **options)
     assert len(segments) >= 3 and torch.equal(chunked_map, id_map) and chunked_segments == segments
-
-    instances = instance_inference(class_logits, together, thing_classes=[0, 2], topk=30)
-    same = instance_inference(class_logits, chunked, thing_classes=[0, 2], topk=30)
+    same = instance_inference(class_logits, masks, thing_classes=[0, 2], topk=30)
     assert len(instances.scores) > 5
     for name in ("scores", "pred_classes", "pred_masks", "pred_boxes"):
         assert torch.equal(getattr(same, name), getattr(instances, name))

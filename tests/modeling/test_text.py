@@ -54,14 +54,23 @@ def test_a_name_is_the_normalised_mean_of_its_normalised_prompts(clip_model):
     assert embeddings.vectors.dtype == torch.float32 and not embeddings.vectors.requires_grad
 
 
+def test_a_name_that_is_cut_is_told_with_its_number_of_tokens(clip_model, caplog):
+    long = "a red circle " * 30
+    with caplog.at_level("WARNING", logger="fcclip"):
+        TextEncoder(clip_model).encode(Vocabulary.from_names([long + "left", long + "right", "sand"]))
+    told = [message for message in caplog.messages if "tokens" in message]
+    assert len(told) == 2 and "right" in told[1] and all("101 tokens" in message for message in told), told
+    assert str(len(clip_model.positional_embedding)) in told[0]
+
+
 def test_equal_names_are_encoded_once(clip_model, monkeypatch):
     calls = counted(monkeypatch)
     encoder = TextEncoder(clip_model)
-    embeddings = encoder.encode(Vocabulary.from_names("cat, cat; dog; cat"))
-    assert calls == [2]
+    embeddings = encoder.encode(Vocabulary.from_names("cat; dog; hound, cat"))
+    assert calls == [3]
     assert torch.equal(embeddings.vectors[0], embeddings.vectors[3])
-    encoder.encode(Vocabulary.from_names("cat, cat; dog; cat"))
-    assert calls == [2]
+    encoder.encode(Vocabulary.from_names("cat; dog; hound, cat"))
+    assert calls == [3]
 
 
 def test_features_survive_on_disk_and_new_weights_never_get_old_ones(clip_model, monkeypatch, tmp_path):

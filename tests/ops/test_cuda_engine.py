@@ -15,7 +15,6 @@ from fcclip.ops.build import main
 from fcclip.ops.builder import SOURCES, BuildError, NoCompilerError, build
 from fcclip.ops.cuda_engine import EXTENSION, MAX_LEVELS, target_architectures
 
-KNOWN = ["compute_75", "compute_80", "compute_86", "compute_90", "compute_100"]
 SHELL = shutil.which("sh")
 CUDA = torch.device("cuda")
 
@@ -49,19 +48,17 @@ def gpus(monkeypatch):
 
 @pytest.fixture
 def nvcc(tmp_path, monkeypatch):
-    """Function (shell commands) -> nothing: $CUDA_HOME has an nvcc that tells version and architectures, and otherwise
-    does this."""
+    """Function (shell commands) -> nothing: $CUDA_HOME has an nvcc that tells its version, and otherwise does this."""
     if SHELL is None:
         pytest.skip("no shell for the compiler, which is a script")
 
-    def install(commands, *, version="Build cuda_13.0.r13.0/compiler.1", architectures=KNOWN):
+    def install(commands, *, version="Build cuda_13.0.r13.0/compiler.1"):
         script = tmp_path / "cuda" / "bin" / "nvcc"
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text(
             f"""#!{SHELL}
 case "$1" in
 --version) echo "nvcc: a compiler"; echo "{version}"; exit 0;;
---list-gpu-arch) printf '%s\\n' {" ".join(architectures)}; exit 0;;
 esac
 {commands}
 """
@@ -87,28 +84,22 @@ esac
 def test_the_list_of_torch_says_what_to_compile_for(monkeypatch, gpus, listed, expected):
     gpus((7, 5))
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
-    assert target_architectures(KNOWN) == expected
+    assert target_architectures() == expected
 
 
 def test_without_a_list_it_is_compiled_for_the_gpus_of_the_machine(gpus):
     gpus((9, 0), (8, 6), (9, 0))
-    assert target_architectures(KNOWN) == ["sm_86", "sm_90"]
+    assert target_architectures() == ["sm_86", "sm_90"]
 
 
 def test_without_gpus_it_is_compiled_for_two_generations_and_what_follows(no_gpu):
-    assert target_architectures(KNOWN) == ["sm_80", "sm_90", "compute_90"]
+    assert target_architectures() == ["sm_80", "sm_90", "compute_90"]
 
 
-def test_architectures_that_cannot_be_compiled_for_are_named(monkeypatch, gpus):
-    gpus((7, 0))
-    with pytest.raises(NoCompilerError, match="a GPU of this machine asks for compute capability 7.0, which this nvcc"):
-        target_architectures(KNOWN)
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "12.0")
-    with pytest.raises(NoCompilerError, match="TORCH_CUDA_ARCH_LIST asks for .* 12.0, .*it knows .*toolkit"):
-        target_architectures(KNOWN)
+def test_what_is_no_architecture_is_named(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(NoCompilerError, match=r"TORCH_CUDA_ARCH_LIST must look like '8.0;9.0\+PTX', got 'Hopper'"):
-        target_architectures(KNOWN)
+        target_architectures()
 
 
 @pytest.mark.parametrize(
@@ -179,9 +170,6 @@ def test_without_nvcc_the_message_says_what_to_install(no_gpu, monkeypatch, tmp_
 
 
 def test_an_nvcc_that_is_broken_is_shown_with_its_words(no_gpu, nvcc):
-    nvcc("", architectures=[])
-    with pytest.raises(NoCompilerError, match="nvcc does not work: `--list-gpu-arch` ended with status 0: no message"):
-        build(EXTENSION)
     nvcc("echo 'unsupported GNU version! gcc versions later than 13 are not supported' >&2; exit 1")
     with pytest.raises(BuildError, match=r"(?s)status 1:\nunsupported GNU version.*the command was: .*compute_90"):
         build(EXTENSION)

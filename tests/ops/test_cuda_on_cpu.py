@@ -170,7 +170,7 @@ def test_sizes_that_the_kernels_cannot_count_are_refused(engine):
     value = torch.empty(1).expand(1, 4, 2**15, 2**15)
     points, weights = torch.empty(1).expand(1, 1, 2**15, 1, 1, 2), torch.empty(1).expand(1, 1, 2**15, 1, 1)
     with pytest.raises(ValueError, match=r"counts to 2147483647, got \(B, S, M, D, N, L, P\) = \(1, 4, 32768, 32768"):
-        cuda_engine.forward(value, [(2, 2)], points, weights)
+        cuda_engine.forward(False, value, [(2, 2)], points, weights)
 
 
 def test_a_launch_that_fails_names_kernel_sizes_and_cause(engine, library):

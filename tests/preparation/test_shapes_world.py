@@ -19,7 +19,6 @@ from fcclip.preparation.shapes_world import (
     SETS,
     SHAPES,
     render_image,
-    vocabulary_json,
     world_classes,
 )
 
@@ -66,9 +65,13 @@ def test_no_word_stands_for_two_classes():
 
 @pytest.mark.parametrize("seen_only", [False, True])
 def test_the_vocabulary_files_hold_exactly_the_classes_of_the_world(seen_only):
-    expected = vocabulary_json(seen_only=seen_only)
-    file = REPOSITORY / "fcclip" / "vocabulary" / "names" / f"{expected['name']}.json"
-    assert json.loads(file.read_text(encoding="utf-8")) == expected
+    name = "shapes_seen" if seen_only else "shapes"
+    file = REPOSITORY / "fcclip" / "vocabulary" / "names" / f"{name}.json"
+    assert json.loads(file.read_text(encoding="utf-8"))["classes"] == [
+        {"id": c.id, "name": c.name, "synonyms": list(c.synonyms), "thing": c.thing}
+        for c in world_classes()
+        if c.seen or not seen_only
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- images
@@ -230,8 +233,7 @@ def test_a_half_written_folder_is_refused(tmp_path, capsys):
 
 
 def test_an_interrupted_run_leaves_nothing_and_its_leftovers_are_removed(tmp_path, monkeypatch):
-    leftover = tmp_path / ".shapes.partial-999999999"
-    leftover.mkdir()
+    (tmp_path / ".shapes.partial" / "val").mkdir(parents=True)
     monkeypatch.setattr(prepare_shapes, "write_set", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prepare_shapes.prepare(out=tmp_path, seed=0, num_images=1, num_workers=1)

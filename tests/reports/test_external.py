@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model_results(folder, tmp_path_factory):
-    """(what the runner found, the folder of what it wrote)."""
+    """(results of the runner, folder of its files)."""
     output = tmp_path_factory.mktemp("output")
     options = {"modes": None, "training_vocabulary": None, "output_dir": output, "save_predictions": True}
     return tiny_world.run(folder, **options)["ensemble"], output / "tiny_val"
@@ -61,8 +61,8 @@ def edit(path, change):
 
 def test_every_format_gives_the_numbers_of_the_model(folder, files, model_results):
     results, _ = model_results
-    found = evaluate(folder, panoptic(files, folder), instances(files, folder), labels(files, folder))
-    assert repr({task: found[task] for task in results}) == repr(results)
+    metrics = evaluate(folder, panoptic(files, folder), instances(files, folder), labels(files, folder))
+    assert repr({task: metrics[task] for task in results}) == repr(results)
     assert repr(evaluate(folder, SavedSource(files, dataset=tiny_world.dataset(folder)))) == repr(results)
 
 
@@ -72,83 +72,63 @@ def test_one_format_alone_gives_its_tasks(folder, files):
     assert evaluate(folder, labels(files, folder)).keys() == {"sem_seg"}
 
 
-def test_boxes_without_masks_give_the_ap_of_boxes_alone(folder, files, model_results):
-    edit(files / "coco_instances_results.json", lambda rows: [row.pop("segmentation") for row in rows] and None)
-    found = evaluate(folder, instances(files, folder))
-    assert repr(found) == repr({"bbox": model_results[0]["bbox"]})
-
-
 def test_masks_without_boxes_get_theirs(folder, files, model_results):
     edit(files / "coco_instances_results.json", lambda rows: [row.pop("bbox") for row in rows] and None)
     assert repr(evaluate(folder, instances(files, folder))["segm"]) == repr(model_results[0]["segm"])
 
 
-def test_label_maps_may_count_from_one_and_leave_gaps(folder, files, model_results):
-    for path in (files / "predictions" / "semantic").glob("*.png"):
-        Image.fromarray((read_label_map(path) + 1).astype(np.uint8)).save(path)
-    assert repr(evaluate(folder, labels(files, folder, offset=1))["sem_seg"]) == repr(model_results[0]["sem_seg"])
-    path = files / "predictions" / "semantic" / "0.png"
-    Image.fromarray(np.zeros((40, 60), np.uint8)).save(path)
-    with pytest.raises(
-        ValueError, match=r"semantic/0\.png: the values 0 are not classes of 'tiny_val' \(4 classes, 1\.\.4"
-    ):
-        evaluate(folder, labels(files, folder, offset=1))
-    found = evaluate(folder, labels(files, folder, offset=1, ignore=0))["sem_seg"]
-    assert found["pACC"] < model_results[0]["sem_seg"]["pACC"]
-
-
 def test_label_maps_may_have_the_ids_of_the_data_set(folder, files, model_results):
-    ids = np.array([one.id for one in tiny_world.VOCABULARY.classes], np.uint8)
+    ids = np.array([entry.id for entry in tiny_world.VOCABULARY.classes], np.uint8)
     for path in (files / "predictions" / "semantic").glob("*.png"):
         Image.fromarray(ids[read_label_map(path)]).save(path.with_name(f"{path.stem}_pred.png"))
         path.unlink()
-    found = evaluate(folder, labels(files, folder, own_ids=True, suffix="_pred"))
-    assert repr(found["sem_seg"]) == repr(model_results[0]["sem_seg"])
+    metrics = evaluate(folder, labels(files, folder, own_ids=True, suffix="_pred"))
+    assert repr(metrics["sem_seg"]) == repr(model_results[0]["sem_seg"])
 
 
 def test_pixels_without_a_prediction_are_missed_and_nothing_else_is_blamed(folder, tmp_path):
     dataset = tiny_world.dataset(folder)
     for record in dataset.records():
-        truth = read_label_map(record["sem_seg_file_name"])
-        truth[:20] = 9
-        Image.fromarray(truth.astype(np.uint8)).save(tmp_path / f"{Path(record['file_name']).stem}.png")
-    source = LabelSource(tmp_path, dataset=dataset, records=dataset.records(), ignore=9)
-    with pytest.raises(ValueError, match="values 255 are not classes"):  # the void of the ground truth
-        evaluate(folder, source)
-    for path in tmp_path.glob("*.png"):
-        Image.fromarray(np.where(read_label_map(path) == 255, 9, read_label_map(path)).astype(np.uint8)).save(path)
-    found = evaluate(folder, source)["sem_seg"]
-    confusion = {name: [0, 0] for name in tiny_world.VOCABULARY.class_names}
+        labels = read_label_map(record["sem_seg_file_name"])  # whose void is 255
+        labels[:20] = 255
+        Image.fromarray(labels.astype(np.uint8)).save(tmp_path / f"{Path(record['file_name']).stem}.png")
+    metrics = evaluate(folder, LabelSource(tmp_path, dataset=dataset, records=dataset.records()))["sem_seg"]
+    pixels = {name: [0, 0] for name in tiny_world.VOCABULARY.class_names}
     for record in dataset.records():
         truth = read_label_map(record["sem_seg_file_name"])
-        for index, name in enumerate(confusion):
-            confusion[name][0] += int((truth[20:] == index).sum())
-            confusion[name][1] += int((truth == index).sum())
-    assert {name: found[f"IoU-{name}"] for name in confusion} == pytest.approx(
-        {name: 100 * hits / every for name, (hits, every) in confusion.items()}
+        for index, name in enumerate(pixels):
+            pixels[name][0] += int((truth[20:] == index).sum())
+            pixels[name][1] += int((truth == index).sum())
+    assert {name: metrics[f"IoU-{name}"] for name in pixels} == pytest.approx(
+        {name: 100 * hits / every for name, (hits, every) in pixels.items()}
     )
 
 
-@pytest.mark.parametrize("kind", ["panoptic", "instances", "labels"])
-def test_missing_predictions_are_named_and_may_count_as_empty(folder, files, model_results, kind):
-    def without(rows):
-        return [row for row in rows if row["image_id"] not in (4, 10)]
+def test_a_value_that_is_no_class_is_refused(folder, files):
+    Image.fromarray(np.full((40, 60), 4, np.uint8)).save(files / "predictions" / "semantic" / "0.png")
+    expected = r"semantic/0\.png: the values 4 are not classes of 'tiny_val' \(4 classes, 0\.\.3; 255 means no class\)"
+    with pytest.raises(ValueError, match=expected):
+        evaluate(folder, labels(files, folder))
 
-    if kind == "panoptic":
-        change = lambda content: content | {"annotations": without(content["annotations"])}  # noqa: E731
-        edit(files / "predictions.json", change)
-        source, task, metric = panoptic(files, folder), "panoptic_seg", "PQ"
-    elif kind == "instances":
-        edit(files / "coco_instances_results.json", without)
-        source, task, metric = instances(files, folder), "segm", "AP"
-    else:
-        for number in (1, 3):
-            (files / "predictions" / "semantic" / f"{number}.png").unlink()
-        source, task, metric = labels(files, folder), "sem_seg", "mIoU"
-    with pytest.raises(ValueError, match=r"2 of 7 images of 'tiny_val' have no .* prediction: image_id 4, 10\. --miss"):
-        evaluate(folder, source)
-    found = evaluate(folder, source, missing="empty")[task][metric]
-    assert 0 < found < model_results[0][task][metric]
+
+def without(rows):
+    return [row for row in rows if row["image_id"] not in (4, 10)]
+
+
+def test_images_without_a_prediction_are_named(folder, files):
+    edit(files / "predictions.json", lambda content: content | {"annotations": without(content["annotations"])})
+    for number in (1, 3):
+        (files / "predictions" / "semantic" / f"{number}.png").unlink()
+    for source, output in ((panoptic(files, folder), "panoptic_seg"), (labels(files, folder), "sem_seg")):
+        with pytest.raises(
+            ValueError, match=f"2 of 7 images of 'tiny_val' have no {output} prediction: image_id 4, 10"
+        ):
+            evaluate(folder, source)
+
+
+def test_an_image_without_a_row_has_no_instances(folder, files, model_results):
+    edit(files / "coco_instances_results.json", without)
+    assert 0 < evaluate(folder, instances(files, folder))["segm"]["AP"] < model_results[0]["segm"]["AP"]
 
 
 @pytest.mark.parametrize(
@@ -166,18 +146,7 @@ def test_a_mask_that_cannot_be_read_is_refused(folder, files, segmentation, mess
         evaluate(folder, instances(files, folder))
 
 
-def test_polygons_are_filled(folder, files):
-    def draw(rows):
-        rows[0]["segmentation"] = [[5, 2, 15, 2, 15, 12, 5, 12], [1, 1]]
-        del rows[0]["bbox"]
-
-    edit(files / "coco_instances_results.json", draw)
-    found = instances(files, folder).read(1)["instances"]
-    assert found.pred_masks[0, 2:12, 5:15].all() and found.pred_masks[0].sum() == 100
-    assert found.pred_boxes[0].tolist() == [5, 2, 15, 12]
-
-
-def test_two_predictions_for_a_image_are_refused(folder, files):
+def test_two_predictions_for_an_image_are_refused(folder, files):
     semantic = files / "predictions" / "semantic"
     edit(files / "predictions.json", lambda content: content["annotations"].append(content["annotations"][2]))
     with pytest.raises(ValueError, match=r"predictions\.json: image 7 has two predictions"):
@@ -234,15 +203,19 @@ def test_files_in_another_format_are_refused(folder, files):
     (files / "coco_instances_results.json").write_text('[{"image_id": 1, "bbox": [0, 0, 1, 1], "category_id": 4}]')
     with pytest.raises(ValueError, match="row 0 has no 'score'"):
         instances(files, folder)
-    (files / "predictions.json").write_text("[]")
-    with pytest.raises(ValueError, match="has no 'annotations'"):
-        panoptic(files, folder)
+    for text, message in (
+        ("[]", "has no 'annotations'"),
+        ('{"annotations": [{"image_id": 1}]}', "annotation 0 has no file_name, segments_info"),
+    ):
+        (files / "predictions.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            panoptic(files, folder)
 
 
 def test_predictions_that_the_data_set_is_not_evaluated_for_are_refused(folder, files, tmp_path):
     write_tree("openvocab_pascal20_sem_seg_val", tmp_path)
     pascal = get_dataset("openvocab_pascal20_sem_seg_val", tmp_path)
-    with pytest.raises(ValueError, match=r"pascal20_sem_seg_val' \(sem_seg\) is evaluated for semantic; .* panoptic"):
+    with pytest.raises(ValueError, match=r"pascal20_sem_seg_val' is evaluated for semantic; .* panoptic"):
         evaluate_predictions(pascal, [panoptic(files, folder)])
     with pytest.raises(ValueError, match="are of data set 'tiny_val', not of 'openvocab_pascal20_sem_seg_val'"):
         SavedSource(files, dataset=pascal)

@@ -9,7 +9,7 @@ import torch
 from fcclip.config import configs_dir, load_config
 from fcclip.data import DATASETS, dataset_vocabulary, get_dataset
 from fcclip.modeling import build_model
-from fcclip.reports import Plan, Report, backbone_of_weights, plan_sets, published_results
+from fcclip.reports import Outcome, Plan, Report, backbone_of_weights, plan_sets, published_results
 from fcclip.reports.zero_shot import backbone_of, cells_of, default_sets, differences, logged_figures, set_config
 from tests.data.published_trees import write_tree
 
@@ -46,8 +46,8 @@ def base_of(path):
 
 def test_there_is_a_published_config_for_every_benchmark(cfg):
     tested = {name for path in (configs_dir() / FOLDER).glob("*.yaml") for name in load_config(path).DATASETS.TEST}
-    assert tested == {one["data_set"] for one in BENCHMARKS} and tested <= DATASETS.keys()
-    assert default_sets(cfg) == [one["data_set"] for one in BENCHMARKS]
+    assert tested == {benchmark["data_set"] for benchmark in BENCHMARKS} and tested <= DATASETS.keys()
+    assert default_sets(cfg) == [benchmark["data_set"] for benchmark in BENCHMARKS]
 
 
 def test_settings_that_the_user_gave_stay():
@@ -65,25 +65,26 @@ def test_outputs_without_ground_truth_are_not_computed(cfg):
 
 def test_published_figures_are_complete_and_agree_with_the_log():
     for backbone in published_results()["backbones"]:
-        for one in BENCHMARKS:
-            assert backbone["table"][one["data_set"]].keys() == one["columns"].keys()
-            for column, place in one["columns"].items():
-                logged = backbone["log"].get(one["data_set"], {}).get(place["task"], {}).get(place["metric"])
-                rounded = backbone["table"][one["data_set"]][column]
-                assert logged is None or abs(logged - rounded) <= 0.05 + 1e-9, (backbone["name"], one["data_set"])
+        for benchmark in BENCHMARKS:
+            table = backbone["table"].get(benchmark["data_set"], {})
+            assert table.keys() == benchmark["columns"].keys() or "architecture" in backbone  # FrozenSeg's are fewer
+            for column, rounded in table.items():
+                place = benchmark["columns"][column]
+                logged = backbone["log"].get(benchmark["data_set"], {}).get(place["task"], {}).get(place["metric"])
+                assert logged is None or abs(logged - rounded) <= 0.05 + 1e-9, (backbone["name"], benchmark["data_set"])
                 assert 0 < rounded < 100
     large = published_results()["backbones"][-1]
-    assert large["log"].keys() == {one["data_set"] for one in BENCHMARKS}
-    assert sum(len(one["columns"]) for one in BENCHMARKS) == 16
+    assert large["log"].keys() == {benchmark["data_set"] for benchmark in BENCHMARKS}
+    assert sum(len(benchmark["columns"]) for benchmark in BENCHMARKS) == 16
 
 
-@pytest.mark.parametrize("backbone", published_results()["backbones"], ids=lambda one: one["name"])
+@pytest.mark.parametrize("backbone", published_results()["backbones"], ids=lambda backbone: backbone["name"])
 def test_a_backbone_is_told_by_its_config_and_by_the_shapes_of_its_weights(backbone):
     cfg = load_config(backbone["config"])
     assert backbone_of(cfg)["name"] == backbone["name"]
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, cfg.MODEL.DEVICE = "", "meta"
+    cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, cfg.MODEL.SAM_WEIGHTS, cfg.MODEL.DEVICE = "", "", "meta"
     cfg.MODEL.FC_CLIP.QUICK_GELU = "on" if backbone["clip"].startswith("RN") else "auto"
     with torch.device("meta"):
         model = build_model(cfg)
@@ -98,7 +99,7 @@ def plan_of(name, root, cfg):
 
 
 def why(plan, words, training=PublishedVocabulary(), num_images=2000):  # noqa: B008
-    return differences(plan, vocabulary=words, training=training, num_images=num_images)
+    return differences(Outcome(plan, words, num_images, {}), training=training)
 
 
 def test_with_published_words_and_settings_the_figures_can_be_compared(cfg, tmp_path):
@@ -142,7 +143,11 @@ def logged_results(shift=0.0):
     """Data set -> mode -> results: those of the log, all moved by so many points."""
     log = published_results()["backbones"][-1]["log"]
     return {
-        name: {"ensemble": {task: {key: value + shift for key, value in one.items()} for task, one in tasks.items()}}
+        name: {
+            "ensemble": {
+                task: {key: value + shift for key, value in metrics.items()} for task, metrics in tasks.items()
+            }
+        }
         for name, tasks in log.items()
     }
 
@@ -171,7 +176,7 @@ def test_what_cannot_be_compared_neither_passes_nor_fails():
 
 
 def test_the_row_is_that_of_the_model_zoo():
-    report = report_of({one["data_set"]: logged_results()[one["data_set"]] for one in BENCHMARKS})
+    report = report_of({benchmark["data_set"]: logged_results()[benchmark["data_set"]] for benchmark in BENCHMARKS})
     name, values = report.rows()[0]
     assert name == "here"
     assert " ".join(values) == "26.8 16.8 34.1 44.0 26.8 56.2 18.3 27.8 14.8 58.4 18.2 81.8 95.4 54.4 44.6 63.7"
@@ -185,7 +190,9 @@ def test_the_row_is_that_of_the_model_zoo():
 
 @pytest.mark.parametrize("shift", [0.0, -123.4])
 def test_text_fits_into_a_hundred_columns(shift):
-    report = report_of({one["data_set"]: logged_results(shift)[one["data_set"]] for one in BENCHMARKS})
+    report = report_of(
+        {benchmark["data_set"]: logged_results(shift)[benchmark["data_set"]] for benchmark in BENCHMARKS}
+    )
     assert max(map(len, report.text().splitlines())) <= 100
 
 
@@ -202,12 +209,10 @@ def test_every_figure_of_the_log_stands_beside_ours():
     large = published_results()["backbones"][-1]
     city = "openvocab_cityscapes_fine_panoptic_val"
     figures = logged_figures(city, logged_results(0.5)[city]["ensemble"], large)
-    assert {one["metric"] for one in figures} >= {"PQ", "SQ_st", "IoU", "iIoU_sup", "AP50"}
-    assert all(one["difference"] == pytest.approx(0.5) for one in figures)
+    assert {figure["metric"] for figure in figures} >= {"PQ", "SQ_st", "IoU", "iIoU_sup", "AP50"}
+    assert all(figure["difference"] == pytest.approx(0.5) for figure in figures)
     assert logged_figures(city, {}, published_results()["backbones"][0]) == []
     assert logged_figures("shapes_val", {}, large) == logged_figures(city, {}, None) == []
-    report = Report([], {}, {}, {}, "", {city: {"log": figures}})
-    assert f"| {city} | sem_seg/iIoU | 42.9261 | 42.4261 | +0.50 |" in report.markdown()
 
 
 def test_sets_that_are_missing_are_told_with_their_place_and_keep_their_columns(cfg, tmp_path, monkeypatch):
@@ -232,7 +237,7 @@ def test_a_set_that_is_asked_for_must_be_there_and_whole(cfg, tmp_path, monkeypa
         plan_sets(cfg, [ADE20K])
     write_tree(ADE20K, tmp_path)
     (tmp_path / "ADEChallengeData2016" / "ade20k_instance_val.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"ade20k_instance_val\.json' does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"ade20k_instance_val\.json does not exist"):
         plan_sets(cfg)
     with pytest.raises(ValueError, match="'openvocab_pascal20_sem_seg_val' is asked for twice"):
         write_tree("openvocab_pascal20_sem_seg_val", tmp_path)

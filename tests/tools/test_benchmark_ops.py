@@ -1,6 +1,5 @@
 """tools/benchmark.py ops: that it compares equal things in turns, and what it says about them."""
 
-import csv
 import importlib
 import json
 from functools import partial
@@ -50,8 +49,6 @@ def test_every_engine_is_measured_in_both_forms_and_directions(benchmark, built,
         assert row["ratio"] == 1 or row["engine"] != "torch"
         assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / row["seconds"])
     assert {"torch", "git", "CPU"} <= set(report["environment"]) and "cuda" not in {row["engine"] for row in rows}
-    table = list(csv.DictReader(output.with_suffix(".csv").open()))
-    assert [row["engine"] for row in table] == [row["engine"] for row in rows] and float(table[0]["seconds"]) > 0
     assert "floor" in capsys.readouterr().out
 
 

@@ -2,22 +2,18 @@
 
 import json
 import shutil
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from fcclip.checks import clip as checks_clip
 from fcclip.checks import machine
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
-from fcclip.checks.printing import print_issues
 from fcclip.checks.run import check_run
-from fcclip.checks.vocabulary import long_prompts
 from fcclip.checks.weights import check_model
 from fcclip.config import assets_dir, load_config
 from fcclip.engine import save_checkpoint
@@ -90,7 +86,6 @@ def test_a_published_config_fits_although_nothing_is_on_this_machine(tmp_path, m
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "none"))
     issues = checked("--eval-only", "OUTPUT_DIR", tmp_path, config=ADE20K.format(backbone))
     assert [issue.section for issue in of_level(issues, ERROR)] == ["weights", "test data"]
-    assert "which is not a folder" in of_level(issues, ERROR, "test data")[0].text
     assert "would download" in of_level(issues, WARNING, "CLIP")[0].text
     assert "FREEZE_AT" in of_level(issues, NOTE, "config")[0].text
 
@@ -98,16 +93,11 @@ def test_a_published_config_fits_although_nothing_is_on_this_machine(tmp_path, m
 # ---- command line and config ----
 
 
-def test_every_wrong_key_is_named_and_the_others_are_used(root, tmp_path):
+def test_a_wrong_key_is_named_with_its_file_and_neighbour(root, tmp_path):
     config = tmp_path / "mine.yaml"
-    config.write_text(f"_BASE_: {REPOSITORY / 'configs' / SHAPES}\nSOLVER:\n  MAX_ITERS: 7\n  GAMMA: fast\n")
-    issues = checked("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "12", "TEST.MODUS", "x", config=config)
-    errors = [issue.text for issue in of_level(issues, ERROR)]
-    assert len(errors) == 3
-    assert all(text in errors[0] for text in ("MAX_ITERS", "SOLVER.MAX_ITER'", "mine.yaml"))
-    assert "SOLVER.GAMMA" in errors[1]
-    assert "TEST.MODUS" in errors[2] and "command line" in errors[2]
-    assert "12 queries" in of_level(issues, OK, "model")[0].text
+    config.write_text(f"_BASE_: {REPOSITORY / 'configs' / SHAPES}\nSOLVER:\n  MAX_ITERS: 7\n")
+    error = the_error(checked(config=config))
+    assert all(text in error.text for text in ("MAX_ITERS", "SOLVER.MAX_ITER'", "mine.yaml"))
 
 
 @pytest.mark.parametrize("content", ["SOLVER: [", "_BASE_: no.yaml", "- a", None])
@@ -135,23 +125,16 @@ EVALUATION = ("--eval-only", *TRAINING)
 WRONG = {
     "a key without a value": (("SOLVER.MAX_ITER",), ["pairs"]),
     "a GPU that is not there": (("MODEL.DEVICE", "cuda:99"), ["MODEL.DEVICE is 'cuda:99'"]),
-    "no device of torch": (("MODEL.DEVICE", "gpu"), ["MODEL.DEVICE is 'gpu'"]),
     "an engine that is not built": (("MODEL.MSDA_ENGINE", "cpp"), ["cannot run on cpu"]),
     "an unknown part": (("MODEL.SEM_SEG_HEAD.NAME", "FCCLIPHeads"), ["Did you mean 'FCCLIPHead'"]),
-    "a width that is not CLIP's": (("MODEL.FC_CLIP.EMBED_DIM", "65"), ["EMBED_DIM is 65"]),
-    "an architecture that open_clip does not know": (
-        ("MODEL.FC_CLIP.CLIP_MODEL_NAME", "convnext_huge"), ["convnext_huge"],
-    ),
     "weights with another number of queries": (
         (*TRAINING, "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "50"),
         ["query_feat.weight (file 30x64, model 50x64)", "set MODEL.MASK_FORMER.NUM_OBJECT_QUERIES 30"],
     ),
     "nothing to evaluate": (("--eval-only",), ["MODEL.WEIGHTS is empty"]),
-    "missing weights": (("--weights", "no.pth"), ["'no.pth' not found"]),
     "a CLIP in the place of a segmenter": (
         ("--eval-only", "--weights", "shapes_clip.safetensors"), ["a CLIP, not a segmenter"],
     ),
-    "a segmenter in the place of a CLIP": ((PRETRAINED, WEIGHTS), ["belongs in MODEL.WEIGHTS"]),
     "a tag that does not exist": ((PRETRAINED, "laion"), ["'laion'", "tag"]),
     "weights of a head on a random CLIP": ((*TRAINING, PRETRAINED, ""), ["a CLIP of random weights", PRETRAINED]),
     "NUM_CLASSES": ((*TRAINING, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "39"), ["NUM_CLASSES is 39"]),
@@ -160,14 +143,7 @@ WRONG = {
         ("DATASETS.TRAIN", "('shapes_train', 'shapes_tune')"), ["have different classes"],
     ),
     "a fine-tuning from nothing": (FINETUNE, ["MODEL.WEIGHTS is empty"]),
-    "an unknown method": ((*TRAINING, "FINETUNE.METHOD", "repaly"), ["Did you mean 'replay'"]),
-    "former images for another mapper": (
-        (*TRAINING, *REPLAY, "FINETUNE.REPLAY_MAPPER", "coco_instance_lsj"), ["shapes_tune"],
-    ),
     "nothing evaluated": ((*EVALUATION, "DATASETS.TEST", "()"), ["DATASETS.TEST is empty"]),
-    "no variants of test-time augmentation": (
-        (*EVALUATION, "TEST.AUG.ENABLED", "True", "TEST.AUG.MIN_SIZES", "()"), ["TEST.AUG.MIN_SIZES"],
-    ),
     "no batch": ((*EVALUATION, "TEST.BATCH_SIZE", "0"), ["TEST.BATCH_SIZE"]),
     "an expected result of three": (
         (*EVALUATION, "TEST.EXPECTED_RESULTS", "[['panoptic_seg', 'PQ', 70.0]]"), ["TEST.EXPECTED_RESULTS"],
@@ -182,10 +158,8 @@ def test_what_is_wrong_is_the_only_error(root, case):
     assert all(text in f"{error.text} {error.remedy}" for text in texts), error
 
 
-@pytest.mark.parametrize("words", [
-    (), ("FINETUNE.METHOD", "repaly"), ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", "39"), ("SOLVER.OPTIMIZER", "ADAMWW"),
-])  # fmt: skip
-def test_an_evaluation_needs_nothing_of_training(root, words):
+def test_an_evaluation_needs_nothing_of_training(root):
+    words = ("FINETUNE.METHOD", "repaly", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "39", "SOLVER.OPTIMIZER", "ADAMWW")
     assert not evaluated(*words).count(ERROR)
 
 
@@ -291,20 +265,10 @@ def test_weights_of_mask2former_are_a_start_for_training_and_nothing_to_evaluate
     assert "closed-vocabulary" in the_error(evaluated(weights=tmp_path / "mask2former.pth")).text
 
 
-def test_prompts_longer_than_the_context_are_named():
-    vocabulary = Vocabulary.from_names(["cat", " ".join(["very"] * 80) + " long cat"])
-    # the name, the words of the template with its full stop, start and end
-    assert long_prompts(vocabulary, 77) == {vocabulary.class_names[1]: 80 + 2 + 8 + 2}
-    assert not long_prompts(Vocabulary.builtin("pascal_voc_21"), 77)
-
-
-def test_long_names_of_a_published_file_are_a_warning_and_missing_classes_an_error(root, tmp_path):
-    lines = [f"{number}:class {number}" for number in range(18)] + ["18:" + "dog " * 90]
-    path = tmp_path / "cityscapes_with_prompt_eng.txt"
-    path.write_text("\n".join(lines))
+def test_a_published_file_without_a_class_is_an_error(root, tmp_path):
+    lines = [f"{number}:class {number}" for number in range(18)]
+    (tmp_path / "cityscapes_with_prompt_eng.txt").write_text("\n".join(lines))
     words = ("MODEL.FC_CLIP.VOCABULARIES", tmp_path, "DATASETS.TEST", f"('{CITYSCAPES}',)")
-    assert "the rest is cut off" in of_level(checked(*words), WARNING, "vocabulary")[0].text
-    path.write_text("\n".join(lines[1:]))
     assert "18 classes" in of_level(checked(*words), ERROR, "vocabulary")[0].text
 
 
@@ -328,8 +292,7 @@ def test_another_clip_than_that_of_the_training_is_named(root, tmp_path):
 def test_clip_weights_of_another_architecture_are_named(root, tmp_path):
     changes = {"ln_final.weight": None, "positional_embedding": torch.zeros(77, 32)}
     error = the_error(checked(PRETRAINED, clip_file(tmp_path / "other.safetensors", **changes)))
-    assert "1 of another shape (e.g. positional_embedding" in error.text
-    assert "1 missing (e.g. ln_final.weight" in error.text
+    assert "positional_embedding" in error.text and "ln_final.weight" in error.text
 
 
 def test_a_clip_of_random_weights_is_a_warning(root):
@@ -389,11 +352,6 @@ def test_a_fine_tuning_on_other_classes_is_no_mistake(root):
     assert "FINETUNE.METHOD plain can start" in said(of_level(issues, OK, "fine-tuning"))
     (warning,) = of_level(checked("--weights", WEIGHTS, *FINETUNE[2:]), WARNING)
     assert "'shapes_seen'" in warning.text and "set FINETUNE.METHOD" in warning.remedy
-
-
-def test_a_fine_tuning_from_weights_of_unknown_classes_is_named(root, tmp_path):
-    path = checkpoint(tmp_path / "published.pth")
-    assert "does not say which classes" in the_error(checked("--weights", path, *FINETUNE)).text
 
 
 def test_former_images_are_looked_at_like_new_ones(root):
@@ -501,17 +459,11 @@ def test_semantic_sets_are_looked_at_too_and_what_fcclip_warns_of_is_an_issue(ro
     issues = evaluated(*words)
     assert not issues.count(ERROR) and not issues.count(WARNING)
     assert "1 images; the first, 6 x 8 as its ground truth" in of_level(issues, OK, "test data")[0].text
-    idle = of_level(issues, NOTE, "test data")[0]
-    assert idle.remedy == "MODEL.MASK_FORMER.TEST.PANOPTIC_ON False MODEL.MASK_FORMER.TEST.INSTANCE_ON False"
     Image.new("RGB", (8, 6)).save(images / "b.jpg")
     caplog.clear()
     assert "1 of 2 images" in said(of_level(evaluated(*words), WARNING)) and not caplog.records
     errors = of_level(evaluated(*words, "MODEL.MASK_FORMER.TEST.SEMANTIC_ON", "False"), ERROR, "test data")
     assert "MODEL.MASK_FORMER.TEST.SEMANTIC_ON" in said(errors)
-
-
-def test_test_time_augmentation_is_described(root):
-    assert "18 variants" in said(of_level(evaluated("TEST.AUG.ENABLED", "True"), OK, "evaluation"))
 
 
 def test_the_program_for_every_file_is_named_with_the_data_sets(root):
@@ -542,15 +494,3 @@ def test_the_command_says_in_its_exit_code_whether_something_is_wrong(root, tmp_
     assert bad.out.count("  ERROR ") == 2 and bad.out.splitlines()[-1].startswith("2 errors (checked in")
     with pytest.raises(OSError, match="issues.json"):  # which run_program says
         tool.main([*words, "--json", str(tmp_path / "no" / "issues.json")])
-
-
-def test_a_terminal_shows_marks_and_long_lines_beside_them():
-    console = Console(file=StringIO(), force_terminal=True, width=60, color_system=None)
-    issues = Issues()
-    with issues.section("here"):
-        issues.add(OK, "fits " * 20)
-        issues.add(ERROR, "wrong", "do this")
-    print_issues(issues, console)
-    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
-    assert lines[0] == "here" and lines[1].startswith("  ✓ fits") and lines[2].startswith("    fits")
-    assert "  ✗ wrong" in lines and "    → do this" in lines

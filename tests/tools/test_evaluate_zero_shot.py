@@ -18,14 +18,14 @@ from fcclip.data import DATASETS, get_dataset
 from fcclip.errors import run_program
 from fcclip.modeling import build_model
 from fcclip.reports import published_results, zero_shot
-from fcclip.weights import save_weights
 from tests.conftest import tiny_config
 from tests.data.own_world import write_own
 from tests.data.published_trees import write_tree
+from tests.weight_files import save_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = REPOSITORY / "tools" / "evaluate_zero_shot.py"
-BENCHMARKS = [one["data_set"] for one in published_results()["benchmarks"]]
+BENCHMARKS = [benchmark["data_set"] for benchmark in published_results()["benchmarks"]]
 SHAPES = ("shapes_val", "shapes_val_seen", "shapes_val_unseen")
 
 
@@ -101,8 +101,8 @@ def test_the_row_has_every_column_of_the_model_zoo(whole_row):
 
 def test_each_data_set_has_its_words_and_its_outputs(whole_row):
     _, _, results = whole_row
-    assert len({one["vocabulary_sha256"] for one in results["sets"].values()}) == len(BENCHMARKS)
-    tasks = {name: set(one["results"]["ensemble"]) for name, one in results["sets"].items()}
+    assert len({content["vocabulary_sha256"] for content in results["sets"].values()}) == len(BENCHMARKS)
+    tasks = {name: set(content["results"]["ensemble"]) for name, content in results["sets"].items()}
     assert tasks["openvocab_ade20k_panoptic_val"] == {"panoptic_seg", "segm", "bbox", "sem_seg"}
     assert tasks["openvocab_cityscapes_fine_panoptic_val"] == {"panoptic_seg", "segm", "sem_seg"}
     assert tasks["openvocab_mapillary_vistas_panoptic_val"] == {"panoptic_seg", "sem_seg"}
@@ -166,7 +166,9 @@ def test_a_page_shows_images_and_oracles_are_told_apart(tiny, trees, tmp_path, m
         code, printed, found[oracle] = run(tiny, tmp_path / oracle, "--oracle", oracle, *some, *SMALL)
         assert code == 0 and f"oracle: true {oracle} instead of predicted ones" in printed
         assert f"true {oracle} instead of predicted ones" in found[oracle]["not_comparable"][some[1]]
-    values = {name: [cell["values"]["ensemble"] for cell in one["row"]] for name, one in (*found.items(), ("", plain))}
+    values = {
+        name: [cell["values"]["ensemble"] for cell in results["row"]] for name, results in (*found.items(), ("", plain))
+    }
     assert values[""] != values["masks"]
     code, printed, _ = run(tiny, tmp_path / "out", "--resume", "--oracle", "masks", *some, *SMALL)
     assert code == 1 and "oracle was None, now 'masks'" in printed

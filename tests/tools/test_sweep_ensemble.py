@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fcclip.modeling import build_model
-from fcclip.weights import save_weights
 from tests.conftest import tiny_config
 from tests.data.published_trees import write_tree
+from tests.weight_files import save_weights
 
 PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "sweep_ensemble.py"
 SPEC = importlib.util.spec_from_file_location("sweep_ensemble", PROGRAM)

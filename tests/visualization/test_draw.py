@@ -3,7 +3,7 @@ import pytest
 
 from fcclip.structures import Segment
 from fcclip.visualization import draw_labels, draw_panoptic
-from fcclip.visualization.draw import READABLE_SIDE_PX, _box_sums, _place
+from fcclip.visualization.draw import READABLE_SIDE_PX, _place
 
 GREY = 128
 
@@ -38,18 +38,13 @@ def test_the_input_image_is_not_changed():
     assert (image == GREY).all()
 
 
-def test_drawing_twice_gives_the_same_image():
-    first, second = (draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES) for _ in range(2))
-    np.testing.assert_array_equal(first, second)
-
-
 @pytest.mark.parametrize("size", [(1, 1), (16, 40), (256, 256), (500, 300)])
 def test_small_images_are_enlarged_by_a_whole_factor_until_names_are_readable(size):
     height, width = size
     drawn = draw_panoptic(pixels(height, width), np.ones(size, np.int32), SEGMENTS[:1], NAMES)
     assert drawn.shape[1] % width == 0
     assert max(drawn.shape[:2]) >= READABLE_SIDE_PX
-    assert drawn.shape[0] >= height * (drawn.shape[1] // width)  # a strip of names may stand below
+    assert drawn.shape[0] == height * (drawn.shape[1] // width)
 
 
 def test_a_large_image_keeps_its_size():
@@ -68,23 +63,15 @@ def test_a_image_without_segments_is_drawn_as_it_is():
     np.testing.assert_array_equal(draw_panoptic(pixels(), np.zeros((800, 800), np.int32), [], NAMES), pixels())
 
 
-def test_names_of_segments_too_small_for_a_name_stand_in_a_strip_below():
+def test_a_segment_too_small_for_a_name_is_drawn_without_one():
     ids = np.ones((800, 800), np.int32)
     ids[401, 401] = 2  # one pixel, thinner than a cell of the placement grid
-    drawn = draw_panoptic(pixels(), ids, SEGMENTS, NAMES)
-    assert drawn.shape[0] > 800
-    np.testing.assert_array_equal(drawn.shape[1:], (800, 3))
+    assert draw_panoptic(pixels(), ids, SEGMENTS, NAMES).shape == (800, 800, 3)
 
 
 def test_names_in_any_alphabet_and_of_any_length_can_be_written():
     names = ("песок und Straße θάλασσα", "x" * 500)
     assert draw_panoptic(pixels(), square_map(), SEGMENTS, names).shape == (800, 800, 3)
-
-
-def test_a_hundred_segments_can_be_drawn():
-    ids = np.kron(np.arange(1, 101).reshape(10, 10), np.ones((30, 30))).astype(np.int32)
-    segments = [Segment(i, i % 2, bool(i % 3), 0.5, 900) for i in range(1, 101)]
-    assert draw_panoptic(pixels(300, 300), ids, segments, NAMES).shape[1] == 900
 
 
 def test_equal_things_have_different_shades():
@@ -115,12 +102,6 @@ def test_a_name_without_room_has_no_place():
     assert _place(mask, np.ones_like(mask), (3, 2)) is None
     assert _place(mask, np.zeros_like(mask), (11, 2)) is None
     assert _place(np.zeros_like(mask), np.zeros_like(mask), (3, 2)) is None
-
-
-def test_box_sums_are_the_written_out_sums():
-    grid = np.random.default_rng(0).random((7, 9)) > 0.5
-    expected = [[grid[r : r + 3, c : c + 2].sum() for c in range(8)] for r in range(5)]
-    np.testing.assert_array_equal(_box_sums(grid, 3, 2), expected)
 
 
 def test_labels_are_drawn_like_one_segment_per_class_and_ignored_pixels_stay_untouched():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fcclip.visualization import contact_sheet, side_by_side
+from fcclip.visualization import contact_sheet
 
 
 def plain(height, width, value):
@@ -9,7 +9,7 @@ def plain(height, width, value):
 
 
 def test_a_row_shows_the_three_images_at_the_same_width():
-    sheet = side_by_side(plain(64, 64, 10), plain(256, 256, 100), plain(256, 256, 200))
+    sheet = contact_sheet([[plain(64, 64, 10), plain(256, 256, 100), plain(256, 256, 200)]])
     row = sheet[sheet.shape[0] // 2]
     for value in (10, 100, 200):
         assert (row == value).all(-1).sum() == 256

@@ -54,41 +54,22 @@ SEEN = [
     ("ade20k_150", "person", "person"),
     ("ade20k_150", "window", "window-other"),
     ("ade20k_150", "sofa", "couch"),
-    ("ade20k_150", "armchair", "chair"),
-    ("ade20k_150", "desk", "table-merged"),
-    ("ade20k_150", "wardrobe", "cabinet-merged"),
     ("ade20k_150", "sidewalk", "pavement-merged"),
-    ("ade20k_150", "palm", "tree-merged"),
     ("ade20k_150", "hill", "mountain-merged"),
-    ("ade20k_150", "skyscraper", "building-other-merged"),
-    ("ade20k_150", "street lamp", "light"),
     ("ade20k_150", "cushion", "pillow"),
-    ("ade20k_150", "blind", "window-blind"),
     ("ade20k_150", "minibike", "motorcycle"),
-    ("ade20k_150", "van", "car"),
-    ("ade20k_150", "ship", "boat"),
     ("ade20k_847", "windowpane", "window-other"),
     ("ade20k_847", "television receiver", "tv"),
-    ("ade20k_847", "cellular telephone", "cell phone"),
-    ("ade20k_847", "fireplug", "fire hydrant"),
     ("ade20k_847", "forest", "tree-merged"),
-    ("ade20k_847", "racquet", "tennis racket"),
     ("cityscapes", "vegetation", "tree-merged"),
     ("cityscapes", "terrain", "grass-merged"),
-    ("cityscapes", "train", "train"),
     ("mapillary_vistas", "Ground Animal", "cow"),
-    ("mapillary_vistas", "On Rails", "train"),
     ("mapillary_vistas", "Rail Track", "railroad"),
-    ("mapillary_vistas", "Street Light", "light"),
     ("pascal_context_59", "aeroplane", "airplane"),
-    ("pascal_context_59", "bedclothes", "blanket"),
-    ("pascal_context_59", "shelves", "shelf"),
     ("pascal_context_59", "ground", "dirt-merged"),
     ("pascal_context_459", "window blinds", "window-blind"),
-    ("pascal_context_459", "fridge", "refrigerator"),
     ("pascal_context_459", "cushion", "pillow"),
     ("pascal_voc_20", "tvmonitor", "tv"),
-    ("pascal_voc_20", "pottedplant", "potted plant"),
     ("pascal_voc_20", "diningtable", "dining table"),
     ("coco_stuff_171", "floor-stone", "pavement-merged"),
     ("coco_stuff_171", "straw", "grass-merged"),
@@ -96,19 +77,13 @@ SEEN = [
 UNSEEN = [  # what COCO panoptic leaves out, or knows only a small part of
     ("ade20k_150", "column"),
     ("ade20k_150", "sculpture"),
-    ("ade20k_150", "washer"),
-    ("ade20k_150", "pool table"),
     ("ade20k_847", "coffin"),
     ("ade20k_847", "straw"),
     ("cityscapes", "pole"),
     ("cityscapes", "rider"),
-    ("cityscapes", "traffic sign"),
     ("mapillary_vistas", "Curb"),
-    ("mapillary_vistas", "Bicyclist"),
     ("mapillary_vistas", "Traffic Sign (Front)"),
     ("pascal_context_59", "cloth"),
-    ("pascal_context_59", "plate"),
-    ("pascal_context_459", "accordion"),
     ("pascal_context_459", "straw"),  # the one to drink with
     ("pascal_context_459", "glove"),  # COCO has only those of baseball
 ]
@@ -222,12 +197,6 @@ def test_every_prompt_fits_into_the_text_tower():
     longest = max(TEMPLATES, key=lambda template: len(tokenizer.encode(template)))
     words = {word for name in COUNTS for synonyms in Vocabulary.builtin(name).synonyms for word in synonyms}
     assert max(len(tokenizer.encode(longest.format(word))) for word in words) + 2 <= 77  # start and end
-
-
-def test_an_official_list_of_words_became_name_and_synonyms():
-    chest = Vocabulary.builtin("ade20k_150").classes[44]
-    assert (chest.id, chest.name) == (44, "chest of drawers")
-    assert chest.synonyms == ("chest of drawers", "dresser", "bureau", "chest")
 
 
 def test_ids_are_the_data_sets_own():

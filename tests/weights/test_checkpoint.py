@@ -2,17 +2,15 @@
 
 import copy
 import logging
-import os
 import pickle
-from collections import OrderedDict
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from fcclip.weights import frozen_notes, initialise_from, load_weights, model_weights, save_weights
-from fcclip.weights.checkpoint import published_names
+from fcclip.weights import frozen_notes, initialise_from, load_weights, model_weights
+from tests.weight_files import save_weights
 
 QUERIES = "sem_seg_head.predictor.query_feat.weight"
 
@@ -70,12 +68,6 @@ def test_constants_and_class_weights_of_a_file_are_not_taken(toy, tmp_path):
     }
     load_weights(target, save(weights, tmp_path / "a.pth"))
     assert target.criterion.empty_weight.tolist() == pytest.approx([1, 1, 1, 0.1])
-
-
-def test_a_file_without_class_weights_is_complete(toy, tmp_path):
-    weights = model_weights(toy())
-    del weights["criterion.empty_weight"]
-    load_weights(toy(), save(weights, tmp_path / "a.pth"))
 
 
 @pytest.mark.parametrize(
@@ -139,63 +131,6 @@ def test_a_file_with_the_clip_of_another_backbone_is_refused(toy, tmp_path):
 def test_a_missing_file_is_named(toy, tmp_path):
     with pytest.raises(FileNotFoundError, match="weights file .*nowhere.pth' not found"):
         load_weights(toy(), tmp_path / "nowhere.pth")
-
-
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_an_error_with_its_size(toy, tmp_path, share):
-    path = save(model_weights(toy()), tmp_path / "a.pth")
-    content = path.read_bytes()
-    path.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=rf"damaged, cut off or no checkpoint \({int(share * len(content))} bytes"):
-        load_weights(toy(), path)
-
-
-def test_a_truncated_safetensors_file_is_an_error(toy, tmp_path):
-    path = tmp_path / "a.safetensors"
-    save_weights(toy(), path)
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="damaged or cut off"):
-        load_weights(toy(), path)
-
-
-class Malicious:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return (os.mkdir, (self.path,))
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_a_malicious_pickle_is_refused_and_does_not_run(toy, tmp_path, zipped):
-    path, trap = tmp_path / "a.pth", tmp_path / "trap"
-    content = {"model": model_weights(toy()), "extra": Malicious(trap)}
-    if zipped:
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps({"extra": Malicious(trap)}, protocol=2))
-    with pytest.raises(ValueError, match="could run any program, so it is refused"):
-        load_weights(toy(), path)
-    assert not trap.exists()
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-def test_a_pickle_of_arrays_as_conversion_scripts_write_it_is_loaded(toy, tmp_path, protocol):
-    source, target = toy(seed=0), toy(seed=1)
-    arrays = {key: value.numpy() for key, value in source.state_dict().items()}
-    content = {"model": arrays, "__author__": "third_party", "matching_heuristics": True}
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content, protocol))
-    assert load_weights(target, tmp_path / "a.pkl") == {"__author__": "third_party", "matching_heuristics": True}
-    assert same(source, target)
-
-
-def test_a_file_without_a_state_dict_says_what_it_holds(toy, tmp_path):
-    torch.save({"epoch": 3, "state": {}}, tmp_path / "a.pth")
-    with pytest.raises(
-        ValueError,
-        match="neither a state dict nor one under the key 'model' or 'state_dict'; its keys are epoch, state",
-    ):
-        load_weights(toy(), tmp_path / "a.pth")
 
 
 # ---- weights to share ----
@@ -395,44 +330,21 @@ def test_a_training_can_start_from_mask2former_under_any_of_its_names(tiny_model
     text = caplog.text
     assert "starting from the Mask2Former weights in" in text
     assert "left, of another shape (3): " in text and "query_feat.weight (file 3x32, model 8x32)" in text
-    assert "left, head of a fixed list of classes (2): sem_seg_head.predictor.class_embed.* (2)\n" in text
+    assert "left, head of a fixed list of classes (2): sem_seg_head.predictor.class_embed.weight, " in text
     assert (
         "left, outside pixel decoder and mask decoder (2): backbone.res2.0.conv1.weight, criterion.empty_weight\n"
         in text
     )
-    assert "freshly initialised (15): sem_seg_head.pixel_decoder.input_proj.0.0.weight, " in text
-    assert text.rstrip().endswith("void_embedding.weight")
-    assert "taken (81): " in text and "sem_seg_head.predictor.transformer_ffn_layers.* (12), " in text
+    assert "freshly initialised (15): " in text and "sem_seg_head.pixel_decoder.input_proj.0.0.weight" in text
+    assert "taken (81): " in text
 
 
 def test_queries_of_the_same_number_are_taken_under_their_old_name(tiny_model):
     model = tiny_model()
     weights = mask2former(model, queries=8)
-    start = initialise_from(model, weights, versions={}, source="x")
+    start = initialise_from(model, weights, source="x")
     assert QUERIES in start.taken
     assert torch.equal(model.state_dict()[QUERIES], weights["sem_seg_head.predictor.static_query.weight"])
-
-
-def test_new_weights_keep_names_that_only_look_old(tiny_model):
-    versions = {"sem_seg_head": {"version": 2}, "sem_seg_head.predictor": {"version": 2}}
-    weights = {"sem_seg_head.mask_features.weight": 1, "sem_seg_head.predictor.static_query.weight": 2}
-    assert published_names(weights, versions) == weights
-    assert list(published_names(weights, {})) == ["sem_seg_head.pixel_decoder.mask_features.weight", QUERIES]
-
-
-def test_versions_are_read_from_the_file(tiny_model, tmp_path, caplog):
-    model = tiny_model()
-    state = OrderedDict(mask2former(model))
-    state._metadata = OrderedDict({"": {"version": 1}, "sem_seg_head": {"version": 2}})
-    with caplog.at_level(logging.INFO):
-        load_weights(model, save(state, tmp_path / "a.pth"), initialise=True)
-    assert "left, outside pixel decoder and mask decoder (39): sem_seg_head.input_proj.* (12), " in caplog.text
-
-
-def test_without_being_asked_mask2former_is_refused(tiny_model, tmp_path):
-    model = tiny_model()
-    with pytest.raises(ValueError, match="closed-vocabulary Mask2Former, .* start of a training"):
-        load_weights(model, save(mask2former(model), tmp_path / "a.pth"))
 
 
 def test_initialising_from_a_segmenter_of_our_own_is_a_strict_load(toy, tmp_path):

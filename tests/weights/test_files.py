@@ -148,9 +148,10 @@ def test_numpy_values_in_a_torch_file_are_read(tmp_path):
     assert found.rest == {"best": 0.25, "history": [3]} and found.kind == "torch"
 
 
-def test_a_module_prefix_goes_when_every_name_has_it(tmp_path):
-    state = nn.Sequential(nn.Linear(1, 1)).state_dict(prefix="module.")
-    state._metadata = OrderedDict({"module": {"version": 1}, "module.0": {"version": 3}})
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "model.", "model.module."])
+def test_a_prefix_of_a_wrapper_goes_when_every_name_has_it(tmp_path, prefix):
+    state = nn.Sequential(nn.Linear(1, 1)).state_dict(prefix=prefix)
+    state._metadata = OrderedDict({prefix[:-1]: {"version": 1}, f"{prefix}0": {"version": 3}})
     torch.save({"model": state}, tmp_path / "a.pth")
     found = read_weight_file(tmp_path / "a.pth")
     assert list(found.tensors) == ["0.weight", "0.bias"]

@@ -7,15 +7,8 @@ import torch
 from torch import nn
 
 from fcclip.errors import InputError
-from fcclip.weights import (
-    FrozenPart,
-    frozen_notes,
-    frozen_prefixes,
-    load_weights,
-    model_weights,
-    read_weight_file,
-    save_weights,
-)
+from fcclip.weights import FrozenPart, frozen_notes, frozen_prefixes, load_weights, model_weights, read_weight_file
+from tests.weight_files import save_weights
 
 
 class Sam(FrozenPart):

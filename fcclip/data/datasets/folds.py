@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -267,17 +266,3 @@ def _existing(places: list[Path]) -> Path:
         if place.is_file():
             return place
     raise MissingFileError(f"none of these files exists: {', '.join(map(str, places))}. {WHERE_DATA_IS}")
-
-
-def check_counts(folds: Folds, kind: str, pairs: Counter[int]) -> list[str]:
-    """A sentence for each fold whose list has another number of pairs than the published one.
-
-    Args:
-        pairs: fold -> number of its pairs.
-    """
-    return [
-        f"{folds.name}: the list of fold {fold} ({kind}) has {pairs[fold]:,} pairs, the published one {published:,}; "
-        "results are not comparable"
-        for fold, published in enumerate(folds.counts[kind])
-        if pairs[fold] != published
-    ]

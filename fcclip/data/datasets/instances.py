@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fcclip.data.annotations import instance_entries, settle
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.files import AnnotationFile
 from fcclip.data.datasets.metadata import class_metadata, thing_vocabulary
-from fcclip.data.segmentations import compressed, has_area
-from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
+_KEPT = ("iscrowd", "category_id", "bbox", "segmentation")  # fields of an annotation
 BOX_MODE = 1  # detectron2's number for boxes [x, y, width, height] in pixels
 NOT_INSTANCES = (
     "Expected COCO instance annotations: lists 'images' (id, file_name, height, width) and 'annotations' (image_id, "
@@ -78,59 +78,23 @@ def instance_records(
     Returns:
         Dicts with `file_name, image_id, annotations`, and `height, width` where the JSON gives them. An annotation has
         `iscrowd, category_id` (contiguous), `segmentation` (polygons or a compressed run-length code) and, where the
-        JSON has them, `bbox` with `bbox_mode` and `keypoints`. Polygons without an area are left out, and instances
-        with none left.
+        JSON has it, `bbox` with `bbox_mode`.
 
     Raises:
-        ValueError: these are not complete instance annotations, two images have one id, an annotation is of an image
-            that is not listed, or a category id is not in the vocabulary.
+        ValueError: something in the file cannot be used (see `instance_entries`).
     """
     classes = {entry.id: index for index, entry in enumerate(vocabulary.classes)}
+    images, annotations, problems = instance_entries(content, classes, things=vocabulary.thing_classes)
+    settle(where, problems, expected=NOT_INSTANCES)
     records: dict[Any, dict] = {}
-    try:
-        for image in sorted(content["images"], key=lambda image: image["id"]):
-            if image["id"] in records:
-                raise InputError(f"{where} lists two images with the id {image['id']!r}. Give each an id of its own.")
-            record = records[image["id"]] = {**image_fields(image), "annotations": []}
-            if image.get("height") and image.get("width"):
-                record.update(height=image["height"], width=image["width"])
-        for annotation in content["annotations"]:
-            if annotation["image_id"] not in records:
-                raise InputError(
-                    f"{where}: annotation {annotation.get('id')!r} belongs to the image {annotation['image_id']!r}, "
-                    "which is not in 'images'. Leave both out, or list the image."
-                )
-            instance = _instance(where, annotation, classes, vocabulary)
-            if instance is not None:
-                records[annotation["image_id"]]["annotations"].append(instance)
-    except (KeyError, TypeError) as error:
-        problem = f"an entry has no {error}" if isinstance(error, KeyError) else error
-        raise InputError(f"{where}: {problem}. {NOT_INSTANCES}") from error
+    for image in sorted(images.values(), key=lambda image: (isinstance(image["id"], str), image["id"])):
+        record = records[image["id"]] = {**image_fields(image), "annotations": []}
+        if {"height", "width"} <= image.keys():
+            record.update(height=image["height"], width=image["width"])
+    for annotation in annotations:
+        instance = {key: annotation[key] for key in _KEPT if key in annotation}
+        instance["category_id"] = classes[annotation["category_id"]]
+        if "bbox" in annotation:
+            instance["bbox_mode"] = BOX_MODE
+        records[annotation["image_id"]]["annotations"].append(instance)
     return list(records.values())
-
-
-def _instance(where: str, annotation: dict, classes: dict[int, int], vocabulary: Vocabulary) -> dict | None:
-    category = annotation["category_id"]
-    if category not in classes:
-        raise InputError(
-            f"{where}: annotation {annotation.get('id')!r} of image {annotation['image_id']!r} has category_id "
-            f"{category}, which is not in vocabulary '{vocabulary.name}' ({len(classes)} classes, ids "
-            f"{min(classes)}..{max(classes)}). Check that this JSON belongs to this data set."
-        )
-    instance = {"iscrowd": annotation.get("iscrowd", 0), "category_id": classes[category]}
-    if "bbox" in annotation:
-        instance |= {"bbox": annotation["bbox"], "bbox_mode": BOX_MODE}
-    if "keypoints" in annotation:
-        instance["keypoints"] = annotation["keypoints"]
-    segmentation = annotation.get("segmentation")
-    if isinstance(segmentation, dict):
-        try:
-            instance["segmentation"] = compressed(segmentation)
-        except ValueError as error:
-            raise InputError(f"{where}: annotation {annotation.get('id')!r}: {error}") from error
-    elif segmentation:
-        kept = [polygon for polygon in segmentation if has_area(polygon)]
-        if not kept:
-            return None
-        instance["segmentation"] = kept
-    return instance

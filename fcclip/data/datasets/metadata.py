@@ -13,7 +13,8 @@ def class_metadata(vocabulary: Vocabulary, *, things: bool = True) -> dict[str, 
     """What a data set with these classes says about them; a contiguous id is a position in the vocabulary.
 
     `stuff_classes` and `stuff_dataset_id_to_contiguous_id` hold every class, things included, as published: evaluators
-    convert any predicted class through them. Names are canonical ones, never lists of synonyms.
+    convert any predicted class through them. Names are canonical ones, never lists of synonyms. `stuff_colors` and
+    `thing_colors` are there where they were published.
 
     Args:
         vocabulary: the classes.
@@ -22,7 +23,13 @@ def class_metadata(vocabulary: Vocabulary, *, things: bool = True) -> dict[str, 
     names = list(vocabulary.class_names)
     ids = [entry.id for entry in vocabulary.classes]
     things = list(vocabulary.thing_classes) if things else []
+    colors = {}
+    if all(entry.color for entry in vocabulary.classes):
+        every = [list(entry.color) for entry in vocabulary.classes]
+        colors = {"stuff_colors": every, "thing_colors": [every[index] for index in things]}
     return {
+        **colors,
+        "contiguous_id_to_class_name": list(names),
         "stuff_classes": names,
         "thing_classes": [names[index] for index in things],
         "thing_dataset_id_to_contiguous_id": {ids[index]: index for index in things},

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fcclip.data.annotations import panoptic_entries, settle
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.files import AnnotationFile
 from fcclip.data.datasets.metadata import class_metadata
-from fcclip.errors import InputError
 from fcclip.vocabulary import Vocabulary
 
 NOT_PANOPTIC = "Expected COCO panoptic annotations: image_id, file_name and segments_info with id and category_id."
@@ -91,43 +91,24 @@ def panoptic_records(
 
     Returns:
         Dicts with `file_name, pan_seg_file_name, sem_seg_file_name, image_id, segments_info`, and `height, width` where
-        the JSON gives them. A segment keeps its fields; `category_id` becomes contiguous, `isthing` is added.
+        the JSON gives them. A segment keeps its fields (see `panoptic_entries`); `category_id` becomes contiguous,
+        `isthing` is added.
 
     Raises:
-        ValueError: these are not complete panoptic annotations, two are of one image, or a category id is not in the
-            vocabulary.
+        ValueError: something in the file cannot be used.
     """
-    sizes = {str(image.get("id")): image for image in content.get("images") or ()}  # ids: numbers here, strings there
-    classes = {entry.id: (index, entry.thing) for index, entry in enumerate(vocabulary.classes)}
-    records, known_ids = [], set()
-    for annotation in content["annotations"]:
-        try:
-            record = {**files(annotation), "image_id": image_id(annotation["image_id"])}
-            record["segments_info"] = [
-                _segment(where, annotation, segment, classes, vocabulary) for segment in annotation["segments_info"]
-            ]
-        except (KeyError, TypeError) as error:
-            problem = f" has no {error}" if isinstance(error, KeyError) else f": {error}"
-            raise InputError(f"{where}: annotation {len(records)}{problem}. {NOT_PANOPTIC}") from error
-        if record["image_id"] in known_ids:
-            raise InputError(
-                f"{where} has two annotations of the image {record['image_id']!r}. Give each image an id of its own."
-            )
-        known_ids.add(record["image_id"])
-        size = sizes.get(str(annotation["image_id"]), {})
-        if size.get("height") and size.get("width"):
-            record.update(height=size["height"], width=size["width"])
+    classes = {entry.id: index for index, entry in enumerate(vocabulary.classes)}
+    images, annotations, problems = panoptic_entries(content, classes)
+    settle(where, problems, expected=NOT_PANOPTIC)
+    is_thing = [entry.thing for entry in vocabulary.classes]
+    records = []
+    for annotation in annotations:
+        size = images.get(str(annotation["image_id"]), {})
+        record = {**files(annotation), "image_id": image_id(annotation["image_id"])}
+        record |= {key: size[key] for key in ("height", "width") if {"height", "width"} <= size.keys()}
+        record["segments_info"] = annotation["segments_info"]
+        for segment in annotation["segments_info"]:
+            index = classes[segment["category_id"]]
+            segment.update(category_id=index, isthing=is_thing[index])
         records.append(record)
     return records
-
-
-def _segment(where: str, annotation: dict, segment: dict, classes: dict, vocabulary: Vocabulary) -> dict:
-    if segment["category_id"] not in classes:
-        raise InputError(
-            f"{where}: segment {segment['id']} of {annotation['file_name']} has category_id {segment['category_id']}, "
-            f"which is not in vocabulary '{vocabulary.name}' ({len(classes)} classes, ids {min(classes)}.."
-            f"{max(classes)}). Check that this JSON belongs to this data set; leave segments without a class out of "
-            "segments_info."
-        )
-    index, thing = classes[segment["category_id"]]
-    return {**segment, "category_id": index, "isthing": thing}

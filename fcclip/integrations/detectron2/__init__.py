@@ -32,8 +32,12 @@ except ModuleNotFoundError as error:
     ) from error
 
 from fcclip.integrations.detectron2.catalog import (
+    COCOInstanceNewBaselineDatasetMapper,
+    COCOPanopticNewBaselineDatasetMapper,
     DatasetMapper,
-    drawing_metadata,
+    MaskFormerInstanceDatasetMapper,
+    MaskFormerPanopticDatasetMapper,
+    MaskFormerSemanticDatasetMapper,
     metadata_vocabulary,
     register_own_data,
 )
@@ -42,7 +46,6 @@ from fcclip.integrations.detectron2.config import add_fcclip_config, add_maskfor
 from fcclip.integrations.detectron2.model import FCCLIP, TRANSFORMER_DECODER_REGISTRY
 from fcclip.integrations.detectron2.records import (
     instances_from_targets,
-    instances_to_detectron2,
     output_to_detectron2,
     targets_from_instances,
 )
@@ -52,16 +55,19 @@ from fcclip.integrations.detectron2.training import InstanceSegEvaluator, Traine
 __all__ = [
     "FCCLIP",
     "TRANSFORMER_DECODER_REGISTRY",
+    "COCOInstanceNewBaselineDatasetMapper",
+    "COCOPanopticNewBaselineDatasetMapper",
     "Checkpointer",
     "DatasetMapper",
     "InstanceSegEvaluator",
+    "MaskFormerInstanceDatasetMapper",
+    "MaskFormerPanopticDatasetMapper",
+    "MaskFormerSemanticDatasetMapper",
     "Trainer",
     "add_fcclip_config",
     "add_maskformer2_config",
     "build_evaluator",
-    "drawing_metadata",
     "instances_from_targets",
-    "instances_to_detectron2",
     "metadata_vocabulary",
     "output_to_detectron2",
     "register",

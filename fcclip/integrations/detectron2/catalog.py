@@ -25,7 +25,7 @@ from fcclip.data import (
 )
 from fcclip.errors import InputError
 from fcclip.integrations.detectron2.records import instances_from_targets
-from fcclip.vocabulary import Vocabulary
+from fcclip.vocabulary import ClassEntry, Vocabulary, plain_name
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +62,17 @@ class _Records:
         return get_dataset(self.name).records()
 
 
-def taken_datasets() -> list[str]:
-    """The names of fcclip's data sets under which the catalogs hold something else."""
-    return [name for name in DATASETS if _is_taken(name, _Records(name))]
-
-
 def register_datasets() -> None:
-    """Puts every data set of fcclip into both catalogs; nothing of them is read."""
+    """Puts every data set of fcclip into both catalogs; nothing of them is read.
+
+    Raises:
+        ValueError: the catalogs hold something else under one of the names.
+    """
     for name in DATASETS:
+        if _is_taken(name, _Records(name)):
+            raise InputError(
+                f"data set '{name}' is in detectron2's catalogs already, and is not fcclip's. Rename yours."
+            )
         DatasetCatalog[name] = _Records(name)
         if not isinstance(MetadataCatalog.data.get(name), DatasetMetadata):
             MetadataCatalog[name] = DatasetMetadata(name=name)
@@ -167,7 +170,9 @@ def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bo
             f"{max(thing_classes)}: stuff_classes must be all classes, things too, in the order of their contiguous ids"
         )
     try:
-        vocabulary = Vocabulary.from_names(list(names), things=thing_classes, name=metadata.name)
+        synonyms = [tuple(filter(None, map(plain_name, name.split(",")))) for name in names]
+        entries = tuple(ClassEntry(index, "".join(of_class[:1]), of_class) for index, of_class in enumerate(synonyms))
+        vocabulary = Vocabulary(metadata.name, entries).with_things(thing_classes)
     except ValueError as error:
         raise InputError(f"the {where} cannot be read as class names: {error}") from error
     logger.info(
@@ -175,14 +180,6 @@ def metadata_vocabulary(metadata: Metadata, *, folder: str = "", need_things: bo
         *(metadata.name, len(vocabulary), len(vocabulary.thing_classes)),
     )
     return vocabulary
-
-
-def drawing_metadata(vocabulary: Vocabulary) -> Metadata:
-    """Metadata for detectron2's Visualizer, which names things by `thing_classes[index]` and stuff by
-    `stuff_classes[index]`: here both are all class names, so that no class is drawn under another's name.
-    """
-    names = list(vocabulary.class_names)
-    return Metadata(name=vocabulary.name, thing_classes=names, stuff_classes=names)
 
 
 class DatasetMapper:
@@ -201,7 +198,13 @@ class DatasetMapper:
         ValueError: an unknown mapper, or values of INPUT that cannot work.
     """
 
+    name = ""  # of the mapper; "": INPUT.DATASET_MAPPER_NAME
+
     def __init__(self, cfg: CfgNode, is_train: bool = True) -> None:
+        if self.name:
+            cfg = cfg.clone()
+            cfg.defrost()
+            cfg.INPUT.DATASET_MAPPER_NAME = self.name
         self.is_train = is_train
         self._map = build_train_mapper(cfg, _label_metadata(cfg)) if is_train else build_test_mapper(cfg)
 
@@ -217,6 +220,36 @@ class DatasetMapper:
         sample = self._map(record, np.random)
         sample["instances"] = instances_from_targets(sample.pop("targets"))
         return sample
+
+
+class COCOInstanceNewBaselineDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "coco_instance_lsj"
+
+
+class COCOPanopticNewBaselineDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "coco_panoptic_lsj"
+
+
+class MaskFormerInstanceDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "mask_former_instance"
+
+
+class MaskFormerPanopticDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "mask_former_panoptic"
+
+
+class MaskFormerSemanticDatasetMapper(DatasetMapper):
+    """The published mapper of that name."""
+
+    name = "mask_former_semantic"
 
 
 def _label_metadata(cfg: CfgNode) -> dict[str, Any]:

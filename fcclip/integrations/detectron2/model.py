@@ -170,11 +170,9 @@ def CLIP(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """The frozen CLIP that MODEL.FC_CLIP names.
 
     Raises:
-        ValueError: as `fcclip.modeling.build_clip`, or images that do not have three channels.
+        ValueError: as `fcclip.modeling.build_clip`.
     """
     check_config(cfg)
-    if input_shape.channels not in (None, 3):
-        raise InputError(f"CLIP takes images of 3 channels, MODEL.PIXEL_MEAN has {input_shape.channels} numbers")
     return build.build_clip_backbone(cfg, FAMILIES)
 
 
@@ -188,11 +186,6 @@ class FCCLIPHead(whole_head.FCCLIPHead):
 
     @configurable
     def __init__(self, *, pixel_decoder: nn.Module, predictor: nn.Module) -> None:
-        if not callable(getattr(pixel_decoder, "forward_features", None)):
-            raise InputError(
-                f"the pixel decoder {type(pixel_decoder).__name__} (MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME) needs a "
-                "method forward_features(features) -> mask features, map at stride 32, [maps at strides 32, 16, 8]"
-            )
         super().__init__(pixel_decoder=pixel_decoder, predictor=predictor)
 
     @classmethod

@@ -44,23 +44,20 @@ def instances_from_targets(targets: structures.Targets) -> Instances:
     )
 
 
-def instances_to_detectron2(instances: structures.Instances) -> Instances:
-    """Predicted instances -> `Instances`: pred_masks (n, h, w) float of 0 and 1 as published, pred_boxes, scores,
-    pred_classes."""
-    return Instances(
+def output_to_detectron2(output: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model says about one image, its instances as `Instances`: pred_masks (n, h, w) float of 0 and 1 as
+    published, pred_boxes, scores, pred_classes; the other entries have the same form."""
+    if "instances" not in output:
+        return dict(output)
+    instances = output["instances"]
+    converted = Instances(
         tuple(instances.pred_masks.shape[-2:]),
         pred_masks=instances.pred_masks.float(),
         pred_boxes=Boxes(instances.pred_boxes),
         scores=instances.scores,
         pred_classes=instances.pred_classes,
     )
-
-
-def output_to_detectron2(output: Mapping[str, Any]) -> dict[str, Any]:
-    """What the model says about one image, its `instances` as detectron2's; the other entries have the same form."""
-    if "instances" not in output:
-        return dict(output)
-    return {**output, "instances": instances_to_detectron2(output["instances"])}
+    return {**output, "instances": converted}
 
 
 def _masks(instances: Instances) -> Tensor:

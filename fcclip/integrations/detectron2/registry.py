@@ -5,7 +5,7 @@ from __future__ import annotations
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 
 from fcclip.errors import InputError
-from fcclip.integrations.detectron2.catalog import register_datasets, taken_datasets
+from fcclip.integrations.detectron2.catalog import register_datasets
 from fcclip.integrations.detectron2.model import (
     CLIP,
     FCCLIP,
@@ -16,11 +16,11 @@ from fcclip.integrations.detectron2.model import (
 )
 
 PARTS = (
-    ("META_ARCH", META_ARCH_REGISTRY, FCCLIP),
-    ("BACKBONE", BACKBONE_REGISTRY, CLIP),
-    ("SEM_SEG_HEADS", SEM_SEG_HEADS_REGISTRY, FCCLIPHead),
-    ("SEM_SEG_HEADS", SEM_SEG_HEADS_REGISTRY, MSDeformAttnPixelDecoder),
-    ("TRANSFORMER_MODULE", TRANSFORMER_DECODER_REGISTRY, MultiScaleMaskedTransformerDecoder),
+    (META_ARCH_REGISTRY, FCCLIP),
+    (BACKBONE_REGISTRY, CLIP),
+    (SEM_SEG_HEADS_REGISTRY, FCCLIPHead),
+    (SEM_SEG_HEADS_REGISTRY, MSDeformAttnPixelDecoder),
+    (TRANSFORMER_DECODER_REGISTRY, MultiScaleMaskedTransformerDecoder),
 )
 
 
@@ -30,21 +30,15 @@ def register() -> None:
     No file is read. The data sets are looked for below $DETECTRON2_DATASETS, as it is when they are loaded.
 
     Raises:
-        ValueError: a name that is taken by something else; nothing has been registered then.
+        ValueError: a name that is taken by something else.
     """
-    taken = [
-        f"'{part.__name__}' in the registry {title}, by {registry.get(part.__name__)!r}"
-        for title, registry, part in PARTS
-        if part.__name__ in registry and registry.get(part.__name__) is not part
-    ]
-    taken += [f"data set '{name}' in detectron2's catalogs" for name in taken_datasets()]
-    if taken:
-        raise InputError(
-            f"names of FC-CLIP are taken by something else: {'; '.join(taken)}. Two projects with the same names, such "
-            "as Mask2Former's own code, cannot serve one process: import only one of them. A data set of your own can "
-            "have any other name."
-        )
-    for _, registry, part in PARTS:
-        if part.__name__ not in registry:
+    for registry, part in PARTS:
+        name = part.__name__
+        if name in registry and registry.get(name) is not part:
+            raise InputError(
+                f"'{name}' in detectron2's registry {registry._name} is {registry.get(name)!r}. Two projects with the "
+                "same names, such as Mask2Former's own code, cannot serve one process: import only one of them."
+            )
+        if name not in registry:
             registry.register(part)
     register_datasets()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from detectron2.evaluation import (
     DatasetEvaluators,
     LVISEvaluator,
     SemSegEvaluator,
-    inference_context,
 )
 from detectron2.structures import Instances
 from detectron2.utils import comm
@@ -35,11 +33,8 @@ from fcclip.files import read_json
 from fcclip.integrations.detectron2.catalog import DatasetMapper, catalog_vocabulary
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
 from fcclip.integrations.detectron2.config import check_config, check_unread
-from fcclip.modeling import build_augmented
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import unwrap, vocabulary_note
-
-logger = logging.getLogger(__name__)
 
 # Keys of fcclip's own training and evaluation that detectron2's loops do not know.
 UNREAD = (
@@ -47,7 +42,6 @@ UNREAD = (
     "SOLVER.NON_FINITE",
     "SOLVER.BEST.METRIC",
     "WANDB.PROJECT",
-    "DATALOADER.MAX_BAD_IMAGES",
     "DETERMINISTIC",
     "TEST.BATCH_SIZE",
     "FINETUNE.METHOD",
@@ -68,8 +62,6 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         check_config(cfg)
         check_unread(cfg, UNREAD, "detectron2's training loop does not know it (fcclip's train_net.py does)")
-        if cfg.SOLVER.BEST.DATASET:
-            logger.info("SOLVER.BEST.DATASET has no effect in detectron2's training loop, which keeps no best.pth")
         check_training(cfg, _training_vocabulary(cfg), world_size=comm.get_world_size())
         dtype = amp_dtype(cfg, torch.device(cfg.MODEL.DEVICE))
         if cfg.SOLVER.AMP.ENABLED and dtype is None:  # detectron2 would stop at the first step
@@ -151,55 +143,21 @@ class Trainer(DefaultTrainer):
         Returns:
             task -> metric -> value of the only data set; of several, these by data set name.
         """
+        cfg, names, results = _open_copy(cfg), cfg.DATASETS.TEST, {}
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
-        if evaluators is not None and len(evaluators) != len(cfg.DATASETS.TEST):
-            raise InputError(
-                f"{len(evaluators)} evaluators for the {len(cfg.DATASETS.TEST)} data sets of DATASETS.TEST"
-            )
-        return _only_or_all(cls._test_each(cfg, unwrap(model), model, evaluators))
-
-    @classmethod
-    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> Mapping[str, Any]:
-        """Evaluates the mean semantic maps of the variants of each image that TEST.AUG asks for; the published name.
-
-        Files go to OUTPUT_DIR/inference_TTA/<data set>.
-
-        Returns:
-            As `test`, with the tasks called `sem_seg_TTA`.
-
-        Raises:
-            ValueError: semantic maps turned off, no sizes in TEST.AUG, a kind of data set without semantic evaluation.
-        """
-        cfg = _open_copy(cfg)
-        cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
-        folder = Path(cfg.OUTPUT_DIR) / "inference_TTA"
-        evaluators = [build_evaluator(cfg, name, str(folder / name)) for name in cfg.DATASETS.TEST]
-        augmented = build_augmented(cfg, model)
-
-        def predict(inputs: Sequence[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
-            return [augmented.outputs(scored) for scored in augmented.score(inputs)]
-
-        with inference_context(model):
-            results = cls._test_each(cfg, augmented.model, predict, evaluators)
-        return _only_or_all(
-            {name: {f"{task}_TTA": metrics for task, metrics in tasks.items()} for name, tasks in results.items()}
-        )
-
-    @classmethod
-    def _test_each(
-        cls, cfg: CfgNode, model: nn.Module, predict: Callable, evaluators: Sequence[DatasetEvaluator] | None
-    ) -> dict[str, Mapping[str, Any]]:
-        """Data set -> results of what `predict` says while the model looks for its classes."""
-        cfg, names, vocabulary, results = _open_copy(cfg), cfg.DATASETS.TEST, model.test_vocabulary, {}
+        if evaluators is not None and len(evaluators) != len(names):
+            raise InputError(f"{len(evaluators)} evaluators for the {len(names)} data sets of DATASETS.TEST")
+        own = unwrap(model)
+        vocabulary = own.test_vocabulary
         try:
             for index, name in enumerate(names):
-                model.set_metadata(MetadataCatalog.get(name))
+                own.set_metadata(MetadataCatalog.get(name))
                 cfg.DATASETS.TEST = (name,)
-                results[name] = super().test(cfg, predict, evaluators and evaluators[index : index + 1])
+                results[name] = super().test(cfg, model, evaluators and evaluators[index : index + 1])
         finally:
-            model.test_vocabulary = vocabulary
-        return results
+            own.test_vocabulary = vocabulary
+        return next(iter(results.values())) if len(results) == 1 else results
 
 
 class InstanceSegEvaluator(COCOEvaluator):
@@ -267,10 +225,6 @@ def _open_copy(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
     return cfg
-
-
-def _only_or_all(results: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(iter(results.values())) if len(results) == 1 else results
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

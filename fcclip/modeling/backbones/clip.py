@@ -6,7 +6,6 @@ A family is a subclass of `CLIPBackbone`, listed in `FAMILIES`: which image towe
 from __future__ import annotations
 
 import abc
-import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,11 +22,12 @@ from torch.overrides import TorchFunctionMode
 
 from fcclip.config import resolve_file
 from fcclip.errors import InputError, NotReachableError
+from fcclip.modeling.backbones.casting import CastCopy
 from fcclip.modeling.backbones.fingerprint import compute_features, differences, library_versions
 from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS
 from fcclip.structures import Features
 from fcclip.weights.files import read_weight_file
-from fcclip.weights.frozen import FrozenPart
+from fcclip.weights.frozen import FrozenPart, load_frozen
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         self.architecture, self.pretrained = "", ""
         self.quick_gelu = has_quick_gelu(clip_model)
         self.activation_source = "default"
-        self._cast: tuple[tuple, nn.Module] | None = None  # in a tuple, so that it is no part of the state dict
+        self._cast = CastCopy()
         self._features: tuple[dict, dict] | None = None  # of the fingerprint: what they depend on, and values
 
     def train(self, mode: bool = True) -> CLIPBackbone:
@@ -85,7 +85,7 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         """Normalised images (B, 3, H, W) -> the levels, and the dense features that region classifiers pool."""
         visual = self.clip_model.visual
         if self.training and torch.is_autocast_enabled(images.device.type):
-            visual = self._cast_to(torch.get_autocast_dtype(images.device.type))
+            visual = self._cast.of(visual, torch.get_autocast_dtype(images.device.type))
         return self.tap(visual, images)
 
     @staticmethod
@@ -96,25 +96,6 @@ class CLIPBackbone(FrozenPart, abc.ABC):
     @abc.abstractmethod
     def tap(self, visual: nn.Module, images: Tensor) -> Features:
         """The features of one family from its image tower."""
-
-    @torch.compiler.disable  # copies modules and compares addresses, which breaks a graph into pieces
-    def _cast_to(self, dtype: torch.dtype) -> nn.Module:
-        """A copy of the image tower for training under autocast, whose convolutions and products have that type
-        already.
-
-        Autocast would cast the same frozen weights again in every iteration. The copy rounds them once, to the same
-        values; norms stay in fp32. It follows the weights, and evaluation has the original.
-        """
-        visual = self.clip_model.visual
-        version = (dtype, *((weight.data_ptr(), weight._version) for weight in visual.parameters()))
-        if self._cast is None or self._cast[0] != version:
-            self._cast = None  # the old one goes before the new one comes
-            cast = copy.deepcopy(visual)
-            for module in cast.modules():
-                if isinstance(module, (nn.Conv2d, nn.Linear)):
-                    module.to(dtype)
-            self._cast = (version, cast)
-        return self._cast[1]
 
     def image_embeddings(self, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> (B, D): the embedding of a region that is the whole image."""
@@ -139,8 +120,8 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         if self._features is None or self._features[0] != computed_by:
             self._features = computed_by, compute_features(self)
         return {
-            "architecture": _last_part(self.architecture),
-            "pretrained": _last_part(self.pretrained),
+            "architecture": PurePath(self.architecture).name,
+            "pretrained": PurePath(self.pretrained).name,
             **computed_by,
             **self._features[1],
             "libraries": library_versions(),
@@ -182,10 +163,6 @@ class CLIPBackbone(FrozenPart, abc.ABC):
         if isinstance(notes, Mapping) and notes.get("weights") == self.weights_hash():
             for sentence in differences(notes, self.fingerprint()):
                 logger.warning("%s: %s", source, sentence)
-
-
-def _last_part(name: str) -> str:
-    return PurePath(name).name if "/" in name or "\\" in name else name
 
 
 class ConvNeXtCLIP(CLIPBackbone):
@@ -286,7 +263,7 @@ def build_clip(
         quick, source = weights.quick_gelu, f"'{pretrained}' says so"
     else:
         quick, source = False, "default"
-    with _RealRates():
+    with RealRates():
         clip_model = open_clip.model.CLIP(**architecture, quick_gelu=quick)
     backbone = as_backbone(clip_model, name=name, families=families)
     if backbone.quick_gelu != quick:
@@ -303,12 +280,13 @@ def build_clip(
     if weights is None:
         logger.info("CLIP '%s': random weights (MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS is empty)", name)
     else:
-        _load(backbone.clip_model, weights.tensors, source=f"'{pretrained}'", name=name)
+        tensors = {key: value for key, value in weights.tensors.items() if key not in CONSTANTS}
+        load_frozen(backbone.clip_model, tensors, source=pretrained, what=f"CLIP '{name}'")
         logger.info("CLIP '%s': weights from '%s', %s (%s)", name, pretrained, "QuickGELU" if quick else "GELU", source)
     return backbone
 
 
-class _RealRates(TorchFunctionMode):
+class RealRates(TorchFunctionMode):
     """Early 1.0 versions of timm read drop rates out of `torch.linspace` while they build; on the meta device there
     would be none to read."""
 
@@ -425,25 +403,3 @@ def _clip_weights(path: Path) -> _Weights:
         )
     said = notes.get("quick_gelu") if isinstance(notes, dict) else None
     return _Weights(tensors, True if file.kind == "torchscript" else said)  # OpenAI alone publishes TorchScript
-
-
-def _load(model: nn.Module, tensors: dict[str, Tensor], *, source: str, name: str) -> None:
-    expected = model.state_dict()
-    tensors = {
-        key: value.float() if value.is_floating_point() else value
-        for key, value in tensors.items()
-        if key not in CONSTANTS
-    }
-    missing = sorted(set(expected) - set(tensors))
-    unexpected = sorted(set(tensors) - set(expected))
-    shapes = [key for key in expected if key in tensors and expected[key].shape != tensors[key].shape]
-    if missing or unexpected or shapes:
-        parts = [
-            f"{len(keys)} {what} (e.g. {keys[0]})"
-            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-            if keys
-        ]
-        raise InputError(
-            f"weights {source} do not fit CLIP '{name}': {', '.join(parts)}. Are they of another architecture?"
-        )
-    model.load_state_dict(tensors)

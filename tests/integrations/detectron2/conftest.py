@@ -5,7 +5,6 @@ detectron2 is imported inside the fixtures: where it is absent each test file sa
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,32 +12,12 @@ from typing import Any
 import pytest
 
 from fcclip.config import configs_dir, load_config
+from tests.conftest import TINY
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 ADE20K = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml"
 SHAPES = "shapes/fcclip_shapes.yaml"
-TINY = {
-    "MODEL.DEVICE": "cpu",
-    "MODEL.FC_CLIP.CLIP_MODEL_NAME": str(REPOSITORY / "tests/data/tiny_convnext.json"),
-    "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS": "",
-    "MODEL.FC_CLIP.EMBED_DIM": 16,
-    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 1,
-    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_DIM_FEEDFORWARD": 32,
-    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
-    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 32,
-    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 8,
-    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
-    "MODEL.MASK_FORMER.DEC_LAYERS": 3,
-    "MODEL.MASK_FORMER.NHEADS": 2,
-    "DATALOADER.NUM_WORKERS": 0,
-    "INPUT.IMAGE_SIZE": 64,
-    "INPUT.MIN_SIZE_TEST": 64,
-    "INPUT.MAX_SIZE_TEST": 96,
-    "SOLVER.IMS_PER_BATCH": 4,
-    "SEED": 0,
-}
+SMALL = {**TINY, "INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 96, "SOLVER.IMS_PER_BATCH": 4}
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +35,7 @@ def both_cfgs(detectron2_knows_fcclip) -> Callable[..., tuple[Any, Any]]:
     from fcclip.integrations.detectron2 import add_fcclip_config
 
     def build(name: str = SHAPES, *, tiny: bool = True, **changes: Any) -> tuple[Any, Any]:
-        settings = {**(TINY if tiny else {"MODEL.DEVICE": "cpu"})}
+        settings = {**(SMALL if tiny else {"MODEL.DEVICE": "cpu"})}
         settings |= {key.replace("__", "."): value for key, value in changes.items()}
         overrides = [item for pair in settings.items() for item in pair]
         cfg = get_cfg()
@@ -78,11 +57,10 @@ def detectron2_cfg(both_cfgs) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """The root folder of a shapes world with four images in each set."""
-    spec = importlib.util.spec_from_file_location("prepare_shapes_once", REPOSITORY / "datasets/prepare_shapes.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     root = tmp_path_factory.mktemp("datasets")
-    script.prepare(out=root, seed=5, num_images=4, num_workers=1, num_evaluation=4)
+    load_program(REPOSITORY / "datasets" / "prepare_shapes.py").prepare(
+        out=root, seed=5, num_images=4, num_workers=1, num_evaluation=4
+    )
     return root
 
 

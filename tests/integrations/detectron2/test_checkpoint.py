@@ -13,7 +13,8 @@ from detectron2.modeling import build_model
 
 from fcclip.integrations.detectron2 import Checkpointer
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import load_weights, save_weights, vocabulary_note
+from fcclip.weights import load_weights, vocabulary_note
+from tests.weight_files import save_weights
 
 pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
 BOTH = pytest.mark.parametrize("checkpointer", [DetectionCheckpointer, Checkpointer])

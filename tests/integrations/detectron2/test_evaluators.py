@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 
 from fcclip.data import get_dataset
-from fcclip.evaluation import evaluate, evaluate_augmented
+from fcclip.evaluation import evaluate
 from fcclip.integrations.detectron2 import Checkpointer, InstanceSegEvaluator, Trainer, build_evaluator
 from fcclip.modeling import build_model as build_own_model
 from fcclip.weights import load_weights
@@ -85,22 +85,6 @@ def test_every_test_set_is_evaluated_with_its_own_vocabulary(shapes_model, own_r
         assert results[name]["sem_seg"]["pACC"] > 50
     assert model.test_vocabulary is vocabulary
     assert cfg.DATASETS.TEST == ("shapes_train", "shapes_val")
-
-
-@pytest.mark.parametrize("names", [("shapes_val",), ("shapes_train", "shapes_val")], ids=["one set", "two sets"])
-def test_test_time_augmentation_is_fcclips(shapes_model, both_cfgs, names, tmp_path):
-    sizes = {"TEST__AUG__MIN_SIZES": (192, 256), "TEST__AUG__FLIP": True}
-    model, cfg = shapes_model(DATASETS__TEST=names, **sizes)
-    results = Trainer.test_with_TTA(cfg, model.train())
-    assert model.training
-    _, own_cfg = both_cfgs(tiny=False, DATALOADER__NUM_WORKERS=0, **sizes)
-    for name in names:
-        expected = evaluate_augmented(model.eval(), own_cfg, get_dataset(name), progress=False)["ensemble"]
-        tasks = results if len(names) == 1 else results[name]
-        assert tasks.keys() == {"sem_seg_TTA"}
-        for metric in ("mIoU", "fwIoU", "mACC", "pACC"):
-            assert same(tasks["sem_seg_TTA"][metric], expected["sem_seg_TTA"][metric]), metric
-        assert (tmp_path / "inference_TTA" / name / "sem_seg_evaluation.pth").is_file()
 
 
 def test_things_among_stuff_are_evaluated_as_detectron2_does_the_first_classes(shapes_model, monkeypatch, tmp_path):

@@ -1,20 +1,18 @@
 """Data sets of the user's YAML files in detectron2's catalogs, loaders, trainer and evaluators."""
 
 import copy
-import json
 
 import pytest
 import torch
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
-from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BitMasks, Instances
 
 from fcclip.data import get_dataset
 from fcclip.data.images import read_label_map
 from fcclip.integrations.detectron2 import (
-    DatasetMapper,
     Trainer,
     build_evaluator,
     metadata_vocabulary,
@@ -65,16 +63,6 @@ def test_a_path_may_be_registered_again_and_a_name_stands_for_a_single_yaml(own,
     assert "heaven" in MetadataCatalog.get(name).stuff_classes
 
 
-def test_the_json_is_read_once_for_all_metadata(own, monkeypatch):
-    name, _ = own("instances")
-    reads, read = [], json.loads
-    monkeypatch.setattr("fcclip.files.json.loads", lambda *arguments: reads.append(1) or read(*arguments))
-    metadata = MetadataCatalog.get(name)
-    assert metadata.thing_dataset_id_to_contiguous_id[7] == CAR
-    assert metadata.stuff_dataset_id_to_contiguous_id[3] == PERSON
-    assert len(reads) == 1
-
-
 def test_a_yaml_that_is_not_a_data_set_or_not_registered_is_refused(own, tmp_path):
     broken = tmp_path / "broken.yaml"
     broken.write_text("type: boxes")
@@ -83,18 +71,6 @@ def test_a_yaml_that_is_not_a_data_set_or_not_registered_is_refused(own, tmp_pat
     assert "broken" not in DatasetCatalog.data
     with pytest.raises(ValueError, match=r"call register_own_data\('my.yaml'\)"):
         catalog_vocabulary("my.yaml", folder="")
-
-
-@pytest.mark.parametrize(
-    ("kind", "mapper"),
-    [("panoptic", "coco_panoptic_lsj"), ("instances", "coco_instance_lsj"), ("semantic", "mask_former_semantic")],
-)
-def test_detectron2s_loader_gives_samples_of_own_data(own, detectron2_cfg, kind, mapper):
-    name, _ = own(kind)
-    cfg = detectron2_cfg(DATASETS__TRAIN=(name,), INPUT__DATASET_MAPPER_NAME=mapper, SOLVER__IMS_PER_BATCH=5)
-    batch = next(iter(build_detection_train_loader(cfg, mapper=DatasetMapper(cfg))))
-    labels = {label for sample in batch for label in sample["instances"].gt_classes.tolist()}
-    assert {CAR, PERSON} <= labels <= {0, 1, 2, 3}
 
 
 def test_own_data_are_trained_on(own, detectron2_cfg, tmp_path):

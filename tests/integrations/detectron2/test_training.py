@@ -10,7 +10,7 @@ from torch import nn
 
 pytest.importorskip("detectron2", reason="detectron2 is not installed")
 
-from detectron2.engine import AMPTrainer, SimpleTrainer, hooks
+from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.solver import build_lr_scheduler as build_detectron2s_schedule
 from detectron2.utils.events import EventStorage
 
@@ -180,13 +180,6 @@ def test_mixed_precision_is_off_where_detectron2_has_none(cfg, caplog):
     assert cfg.SOLVER.AMP.ENABLED
 
 
-def test_periodic_checkpoints_are_kept_as_the_config_says(cfg):
-    for keep, expected in ((3, 3), (0, None)):
-        cfg.SOLVER.CHECKPOINT_KEEP = keep
-        (hook,) = [hook for hook in Trainer(cfg)._hooks if isinstance(hook, hooks.PeriodicCheckpointer)]
-        assert hook.max_to_keep == expected
-
-
 # ---- what cannot work ----
 
 
@@ -194,15 +187,8 @@ def test_periodic_checkpoints_are_kept_as_the_config_says(cfg):
     ("key", "value", "message"),
     [
         ("SOLVER.ACCUMULATE", 2, "'SOLVER.ACCUMULATE' is 2, but detectron2's training loop does not know it"),
-        ("TEST.BATCH_SIZE", 2, "'TEST.BATCH_SIZE' is 2"),
-        ("SOLVER.NON_FINITE", "rollback", "'SOLVER.NON_FINITE' is 'rollback'"),
-        ("SOLVER.BEST.METRIC", "sem_seg/mIoU", "'SOLVER.BEST.METRIC' is 'sem_seg/mIoU'"),
-        ("DETERMINISTIC", True, "'DETERMINISTIC' is True"),
         ("FINETUNE.METHOD", "replay", r"'FINETUNE.METHOD' is 'replay', .* \(fcclip's train_net.py does\)"),
-        ("DATALOADER.MAX_BAD_IMAGES", 1, "'DATALOADER.MAX_BAD_IMAGES' is 1"),
         ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 133, "'shapes_seen' has 40 classes, but .*NUM_CLASSES is 133"),
-        ("SOLVER.OPTIMIZER", "ADAM", "unknown SOLVER.OPTIMIZER 'ADAM'. Did you mean 'ADAMW'"),
-        ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosine", "Did you mean 'WarmupCosineLR'"),
         ("DATASETS.TRAIN", (), "DATASETS.TRAIN is empty"),
         ("DATASETS.TRAIN", ("shapes_train", "shapes_val"), "have different classes.*'shapes_train': 40, 'shapes_val'"),
         ("DATASETS.TRAIN", ("shapes_trian",), "unknown data set .* Did you mean 'shapes_train'"),

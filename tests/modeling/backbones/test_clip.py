@@ -14,14 +14,11 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 
 from fcclip.modeling.backbones.clip import (
-    ConvNeXtCLIP,
-    ResNetCLIP,
     as_backbone,
     build_clip,
     has_quick_gelu,
     tag_has_quick_gelu,
 )
-from fcclip.weights.files import UnsafeFileError
 
 DATA = Path(__file__).parents[2] / "data"
 TINY = {"convnext": str(DATA / "tiny_convnext.json"), "resnet": str(DATA / "tiny_resnet.json")}
@@ -58,9 +55,9 @@ def test_the_low_precision_copy_gives_the_numbers_of_autocast_and_is_made_once(b
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = backbone(images)  # in evaluation mode: the original, cast at every use
         found = backbone.train()(images)
-        copy_of_weights = backbone._cast[1]
+        copy_of_weights = backbone._cast.module
         backbone(images)
-    assert backbone._cast[1] is copy_of_weights
+    assert backbone._cast.module is copy_of_weights
     assert torch.equal(found.dense, expected.dense)
     for name, value in expected.levels.items():
         assert torch.equal(found.levels[name], value) and found.levels[name].dtype == value.dtype, name
@@ -201,20 +198,9 @@ def test_weights_that_do_not_fit_are_refused_by_key(tmp_path):
     state["text_projection"] = torch.zeros(3, 3)
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "clip.safetensors")
     with pytest.raises(
-        ValueError, match=r"1 missing \(e\.g\. ln_final\.bias\), 1 of another shape \(e\.g\. text_projection\)"
+        ValueError, match=r"do not fit .* Missing key.*ln_final\.bias.* size mismatch for text_projection"
     ):
         build_clip(TINY["convnext"], str(tmp_path / "clip.safetensors"))
-
-
-def test_a_pickle_that_wants_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
-    torch.save({"state_dict": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(UnsafeFileError):
-        build_clip(TINY["convnext"], str(tmp_path / "evil.pt"))
-    assert not (tmp_path / "ran").exists()
 
 
 def test_unknown_names_tags_and_files_are_clear_errors(tmp_path):
@@ -244,11 +230,6 @@ def test_a_tower_that_is_not_convolutional_is_refused():
         model = open_clip.create_model("ViT-B-32", pretrained=None, device="meta")
     with pytest.raises(ValueError, match="image tower VisionTransformer; supported are"):
         as_backbone(model, name="ViT-B-32")
-
-
-def test_families_are_told_by_the_tower(backbone):
-    assert isinstance(as_backbone(backbone.clip_model), (ConvNeXtCLIP, ResNetCLIP))
-    assert as_backbone(backbone.clip_model).region_classifier in ("mask_pool", "masked_attention_pool")
 
 
 OTHER_VERSIONS = [Path(folder) for folder in os.environ.get("FCCLIP_OPEN_CLIPS", "").split(os.pathsep) if folder]

@@ -9,7 +9,7 @@ from fcclip.modeling.backbones.clip import FAMILIES, build_clip
 from fcclip.modeling.backbones.vit import TimmViT, ViTCLIP, resized_positions
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import frozen_parts
-from tests.conftest import DATA, tiny_fusioner_config
+from tests.conftest import DATA, tiny_fusioner
 from tests.modeling.test_fcclip import sample_image
 
 TINY = str(DATA / "tiny_vit.json")
@@ -91,7 +91,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
 
 
 def test_fusioner_looks_with_a_vit_of_timm_and_reads_with_clip(vit_file):
-    cfg = tiny_fusioner_config()
+    cfg = tiny_fusioner()
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY = "timm", 16
     cfg.MODEL.FUSIONER.TIMM_MODEL, cfg.MODEL.FUSIONER.TIMM_WEIGHTS = TIMM, vit_file[1]
     model = build_model(cfg, test_vocabulary=Vocabulary.from_names("cat; dog"))
@@ -105,7 +105,7 @@ def test_fusioner_looks_with_a_vit_of_timm_and_reads_with_clip(vit_file):
 
 @pytest.mark.parametrize("name", ["tiny_convnext.json", "tiny_resnet.json"])
 def test_convolutional_towers_give_tokens_too(name):
-    cfg = tiny_fusioner_config()
+    cfg = tiny_fusioner()
     cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME = str(DATA / name)
     model = build_model(cfg, test_vocabulary=Vocabulary.from_names("cat; dog"))
     assert model([sample_image()])[0]["sem_seg"].shape == (2, 64, 96)
