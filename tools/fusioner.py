@@ -49,6 +49,12 @@ PUBLISHED = {
 }
 
 
+PAIRS_HELP = (
+    "pairs of an image and a class that it shows, which alone is prompted (default: all of PASCAL, first1000 of COCO); "
+    "or multiclass: each image once, all novel classes of the fold prompted"
+)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     args, rest = parse_arguments(arguments)
@@ -91,7 +97,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace
     add("--num-gpus", type=int, default=1)
     add("--amp", action="store_true", help="mixed precision")
     add("--eval_every", type=int, default=10, metavar="EPOCHS")
-    add("--test_pairs", choices=("first1000", "uniform1000", "all"), help="default: all of PASCAL, first1000 of COCO")
+    add("--test_pairs", choices=("first1000", "uniform1000", "all", "multiclass"), help=PAIRS_HELP)
     add("--windows", choices=("shift", "pad"), default="shift", help="at the border; published: pad")
     add("--norm", choices=("clip", "reference"), default="clip", help="statistics of pixels; published: reference")
     add("--border", choices=("ignore", "background"), default="ignore", help="of augmentation; published: background")
@@ -156,28 +162,31 @@ def overrides(args: argparse.Namespace, fold: int, folder: Path) -> list[str]:
 
 def metrics_of(folder: Path) -> dict[str, float]:
     """Metrics of the only data set of a run; {}: a dry run."""
-    found = list((folder / "inference").glob("*_fold?_val*/results.json"))
-    if not found:
+    newest = max((folder / "inference").glob("*_fold?_val*/results.json"), key=os.path.getmtime, default=None)
+    if newest is None:
         return {}
-    newest = max(found, key=lambda path: path.stat().st_mtime)
     modes = json.loads(newest.read_text(encoding="utf-8"))["results"]
-    return next(iter(modes.values()))["pairs"]  # all modes are the same: there is no ensemble
+    [metrics] = next(iter(modes.values())).values()  # all modes are the same: there is no ensemble
+    return metrics
 
 
 def print_results(results: Mapping[int, Mapping[str, float]], *, strict: bool, names: str, pairs: str) -> None:
     """A line a fold, and the mean of all four."""
     told = {fold: metrics for fold, metrics in results.items() if metrics}
     for fold, metrics in told.items():
-        print(
-            f"fold {fold}: mIoU {metrics['mIoU']:.2f}, FB-IoU {metrics['FB_IoU']:.2f} ({metrics['pairs']:.0f} pairs, "
-            f"{metrics['skipped']:.0f} without a pixel)"
-        )
+        print(f"fold {fold}: {scores(metrics)}")
     if len(told) == 4:
-        means = {name: sum(metrics[name] for metrics in told.values()) / 4 for name in ("mIoU", "FB_IoU")}
-        print(f"mean of the folds: mIoU {means['mIoU']:.2f}, FB-IoU {means['FB_IoU']:.2f}")
+        means = {name: sum(metrics[name] for metrics in told.values()) / 4 for name in metrics if "IoU-" not in name}
+        print(f"mean of the folds: {scores(means)}")
     if told:
         seen = "no training image shows a novel class" if strict else "training images may show novel classes"
-        print(f"one class prompted that is in the image; test pairs: {pairs}; names: {names}; {seen}")
+        prompts = "all novel classes prompted" if pairs == "multiclass" else "one class prompted that is in the image"
+        print(f"{prompts}; test: {pairs}; names: {names}; {seen}")
+
+
+def scores(metrics: Mapping[str, float]) -> str:
+    """All but those of single classes, which results.json has."""
+    return ", ".join(f"{name} {value:.2f}" for name, value in metrics.items() if "IoU-" not in name)
 
 
 if __name__ == "__main__":

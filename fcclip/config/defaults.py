@@ -141,7 +141,8 @@ def _fusioner() -> Keys:
     fusioner = Keys()  # the vision encoder is MODEL.BACKBONE.NAME: CLIP, that of FC_CLIP, or timm
     fusioner.TIMM_MODEL = changes_shapes("vit_base_patch16_224")  # a vision transformer
     fusioner.TIMM_WEIGHTS = harmless("dino")  # tag of timm, a local file, or "" for random weights
-    fusioner.TEXT_ENCODER = changes_meaning("CLIP")  # that of FC_CLIP
+    fusioner.TEXT_ENCODER = changes_meaning("CLIP")  # that of FC_CLIP; or BERT (extra bert)
+    fusioner.BERT = harmless("")  # its folder: config.json, vocab.txt, weights
     fusioner.TEMPLATES = changes_meaning("fusioner")  # prompts of a class name: fusioner (32) or vild (14)
     fusioner.WIDTH = changes_shapes(512)  # of fusion and decoder
     fusioner.LAYERS = changes_shapes(12)  # of the fusion

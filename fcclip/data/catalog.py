@@ -12,7 +12,7 @@ from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.ade20k import ade20k_full_sem_seg, ade20k_instances, ade20k_panoptic, ade20k_sem_seg
 from fcclip.data.datasets.cityscapes import cityscapes_panoptic
 from fcclip.data.datasets.coco import coco_instances, coco_panoptic, coco_stuff_sem_seg
-from fcclip.data.datasets.folds import COCO_20I, NUM_FOLDS, PASCAL_5I, SPLITS, Folds, fold_dataset, transfer_dataset
+from fcclip.data.datasets.folds import COCO_20I, NUM_FOLDS, PASCAL_5I, SPLITS, fold_dataset, transfer_dataset
 from fcclip.data.datasets.lvis import lvis_instances
 from fcclip.data.datasets.mapillary_vistas import mapillary_vistas_panoptic
 from fcclip.data.datasets.pascal import pascal_context_59, pascal_context_459, pascal_voc_20, pascal_voc_21
@@ -26,21 +26,6 @@ def _splits(template: str, build: Callable[..., Dataset], *splits: str) -> dict[
     """`template` with each split in place of {}: the function that builds it from the root folder."""
     names = {template.format(split): split for split in splits or ("train", "val")}
     return {name: partial(build, name=name, split=split) for name, split in names.items()}
-
-
-def _folds(folds: Folds) -> dict[str, Callable[[Path], Dataset]]:
-    """`pascal_5i_fold0_train`, …, with the published names, and `pascal_5i_readable_fold0_train`, …."""
-    build = partial(fold_dataset, folds=folds)
-    return {
-        name: made
-        for names in ("", "readable")
-        for fold in range(NUM_FOLDS)
-        for name, made in _splits(
-            "_".join(filter(None, (folds.name, names, f"fold{fold}", "{}"))),
-            partial(build, fold=fold, names=names),
-            *SPLITS,
-        ).items()
-    }
 
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
@@ -65,12 +50,25 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 
 # Pairs of an image and one of its classes, for Fusioner alone.
 PAIRS: dict[str, Callable[[Path], Dataset]] = {
-    **_folds(PASCAL_5I),
-    **_folds(COCO_20I),
     **{
-        name: partial(transfer_dataset, name=name, fold=fold)
+        f"{folds.name}{names}_fold{fold}_{split}": partial(
+            fold_dataset,
+            name=f"{folds.name}{names}_fold{fold}_{split}",
+            split=split,
+            folds=folds,
+            fold=fold,
+            names=names,
+        )
+        for folds in (PASCAL_5I, COCO_20I)
+        for names in ("", "_readable")  # published names, and those with spaces
         for fold in range(NUM_FOLDS)
-        for name in [f"pascal_voc_of_coco_20i_fold{fold}_val"]
+        for split in SPLITS
+    },
+    **{
+        f"pascal_voc_of_coco_20i_fold{fold}_val": partial(
+            transfer_dataset, name=f"pascal_voc_of_coco_20i_fold{fold}_val", fold=fold
+        )
+        for fold in range(NUM_FOLDS)
     },
 }
 

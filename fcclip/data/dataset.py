@@ -24,6 +24,7 @@ EVALUATORS: dict[str, tuple[str, ...]] = {
     "mapillary_vistas_panoptic_seg": ("panoptic", "instance", "semantic"),
     "sem_seg": ("semantic",),
     "one_class_pairs": ("panoptic",),  # of an image one class is asked for, its pixels against all others
+    "novel_classes": ("panoptic",),  # of a fold, all at once
     "coco": ("instance",),
     "lvis": ("instance",),
 }

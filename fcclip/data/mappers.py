@@ -187,16 +187,10 @@ class SemanticJitterMapper(JitterMapper):
 
 
 class PairMapper(JitterMapper):
-    """An image and one of its classes, which alone is prompted: everything else is a negative. A sample has
+    """An image and one of its classes, which alone is prompted: everything else is a negative.
 
-        vocabulary  that class alone
-        ignored     (H, W) bool, pixels that no loss looks at
-
-    A crop may leave nothing of the class.
-
-    Args:
-        ignore_label: of the masks.
-        options: as for `JitterMapper`.
+    A sample has that class as its `vocabulary`, and `ignored`, (H, W) bool, pixels that no loss looks at. A crop may
+    leave nothing of the class.
     """
 
     needs = (("sem_seg_file_name", "mask_value", "class_name"),)
@@ -215,9 +209,7 @@ class PairMapper(JitterMapper):
     def targets(self, record: dict, truth: np.ndarray, geometry: PairGeometry) -> Targets:
         labels = geometry.apply_label_map(truth, padding=self.ignore_label)
         id_map = np.where(labels == self.ignore_label, labels, labels == record["mask_value"]).astype(np.int32)
-        return Targets(
-            labels=torch.zeros(1, dtype=torch.int64), id_map=torch.from_numpy(id_map), ids=torch.ones(1).long()
-        )
+        return Targets(labels=torch.tensor([0]), id_map=torch.from_numpy(id_map), ids=torch.tensor([1]))
 
 
 class InstanceJitterMapper(JitterMapper):
@@ -341,8 +333,10 @@ def build_train_mapper(cfg, metadata: Mapping[str, Any] | None = None) -> Jitter
         options["ignore_label"] = metadata.get("ignore_label", ignore_value)
         options["num_classes"] = len(metadata["stuff_classes"]) if "ignore_label" in metadata else None
     if kind is PairMapper:
-        ignore_label = metadata.get("ignore_label", ignore_value)
-        return kind(augmentation=_pair_augmentation(cfg), ignore_label=ignore_label, **options)
+        pairs = {"probability": "AUG_PROB", "scales": "SCALE_RANGE", "jitter": "JITTER", "rotate": "ROTATE"}
+        values = {name: cfg.INPUT.PAIRS[key] for name, key in {**pairs, "border": "BORDER"}.items()}
+        options["ignore_label"] = metadata.get("ignore_label", ignore_value)
+        return kind(augmentation=PairAugmentation(side=cfg.INPUT.IMAGE_SIZE, **values), **options)
     if augmentation is LargeScaleJitter:
         inputs = cfg.INPUT
         scales = {"min_scale": inputs.MIN_SCALE, "max_scale": inputs.MAX_SCALE}
@@ -396,18 +390,6 @@ def check_ground_truth(record: Mapping[str, Any], mapper: JitterMapper, *, where
 
 def _can_read(mapper: JitterMapper | type[JitterMapper], record: Mapping[str, Any]) -> bool:
     return any(all(key in record for key in fields) for fields in mapper.needs)
-
-
-def _pair_augmentation(cfg) -> PairAugmentation:
-    pairs = cfg.INPUT.PAIRS
-    return PairAugmentation(
-        side=cfg.INPUT.IMAGE_SIZE,
-        probability=pairs.AUG_PROB,
-        scales=tuple(pairs.SCALE_RANGE),
-        jitter=pairs.JITTER,
-        rotate=pairs.ROTATE,
-        border=pairs.BORDER,
-    )
 
 
 def _shortest_edge_jitter(cfg, *, judges_crops: bool) -> ShortestEdgeJitter:

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 Metrics = Mapping[str, Mapping[str, float]]  # task -> metric -> percent
 
-_TASKS = ("panoptic_seg", "segm", "bbox", "sem_seg", "pairs")
+_TASKS = ("panoptic_seg", "segm", "bbox", "sem_seg", "pairs", "novel_classes")
 
 
 @dataclass(frozen=True)

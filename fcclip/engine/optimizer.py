@@ -87,31 +87,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     solver = cfg.SOLVER
     known = {"ADAMW": (torch.optim.AdamW, {}), "SGD": (torch.optim.SGD, {"momentum": solver.MOMENTUM})}
     optimizer, options = lookup("SOLVER.OPTIMIZER", solver.OPTIMIZER, known)
-    groups = (
-        _own_groups(cfg, model)
-        if hasattr(model, "parameter_groups")
-        else parameter_groups(
+    common = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY}
+    if hasattr(model, "parameter_groups"):
+        groups = model.parameter_groups(**common, decoder_lr=solver.DECODER_LR, decay_end=solver.WEIGHT_DECAY_END)
+    else:
+        groups = parameter_groups(
             model,
-            lr=solver.BASE_LR,
-            weight_decay=solver.WEIGHT_DECAY,
+            **common,
             weight_decay_norm=solver.WEIGHT_DECAY_NORM,
             weight_decay_embed=solver.WEIGHT_DECAY_EMBED,
             backbone_multiplier=solver.BACKBONE_MULTIPLIER,
         )
-    )
     devices = {parameter.device.type for group in groups for _, parameter in group["params"]}
     return optimizer(groups, lr=solver.BASE_LR, fused=devices <= _FUSED_DEVICES or None, **options)
-
-
-def _own_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
-    """Those of a model that says them itself."""
-    solver = cfg.SOLVER
-    return model.parameter_groups(
-        lr=solver.BASE_LR,
-        decoder_lr=solver.DECODER_LR,
-        weight_decay=solver.WEIGHT_DECAY,
-        decay_end=solver.WEIGHT_DECAY_END,
-    )
 
 
 def build_gradient_clipping(cfg: CfgNode) -> GradientClipping:

@@ -9,7 +9,7 @@ recall.py     MaskRecallEvaluator: whether some proposal covers a class, whateve
 boundary.py   BoundaryEvaluator: boundary IoU of each class
 instances.py  InstanceEvaluator: COCO average precision of masks and boxes
 lvis.py       LvisEvaluator: the same by the federated rule of LVIS
-pairs.py      PairEvaluator: mIoU and FB-IoU of one prompted class an image, in folds of classes
+pairs.py      PairEvaluator, NovelClassesEvaluator: in folds of classes, one prompted class an image, and all novel ones
 cityscapes.py CityscapesInstanceEvaluator, CityscapesSemanticEvaluator: the protocol of cityscapesScripts
 predictions.py  PredictionWriter, SavedPredictions: what a model predicted, on the disk; evaluations that resume
 thread_pool.py  EvaluationThreads: evaluation in threads while the network runs

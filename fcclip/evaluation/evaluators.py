@@ -16,7 +16,7 @@ from fcclip.evaluation.cityscapes import CityscapesInstanceEvaluator, Cityscapes
 from fcclip.evaluation.ground_truth import Evaluator
 from fcclip.evaluation.instances import InstanceEvaluator, InstanceTruth
 from fcclip.evaluation.lvis import LvisEvaluator
-from fcclip.evaluation.pairs import PairEvaluator
+from fcclip.evaluation.pairs import NovelClassesEvaluator, PairEvaluator
 from fcclip.evaluation.panoptic import PanopticEvaluator
 from fcclip.evaluation.recall import MaskRecallEvaluator
 from fcclip.evaluation.semantic import SemanticEvaluator
@@ -56,8 +56,9 @@ def build_evaluators(
     def build(mode_folder: Path | None) -> Iterator[Evaluator]:
         if mode_folder is not None:
             mode_folder.mkdir(parents=True, exist_ok=True)
-        if kind == "one_class_pairs":
-            yield PairEvaluator(class_names=names, ignore_label=metadata["ignore_label"])
+        if kind in ("one_class_pairs", "novel_classes"):
+            evaluator = PairEvaluator if kind == "one_class_pairs" else NovelClassesEvaluator
+            yield evaluator(class_names=names, ignore_label=metadata["ignore_label"])
             return
         if "panoptic" in tasks:
             yield PanopticEvaluator(**common, thing_classes=things)

@@ -1,12 +1,12 @@
-"""Pairs of an image and one of its classes: mIoU and FB-IoU of PASCAL-5^i and COCO-20^i (HSNet's rules).
+"""PASCAL-5^i and COCO-20^i: pairs of an image and one of its classes, mIoU and FB-IoU (HSNet's rules); and beside it
+all novel classes of a fold at once.
 
-The model is told which class is there; the question is which pixels are of it. This is no segmentation among several
-classes, and says nothing of images without the class.
+Of a pair the model is told which class is there; the question is which pixels are of it. That is no segmentation among
+several classes, and says nothing of images without the class.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,15 +15,16 @@ import torch
 
 from fcclip.evaluation.averages import mean_of_defined
 from fcclip.evaluation.ground_truth import ClassEvaluator, GroundTruth
+from fcclip.evaluation.histograms import JointHistogram
+from fcclip.evaluation.semantic import SemanticEvaluator, percent
 
 
 class Areas(NamedTuple):
-    """Pixels of a pair. [background, foreground] each; none where the class has no pixel."""
+    """Pixels of a pair, [background, foreground] each; none where the class has no pixel, and the pair is skipped."""
 
     category: int
-    intersection: tuple[int, int]
-    union: tuple[int, int]
-    is_skipped: bool = False
+    intersection: tuple[int, int] = (0, 0)
+    union: tuple[int, int] = (0, 0)
 
 
 class PairEvaluator(ClassEvaluator):
@@ -43,17 +44,14 @@ class PairEvaluator(ClassEvaluator):
 
     def measure(self, ground_truth: GroundTruth, output: Mapping) -> Areas:
         record, mask = ground_truth.record, np.asarray(ground_truth.labels)
-        return pair_areas(
-            torch.as_tensor(output["panoptic_seg"][0]).cpu().numpy() > 0,
-            mask == record["mask_value"],
-            mask == self.ignore_label,
-            category=record["category_id"],
-        )
+        predicted = torch.as_tensor(output["panoptic_seg"][0]).cpu().numpy() > 0
+        truth, ignored = mask == record["mask_value"], mask == self.ignore_label
+        return pair_areas(predicted, truth, ignored, category=record["category_id"])
 
     @property
     def per_image(self) -> dict[Hashable, float]:
         """Image id -> IoU of the foreground."""
-        return {key: _percent(areas.intersection[1], areas.union[1]) for key, areas in self.images.items()}
+        return {key: percent(areas.intersection[1], areas.union[1]) for key, areas in self.images.items()}
 
     def sums(self) -> tuple[np.ndarray, np.ndarray]:
         """Intersection and union (2, K) int64 by class; row 0 is the background, row 1 the foreground."""
@@ -65,18 +63,12 @@ class PairEvaluator(ClassEvaluator):
 
     def results(self) -> dict[str, dict[str, float]]:
         intersection, union = self.sums()
-        ious = [_percent(*areas) for areas in zip(intersection[1].tolist(), union[1].tolist())]
-        both = [_percent(int(hits), int(area)) for hits, area in zip(intersection.sum(1), union.sum(1))]
-        skipped = sum(areas.is_skipped for areas in self.images.values())
-        return {
-            "pairs": {
-                "mIoU": mean_of_defined(ious),
-                "FB_IoU": sum(both) / 2,
-                "pairs": float(len(self.images) - skipped),
-                "skipped": float(skipped),
-                **{f"IoU-{name}": iou for name, iou in zip(self.class_names, ious)},
-            }
-        }
+        ious = [percent(*areas) for areas in zip(intersection[1].tolist(), union[1].tolist())]
+        both = [percent(*areas) for areas in zip(intersection.sum(1).tolist(), union.sum(1).tolist())]
+        skipped = sum(areas.union == (0, 0) for areas in self.images.values())
+        scores = {"mIoU": mean_of_defined(ious), "FB_IoU": sum(both) / 2}
+        counts = {"pairs": float(len(self.images) - skipped), "skipped": float(skipped)}
+        return {"pairs": {**scores, **counts, **{f"IoU-{name}": iou for name, iou in zip(self.class_names, ious)}}}
 
 
 def pair_areas(predicted: np.ndarray, truth: np.ndarray, ignored: np.ndarray, *, category: int) -> Areas:
@@ -87,12 +79,38 @@ def pair_areas(predicted: np.ndarray, truth: np.ndarray, ignored: np.ndarray, *,
         category: of the class.
     """
     if not truth.any():
-        return Areas(category, (0, 0), (0, 0), is_skipped=True)
+        return Areas(category)
     counted, right = ~ignored, predicted == truth
     hits = tuple(int((counted & right & (truth == side)).sum()) for side in (False, True))
     wrong = int((counted & ~right).sum())
     return Areas(category, hits, (hits[0] + wrong, hits[1] + wrong))
 
 
-def _percent(part: int, whole: int) -> float:
-    return 100 * part / whole if whole else math.nan
+class NovelClassesEvaluator(SemanticEvaluator):
+    """All novel classes of a fold prompted for every image at once, which training with pairs never shows; a pixel
+    belongs to the segment of the panoptic map, and without one to the background, as pixels of base classes do.
+
+    Args:
+        class_names: of the novel classes.
+        ignore_label: of the masks.
+    """
+
+    def __init__(self, *, class_names: Sequence[str], ignore_label: int = 255) -> None:
+        super().__init__(class_names=["background", *class_names], ignore_label=ignore_label)
+
+    def measure(self, ground_truth: GroundTruth, output: Mapping) -> JointHistogram:
+        ids, segments = output["panoptic_seg"]
+        predicted = np.zeros(1 + max((segment["id"] for segment in segments), default=0), np.int64)
+        for segment in segments:
+            predicted[segment["id"]] = segment["category_id"] + 1
+        true = np.zeros(256, np.int64)
+        true[self.ignore_label] = self.ignore_label
+        true[ground_truth.record["mask_values"]] = range(1, len(self.class_names))
+        labels = true[np.asarray(ground_truth.labels)]
+        return self.count(labels, predicted[torch.as_tensor(ids).cpu().numpy()], name=ground_truth.label_source)
+
+    def results(self) -> dict[str, dict[str, float]]:
+        metrics = super().results()["sem_seg"]
+        ious = {f"IoU-{name}": metrics[f"IoU-{name}"] for name in self.class_names}
+        novel = list(ious.values())[1:]
+        return {"novel_classes": {"mIoU": mean_of_defined(novel), "mIoU_background": metrics["mIoU"], **ious}}

@@ -107,9 +107,9 @@ class SemanticEvaluator(ClassEvaluator):
         hits, predicted = confusion.diagonal(), confusion.sum(axis=0)
         true = confusion.sum(axis=1) + self.gap_pixels
         union = true + predicted - hits
-        iou = _percent(hits, np.where(true > 0, union, 0))  # NaN for a class without ground truth
-        iou_union = _percent(hits, union)  # 0 for one that is only predicted
-        accuracy = _percent(hits, true)
+        iou = _percents(hits, np.where(true > 0, union, 0))  # NaN for a class without ground truth
+        iou_union = _percents(hits, union)  # 0 for one that is only predicted
+        accuracy = _percents(hits, true)
         total = int(true.sum())
         weighted = [value * count / total for value, count in zip(iou, true.tolist()) if count]
         metrics = {
@@ -126,8 +126,13 @@ class SemanticEvaluator(ClassEvaluator):
         return {"sem_seg": metrics}
 
 
-def _percent(part: np.ndarray, whole: np.ndarray) -> list[float]:
-    return [100 * some / every if every else math.nan for some, every in zip(part.tolist(), whole.tolist())]
+def percent(part: int, whole: int) -> float:
+    """NaN of nothing."""
+    return 100 * part / whole if whole else math.nan
+
+
+def _percents(part: np.ndarray, whole: np.ndarray) -> list[float]:
+    return [percent(*both) for both in zip(part.tolist(), whole.tolist())]
 
 
 def _histogram_on_device(truth: Tensor | np.ndarray, predicted: Tensor) -> JointHistogram:

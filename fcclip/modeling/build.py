@@ -16,13 +16,14 @@ from fcclip.data.vocabularies import dataset_vocabulary
 from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
 from fcclip.modeling.architecture import Architecture, Ensemble
+from fcclip.modeling.backbones.bert import Bert, BertTextEncoder
 from fcclip.modeling.backbones.clip import FAMILIES, CLIPBackbone, build_clip
 from fcclip.modeling.backbones.sam import SamImageEncoder, build_sam
 from fcclip.modeling.backbones.vit import TimmViT, ViTCLIP
 from fcclip.modeling.fcclip import FCCLIP
 from fcclip.modeling.frozenseg import FrozenSeg, FrozenSegDecoder, FrozenSegHead
 from fcclip.modeling.fusion import ConvDecoder, Fusion
-from fcclip.modeling.fusioner import Fusioner, TextVectors
+from fcclip.modeling.fusioner import Fusioner
 from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
 from fcclip.modeling.openseg import OpenSegEnsemble
@@ -165,16 +166,16 @@ def build_fusioner(
             f"MODEL.MASK_FORMER.SIZE_DIVISIBILITY {divisibility} and MODEL.FUSIONER.WINDOW {fusioner.WINDOW} must be "
             f"multiples of {patch}, the patch of the vision encoder"
         )
-    text_backbone, text_encoder, text_dim = lookup("MODEL.FUSIONER.TEXT_ENCODER", fusioner.TEXT_ENCODER, TEXT_ENCODERS)(
-        cfg, backbone
-    )
+    templates = lookup("MODEL.FUSIONER.TEMPLATES", fusioner.TEMPLATES, TEMPLATE_SETS)
+    build_text = lookup("MODEL.FUSIONER.TEXT_ENCODER", fusioner.TEXT_ENCODER, TEXT_ENCODERS)
+    text_backbone, text_encoder = build_text(cfg, backbone, cache_dir=text_cache(cfg), templates=templates)
     return Fusioner(
         backbone=backbone,
         text_backbone=text_backbone,
         text_encoder=text_encoder,
         fusion=Fusion(
             vision_dim=[*backbone.channels.values()][-1],
-            text_dim=text_dim,
+            text_dim=text_encoder.dim,
             width=fusioner.WIDTH,
             num_layers=fusioner.LAYERS,
             heads=fusioner.HEADS,
@@ -195,12 +196,16 @@ def build_fusioner(
     )
 
 
-def build_clip_text(cfg: CfgNode, backbone: nn.Module) -> tuple[CLIPBackbone | None, TextVectors, int]:
-    """CLIP's text tower, that of the vision encoder if it has one; and the width of its vectors."""
+def build_clip_text(cfg: CfgNode, backbone: nn.Module, **options: Any) -> tuple[CLIPBackbone | None, TextEncoder]:
+    """CLIP's text tower, that of the vision encoder if it has one."""
     own = None if isinstance(backbone, CLIPBackbone) else build_clip_backbone(cfg, FUSIONER_FAMILIES)
-    clip = own or backbone
-    templates = lookup("MODEL.FUSIONER.TEMPLATES", cfg.MODEL.FUSIONER.TEMPLATES, TEMPLATE_SETS)
-    return own, TextEncoder(clip.clip_model, cache_dir=text_cache(cfg), templates=templates), clip.embed_dim
+    return own, TextEncoder((own or backbone).clip_model, **options)
+
+
+def build_bert_text(cfg: CfgNode, backbone: nn.Module, **options: Any) -> tuple[Bert, TextEncoder]:
+    """BERT of a local folder."""
+    bert = Bert(cfg.MODEL.FUSIONER.BERT)
+    return bert, BertTextEncoder(bert, **options)
 
 
 def build_classifier(cfg: CfgNode, backbone: CLIPBackbone) -> RegionClassifier:
@@ -419,7 +424,7 @@ VISION_ENCODERS: dict[str, Callable[[CfgNode], CLIPBackbone | TimmViT]] = {
     "CLIP": lambda cfg: build_clip_backbone(cfg, FUSIONER_FAMILIES),
     "timm": lambda cfg: TimmViT(cfg.MODEL.FUSIONER.TIMM_MODEL, cfg.MODEL.FUSIONER.TIMM_WEIGHTS),
 }
-TEXT_ENCODERS = {"CLIP": build_clip_text}
+TEXT_ENCODERS = {"CLIP": build_clip_text, "BERT": build_bert_text}
 SEM_SEG_HEADS = {"FCCLIPHead": build_fcclip_head}
 PIXEL_DECODERS = {"MSDeformAttnPixelDecoder": build_pixel_decoder}
 TRANSFORMER_DECODERS = {"MultiScaleMaskedTransformerDecoder": build_mask_decoder}

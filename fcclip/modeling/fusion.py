@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fcclip.errors import InputError
 
+_SHORTEST = 1e-12  # of vectors that cosines are taken of, as torch has it
 NUM_UPSAMPLINGS = 3  # by two each, after the first three convolutions of the decoder
 
 
@@ -62,11 +63,7 @@ class Fusion(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Upsamples a map by eight: 3 x 3 convolutions with instance norm, the last one 1 x 1.
-
-    Args:
-        width: channels, in and out.
-    """
+    """Upsamples a map of `width` channels by eight: 3 x 3 convolutions with instance norm, the last one 1 x 1."""
 
     def __init__(self, *, width: int) -> None:
         super().__init__()
@@ -110,33 +107,45 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _shifted_upsampling(length: int, like: Tensor) -> Tensor:
     """(3, 2 length, length) matrices: bilinear upsampling by two, seen one before, at and one after each place; beyond
     the ends there is 0."""
-    eye = torch.eye(length, dtype=like.dtype, device=like.device)
-    up = F.interpolate(eye[None], scale_factor=2, mode="linear", align_corners=False)[0].T  # (2 length, length)
-    padded = F.pad(up, (0, 0, 1, 1))
+    padded = F.pad(_bilinear(length, 2 * length, like), (0, 0, 1, 1))
     return torch.stack([padded[tap : tap + 2 * length] for tap in range(3)])
 
 
-def cosine_parts(
-    pixels: Tensor, classes: Tensor, size: tuple[int, int], *, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Class and pixel embeddings whose products are the logits: cosines over the temperature.
+def cosine_logits(pixels: Tensor, classes: Tensor, size: tuple[int, int], *, temperature: float) -> Tensor:
+    """Cosines of pixels, resized bilinearly, with classes, over the temperature.
+
+    No embedding is resized: its products with the classes are, which is the same, and its squared length is a quadratic
+    form of the products of neighbours, since a resized pixel is a mean of four.
 
     Args:
-        pixels: (B, D, ·, ·) float, resized bilinearly before they are normalised.
+        pixels: (B, D, h, w) float.
         classes: (B, N, D) float.
         size: (height, width).
 
     Returns:
-        (B, N, D) of length 1 / temperature and (B, D, *size) of unit length.
+        (B, N, *size), within ± 1 / temperature.
     """
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
-    return F.normalize(classes, dim=-1) / temperature, F.normalize(pixels, dim=1)
+    rows, columns = (_bilinear(*lengths, pixels) for lengths in zip(pixels.shape[-2:], size))
+    products = (F.normalize(classes, dim=-1) / temperature @ pixels.flatten(2)).unflatten(-1, pixels.shape[-2:])
+    return rows @ products @ columns.T / _squared_lengths(pixels, rows, columns).sqrt()
 
 
-def cosine_logits(pixels: Tensor, classes: Tensor, size: tuple[int, int], *, temperature: float) -> Tensor:
-    """The products of `cosine_parts`, (B, N, *size), within ± 1 / temperature."""
-    classes, pixels = cosine_parts(pixels, classes, size, temperature=temperature)
-    return (classes @ pixels.flatten(2)).unflatten(-1, size)
+def _squared_lengths(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, D, h, w) -> (B, 1, H, W) of what (H, h) and (W, w) matrices of two neighbours a row make of the pixels."""
+    below, right = pixels[..., 1:, :], pixels[..., 1:]
+    same = (pixels * pixels).sum(1, keepdim=True)
+    vertical = (pixels[..., :-1, :] * below).sum(1, keepdim=True)
+    horizontal = (pixels[..., :-1] * right).sum(1, keepdim=True)
+    diagonal = (pixels[..., :-1, :-1] * below[..., 1:] + right[..., :-1, :] * below[..., :-1]).sum(1, keepdim=True) / 2
+    (up, up_both), (across, across_both) = ((side**2, 2 * side[:, :-1] * side[:, 1:]) for side in (rows, columns))
+    lengths = (up @ same + up_both @ vertical) @ across.T + (up @ horizontal + up_both @ diagonal) @ across_both.T
+    return lengths.clamp_min(_SHORTEST**2)
+
+
+def _bilinear(length: int, new_length: int, like: Tensor) -> Tensor:
+    """(new_length, length), the bilinear resize of a line."""
+    eye = torch.eye(length, dtype=like.dtype, device=like.device)
+    return F.interpolate(eye[None], size=new_length, mode="linear", align_corners=False)[0].T
 
 
 def binary_loss(logits: Tensor, truth: Tensor, ignored: Tensor | None = None) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.modeling.architecture import Ensemble, ExtraLosses, ScoredMasks
 from fcclip.modeling.backbones.clip import CLIPBackbone
 from fcclip.modeling.backbones.vit import TimmViT
-from fcclip.modeling.fusion import ConvDecoder, Fusion, binary_loss, cosine_logits, cosine_parts
+from fcclip.modeling.fusion import ConvDecoder, Fusion, binary_loss, cosine_logits
 from fcclip.modeling.inputs import (
     Samples,
     batch_vocabularies,
@@ -23,18 +24,13 @@ from fcclip.modeling.inputs import (
 from fcclip.modeling.mask_decoder import MaskProposals
 from fcclip.modeling.output_masks import OutputMasks
 from fcclip.modeling.outputs import OutputSettings, make_outputs
+from fcclip.modeling.text import TextEncoder
 from fcclip.modeling.windows import Windows
 from fcclip.structures import Features, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
+from fcclip.weights.frozen import FrozenPart
 
 NEVER = -1e4  # the logit of a class that a plane is not of; its probability is exactly 0
-
-
-class TextVectors(Protocol):
-    """Turns a vocabulary into vectors of unit length; `modeling.text.TextEncoder` is one."""
-
-    def encode(self, vocabulary: Vocabulary) -> TextEmbeddings:
-        """One vector a synonym."""
 
 
 class Fusioner(nn.Module):
@@ -54,17 +50,14 @@ class Fusioner(nn.Module):
         windows: how predictions look at an image; None: at all of it, the position embedding resized.
         pixel_mean, pixel_std, size_divisibility, heads, ensemble, output_settings, train_vocabulary, test_vocabulary:
             as for `FCCLIP`; training images should have one size, since padding is decided upon like any pixel.
-
-    Attributes:
-        seen_vocabulary, extra_losses: as for `FCCLIP`. Extra losses get one more pass with all of their classes.
     """
 
     def __init__(
         self,
         *,
         backbone: CLIPBackbone | TimmViT,
-        text_backbone: nn.Module | None,
-        text_encoder: TextVectors,
+        text_backbone: FrozenPart | None,
+        text_encoder: TextEncoder,
         fusion: Fusion,
         decoder: ConvDecoder,
         temperature: float,
@@ -95,7 +88,7 @@ class Fusioner(nn.Module):
         self.train_vocabulary = train_vocabulary
         self.seen_vocabulary = train_vocabulary
         self.test_vocabulary = test_vocabulary
-        self.extra_losses: list[ExtraLosses] = []
+        self.extra_losses: list[ExtraLosses] = []  # with some, a step has one more pass, with all of their classes
 
     @property
     def device(self) -> torch.device:
@@ -126,8 +119,8 @@ class Fusioner(nn.Module):
         (`structures.TrainingBatch`)."""
         images, _ = self.preprocess(batch)
         vocabularies = batch_vocabularies(batch, self.train_vocabulary)
-        features = self.backbone(images)
-        planes = self.planes(features.dense, vocabularies, tuple(images.shape[-2:]))
+        features, size = self.backbone(images), tuple(images.shape[-2:])
+        planes = self.planes(features.dense, vocabularies, size)
         losses = [self.image_loss(sample, own) for sample, own in zip(batch, planes)]
         num_images = len(getattr(batch, "segment_counts", None) or batch)
         named = {"loss_bce": torch.stack(losses).sum() / num_images}
@@ -135,29 +128,24 @@ class Fusioner(nn.Module):
             extra = [vocabulary for hook in self.extra_losses for vocabulary in hook.vocabularies]
             scored = list(dict.fromkeys([*vocabularies, *extra]))
             text = TextEmbeddings.joined([self.text_encoder.encode(vocabulary) for vocabulary in scored])
-            proposals = self.propose(features, text, tuple(images.shape[-2:]))
+            proposals = self.propose(features, text, size)
             for hook in self.extra_losses:
                 named |= hook(features, proposals, text, class_slices(scored), batch)
         return named
 
     def image_loss(self, sample: Any, planes: Tensor) -> Tensor:
         """See `binary_loss`; a pixel belongs to a class if it lies in any of its segments."""
-        targets = sample["targets"].to(self.device)
+        targets, ignored = sample["targets"].to(self.device), sample.get("ignored")
         height, width = targets.image_size
         truth = planes.new_zeros(len(planes), height, width)
         truth.index_add_(0, targets.labels, targets.expand().to(truth.dtype)).clamp_(max=1)
-        ignored = sample.get("ignored")
         return binary_loss(
             planes[:, :height, :width].float(), truth, None if ignored is None else ignored.to(self.device)
         )
 
     @torch.no_grad()
     def score(self, inputs: Samples, vocabulary: Vocabulary | None = None) -> list[ScoredMasks]:
-        """One pass of the network, or one a window; one record an image.
-
-        Args:
-            inputs, vocabulary: as for `forward`.
-        """
+        """One pass of the network, or one a window; one record an image. The arguments are those of `forward`."""
         images, sizes = self.preprocess(inputs)
         default = self.test_vocabulary if vocabulary is None else vocabulary
         vocabularies = [vocabulary_of(sample, default) for sample in inputs]
@@ -168,7 +156,7 @@ class Fusioner(nn.Module):
         else:
             dense = images  # nothing is pooled
             planes = [
-                self.windows.mean(image[:, :h, :w], lambda part, own=own: self.look(part, own))
+                self.windows.mean(image[:, :h, :w], lambda part, own=own: self.window_planes(part, own))
                 for image, (h, w), own in zip(images, sizes, vocabularies)
             ]
         return [
@@ -199,7 +187,7 @@ class Fusioner(nn.Module):
         semantic: str = "scores",
         settings: OutputSettings | None = None,
     ) -> dict[str, Any]:
-        """What `forward` gives for one image; what is None is the model's, and the ensemble changes nothing."""
+        """See `Architecture`; the ensemble changes nothing."""
         return make_outputs(
             scored.in_logits,
             scored.masks,
@@ -213,22 +201,16 @@ class Fusioner(nn.Module):
         self, *, lr: float, decoder_lr: float, weight_decay: float, decay_end: float
     ) -> list[dict[str, Any]]:
         """The published groups of the optimiser: matrices of the fusion decay, to `decay_end` by and by unless that is
-        negative; its biases and other vectors do not; the decoder learns at a constant rate without decay.
-
-        AdamW without decay is Adam, as which the decoder's is published.
+        negative; its vectors do not; the decoder learns at a constant rate without decay, by Adam, which AdamW is then.
         """
-        ends = {} if decay_end < 0 else {"decay_end": decay_end}
-        fusion = [(f"fusion.{name}", weight) for name, weight in self.fusion.named_parameters()]
+        matrices, vectors = [], []
+        for name, weight in self.fusion.named_parameters():
+            (vectors if weight.dim() == 1 else matrices).append((f"fusion.{name}", weight))
         decoder = [(f"decoder.{name}", weight) for name, weight in self.decoder.named_parameters()]
-        undecayed = {"weight_decay": 0.0}
-
-        def is_vector(name: str, weight: Tensor) -> bool:
-            return weight.dim() == 1 or name.endswith(".bias")
-
         return [
-            {"params": [p for p in fusion if not is_vector(*p)], "lr": lr, "weight_decay": weight_decay, **ends},
-            {"params": [p for p in fusion if is_vector(*p)], "lr": lr, **undecayed},
-            {"params": decoder, "lr": decoder_lr, "constant_lr": True, **undecayed},
+            {"params": matrices, "lr": lr, "weight_decay": weight_decay, "decay_end": decay_end},
+            {"params": vectors, "lr": lr, "weight_decay": 0.0},
+            {"params": decoder, "lr": decoder_lr, "weight_decay": 0.0, "constant_lr": True},
         ]
 
     # ---- steps ----
@@ -237,42 +219,36 @@ class Fusioner(nn.Module):
         """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
         return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=self.size_divisibility)
 
-    def look(self, images: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """Normalised images (B, 3, H, W) -> the planes (B, K, H, W) of their classes."""
-        size = tuple(images.shape[-2:])
-        return torch.stack(self.planes(self.backbone(images).dense, [vocabulary] * len(images), size))
-
     def planes(self, dense: Tensor, vocabularies: Sequence[Vocabulary], size: tuple[int, int]) -> list[Tensor]:
-        """The logits (K, *size) of the classes of each image.
-
-        Args:
-            dense: (B, C, h, w), the tokens of the vision encoder.
-            vocabularies: of the B images; those with as many names go through the network together.
-            size: (height, width).
-        """
+        """Tokens of the vision encoder (B, C, h, w) and the vocabularies of the images -> the logits (K, *size) of the
+        classes of each; images with as many names go through the network together."""
         texts = [self.text_encoder.encode(vocabulary) for vocabulary in vocabularies]
         groups: dict[int, list[int]] = {}
         for index, text in enumerate(texts):
             groups.setdefault(len(text.vectors), []).append(index)
         planes: dict[int, Tensor] = {}
         for indices in groups.values():
-            own = dense if len(groups) == 1 else dense[indices]
-            pixels, classes = self.fuse(own, torch.stack([texts[index].vectors for index in indices]))
+            pixels, classes = self.fuse(dense[indices], torch.stack([texts[index].vectors for index in indices]))
             logits = cosine_logits(pixels, classes, size, temperature=self.temperature)
             planes |= {index: best_names(names, texts[index]) for index, names in zip(indices, logits)}
         return [planes[index] for index in range(len(texts))]
 
+    def window_planes(self, window: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """A normalised window (3, H, W) -> the planes (K, H, W) of its classes."""
+        return self.planes(self.backbone(window[None]).dense, [vocabulary], tuple(window.shape[-2:]))[0]
+
     def fuse(self, dense: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
         """dense (B, C, h, w) and names (B, N, ·) -> pixels (B, D, 8 h, 8 w) and class tokens (B, N, D)."""
-        patches = nn.functional.normalize(dense.flatten(2).transpose(1, 2), dim=-1)
+        patches = F.normalize(dense.flatten(2).transpose(1, 2), dim=-1)
         patches, classes = self.fusion(patches, names.to(patches))
         return self.decoder(patches.transpose(1, 2).unflatten(-1, dense.shape[-2:])), classes
 
     def propose(self, features: Features, text: TextEmbeddings, size: tuple[int, int]) -> MaskProposals:
         """All names prompted for every image, as proposals: one a name."""
         pixels, classes = self.fuse(features.dense, text.vectors.expand(len(features.dense), -1, -1))
-        embeddings, pixels = cosine_parts(pixels, classes, size, temperature=self.temperature)
+        pixels = F.normalize(F.interpolate(pixels, size=size, mode="bilinear", align_corners=False), dim=1)
         logits = sure(text.num_classes, self.device)[text.class_of_vector.to(self.device)]
+        embeddings = F.normalize(classes, dim=-1) / self.temperature
         return MaskProposals([logits.expand(len(pixels), -1, -1)], [embeddings], pixels)
 
 

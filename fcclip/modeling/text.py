@@ -30,34 +30,46 @@ _SLICED = threading.Lock()  # the text tower runs with sliced positions, one thr
 
 
 class TextEncoder:
-    """Encodes vocabularies with one CLIP; results are kept in memory and, with a folder, on disk.
+    """Encodes vocabularies with one text tower, a CLIP's; results are kept in memory and, with a folder, on disk.
 
     Both caches know the text tower's weights: loading other weights, or moving them, never serves old vectors.
 
     Args:
-        clip_model: an open_clip model; it is not copied.
+        model: an open_clip model; it is not copied.
         cache_dir: folder for vectors on disk; None keeps them in memory only.
         templates: the sentences that a class name is put into.
     """
 
     def __init__(
-        self, clip_model: nn.Module, *, cache_dir: Path | None = None, templates: Sequence[str] = TEMPLATES
+        self, model: nn.Module, *, cache_dir: Path | None = None, templates: Sequence[str] = TEMPLATES
     ) -> None:
-        self.clip_model = clip_model
+        self.model = model
         self.cache_dir = cache_dir
         self.templates = tuple(templates)
         self._memory: OrderedDict[tuple, TextEmbeddings] = OrderedDict()
         self._weights: tuple[tuple, str] | None = None
 
     @property
-    def context_length(self) -> int:
-        """Tokens of a prompt that are read."""
-        return int(self.clip_model.positional_embedding.shape[0])
-
-    @property
     def dim(self) -> int:
         """Width of the vectors."""
-        return int(self.clip_model.text_projection.shape[-1])
+        return int(self.model.text_projection.shape[-1])
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of a prompt that are read."""
+        return int(self.model.positional_embedding.shape[0])
+
+    def weights(self) -> list[tuple[str, Tensor]]:
+        """All that a vector depends on."""
+        return _text_weights(self.model)
+
+    def weights_hash(self) -> str:
+        """Tells one text tower from another."""
+        return text_weights_hash(self.model)
+
+    def compute(self, names: Sequence[str]) -> Tensor:
+        """(len(names), D) float32, unit length; see `encode`."""
+        return encode_class_names(self.model, names, self.templates)
 
     @torch.inference_mode(mode=False)  # what is kept must serve training too
     def encode(self, vocabulary: Vocabulary) -> TextEmbeddings:
@@ -68,10 +80,10 @@ class TextEncoder:
         embeddings = self._memory.get(key)
         if embeddings is None:
             unique = list(dict.fromkeys(names))
-            warn_of_cut_names(unique, int(self.clip_model.positional_embedding.shape[0]))
+            warn_of_cut_names(unique, self.context_length)
             rows = self._encode_or_read(unique)
             position = {name: index for index, name in enumerate(unique)}
-            device = self.clip_model.text_projection.device
+            device = self.weights()[0][1].device
             vectors = rows[[position[name] for name in names]].to(device)
             classes = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts)).to(device)
             embeddings = self._memory[key] = TextEmbeddings(vectors, classes, len(counts))
@@ -86,21 +98,21 @@ class TextEncoder:
                 return load_file(path)["vectors"]
             except (SafetensorError, KeyError, OSError) as error:
                 logger.warning("text cache %s is unreadable (%s); encoding %d names again", path, error, len(names))
-        vectors = encode_class_names(self.clip_model, names, self.templates).cpu()
+        vectors = self.compute(names).cpu()
         if path is not None:
             _write(path, vectors)
         return vectors
 
     def _version(self) -> tuple:
         """Changes whenever a text weight is written, replaced or moved."""
-        return tuple((weight.data_ptr(), weight._version) for _, weight in _text_weights(self.clip_model))
+        return tuple((weight.data_ptr(), weight._version) for _, weight in self.weights())
 
     def _cache_path(self, names: list[str]) -> Path | None:
         if self.cache_dir is None:
             return None
         version = self._version()
         if self._weights is None or self._weights[0] != version:
-            self._weights = (version, text_weights_hash(self.clip_model))
+            self._weights = (version, self.weights_hash())
         digest = hashlib.sha256("\n".join([self._weights[1], *self.templates, *names]).encode()).hexdigest()
         return self.cache_dir / f"text-{digest[:32]}.safetensors"
 

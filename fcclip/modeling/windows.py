@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -46,30 +47,28 @@ class Windows:
 
     def boxes(self, height: int, width: int) -> list[tuple[slice, slice]]:
         """Rows and columns of the image that each window sees, row after row."""
-        rows, columns = self.starts(height), self.starts(width)
-        return [
-            (slice(y, min(y + self.side, height)), slice(x, min(x + self.side, width))) for y in rows for x in columns
-        ]
+        rows, columns = (
+            [slice(start, min(start + self.side, length)) for start in self.starts(length)]
+            for length in (height, width)
+        )
+        return list(itertools.product(rows, columns))
 
     def mean(self, image: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
         """The mean of what the network says of the windows that see a pixel.
 
         Args:
             image: (C, H, W), normalised.
-            network: (1, C, side, side) -> (1, K, side, side).
+            network: (C, side, side) -> (K, side, side).
 
         Returns:
             (K, H, W).
         """
-        height, width = image.shape[-2:]
-        total, count = None, image.new_zeros(height, width)
-        for rows, columns in self.boxes(height, width):
+        total, count = 0, image.new_zeros(image.shape[-2:])
+        for rows, columns in self.boxes(*image.shape[-2:]):
             part = image[:, rows, columns]
             (h, w), value = part.shape[-2:], -1.0 if self.border == "pad" else 0.0
-            padded = F.pad(part, (0, self.side - w, 0, self.side - h), value=value)
-            result = network(padded[None])[0, :, :h, :w]
-            if total is None:
-                total = result.new_zeros(len(result), height, width)
-            total[:, rows, columns] += result
+            result = network(F.pad(part, (0, self.side - w, 0, self.side - h), value=value))[:, :h, :w]
+            place = (columns.start, image.shape[-1] - columns.stop, rows.start, image.shape[-2] - rows.stop)
+            total = total + F.pad(result, place)
             count[rows, columns] += 1
         return total / count

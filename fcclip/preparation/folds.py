@@ -29,10 +29,8 @@ def prepare(preparation: Preparation, options: Namespace, *, folds: Folds, small
     """Masks where there are none, and the lists; returns the exit status.
 
     Args:
-        preparation: of the masks, whose annotations are `pixel_file`.
-        options: the command line.
-        folds: the benchmark.
-        smallest: kind -> pixels that a class needs in a mask.
+        preparation, options: of the masks, whose annotations are `pixel_file`; the command line.
+        folds, smallest: the benchmark; kind -> pixels that a class needs in a mask.
     """
     status = run(preparation, options)
     if status:
@@ -53,13 +51,8 @@ def prepare(preparation: Preparation, options: Namespace, *, folds: Folds, small
 
 
 def write_lists(folds: Folds, root: Path, kind: str, images: Sequence[Mapping[str, Any]], smallest: int) -> list[int]:
-    """Writes the list of each fold; returns the number of pairs of each.
-
-    Args:
-        folds, root, kind: where they go.
-        images: `id`, and `pixels`: position of a class -> its pixels.
-        smallest: pixels of a pair.
-    """
+    """Writes the list of each fold; returns the number of pairs of each. `images` have an `id`, and `pixels`: position
+    of a class -> its pixels, at least `smallest` of a pair."""
     lines: dict[int, list[str]] = {fold: [] for fold in range(NUM_FOLDS)}
     for image in sorted(images, key=lambda image: image["id"]):
         for index, pixels in sorted((int(key), pixels) for key, pixels in image["pixels"].items()):
@@ -101,12 +94,8 @@ def pixel_file(folds: Folds, program: str) -> AnnotationFile:
 
 
 def first_that(exists: Callable[[Path], bool], places: Sequence[Path], what: str) -> Path:
-    """The first place that exists.
-
-    Raises:
-        MissingFileError: none; names all.
-    """
-    for place in places:
-        if exists(place):
-            return place
-    raise MissingFileError(f"{what} is at none of these places: {', '.join(map(str, places))}")
+    """The first place that exists; if none does, a `MissingFileError` names all."""
+    place = next(filter(exists, places), None)
+    if place is None:
+        raise MissingFileError(f"{what} is at none of these places: {', '.join(map(str, places))}")
+    return place

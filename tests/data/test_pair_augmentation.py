@@ -68,7 +68,8 @@ def test_without_augmentation_the_whole_shorter_side_is_seen(record):
     augmentation = PairAugmentation(side=32, probability=0.0)
     for seed in range(5):
         geometry = augmentation.draw(*SIZE, np.random.default_rng(seed))
-        assert geometry.resized == (32, 48) and geometry.corner[0] == 0 and not geometry.warps
+        rows, columns = geometry.box
+        assert rows == slice(0, 60) and columns.stop - columns.start == 60 and not geometry.warps
 
 
 def test_the_same_random_numbers_give_the_same_sample(cfg, record):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fcclip.evaluation.ground_truth import GroundTruth
-from fcclip.evaluation.pairs import PairEvaluator, pair_areas
+from fcclip.evaluation.pairs import NovelClassesEvaluator, PairEvaluator, pair_areas
 from tests.modeling.test_parity import DATA
 
 
@@ -46,3 +46,14 @@ def test_a_pair_without_a_pixel_of_its_class_is_skipped_and_counted():
     scores = evaluator.results()["pairs"]
     assert (scores["pairs"], scores["skipped"], scores["mIoU"]) == (1, 1, 100)
     assert np.isnan(scores["IoU-cat"])
+
+
+def test_all_novel_classes_at_once_compete_and_what_is_called_novel_on_the_background_counts_against_them():
+    evaluator = NovelClassesEvaluator(class_names=["cat", "dog"])
+    truth = GroundTruth({"image_id": "a", "mask_values": [3, 9], "sem_seg_file_name": "a.png"})
+    truth.__dict__["labels"] = np.array([[3, 3, 9, 5, 0, 255]])  # 5 is a base class
+    segments = [{"id": 1, "category_id": 1}, {"id": 2, "category_id": 0}]
+    evaluator.process(truth, {"panoptic_seg": (np.array([[2, 0, 1, 1, 0, 2]]), segments)})
+    scores = evaluator.results()["novel_classes"]
+    assert (scores["IoU-cat"], scores["IoU-dog"], scores["mIoU"]) == (50, 50, 50)
+    assert scores["IoU-background"] == pytest.approx(100 / 3)

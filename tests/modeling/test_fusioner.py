@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fcclip.modeling import build_model
-from fcclip.modeling.fusion import binary_loss, upsampled_conv
+from fcclip.modeling.fusion import binary_loss, cosine_logits, upsampled_conv
 from fcclip.modeling.windows import Windows
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
@@ -151,9 +151,23 @@ def test_a_convolution_of_an_upsampled_map_needs_no_upsampled_map(size):
     fast = upsampled_conv(x, weight, bias)
     torch.testing.assert_close(fast, plain)
     towards = torch.randn(plain.shape, generator=generator, dtype=torch.float64)
-    for own, expected in zip(
-        torch.autograd.grad(fast, (x, weight, bias), towards), torch.autograd.grad(plain, (x, weight, bias), towards)
-    ):
+    for own, expected in zip(*(torch.autograd.grad(result, (x, weight, bias), towards) for result in (fast, plain))):
+        torch.testing.assert_close(own, expected)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (13, 20), (5, 4)])
+def test_cosines_of_resized_pixels_need_no_resized_pixels(size):
+    generator = torch.Generator().manual_seed(0)
+    pixels, classes = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 6, 8, 5), (2, 3, 6))
+    )
+    resized = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+    plain = torch.einsum("bdhw,bnd->bnhw", F.normalize(resized, dim=1), F.normalize(classes, dim=-1)) / 0.07
+    fast = cosine_logits(pixels, classes, size, temperature=0.07)
+    torch.testing.assert_close(fast, plain)
+    towards = torch.randn(plain.shape, generator=generator, dtype=torch.float64)
+    for own, expected in zip(*(torch.autograd.grad(logits, (pixels, classes), towards) for logits in (fast, plain))):
         torch.testing.assert_close(own, expected)
 
 
@@ -161,7 +175,7 @@ def test_a_convolution_of_an_upsampled_map_needs_no_upsampled_map(size):
 @pytest.mark.parametrize("size", [(100, 150), (224, 224), (224, 500), (375, 500)])
 def test_windows_of_a_constant_give_the_constant(size, border):
     windows = Windows(224, border)
-    result = windows.mean(torch.zeros(3, *size), lambda image: torch.full((1, 2, 224, 224), 7.0))
+    result = windows.mean(torch.zeros(3, *size), lambda image: torch.full((2, 224, 224), 7.0))
     assert result.shape == (2, *size) and bool((result == 7).all())
     rows, columns = ((max(length - 224, 0) + 148) // 149 + 1 for length in size)
     assert len(windows.boxes(*size)) == rows * columns

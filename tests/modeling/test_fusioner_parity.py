@@ -214,7 +214,7 @@ def test_reference_windows_pad_and_average_as_published(windows):
     rows, columns = torch.meshgrid(torch.arange(224.0), torch.arange(224.0), indexing="ij")
 
     def network(image):
-        return image.mean(1, keepdim=True) + 0.01 * rows + 0.003 * columns
+        return image.mean(0, keepdim=True) + 0.01 * rows + 0.003 * columns
 
     setup = windows.info["_setup"]
     for height, width in setup["sizes"]:

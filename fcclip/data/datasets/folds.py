@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,11 @@ NUM_FOLDS = 4
 IGNORE_LABEL = 255
 MOST_PAIRS = 1000  # of a test with first1000 or uniform1000
 KINDS = {"train": "trn", "val": "val"}  # -> folder of the lists
-SPLITS = ("train", "train_strict", "train_published", "val", "val_first1000", "val_uniform1000")
+# Variants: without the last pair of each list, which the published reader drops; the published test of COCO-20^i;
+# classes drawn uniformly with a fixed seed, as others test; all novel classes prompted for each image at once.
+SPLITS = ("train", "train_strict", "train_published", "val", "val_first1000", "val_uniform1000", "val_multiclass")
+
+Pairs = list[tuple[str, int]]  # image, position of the class
 
 
 @dataclass(frozen=True)
@@ -40,18 +44,16 @@ class Folds:
         name: of it, of the folder of its lists and of its vocabulary.
         fold_of: position of a class in the vocabulary -> the fold in which it is novel.
         first_class: number of the first class in the lists.
-        counts: kind -> pairs of each fold's own list, as published.
-        test_counts: pairs of the published test sets.
-        images: (root, image, kind) -> places where the image may be.
-        masks: the same of its mask, whose values are 0 background, positions plus 1, and 255.
+        counts: kind -> pairs of each list, as published.
+        files: field of a record -> places where the file of an {image} may be; {kind} is train or val. Values of masks
+            are 0 background, positions plus 1, and 255.
     """
 
     name: str
     fold_of: Callable[[int], int]
     first_class: int
     counts: Mapping[str, tuple[int, ...]]
-    images: Callable[[Path, str, str], list[Path]]
-    masks: Callable[[Path, str, str], list[Path]]
+    files: Mapping[str, tuple[str, ...]]
 
     def novel(self, fold: int) -> list[int]:
         """Positions of the novel classes of a fold."""
@@ -61,11 +63,8 @@ class Folds:
         """The list of the pairs whose class is novel in a fold."""
         return root / self.name / KINDS[kind] / f"fold{fold}.txt"
 
-    def read(self, root: Path, kind: str, fold: int, *, drops_last: bool = False) -> list[tuple[str, int]]:
-        """(image, position of the class) of each line of a list.
-
-        Args:
-            drops_last: what follows the last line break is not read, which costs the published reader a pair.
+    def read(self, root: Path, kind: str, fold: int, *, drops_last: bool = False) -> Pairs:
+        """The pairs of a list; with `drops_last` without that of the last line.
 
         Raises:
             MissingFileError: there is no list.
@@ -90,43 +89,44 @@ class Folds:
             pairs.append((image, index))
         return pairs
 
+    def places(self, root: Path, kind: str, image: str) -> dict[str, str]:
+        """The files of an image, by field of a record.
 
-def _pascal_images(root: Path, image: str, kind: str) -> list[Path]:
-    return [root / "VOCdevkit" / "VOC2012" / "JPEGImages" / f"{image}.jpg"]
-
-
-def _pascal_masks(root: Path, image: str, kind: str) -> list[Path]:
-    folders = ("SegmentationClassAug", "VOCdevkit/VOC2012/SegmentationClassAug")
-    return [root / folder / f"{image}.png" for folder in folders]
-
-
-def _coco_images(root: Path, image: str, kind: str) -> list[Path]:
-    return [root / folder / f"{kind}2014" / f"{image}.jpg" for folder in ("", "COCO2014", "coco")]
-
-
-def _coco_masks(root: Path, image: str, kind: str) -> list[Path]:
-    return [
-        root / folder / name / f"{kind}2014" / f"{image}.png"
-        for folder in ("", "COCO2014", "coco")
-        for name in ("annotation", "annotations")
-    ]
+        Raises:
+            MissingFileError: one is at none of its places; names them all.
+        """
+        files = {}
+        for field, templates in self.files.items():
+            paths = [root / template.format(kind=kind, image=image) for template in templates]
+            path = next((path for path in paths if path.is_file()), None)
+            if path is None:
+                raise MissingFileError(f"none of these files exists: {', '.join(map(str, paths))}. {WHERE_DATA_IS}")
+            files[field] = str(path)
+        return files
 
 
+_VOC, _COCO = "VOCdevkit/VOC2012/", ("", "COCO2014/", "coco/")
 PASCAL_5I = Folds(
     name="pascal_5i",
     fold_of=lambda index: index // 5,
     first_class=1,
     counts={"train": (2_885, 3_816, 6_529, 2_325), "val": (346, 451, 725, 346)},
-    images=_pascal_images,
-    masks=_pascal_masks,
+    files={
+        "file_name": (_VOC + "JPEGImages/{image}.jpg",),
+        "sem_seg_file_name": tuple(folder + "SegmentationClassAug/{image}.png" for folder in ("", _VOC)),
+    },
 )
 COCO_20I = Folds(
     name="coco_20i",
     fold_of=lambda index: index % NUM_FOLDS,
     first_class=0,
     counts={"train": (75_015, 36_564, 29_437, 29_475), "val": (35_783, 17_912, 14_563, 14_315)},
-    images=_coco_images,
-    masks=_coco_masks,
+    files={
+        "file_name": tuple(folder + "{kind}2014/{image}.jpg" for folder in _COCO),
+        "sem_seg_file_name": tuple(
+            f"{folder}{name}/{{kind}}2014/{{image}}.png" for folder in _COCO for name in ("annotation", "annotations")
+        ),
+    },
 )
 
 
@@ -136,32 +136,25 @@ def fold_dataset(root: Path, *, name: str, split: str, folds: Folds, fold: int, 
     Args:
         root: folder of all data sets.
         name: as registered.
-        split: of `SPLITS`. `train_published` lacks the last pair of each list; `val_first1000` is the published test
-            of COCO-20^i, `val_uniform1000` draws classes uniformly with a fixed seed, as others do.
+        split: of `SPLITS`.
         folds: the benchmark.
         fold: 0 to 3.
-        names: "" for the published strings, which have no spaces; "readable" for those with.
+        names: "" for the published strings, which have no spaces; "_readable" for those with.
     """
     if not 0 <= fold < NUM_FOLDS:
         raise InputError(f"{folds.name} has the folds 0 to {NUM_FOLDS - 1}, got {fold}")
-    source = "_".join(filter(None, (folds.name, names)))
     kind, _, variant = split.partition("_")
-    novel = folds.novel(fold)
+    novel, source = folds.novel(fold), folds.name + names
     classes = [index for index in range(len(Vocabulary.builtin(source))) if (index in novel) == (kind == "val")]
-
     own = folds.counts[kind]
     count = own[fold] if kind == "val" else sum(own) - own[fold]
-    dataset = _pair_dataset(
+    dataset = _dataset(
         name=name,
-        source=source,
-        vocabulary=f"{source}_fold{fold}_{kind}",
-        classes=classes,
+        vocabulary=(source, f"{source}_fold{fold}_{kind}", classes),
         pairs=partial(_pairs, root, folds, fold, kind, variant),
-        places=partial(_places, root, folds, kind),
+        places=partial(folds.places, root, kind),
         folds=folds,
-    )
-    dataset.metadata["novel_means"] = "no prompt of a novel class in training; images with novel objects " + (
-        "were left out" if variant == "strict" else "may be in it, as negatives"
+        is_whole=variant == "multiclass",
     )
     published = {"": count, "published": count - (NUM_FOLDS - 1)}.get(variant)
     return dataclasses.replace(dataset, published_count=published, benchmark=f"{folds.name} fold {fold}")
@@ -174,44 +167,42 @@ def transfer_dataset(root: Path, *, name: str, fold: int) -> Dataset:
     names = Vocabulary.builtin(PASCAL_5I.name).class_names
     classes = [index for index, class_name in enumerate(names) if class_name in novel]
 
-    def pairs() -> list[tuple[str, int]]:
+    def pairs() -> Pairs:
         every = [pair for other in range(NUM_FOLDS) for pair in PASCAL_5I.read(root, "val", other)]
         return [pair for pair in every if pair[1] in classes]
 
-    return _pair_dataset(
-        name=name,
-        source=PASCAL_5I.name,
-        vocabulary=f"pascal_voc_of_coco_20i_fold{fold}",
-        classes=classes,
-        pairs=pairs,
-        places=partial(_places, root, PASCAL_5I, "val"),
-        folds=PASCAL_5I,
-    )
+    vocabulary = (PASCAL_5I.name, f"pascal_voc_of_coco_20i_fold{fold}", classes)
+    places = partial(PASCAL_5I.places, root, "val")
+    return _dataset(name=name, vocabulary=vocabulary, pairs=pairs, places=places, folds=PASCAL_5I)
 
 
-def _pair_dataset(
+def _dataset(
     *,
     name: str,
-    source: str,
-    vocabulary: str,
-    classes: list[int],
-    pairs: Callable[[], list[tuple[str, int]]],
+    vocabulary: tuple[str, str, list[int]],
+    pairs: Callable[[], Pairs],
     places: Callable[[str], dict[str, str]],
     folds: Folds,
+    is_whole: bool = False,
 ) -> Dataset:
-    """Pairs of an image and one of some classes, positions in the built-in vocabulary `source`."""
+    """Pairs of an image and one of some classes, or with `is_whole` their images; `vocabulary` is a built-in one, what
+    it is called with these classes alone, and their positions in it."""
+    source, own_name, classes = vocabulary
 
     def read_vocabulary() -> Vocabulary:
         whole = Vocabulary.builtin(source)
-        return dataclasses.replace(whole, name=vocabulary, classes=tuple(whole.classes[index] for index in classes))
+        return dataclasses.replace(whole, name=own_name, classes=tuple(whole.classes[index] for index in classes))
 
-    position = {index: contiguous for contiguous, index in enumerate(classes)}
     class_names = read_vocabulary().class_names
 
     def load() -> list[dict[str, Any]]:
         """One record a pair: `file_name, sem_seg_file_name, image_id, category_id` (contiguous), `mask_value` and
-        `class_name`, what is prompted."""
-        files = functools.cache(places)
+        `class_name`, what is prompted; or an image: `mask_values`, those of the classes."""
+        if is_whole:
+            images = dict.fromkeys(image for image, _ in pairs())
+            values = [index + 1 for index in classes]
+            return [{**places(image), "image_id": image, "mask_values": values} for image in images]
+        files, position = functools.cache(places), {index: contiguous for contiguous, index in enumerate(classes)}
         return [
             {
                 **files(image),
@@ -226,43 +217,32 @@ def _pair_dataset(
     metadata = {
         **class_metadata(read_vocabulary(), things=False),
         "ignore_label": IGNORE_LABEL,
-        "evaluator_type": "one_class_pairs",
+        "evaluator_type": "novel_classes" if is_whole else "one_class_pairs",
     }
-    return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary, read_vocabulary=read_vocabulary)
+    return Dataset(name=name, metadata=metadata, load=load, vocabulary=own_name, read_vocabulary=read_vocabulary)
 
 
-def _places(root: Path, folds: Folds, kind: str, image: str) -> dict[str, str]:
-    files = {"file_name": folds.images, "sem_seg_file_name": folds.masks}
-    return {key: str(_existing(of(root, image, kind))) for key, of in files.items()}
-
-
-def _pairs(root: Path, folds: Folds, fold: int, kind: str, variant: str) -> list[tuple[str, int]]:
+def _pairs(root: Path, folds: Folds, fold: int, kind: str, variant: str) -> Pairs:
     own = folds.read(root, kind, fold)
     if kind == "train":
-        others = [other for other in range(NUM_FOLDS) if other != fold]
         drops = variant == "published"
+        others = (other for other in range(NUM_FOLDS) if other != fold)
         base = [pair for other in others for pair in folds.read(root, kind, other, drops_last=drops)]
         novel_images = {image for image, _ in own} if variant == "strict" else set()
         return [pair for pair in base if pair[0] not in novel_images]
     if variant == "first1000":
         return sorted(own)[:MOST_PAIRS]
-    return list(_uniform(own)) if variant == "uniform1000" else own
+    return _uniform(own) if variant == "uniform1000" else own
 
 
-def _uniform(pairs: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+def _uniform(pairs: Pairs) -> Pairs:
     """Up to 1000 different pairs in a fixed order, each of a class drawn uniformly of those that have some left."""
-    rng, left = random.Random(0), {}
+    rng, left, drawn = random.Random(0), {}, []
     for pair in sorted(pairs):
         left.setdefault(pair[1], []).append(pair)
-    for _ in range(min(MOST_PAIRS, len(pairs))):
+    while left and len(drawn) < MOST_PAIRS:
         index = rng.choice(sorted(left))
-        yield left[index].pop(rng.randrange(len(left[index])))
+        drawn.append(left[index].pop(rng.randrange(len(left[index]))))
         if not left[index]:
             del left[index]
-
-
-def _existing(places: list[Path]) -> Path:
-    for place in places:
-        if place.is_file():
-            return place
-    raise MissingFileError(f"none of these files exists: {', '.join(map(str, places))}. {WHERE_DATA_IS}")
+    return drawn

@@ -6,9 +6,9 @@ that is a multiple of the patch are taken: the position embedding is resized to 
 
 from __future__ import annotations
 
-import logging
+import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import timm
 import torch
@@ -21,9 +21,7 @@ from fcclip.errors import InputError, NotReachableError
 from fcclip.modeling.backbones.clip import CLIPBackbone
 from fcclip.structures import Features
 from fcclip.weights.files import read_weight_file
-from fcclip.weights.frozen import FrozenPart
-
-logger = logging.getLogger(__name__)
+from fcclip.weights.frozen import FrozenPart, load_frozen
 
 
 class ViTCLIP(CLIPBackbone):
@@ -43,9 +41,8 @@ class ViTCLIP(CLIPBackbone):
 
     def tap(self, visual: nn.Module, images: Tensor) -> Features:
         """The projected tokens (B, D, h, w) of the last layer."""
-        check_grid(images, self.strides["tokens"])
+        grid = token_grid(images, self.strides["tokens"])
         x = visual.conv1(images)
-        grid = tuple(x.shape[-2:])
         first = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([first, x.flatten(2).transpose(1, 2)], dim=1)
         x = visual.ln_pre(x + resized_positions(visual.positional_embedding, grid).to(x.dtype))
@@ -66,38 +63,38 @@ class TimmViT(FrozenPart):
 
     Args:
         name: of timm, such as "vit_base_patch16_224".
-        weights: a tag of timm ("dino"), a file, or "" for random weights.
+        weights: a tag of timm ("dino"), a file by the names of timm or the authors (DINO, MoCo v3), or "" for random.
 
     Raises:
-        InputError: a model that timm does not know or that is no vision transformer, or weights that do not fit.
+        InputError: a model that is not a vision transformer of timm, or weights that do not fit.
         NotReachableError: a tag whose weights cannot be downloaded.
     """
 
     notes_key = "vision"
     config_keys = ("MODEL.FUSIONER.TIMM_MODEL", "MODEL.FUSIONER.TIMM_WEIGHTS")
-    level: ClassVar[str] = "tokens"
 
     def __init__(self, name: str, weights: str = "") -> None:
         super().__init__()
-        tag = weights if weights and "." not in weights and "/" not in weights else ""
         if not timm.is_model(name) or not name.startswith(("vit_", "deit", "test_vit")):
-            raise InputError(
-                f"MODEL.FUSIONER.TIMM_MODEL: '{name}' is not a vision transformer of timm {timm.__version__}"
-            )
-        full_name = f"{name}.{tag}" if tag else name
+            raise InputError(f"{self.config_keys[0]}: '{name}' is not a vision transformer of timm {timm.__version__}")
+        is_tag = bool(weights) and not set("./") & set(weights)
+        full_name = f"{name}.{weights}" if is_tag else name
         try:
-            self.vit = timm.create_model(full_name, pretrained=bool(tag), num_classes=0, dynamic_img_size=True)
+            self.vit = timm.create_model(full_name, pretrained=is_tag, num_classes=0, dynamic_img_size=True)
         except Exception as error:  # every downloader behind timm has errors of its own
             raise NotReachableError(
                 f"timm cannot make '{full_name}' ({type(error).__name__}: {error}). Download the weights where there "
-                "is a network and give the file as MODEL.FUSIONER.TIMM_WEIGHTS, or '' for random weights."
+                f"is a network and give the file as {self.config_keys[1]}, or '' for random weights."
             ) from error
-        if weights and not tag:
-            _load(self.vit, weights)
+        if weights and not is_tag:
+            file = read_weight_file(resolve_file(weights, what=self.config_keys[1]), what="weights of a ViT")
+            tensors = {re.sub(r"^(module\.|base_encoder\.|backbone\.)+", "", key): v for key, v in file.tensors.items()}
+            own = {key: value for key, value in tensors.items() if key in self.vit.state_dict()}
+            load_frozen(self.vit, own, source=weights, what=f"the vision transformer '{name}'")
         self.vit.requires_grad_(False).eval()
         self.name, self.weights = name, weights
-        self.channels = {self.level: int(self.vit.embed_dim)}
-        self.strides = {self.level: int(self.vit.patch_embed.patch_size[0])}
+        self.channels = {"tokens": int(self.vit.embed_dim)}
+        self.strides = {"tokens": int(self.vit.patch_embed.patch_size[0])}
 
     def train(self, mode: bool = True) -> TimmViT:
         """Marks the module as training; the encoder inside stays in evaluation mode."""
@@ -108,11 +105,10 @@ class TimmViT(FrozenPart):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """Normalised images (B, 3, H, W) -> the normalised tokens of the last layer as a map."""
-        stride = self.strides[self.level]
-        check_grid(images, stride)
+        grid = token_grid(images, self.strides["tokens"])
         tokens = self.vit.forward_features(images)[:, self.vit.num_prefix_tokens :]
-        dense = tokens.transpose(1, 2).unflatten(-1, (images.shape[-2] // stride, images.shape[-1] // stride))
-        return Features({self.level: dense}, dense=dense)
+        dense = tokens.transpose(1, 2).unflatten(-1, grid)
+        return Features({"tokens": dense}, dense=dense)
 
     @property
     def has_random_weights(self) -> bool:
@@ -124,11 +120,11 @@ class TimmViT(FrozenPart):
         return {"architecture": self.name, "pretrained": Path(self.weights).name, "weights": self.weights_hash()}
 
 
-def check_grid(images: Tensor, patch: int) -> None:
-    """Refuses images (B, 3, H, W) whose sides are no multiples of the patch.
+def token_grid(images: Tensor, patch: int) -> tuple[int, int]:
+    """Rows and columns of patches of images (B, 3, H, W).
 
     Raises:
-        InputError: they are not.
+        InputError: their sides are no multiples of the patch.
     """
     height, width = images.shape[-2:]
     if height % patch or width % patch:
@@ -136,6 +132,7 @@ def check_grid(images: Tensor, patch: int) -> None:
             f"the vision transformer cuts images into patches of {patch} x {patch} pixels, which a network input of "
             f"{height} x {width} is no multiple of; set MODEL.MASK_FORMER.SIZE_DIVISIBILITY to {patch}"
         )
+    return height // patch, width // patch
 
 
 def resized_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -150,23 +147,3 @@ def resized_positions(positions: Tensor, grid: tuple[int, int]) -> Tensor:
     old = positions[1:].T.unflatten(-1, (side, side))
     new = F.interpolate(old[None], size=grid, mode="bicubic", antialias=True, align_corners=False)[0]
     return torch.cat([positions[:1], new.flatten(1).T])
-
-
-def _load(vit: nn.Module, path: str) -> None:
-    """Loads a file of timm's or of the authors' names (DINO; MoCo v3, whose encoder is `module.base_encoder.`)."""
-    file = read_weight_file(resolve_file(path, what="MODEL.FUSIONER.TIMM_WEIGHTS"), what="weights of a ViT")
-    expected = vit.state_dict()
-    tensors = {}
-    for key, value in file.tensors.items():
-        for prefix in ("module.", "base_encoder.", "backbone."):
-            key = key.removeprefix(prefix)
-        if key in expected:
-            tensors[key] = value
-    missing = sorted(set(expected) - set(tensors))
-    wrong = [key for key, value in tensors.items() if value.shape != expected[key].shape]
-    if missing or wrong:
-        raise InputError(
-            f"MODEL.FUSIONER.TIMM_WEIGHTS: '{path}' does not fit the vision transformer: {len(missing)} tensors are "
-            f"missing and {len(wrong)} have another shape (e.g. {[*missing, *wrong][0]})"
-        )
-    vit.load_state_dict(tensors)

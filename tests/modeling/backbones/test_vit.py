@@ -86,7 +86,7 @@ def test_what_is_no_vision_transformer_is_refused(name, weights, message):
 
 def test_weights_of_another_architecture_are_refused(tmp_path):
     torch.save({"cls_token": torch.zeros(1, 1, 7)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="does not fit the vision transformer"):
+    with pytest.raises(ValueError, match="do not fit the vision transformer 'test_vit'"):
         TimmViT(TIMM, str(tmp_path / "other.pth"))
 
 
