@@ -6,6 +6,7 @@ import bisect
 import logging
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch.optim import Optimizer
@@ -150,25 +151,26 @@ def build_multiplier(cfg: CfgNode) -> Multiplier:
 class GroupLR(LambdaLR):
     """The schedule on the groups of an optimiser, but for those with `constant_lr`; call `step()` once per iteration.
 
-    The weight decay of a group with a `decay_end` of 0 or more moves there along half a cosine over `max_iter`
-    iterations, after which the last value stays.
+    The weight decay of a group with `decays` = (start, end) moves from one to the other along half a cosine over
+    `max_iter` iterations, after which the last value stays.
     """
 
     def __init__(self, optimizer: Optimizer, multiplier: Multiplier, *, max_iter: int) -> None:
-        self.max_iter = max_iter
-        for group in optimizer.param_groups:
-            group.setdefault("decay_start", group["weight_decay"])
+        self._falling = fusioner(max_iter=max_iter, warm_up=0, end=0.0)
         constant = [group.get("constant_lr", False) for group in optimizer.param_groups]
         super().__init__(optimizer, [(lambda _: 1.0) if own else multiplier for own in constant])
 
     def step(self, *epoch: int) -> None:
         """The next iteration."""
         super().step(*epoch)
-        falling = fusioner(max_iter=self.max_iter, warm_up=0, end=0.0)
         for group in self.optimizer.param_groups:
-            start, end = group["decay_start"], group.get("decay_end", -1.0)
-            if end >= 0:
-                group["weight_decay"] = end + (start - end) * falling(self.last_epoch)
+            if "decays" in group:
+                start, end = group["decays"]
+                group["weight_decay"] = end + (start - end) * self._falling(self.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs; the schedules come from the config."""
+        return {key: value for key, value in super().state_dict().items() if key != "_falling"}
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LambdaLR:

@@ -123,11 +123,17 @@ def cosine_logits(pixels: Tensor, classes: Tensor, size: tuple[int, int], *, tem
         size: (height, width).
 
     Returns:
-        (B, N, *size), within ± 1 / temperature.
+        (B, N, *size), within ± 1 / temperature; also under autocast in float32.
     """
-    rows, columns = (_bilinear(*lengths, pixels) for lengths in zip(pixels.shape[-2:], size))
-    products = (F.normalize(classes, dim=-1) / temperature @ pixels.flatten(2)).unflatten(-1, pixels.shape[-2:])
-    return rows @ products @ columns.T / _squared_lengths(pixels, rows, columns).sqrt()
+    pixels, classes = (tensor.to(_full_precision(tensor)) for tensor in (pixels, classes))
+    with torch.autocast(pixels.device.type, enabled=False):
+        rows, columns = (_bilinear(*lengths, pixels) for lengths in zip(pixels.shape[-2:], size))
+        products = (F.normalize(classes, dim=-1) / temperature @ pixels.flatten(2)).unflatten(-1, pixels.shape[-2:])
+        return rows @ products @ columns.T / _squared_lengths(pixels, rows, columns).sqrt()
+
+
+def _full_precision(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _squared_lengths(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -144,8 +150,8 @@ def _squared_lengths(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 def _bilinear(length: int, new_length: int, like: Tensor) -> Tensor:
     """(new_length, length), the bilinear resize of a line."""
-    eye = torch.eye(length, dtype=like.dtype, device=like.device)
-    return F.interpolate(eye[None], size=new_length, mode="linear", align_corners=False)[0].T
+    eye = torch.eye(length, dtype=_full_precision(like), device=like.device)
+    return F.interpolate(eye[None], size=new_length, mode="linear", align_corners=False)[0].T.to(like)
 
 
 def binary_loss(logits: Tensor, truth: Tensor, ignored: Tensor | None = None) -> Tensor:

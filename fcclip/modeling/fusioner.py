@@ -139,9 +139,7 @@ class Fusioner(nn.Module):
         height, width = targets.image_size
         truth = planes.new_zeros(len(planes), height, width)
         truth.index_add_(0, targets.labels, targets.expand().to(truth.dtype)).clamp_(max=1)
-        return binary_loss(
-            planes[:, :height, :width].float(), truth, None if ignored is None else ignored.to(self.device)
-        )
+        return binary_loss(planes[:, :height, :width], truth, None if ignored is None else ignored.to(self.device))
 
     @torch.no_grad()
     def score(self, inputs: Samples, vocabulary: Vocabulary | None = None) -> list[ScoredMasks]:
@@ -207,8 +205,9 @@ class Fusioner(nn.Module):
         for name, weight in self.fusion.named_parameters():
             (vectors if weight.dim() == 1 else matrices).append((f"fusion.{name}", weight))
         decoder = [(f"decoder.{name}", weight) for name, weight in self.decoder.named_parameters()]
+        ends = {} if decay_end < 0 else {"decays": (weight_decay, decay_end)}
         return [
-            {"params": matrices, "lr": lr, "weight_decay": weight_decay, "decay_end": decay_end},
+            {"params": matrices, "lr": lr, "weight_decay": weight_decay, **ends},
             {"params": vectors, "lr": lr, "weight_decay": 0.0},
             {"params": decoder, "lr": decoder_lr, "weight_decay": 0.0, "constant_lr": True},
         ]

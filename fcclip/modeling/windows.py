@@ -63,12 +63,12 @@ class Windows:
         Returns:
             (K, H, W).
         """
-        total, count = 0, image.new_zeros(image.shape[-2:])
+        total, count = None, image.new_zeros(image.shape[-2:])
         for rows, columns in self.boxes(*image.shape[-2:]):
             part = image[:, rows, columns]
             (h, w), value = part.shape[-2:], -1.0 if self.border == "pad" else 0.0
             result = network(F.pad(part, (0, self.side - w, 0, self.side - h), value=value))[:, :h, :w]
-            place = (columns.start, image.shape[-1] - columns.stop, rows.start, image.shape[-2] - rows.stop)
-            total = total + F.pad(result, place)
+            total = result.new_zeros(len(result), *count.shape) if total is None else total
+            total[:, rows, columns] += result
             count[rows, columns] += 1
         return total / count

@@ -171,6 +171,14 @@ def test_cosines_of_resized_pixels_need_no_resized_pixels(size):
         torch.testing.assert_close(own, expected)
 
 
+def test_autocast_keeps_cosines_in_float32(build):
+    model = build().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model([pair("cup", 0)])["loss_bce"]
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, model([pair("cup", 0)])["loss_bce"], rtol=0.05, atol=0)
+
+
 @pytest.mark.parametrize("border", ["shift", "pad"])
 @pytest.mark.parametrize("size", [(100, 150), (224, 224), (224, 500), (375, 500)])
 def test_windows_of_a_constant_give_the_constant(size, border):

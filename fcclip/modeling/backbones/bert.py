@@ -39,8 +39,9 @@ class Bert(FrozenPart):
             raise NotInstalledError(f"{_KEY} needs transformers ({error}): pip install 'fcclip[bert]'") from error
         path = Path(folder).expanduser()
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-            self.bert = transformers.AutoModel.from_pretrained(path, local_files_only=True)
+            with torch.device("cpu"):  # transformers reads weights into no other kind of tensor
+                self.tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
+                self.bert = transformers.AutoModel.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError) as error:
             raise InputError(f"{_KEY}: '{folder}' cannot be read: {error}") from error
         self.bert.requires_grad_(False).eval()

@@ -47,6 +47,12 @@ def test_fusioner_reads_class_names_with_it(folder):
     assert output["sem_seg"].shape == (2, 32, 32)
 
 
+def test_checks_build_it_as_shapes(folder):
+    with torch.device("meta"):
+        bert = Bert(folder)
+    assert sum(weight.numel() for weight in bert.parameters()) > 0
+
+
 @pytest.mark.parametrize("folder", ["", "bert-base-uncased"])
 def test_weights_that_are_not_local_are_refused(folder):
     with pytest.raises(ValueError, match=r"MODEL.FUSIONER.BERT must be a folder with config.json"):
