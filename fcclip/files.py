@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -109,6 +109,18 @@ def without_nan(tree: Any) -> Any:
     if isinstance(tree, list | tuple):
         return [without_nan(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def visible_files(folder: Path, endings: Collection[str]) -> list[Path]:
+    """The files in a folder and below it with one of these endings (lower case, any case on disk), sorted; hidden ones,
+    such as the `._name` that some file systems leave behind, and those in hidden folders are skipped."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in endings
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    ]
 
 
 def listed(names: Iterable[object], limit: int = 3, *, separator: str = ", ") -> str:

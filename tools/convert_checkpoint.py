@@ -29,7 +29,7 @@ from fcclip.engine import save_checkpoint
 from fcclip.errors import InputError, MissingFileError, run_program
 from fcclip.modeling import FCCLIP, build_model
 from fcclip.modeling.backbones.clip import CONSTANTS as CLIP_CONSTANTS
-from fcclip.modeling.backbones.clip import FROZEN_PREFIX
+from fcclip.modeling.backbones.clip import FROZEN_PREFIX, tag_has_quick_gelu
 from fcclip.weights import frozen_notes, load_state, write_safetensors
 from fcclip.weights.files import VERSIONS, WeightFile, read_weight_file
 
@@ -117,7 +117,13 @@ def check_output(output: Path, *, force: bool) -> None:
 
 def build(args: argparse.Namespace, file: WeightFile) -> FCCLIP:
     """The model of the config with the weights of the file in it, which proves that they fit."""
-    model = build_model(load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"]))
+    overrides = [*args.opts, "MODEL.DEVICE", "cpu"]
+    if not missing_clip_parts(file.tensors):  # the config's CLIP is neither read nor downloaded: the file replaces it
+        fc_clip = load_config(args.config_file, overrides).MODEL.FC_CLIP
+        by_tag = tag_has_quick_gelu(fc_clip.CLIP_MODEL_NAME, fc_clip.CLIP_PRETRAINED_WEIGHTS)
+        overrides += ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", ""]
+        overrides += ["MODEL.FC_CLIP.QUICK_GELU", "on"] if by_tag and fc_clip.QUICK_GELU == "auto" else []
+    model = build_model(load_config(args.config_file, overrides))
     load_state(model, file.tensors, source=args.input, notes=file.rest)
     return model
 
@@ -159,7 +165,7 @@ def class_weights(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], layo
 def whole_clip(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], model: FCCLIP | None) -> dict[str, Tensor]:
     """Every tensor of the CLIP: those of the file, the others from the config."""
     held = {name: value for name, value in tensors.items() if name.startswith(FROZEN_PREFIX) and name not in CONSTANTS}
-    absent = [part for part in CLIP_PARTS if not any(name.startswith(FROZEN_PREFIX + part) for name in held)]
+    absent = missing_clip_parts(tensors)
     if model is None and absent:
         raise InputError(
             f"--layout full needs the CLIP, of which INPUT lacks {', '.join(absent)}; give the --config-file of the "
@@ -171,6 +177,10 @@ def whole_clip(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], model: 
             "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS"
         )
     return held | {name: value for name, value in own.items() if name.startswith(FROZEN_PREFIX) and name not in held}
+
+
+def missing_clip_parts(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [part for part in CLIP_PARTS if not any(name.startswith(FROZEN_PREFIX + part) for name in tensors)]
 
 
 def whole_sam(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], model: FCCLIP | None) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from fcclip.data.mappers import (
 from fcclip.data.samplers import Draw, TrainingBatches, build_stream, inference_batches, inference_share
 from fcclip.data.transport import CompactRecords, PackedBatch
 from fcclip.errors import InputError, UserError
+from fcclip.files import listed
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,7 @@ def training_records(cfg, dataset: Dataset, mapper: JitterMapper) -> list[dict]:
     for record in kinds:
         where = f"data set '{dataset.name}'"
         check_ground_truth(record, mapper, where=where if len(kinds) == 1 else f"{where}: {record['file_name']}")
+    _warn_of_ignored_classes(records, dataset)
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         records = _with_instances(records, dataset.name)
     return records
@@ -213,6 +215,28 @@ def _agreed_seed(seed: int, world_size: int) -> int:
             "Draw one on rank 0, share it, and pass it as `seed`; or set SEED to 0 or more."
         )
     return int(np.random.SeedSequence().generate_state(1)[0])  # takes nothing from any global generator
+
+
+def _warn_of_ignored_classes(records: list[dict], dataset: Dataset) -> None:
+    """Says which classes have ground truth, but none that is trained on: crowds, or labels that mean unlabelled."""
+    names = dataset.metadata["stuff_classes"]
+    crowd_only: dict[int, bool] = {}
+    for record in records:
+        for entry in record.get("segments_info") or record.get("annotations") or ():
+            index = entry["category_id"]
+            crowd_only[index] = crowd_only.get(index, True) and bool(entry.get("iscrowd", 0))
+    if any(crowd_only.values()):
+        logger.warning(
+            "data set '%s': nothing but crowds, which are never trained on, of %s",
+            *(dataset.name, listed([names[index] for index, crowd in sorted(crowd_only.items()) if crowd])),
+        )
+    ignored = dataset.metadata.get("ignore_label")
+    if ignored is not None and ignored < len(names):
+        logger.warning(
+            "data set '%s': label %d is the class '%s' and its ignore_label, so all its pixels count as unlabelled; "
+            "give unlabelled pixels another value",
+            *(dataset.name, ignored, names[ignored]),
+        )
 
 
 def _with_instances(records: list[dict], name: str) -> list[dict]:

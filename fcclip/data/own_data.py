@@ -27,7 +27,7 @@ from fcclip.data.datasets.panoptic import NOT_PANOPTIC, panoptic_records
 from fcclip.data.own_categories import CategoryMatch
 from fcclip.data.own_description import Description
 from fcclip.errors import InputError
-from fcclip.files import listed
+from fcclip.files import listed, visible_files
 from fcclip.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -222,12 +222,8 @@ def _paired(description: Description, images: Path, labels: Path) -> list[dict]:
 def _by_name(description: Description, key: str, folder: Path, endings: Sequence[str]) -> dict[str, Path]:
     """The files in a folder and below it by their path below it without the ending; hidden ones are skipped."""
     files: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        place = path.relative_to(folder)
-        is_hidden = any(part.startswith(".") for part in place.parts)
-        if is_hidden or path.suffix.lower() not in endings or not path.is_file():
-            continue
-        name = place.with_suffix("").as_posix()
+    for path in visible_files(folder, endings):
+        name = path.relative_to(folder).with_suffix("").as_posix()
         if name in files:
             raise description.wrong(key, f"{files[name]} and {path} have the same name but for the ending")
         files[name] = path

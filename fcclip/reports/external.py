@@ -24,7 +24,7 @@ from fcclip.evaluation.panoptic import read_panoptic_file
 from fcclip.evaluation.predictions import SavedPredictions
 from fcclip.evaluation.runner import write_per_image
 from fcclip.evaluation.thread_pool import EvaluationThreads
-from fcclip.files import listed, read_json
+from fcclip.files import listed, read_json, visible_files
 from fcclip.structures import Instances, boxes_of_masks
 
 HEADS = {"panoptic_seg": "panoptic", "sem_seg": "semantic", "instances": "instance"}  # output -> switch of the config
@@ -210,7 +210,7 @@ class LabelSource:
         names = {Path(record["file_name"]).stem: record["image_id"] for record in records}
         known = {str(record["image_id"]): record["image_id"] for record in records} | names
         unknown = []
-        for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in LABEL_FILES):
+        for path in visible_files(folder, LABEL_FILES):
             image_id = known.get(path.stem.removesuffix(suffix))
             if image_id is None:
                 unknown.append(str(path.relative_to(folder)))

@@ -155,6 +155,31 @@ def test_a_mapper_of_another_kind_of_ground_truth_is_refused_before_anything_is_
         build_train_loader(cfg, dataset=coco_val)
 
 
+def test_classes_whose_ground_truth_is_all_ignored_are_said(cfg, coco_val, instances, caplog):
+    build_train_loader(cfg, dataset=coco_val)  # its only dog is a crowd
+    assert "nothing but crowds, which are never trained on, of dog\n" in caplog.text
+    assert "ignore_label" not in caplog.text
+
+    def with_crowds(dataset, field):
+        records = dataset.records()
+        index = records[0][field][0]["category_id"]
+        for entry in (entry for record in records for entry in record[field] if entry["category_id"] == index):
+            entry["iscrowd"] = 1
+        return dataclasses.replace(dataset, load=lambda: records), dataset.metadata["stuff_classes"][index]
+
+    crowds, name = with_crowds(coco_val, "segments_info")
+    build_train_loader(cfg, dataset=crowds)
+    assert f"nothing but crowds, which are never trained on, of {name}, dog\n" in caplog.text
+    unlabelled = dataclasses.replace(coco_val, metadata={**coco_val.metadata, "ignore_label": 0})
+    build_train_loader(cfg, dataset=unlabelled)
+    assert "label 0 is the class 'person'" in caplog.text
+    caplog.clear()
+    cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"
+    crowds, _ = with_crowds(instances, "annotations")
+    build_train_loader(cfg, dataset=crowds)
+    assert "of dog, toothbrush\n" in caplog.text
+
+
 @pytest.mark.parametrize("filtered", [True, False])
 def test_images_without_an_annotation_are_left_out_if_the_config_says_so(cfg, instances, caplog, filtered):
     cfg.INPUT.DATASET_MAPPER_NAME = "coco_instance_lsj"

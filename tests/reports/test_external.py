@@ -157,13 +157,15 @@ def test_two_predictions_for_an_image_are_refused(folder, files):
 
 
 def test_predictions_for_unknown_images_are_refused(folder, files):
+    semantic = files / "predictions" / "semantic"
     edit(files / "predictions.json", lambda content: content["annotations"][0].update(image_id="1"))
     with pytest.raises(ValueError, match=r"1 predictions are for images .* does not have: image_id '1'\. .*string '7'"):
         evaluate(folder, panoptic(files, folder))
     edit(files / "coco_instances_results.json", lambda rows: rows[0].update(image_id=99))
     with pytest.raises(ValueError, match=r"images that 'tiny_val' does not have: image_id 99\.$"):
         evaluate(folder, instances(files, folder))
-    shutil.copy(files / "predictions" / "semantic" / "0.png", files / "predictions" / "semantic" / "zero.png")
+    (semantic / "._0.png").write_bytes(b"hidden")
+    shutil.copy(semantic / "0.png", semantic / "zero.png")
     with pytest.raises(ValueError, match=r"1 files belong to no image of 'tiny_val': zero\.png; expected names like"):
         labels(files, folder)
 

@@ -97,6 +97,16 @@ def test_what_a_layout_leaves_out_or_adds_comes_back_with_the_config(tool, publi
     assert_same(published, tmp_path / "back.pth")
 
 
+@pytest.mark.parametrize("layout", ["full", "published", "trainable"])
+def test_a_full_file_needs_no_other_clip(tool, published, config, tmp_path, layout):
+    full, output = tmp_path / "full.pth", tmp_path / "output.pth"
+    assert tool.main([str(published), str(full), "--layout", "full", "--config-file", config]) == 0
+    (tmp_path / "clip.safetensors").unlink()  # as a tag of open_clip where there is no network
+    assert tool.main([str(full), str(output), "--layout", layout, "--config-file", config]) == 0
+    names = [name for name in read_weight_file(output).tensors if name.startswith(CLIP)]
+    assert bool(names) == (layout == "full")
+
+
 def test_nan_payloads_and_odd_numbers_survive(tool, tmp_path):
     odd = torch.tensor([0x7FC01234, 0x7F800001, -0x80000000, 1], dtype=torch.int64).to(torch.int32).view(torch.float32)
     weights = {"a": odd, "b": torch.tensor(-0.0), "c": torch.zeros(0, 2), "d": torch.tensor([True]), "e": odd.half()}

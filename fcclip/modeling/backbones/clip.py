@@ -377,8 +377,9 @@ def _pretrained_weights(name: str, pretrained: str) -> _Weights:
     except Exception as error:  # every downloader behind open_clip has errors of its own
         raise NotReachableError(
             f"the weights '{pretrained}' of CLIP '{name}' are not on this machine and could not be downloaded "
-            f"({type(error).__name__}: {error}). Download them where there is a network and give the path of the file "
-            "as MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, or '' for random weights."
+            f"({type(error).__name__}: {error}). Download them where there is a network and give as "
+            "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS the path of that file or of weights in the full layout, which hold "
+            "the CLIP; or '' for random weights."
         ) from error
     return _Weights(_clip_weights(Path(path)).tensors, tag_has_quick_gelu(name, pretrained))
 

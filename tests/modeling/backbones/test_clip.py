@@ -220,7 +220,7 @@ def test_a_tag_that_cannot_be_downloaded_says_how_to_go_on(monkeypatch):
 
     monkeypatch.setattr(open_clip, "download_pretrained", no_network)
     with pytest.raises(
-        ConnectionError, match=r"not on this machine and could not be downloaded \(OSError: Name or.*give the path"
+        ConnectionError, match=r"not on this machine and could not be downloaded \(OSError: Name or.*the path"
     ):
         build_clip("convnext_large_d_320", "laion2b_s29b_b131k_ft_soup")
 
