@@ -1,5 +1,8 @@
 """tools/fusioner.py on a tree of eight images: trains, writes checkpoints, tests all folds."""
 
+import subprocess
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,6 +11,7 @@ from tests.conftest import DATA
 from tests.tools.conftest import REPOSITORY, load_program
 
 tool = load_program(REPOSITORY / "tools" / "fusioner.py")
+train_net = load_program(REPOSITORY / "train_net.py")
 TINY = [
     *("MODEL.FC_CLIP.CLIP_MODEL_NAME", str(DATA / "tiny_vit.json"), "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", ""),
     *("MODEL.FC_CLIP.EMBED_DIM", "16", "MODEL.MASK_FORMER.SIZE_DIVISIBILITY", "8"),
@@ -44,8 +48,12 @@ def words(root, *more):
     return [*(f"--{name}={value}" for name, value in flags.items()), "--target_size", "32", "32", *more]
 
 
-@pytest.mark.slow
-def test_it_trains_writes_a_checkpoint_and_tests_it(root, capfd):
+def test_it_trains_writes_a_checkpoint_and_tests_it(root, capfd, monkeypatch):
+    def in_this_process(command, env, check):
+        monkeypatch.setenv("DETECTRON2_DATASETS", env["DETECTRON2_DATASETS"])
+        return subprocess.CompletedProcess(command, train_net.main(command[2:]))
+
+    monkeypatch.setattr(tool, "subprocess", SimpleNamespace(run=in_this_process))
     epochs = ["--warmup_epochs", "1", "--training_epochs", "1", "--norm", "reference", "--border", "background"]
     assert tool.main(["train", *words(root, "--fold", "2", *epochs), *TINY]) == 0
     folder = root / "out" / "fold2"
@@ -58,6 +66,10 @@ def test_it_trains_writes_a_checkpoint_and_tests_it(root, capfd):
     printed = capfd.readouterr().out
     assert "fold 1: mIoU" in printed and "pairs 1.00, skipped 0.00" in printed
     assert "training images may show novel classes" in printed
+    several = ["--load_ckpt_path", str(folder / "model_final.pth"), "--test_pairs", "multiclass", "--fold", "0"]
+    assert tool.main(["test", *words(root, *several), *TINY]) == 0
+    printed = capfd.readouterr().out
+    assert "fold 0: mIoU" in printed and "mIoU_background" in printed and "all novel classes prompted" in printed
 
 
 def test_the_mean_of_four_folds_is_printed(capsys):
