@@ -26,10 +26,10 @@ SIZE = (224, 224)
 # in the published order of operations and 5.1e-3 in ours, and the last two differ by 7.4e-3 from each other. Switching
 # two units by hand whose inputs are 6e-8 and 9e-7 leaves 3.0e-3 of the 5.1e-3. Norms are held to the 1e-4 asked for.
 FLIP = 1e-2
-# Losses of four iterations: the first step of Adam goes by the sign of each gradient, which a flip may change. In the
-# published order of operations the second loss is 2.5e-5 away from the recording image after image, and 1.4e-4 in a
-# batch; in ours it is 2.0e-4.
-ITERATIONS = (1e-5, 5e-4, 1e-3, 1e-2)
+# Losses before and after a step: the first step of Adam goes by the sign of each gradient, which a flip may change. In
+# the published order of operations the second loss is 2.5e-5 away from the recording image after image, and 1.4e-4 in
+# a batch; in ours it is 2.0e-4.
+ITERATIONS = (1e-5, 5e-4)
 NOISE = tuple(f"decoder.conv_{index}.bias" for index in range(4))  # no gradient in exact arithmetic: a norm follows
 
 
@@ -160,28 +160,29 @@ def recorded_elements(recorded, key, gradient):
 
 
 @pytest.mark.slow
-def test_four_iterations_of_the_published_recipe_agree(parts, recorded):
+def test_a_step_of_the_published_recipe_leaves_the_recorded_loss(parts, recorded):
+    """Two more steps are recorded, which cost half a minute and are less sharp: they agreed within 1e-3 and 1e-2, and
+    what each tensor moved in all four within 1e-2."""
     iterations, before = recorded.info["iterations"], {key: w.detach().clone() for key, w in parts.named_parameters()}
     groups = Fusioner.parameter_groups(parts, lr=1e-3, decoder_lr=1e-3, weight_decay=0.01, decay_end=0.4)
     optimizer = torch.optim.AdamW(groups)
     schedule = GroupLR(optimizer, fusioner(max_iter=510, warm_up=10, end=2e-3), max_iter=510)
-    samples = [sample(recorded.info["train"]["items"][index]) for index in iterations["items"]]
-    visual, text, truth, ignored = zip(*samples)
+    visual, text, truth, ignored = zip(
+        *[sample(recorded.info["train"]["items"][index]) for index in iterations["items"]]
+    )
     for step, tolerance in zip(iterations["steps"], ITERATIONS):
         decayed, plain, decoder = optimizer.param_groups
         assert [decayed["lr"], plain["lr"], decoder["lr"]] == pytest.approx([step["fusion_lr"]] * 2 + [1e-3], rel=1e-9)
         assert [decayed["weight_decay"], plain["weight_decay"]] == pytest.approx(step["fusion_wd"], rel=1e-9)
-        logits = parts(torch.stack(visual), torch.stack(text))
-        loss = torch.stack([binary_loss(*image) for image in zip(logits, truth, ignored)]).mean()
+        with torch.set_grad_enabled(step["iteration"] == 0):
+            logits = parts(torch.stack(visual), torch.stack(text))
+            loss = torch.stack([binary_loss(*image) for image in zip(logits, truth, ignored)]).mean()
         assert loss.item() == pytest.approx(step["loss"], rel=tolerance)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        if step["iteration"] == 0:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
         schedule.step()
-    for name, weight in parts.named_parameters():
-        if name not in NOISE:
-            moved, after = float((weight - before[name]).norm()), iterations["after"][name]
-            assert moved == pytest.approx(after["moved"], rel=1e-2), name
     parts.load_state_dict(before)
 
 
