@@ -41,6 +41,33 @@ class OutputMasks:
         size = tuple(mask_logits.shape[-2:])
         return cls(mask_logits, size, size, size)
 
+    def rows(self, queries: Tensor | None = None, *, maps: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Mask logits of all queries, some rows of the output at a time.
+
+        Args:
+            queries: (n,) int64, of these alone.
+            maps: how many the caller makes of them; so many rows at a time that these fit too.
+
+        Yields:
+            rows of the output, and the logits (n, number of rows, width) there.
+        """
+        for rows, needed, mask_logits in self.input_rows(queries, maps=maps):
+            wanted = range(rows.start, rows.stop)
+            place = {"first": needed.start, "of": self.image_size[0]}
+            yield rows, resize_rows(mask_logits, wanted, self.output_size, **place)
+
+    def input_rows(self, queries: Tensor | None = None, *, maps: int = 0) -> Iterator[tuple[slice, range, Tensor]]:
+        """As `rows`, before the image is resized to the output: rows of the output, the rows of the image that they
+        are made of, and the logits (n, number of those, width of the image)."""
+        mask_logits = self.mask_logits if queries is None else self.mask_logits[queries]
+        height, width = self.output_size
+        budget = _BLOCK_CPU if mask_logits.device.type == "cpu" else _BLOCK
+        step = max(1, budget // (max(maps, len(mask_logits), 1) * max(self.padded_size[1], width)))
+        for start in range(0, height, step):
+            rows = slice(start, min(start + step, height))
+            needed = _sources(range(rows.start, rows.stop), self.image_size[0], height)
+            yield rows, needed, resize_rows(mask_logits, needed, self.padded_size)[..., : self.image_size[1]]
+
     def of(self, queries: Tensor) -> Iterator[Tensor]:
         """Mask logits (m, h, w) of the queries (n,) int64, as many at a time as fit, in their order."""
         height, width = self.output_size
@@ -70,26 +97,22 @@ def semantic_blocks(masks: OutputMasks, probabilities: Tensor, *, masks_first: b
     Yields:
         rows of the output, and the scores (K, number of rows, width) there.
     """
-    mask_logits, padded_size = masks.mask_logits, masks.padded_size
-    image_size, output_size = masks.image_size, masks.output_size
     queries, num_classes = probabilities.shape
-    budget = _BLOCK_CPU if mask_logits.device.type == "cpu" else _BLOCK
-    step = max(1, budget // (max(num_classes, queries) * max(padded_size[1], output_size[1])))
-    for start in range(0, output_size[0], step):
-        rows = range(start, min(start + step, output_size[0]))
-        needed = _sources(rows, image_size[0], output_size[0])
-        place = {"first": needed.start, "of": image_size[0]}
-        shares = resize_rows(mask_logits, needed, padded_size)[..., : image_size[1]]
-        if masks_first:
-            shares = resize_rows(shares, rows, output_size, **place).sigmoid()
-        elif num_classes >= queries:  # queries are fewer maps to resize
-            shares = resize_rows(shares.sigmoid(), rows, output_size, **place)
-        else:
-            shares = shares.sigmoid()
-        scores = (probabilities.T @ shares.flatten(1)).unflatten(1, shares.shape[1:])
-        if not masks_first and num_classes < queries:
-            scores = resize_rows(scores, rows, output_size, **place)
-        yield slice(rows.start, rows.stop), scores
+    output_size = masks.output_size
+    if masks_first or masks.image_size == output_size:
+        for rows, mask_logits in masks.rows(maps=num_classes):
+            yield rows, weighted_sum(probabilities, mask_logits.sigmoid())
+        return
+    for rows, needed, mask_logits in masks.input_rows(maps=num_classes):
+        shares = mask_logits.sigmoid()
+        few = shares if num_classes >= queries else weighted_sum(probabilities, shares)  # the fewer maps to resize
+        few = resize_rows(few, range(rows.start, rows.stop), output_size, first=needed.start, of=masks.image_size[0])
+        yield rows, weighted_sum(probabilities, few) if num_classes >= queries else few
+
+
+def weighted_sum(probabilities: Tensor, shares: Tensor) -> Tensor:
+    """(Q, K) and (Q, h, w) -> (K, h, w)."""
+    return (probabilities.T @ shares.flatten(1)).unflatten(1, shares.shape[1:])
 
 
 def resize_rows(maps: Tensor, rows: range, size: tuple[int, int], *, first: int = 0, of: int | None = None) -> Tensor:

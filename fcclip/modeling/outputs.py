@@ -5,15 +5,15 @@ Legend: Q queries, K classes, h x w pixels. Class logits have K + 1 columns, the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fcclip.errors import InputError
-from fcclip.modeling.output_masks import OutputMasks, semantic_blocks
+from fcclip.modeling.output_masks import OutputMasks, semantic_blocks, weighted_sum
 from fcclip.structures import Instances, boxes_of_masks
 
 HEADS = ("semantic", "panoptic", "instances", "recall")
@@ -47,17 +47,12 @@ def semantic_inference(class_logits: Tensor, masks: OutputMasks, *, masks_first:
     Returns:
         (K, h, w) float, sum over queries of class probability times mask probability; not normalised.
     """
-    shares = class_logits.softmax(-1)[:, :-1]
-    result = shares.new_empty((shares.shape[1], *masks.output_size))
-    for rows, scores in semantic_blocks(masks, shares, masks_first=masks_first):
-        result[:, rows] = scores
-    return result
+    return _run(masks, {"": _Semantic(class_logits, masks, masks_first=masks_first, labels=False)})[""]
 
 
 def semantic_labels(class_logits: Tensor, masks: OutputMasks, *, masks_first: bool = True) -> Tensor:
     """(h, w) int64, the argmax of `semantic_inference` without ever holding all scores; the first of equal ones."""
-    blocks = semantic_blocks(masks, class_logits.softmax(-1)[:, :-1], masks_first=masks_first)
-    return torch.cat([scores.max(0).indices for _, scores in blocks])  # faster than argmax on a CPU
+    return _run(masks, {"": _Semantic(class_logits, masks, masks_first=masks_first, labels=True)})[""]
 
 
 def panoptic_inference(
@@ -85,64 +80,14 @@ def panoptic_inference(
         (h, w) int32, 0 where nothing is; and a record a segment: `id` from 1, `isthing`, `category_id` (contiguous),
         `score` (the highest of its queries), `area` in pixels.
     """
-    scores, labels = class_logits.softmax(-1).max(-1)
-    keep = (labels != class_logits.shape[-1] - 1) & (scores > object_mask_threshold)
-    scores, labels = scores[keep], labels[keep]
-    if not len(scores):
-        return torch.zeros(masks.output_size, dtype=torch.int32, device=scores.device), []
-
-    owner, inside_own, areas = _owners(scores, masks.of(keep.nonzero().flatten()))
-    owned = torch.bincount(owner.flatten(), minlength=len(scores))
-    region = torch.bincount(owner[inside_own], minlength=len(scores))
-    share = owned / areas.clamp(min=1)
-    accepted = (owned > 0) & (areas > 0) & (region > 0) & (share >= overlap_threshold)
-
-    # ids in query order; a stuff class keeps the id of its first accepted query
-    things, records, id_of_query, stuff_ids = set(thing_classes), [], [0] * len(scores), {}
-    rows = zip(accepted.tolist(), labels.tolist(), scores.tolist(), region.tolist())
-    for query, (is_accepted, label, score, area) in enumerate(rows):
-        if not is_accepted:
-            continue
-        if label in stuff_ids:
-            record = records[stuff_ids[label] - 1]
-            record["area"] += area
-            record["score"] = max(record["score"], score)
-        else:
-            record = {"id": len(records) + 1, "isthing": label in things, "category_id": label}
-            record |= {"score": score, "area": area}
-            records.append(record)
-            if label not in things:
-                stuff_ids[label] = record["id"]
-        id_of_query[query] = record["id"]
-    ids = torch.tensor(id_of_query, dtype=torch.int32, device=owner.device)
-    return ids[owner] * inside_own, records
-
-
-def _owners(scores: Tensor, mask_chunks: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """For each pixel the query (h, w) that wins it and whether it lies inside that one's mask; area (n,) of each mask.
-
-    Args:
-        scores: (n,) class score of each query.
-        mask_chunks: their mask logits, a few queries at a time.
-    """
-    areas, start = [], 0
-    best = owner = inside_own = None
-    for mask_logits in mask_chunks:
-        stop = start + len(mask_logits)
-        probabilities = mask_logits.sigmoid()
-        inside = probabilities >= 0.5
-        areas.append(inside.flatten(1).sum(1))
-        chunk_best, chunk_owner = (scores[start:stop, None, None] * probabilities).max(0)
-        chunk_inside = inside.gather(0, chunk_owner[None])[0]
-        if best is None:
-            best, owner, inside_own = chunk_best, chunk_owner, chunk_inside
-        else:
-            better = chunk_best > best
-            best = torch.where(better, chunk_best, best)
-            owner = torch.where(better, chunk_owner + start, owner)
-            inside_own = torch.where(better, chunk_inside, inside_own)
-        start = stop
-    return owner, inside_own, torch.cat(areas)
+    head = _Panoptic(
+        class_logits,
+        masks,
+        thing_classes=thing_classes,
+        object_mask_threshold=object_mask_threshold,
+        overlap_threshold=overlap_threshold,
+    )
+    return _run(masks, {"": head})[""]
 
 
 def instance_inference(
@@ -159,29 +104,166 @@ def instance_inference(
     Returns:
         Instances; a score is the class probability times the mean mask probability inside the mask.
     """
-    probabilities = class_logits.softmax(-1)[:, :-1]  # (Q, K)
-    num_classes = probabilities.shape[-1]
-    scores, index = probabilities.flatten().topk(min(topk, probabilities.numel()), sorted=False)
-    is_thing = torch.zeros(num_classes, dtype=torch.bool)
-    is_thing[list(thing_classes)] = True
-    labels = index % num_classes
-    keep = is_thing.to(labels.device)[labels]
-    scores, labels = scores[keep], labels[keep]
-    queries, position = (index[keep] // num_classes).unique(return_inverse=True)
+    return _run(masks, {"": _Instances(class_logits, masks, thing_classes=thing_classes, topk=topk)})[""]
 
-    inside = [scores.new_zeros(0, *masks.output_size, dtype=torch.bool)]
-    means = [scores.new_zeros(0)]
-    for mask_logits in masks.of(queries):
-        inside.append(mask_logits > 0)
-        sums = (mask_logits.sigmoid() * inside[-1]).flatten(1).sum(1)
-        means.append(sums / (inside[-1].flatten(1).sum(1) + 1e-6))
-    inside = torch.cat(inside)
-    return Instances(
-        scores=scores * torch.cat(means)[position],
-        pred_classes=labels,
-        pred_masks=inside[position],
-        pred_boxes=boxes_of_masks(inside)[position],
-    )
+
+class _Head(Protocol):
+    """One kind of output, made of some rows after the other.
+
+    Attributes:
+        queries: (n,) int64, ascending: whose masks it looks at.
+        maps: how many maps it makes of them at once.
+    """
+
+    queries: Tensor
+    maps: int
+
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor) -> None:
+        """Takes some rows (n, number of rows, width) of its queries."""
+
+    def result(self) -> Any:
+        """The output, after all rows."""
+
+
+def _run(masks: OutputMasks, heads: Mapping[str, _Head]) -> dict[str, Any]:
+    """What heads make of masks that are enlarged once for all of them."""
+    total = len(masks.mask_logits)
+    queries = torch.cat([head.queries for head in heads.values()]).unique() if heads else ()
+    if len(queries):
+        of_head = [(head, torch.searchsorted(queries, head.queries)) for head in heads.values() if len(head.queries)]
+        chosen = None if len(queries) == total else queries
+        for rows, mask_logits in masks.rows(chosen, maps=max(head.maps for head in heads.values())):
+            probabilities = mask_logits.sigmoid()
+            for head, places in of_head:
+                if len(places) == len(queries):
+                    head.add(rows, mask_logits, probabilities)
+                else:
+                    head.add(rows, mask_logits[places], probabilities[places])
+    return {name: head.result() for name, head in heads.items()}
+
+
+class _Semantic:
+    """See `semantic_inference` and `semantic_labels`."""
+
+    def __init__(self, class_logits: Tensor, masks: OutputMasks, *, masks_first: bool, labels: bool) -> None:
+        self.shares = class_logits.softmax(-1)[:, :-1]
+        self.maps, self.labels = self.shares.shape[1], labels
+        shape = masks.output_size if labels else (self.maps, *masks.output_size)
+        self.map = self.shares.new_empty(shape, dtype=torch.int64 if labels else None)
+        self.queries = torch.arange(len(class_logits), device=class_logits.device)
+        if not masks_first and masks.image_size != masks.output_size:  # others cannot share what it enlarges
+            for rows, scores in semantic_blocks(masks, self.shares, masks_first=False):
+                self._write(rows, scores)
+            self.queries = self.queries[:0]
+
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor) -> None:
+        self._write(rows, weighted_sum(self.shares, probabilities))
+
+    def _write(self, rows: slice, scores: Tensor) -> None:
+        self.map[..., rows, :] = scores.max(0).indices if self.labels else scores  # faster than argmax on a CPU
+
+    def result(self) -> Tensor:
+        return self.map
+
+
+class _Panoptic:
+    """See `panoptic_inference`."""
+
+    maps = 0
+
+    def __init__(
+        self,
+        class_logits: Tensor,
+        masks: OutputMasks,
+        *,
+        thing_classes: Sequence[int],
+        object_mask_threshold: float,
+        overlap_threshold: float,
+    ) -> None:
+        scores, labels = class_logits.softmax(-1).max(-1)
+        self.queries = ((labels != class_logits.shape[-1] - 1) & (scores > object_mask_threshold)).nonzero().flatten()
+        self.scores, self.labels = scores[self.queries], labels[self.queries]
+        self.things, self.overlap_threshold = set(thing_classes), overlap_threshold
+        self.owner = self.queries.new_zeros(masks.output_size)  # of each pixel, which of these queries wins it
+        self.inside_own = self.queries.new_zeros(
+            masks.output_size, dtype=torch.bool
+        )  # whether it is in that one's mask
+        self.areas = self.queries.new_zeros(len(self.queries))
+
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor) -> None:
+        inside = probabilities >= 0.5
+        owner = (self.scores[:, None, None] * probabilities).max(0).indices
+        self.owner[rows] = owner
+        self.inside_own[rows] = inside.gather(0, owner[None])[0]
+        self.areas += count(inside)
+
+    def result(self) -> tuple[Tensor, list[dict]]:
+        if not len(self.queries):
+            return torch.zeros_like(self.owner, dtype=torch.int32), []
+        owned = torch.bincount(self.owner.flatten(), minlength=len(self.queries))
+        region = torch.bincount(self.owner[self.inside_own], minlength=len(self.queries))
+        share = owned / self.areas.clamp(min=1)
+        accepted = (owned > 0) & (self.areas > 0) & (region > 0) & (share >= self.overlap_threshold)
+
+        # ids in query order; a stuff class keeps the id of its first accepted query
+        records, id_of_query, stuff_ids = [], [0] * len(self.queries), {}
+        rows = zip(accepted.tolist(), self.labels.tolist(), self.scores.tolist(), region.tolist())
+        for query, (is_accepted, label, score, area) in enumerate(rows):
+            if not is_accepted:
+                continue
+            if label in stuff_ids:
+                record = records[stuff_ids[label] - 1]
+                record["area"] += area
+                record["score"] = max(record["score"], score)
+            else:
+                record = {"id": len(records) + 1, "isthing": label in self.things, "category_id": label}
+                record |= {"score": score, "area": area}
+                records.append(record)
+                if label not in self.things:
+                    stuff_ids[label] = record["id"]
+            id_of_query[query] = record["id"]
+        ids = torch.tensor(id_of_query, dtype=torch.int32, device=self.owner.device)
+        return ids[self.owner] * self.inside_own, records
+
+
+class _Instances:
+    """See `instance_inference`."""
+
+    maps = 0
+
+    def __init__(self, class_logits: Tensor, masks: OutputMasks, *, thing_classes: Sequence[int], topk: int) -> None:
+        probabilities = class_logits.softmax(-1)[:, :-1]  # (Q, K)
+        num_classes = probabilities.shape[-1]
+        scores, index = probabilities.flatten().topk(min(topk, probabilities.numel()), sorted=False)
+        is_thing = torch.zeros(num_classes, dtype=torch.bool)
+        is_thing[list(thing_classes)] = True
+        labels = index % num_classes
+        keep = is_thing.to(labels.device)[labels]
+        self.scores, self.labels = scores[keep], labels[keep]
+        self.queries, self.position = (index[keep] // num_classes).unique(return_inverse=True)
+        self.inside = self.scores.new_empty(len(self.queries), *masks.output_size, dtype=torch.bool)
+        self.areas = self.queries.new_zeros(len(self.queries))
+        self.sums = self.scores.new_zeros(len(self.queries))  # of the mask probability inside
+
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor) -> None:
+        inside = mask_logits > 0
+        self.inside[:, rows] = inside
+        self.areas += count(inside)
+        self.sums += (probabilities * inside).flatten(1).sum(1)
+
+    def result(self) -> Instances:
+        means = self.sums / (self.areas + 1e-6)
+        return Instances(
+            scores=self.scores * means[self.position],
+            pred_classes=self.labels,
+            pred_masks=self.inside[self.position],
+            pred_boxes=boxes_of_masks(self.inside)[self.position],
+        )
+
+
+def count(inside: Tensor) -> Tensor:
+    """(n, h, w) bool -> (n,) int64; as numbers, which a CPU adds faster than truth values."""
+    return inside.flatten(1).view(torch.uint8).sum(1, dtype=torch.int32).long()
 
 
 def make_outputs(
@@ -210,12 +292,11 @@ def make_outputs(
         raise InputError(f"heads must be of {', '.join(HEADS)}, got {', '.join(sorted(unknown))}")
     if semantic not in ("scores", "labels"):
         raise InputError(f"semantic must be 'scores' or 'labels', got {semantic!r}")
-    outputs: dict[str, Any] = {}
+    made: dict[str, _Head] = {}
     if "semantic" in heads:
-        infer = semantic_labels if semantic == "labels" else semantic_inference
-        outputs["sem_seg"] = infer(class_logits, masks, masks_first=settings.masks_first)
+        made["sem_seg"] = _Semantic(class_logits, masks, masks_first=settings.masks_first, labels=semantic == "labels")
     if "panoptic" in heads:
-        outputs["panoptic_seg"] = panoptic_inference(
+        made["panoptic_seg"] = _Panoptic(
             class_logits,
             masks,
             thing_classes=thing_classes,
@@ -223,7 +304,8 @@ def make_outputs(
             overlap_threshold=settings.overlap_threshold,
         )
     if "instances" in heads:
-        outputs["instances"] = instance_inference(class_logits, masks, thing_classes=thing_classes, topk=settings.topk)
+        made["instances"] = _Instances(class_logits, masks, thing_classes=thing_classes, topk=settings.topk)
+    outputs = _run(masks, made)
     if "recall" in heads:
         outputs["recall_seg"] = [masks]
     return outputs

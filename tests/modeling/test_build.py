@@ -105,29 +105,24 @@ def test_every_part_is_one_graph_with_the_same_losses_and_gradients(build, graph
     assert len(graphs) == 1
 
 
-def test_keys_of_the_state_dict_stay(build, graphs):
-    compiled, plain = build(ALL), build()
-    compiled([image(64, 64)])
-    assert list(compiled.state_dict()) == list(plain.state_dict())
-    assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]
-
-
 def test_images_of_changing_sizes_and_words_need_few_graphs(build, graphs):
     compiled, plain = build(ALL), build()
     cases = [((64, 64), "cat; dog"), ((96, 128), "cat, kitty; bird; sand:stuff")]
-    more = [((128, 96), "a; b"), ((64, 160), "a; b, c"), ((160, 160), "a; b; c; d; e"), ((40, 70), "a, b, c, d")]
+    more = [((128, 96), "a; b"), ((40, 70), "a, b, c, d")]
     for size, words in (*cases, *more):
         vocabulary = Vocabulary.from_names(words)
         assert_equal_outputs(compiled, plain, [image(*size)], vocabulary=vocabulary)
     assert len(graphs) <= 3 * len(COMPILABLE)  # sizes and numbers of words become variables
 
 
-def test_training_and_evaluation_may_alternate(build, graphs):
+def test_training_and_evaluation_may_alternate_and_keys_stay(build, graphs):
     compiled, plain = build(ALL), build()
     for _ in range(2):
         assert_equal_training(compiled.train(), plain.train())
         assert_equal_outputs(compiled.eval(), plain.eval(), [image(64, 64)])
     assert len(graphs) == 2 * len(COMPILABLE)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
 
 def test_the_low_precision_copy_of_the_backbone_is_one_graph_and_follows_the_weights(build, graphs):
@@ -162,4 +157,4 @@ def test_graphs_of_forward_and_backward_pass_have_the_same_gradients(build, part
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_generated_code_has_the_same_outputs(build, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    assert_equal_outputs(build("pixel_decoder"), build(), [image(64, 64)])
+    assert_equal_outputs(build("mask_decoder"), build(), [image(64, 64)])

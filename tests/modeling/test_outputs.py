@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from fcclip.modeling.output_masks import OutputMasks
-from fcclip.modeling.outputs import instance_inference, panoptic_inference, semantic_inference, semantic_labels
+from fcclip.modeling.outputs import (
+    HEADS,
+    OutputSettings,
+    instance_inference,
+    make_outputs,
+    panoptic_inference,
+    semantic_inference,
+    semantic_labels,
+)
 
 BIG = 12.0  # a logit whose sigmoid and softmax are 1 to fp32
 
@@ -95,8 +103,8 @@ def test_an_empty_mask_scores_zero_and_no_things_give_no_instances():
     assert len(instance_inference(one_hot_logits(0), masks([1, 1]), thing_classes=[], topk=5)) == 0
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_masks_that_are_made_a_few_at_a_time_give_the_same_to_the_bit(at_once, monkeypatch):
+@pytest.mark.parametrize("rows_at_once", [1, 4])
+def test_blocks_of_rows_give_the_same_as_the_whole(rows_at_once, monkeypatch):
     torch.manual_seed(0)
     class_logits, mask_logits = torch.randn(20, 6), torch.randn(20, 9, 11) * 3
     mask_logits[7] = mask_logits[4]  # of equal ones the first wins
@@ -105,13 +113,32 @@ def test_masks_that_are_made_a_few_at_a_time_give_the_same_to_the_bit(at_once, m
     options = {"thing_classes": [0, 2], "object_mask_threshold": 0.1, "overlap_threshold": 0.02}
     id_map, segments = panoptic_inference(class_logits, masks, **options)
     instances = instance_inference(class_logits, masks, thing_classes=[0, 2], topk=30)
-    monkeypatch.setattr("fcclip.modeling.output_masks._MASKS_CPU", at_once * 9 * 11)
+    monkeypatch.setattr("fcclip.modeling.output_masks._BLOCK_CPU", rows_at_once * 20 * 11)
     chunked_map, chunked_segments = panoptic_inference(class_logits, masks, **options)
     assert len(segments) >= 3 and torch.equal(chunked_map, id_map) and chunked_segments == segments
     same = instance_inference(class_logits, masks, thing_classes=[0, 2], topk=30)
     assert len(instances.scores) > 5
-    for name in ("scores", "pred_classes", "pred_masks", "pred_boxes"):
+    for name in ("pred_classes", "pred_masks", "pred_boxes"):
         assert torch.equal(getattr(same, name), getattr(instances, name))
+    torch.testing.assert_close(same.scores, instances.scores)  # sums of rows, added in another order
+
+
+def test_the_three_heads_together_give_what_each_gives_alone():
+    torch.manual_seed(0)
+    class_logits, mask_logits = torch.randn(20, 6) * 3, torch.randn(20, 8, 12) * 3
+    class_logits[5:9, 5] = 9.0  # void, which the panoptic map leaves out
+    settings = OutputSettings(object_mask_threshold=0.3, overlap_threshold=0.02, topk=7, masks_first=False)
+    for output in ((32, 48), (21, 50)):
+        masks = OutputMasks(mask_logits, (32, 48), (32, 48), output)
+        together = make_outputs(class_logits, masks, [0, 2], heads=HEADS[:3], settings=settings)
+        (semantic,), (panoptic,), (instances,) = (
+            make_outputs(class_logits, masks, [0, 2], heads=[head], settings=settings).values() for head in HEADS[:3]
+        )
+        torch.testing.assert_close(together["sem_seg"], semantic)
+        assert torch.equal(together["panoptic_seg"][0], panoptic[0]) and together["panoptic_seg"][1] == panoptic[1]
+        assert len(panoptic[1]) > 1 and len(instances) > 1
+        assert torch.equal(together["instances"].pred_masks, instances.pred_masks)
+        torch.testing.assert_close(together["instances"].scores, instances.scores)
 
 
 def test_masks_are_enlarged_cropped_and_resized():
