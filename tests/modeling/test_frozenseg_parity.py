@@ -21,7 +21,13 @@ from fcclip.modeling.mask_decoder import MaskProposals
 from fcclip.modeling.openseg import OpenSegEnsemble, unseen_shares
 from fcclip.vocabulary import Vocabulary
 from tests.modeling import test_parity
-from tests.parity_weights import seeded_image, seeded_mask_predictions, seeded_state_dict, seeded_tensor
+from tests.parity_weights import (
+    seeded_image,
+    seeded_mask_predictions,
+    seeded_state_dict,
+    seeded_tensor,
+    without_initialisation,
+)
 
 DATA = test_parity.DATA / "frozenseg"
 CONFIG = "coco/frozenseg/convnext_large_eval_ade20k.yaml"
@@ -66,9 +72,7 @@ def test_the_resnet_model_has_the_published_number_of_parameters():
 
 @pytest.fixture(scope="module")
 def model():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("uniform_", "normal_", "erfinv_"):  # every weight is replaced, and random ones take seconds
-            patch.setattr(torch.Tensor, name, lambda self, *_, **__: self)
+    with without_initialisation():
         model = build_model(load_config(CONFIG, [*RANDOM, "MODEL.DEVICE", "cpu"]))
     overrides = {key: torch.from_numpy(value) for key, value in np.load(DATA / "overrides.npz").items()}
     model.load_state_dict(seeded_state_dict(model) | overrides)
