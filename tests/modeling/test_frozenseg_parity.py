@@ -70,6 +70,11 @@ def test_the_resnet_model_has_the_published_number_of_parameters():
     assert learning(model) == 27_792_001
 
 
+def test_with_both_injectors_off_it_has_fcclips_number_of_parameters():
+    former = "MODEL.MASK_FORMER.SAM_"
+    assert learning(on_meta(f"{former}QUERY_FUSE_LAYER", 3, f"{former}FEATURE_FUSE_LAYER", 3)) == 20_721_601
+
+
 @pytest.fixture(scope="module")
 def model():
     with without_initialisation():
