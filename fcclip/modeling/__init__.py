@@ -5,7 +5,6 @@ build.py          build_model: from a config to a model; the dicts in which name
 fcclip.py         FCCLIP: the parts put together; losses in training, predictions else
 frozenseg.py      FrozenSeg: FC-CLIP, and a frozen SAM that its decoder looks at
 openseg.py        automatic masks of SAM in semantic maps: read, named, weighed
-automatic_masks.py  masks of SAM with soft logits, by the package segment-anything
 backbones/        one module a frozen encoder
 inputs.py         what models are called with: checked, and made into one tensor
 text.py           class names become vectors, cached

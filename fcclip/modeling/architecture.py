@@ -36,6 +36,7 @@ class ScoredMasks:
         masks: of the queries, at any size.
         dense: (C, h, w), the backbone's dense features.
         vocabulary: the K classes.
+        file_name: of the image; "" for none.
     """
 
     in_logits: Tensor
@@ -45,6 +46,7 @@ class ScoredMasks:
     masks: OutputMasks
     dense: Tensor
     vocabulary: Vocabulary
+    file_name: str = ""
 
     @torch.no_grad()
     def class_logits(self, ensemble: Ensemble | tuple[float, float]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -52,8 +52,8 @@ def build_model(
         train_vocabulary = dataset_vocabulary(cfg.DATASETS.TRAIN[0], folder)
     if test_vocabulary is None and cfg.DATASETS.TEST:
         test_vocabulary = dataset_vocabulary(cfg.DATASETS.TEST[0], folder)
-    build = lookup("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
-    model = build(cfg, train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary)
+    architecture, parts = lookup("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
+    model = architecture(**parts(cfg), train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary)
     compile_parts(model, cfg.MODEL.COMPILE)
     return model.to(resolve_device(cfg.MODEL.DEVICE)).eval()
 
@@ -101,18 +101,12 @@ class Levels(Protocol):
     embed_dim: int
 
 
-def build_fcclip(cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None) -> FCCLIP:
-    """FC-CLIP from its config."""
+def fcclip_parts(cfg: CfgNode) -> dict[str, Any]:
+    """What `FCCLIP` takes besides its vocabularies."""
     backbone = lookup("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONES)(cfg)
     check_embed_dim(cfg, backbone)
     head = lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS)(cfg, backbone)
-    return FCCLIP(
-        backbone=backbone,
-        sem_seg_head=head,
-        **fcclip_arguments(cfg, backbone),
-        train_vocabulary=train_vocabulary,
-        test_vocabulary=test_vocabulary,
-    )
+    return {"backbone": backbone, "sem_seg_head": head, **fcclip_arguments(cfg, backbone)}
 
 
 def check_embed_dim(cfg: CfgNode, backbone: CLIPBackbone) -> None:
@@ -275,23 +269,19 @@ def mask_decoder_arguments(cfg: CfgNode, *, embed_dim: int) -> dict[str, Any]:
     }
 
 
-def build_frozenseg(
-    cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None
-) -> FrozenSeg:
-    """FrozenSeg from its config."""
+def frozenseg_parts(cfg: CfgNode) -> dict[str, Any]:
+    """What `FrozenSeg` takes besides its vocabularies."""
     backbone = lookup("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONES)(cfg)
     check_embed_dim(cfg, backbone)
     lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, {"FrozenSegHead": None})
     sam = build_sam_encoder(cfg)
-    return FrozenSeg(
-        backbone=backbone,
-        sam=sam,
-        openseg=build_openseg(cfg),
-        sem_seg_head=build_frozenseg_head(cfg, backbone, sam),
+    return {
+        "backbone": backbone,
+        "sam": sam,
+        "openseg": build_openseg(cfg),
+        "sem_seg_head": build_frozenseg_head(cfg, backbone, sam),
         **fcclip_arguments(cfg, backbone),
-        train_vocabulary=train_vocabulary,
-        test_vocabulary=test_vocabulary,
-    )
+    }
 
 
 def build_openseg(cfg: CfgNode) -> OpenSegEnsemble | None:
@@ -353,7 +343,10 @@ COMPILABLE = {
     "mask_decoder": lambda model: model.sem_seg_head.predictor,
 }
 # Published names; one line adds a part.
-META_ARCHITECTURES = {"FCCLIP": build_fcclip, "FrozenSeg": build_frozenseg}
+META_ARCHITECTURES: dict[str, tuple[type[Architecture], Callable[[CfgNode], dict[str, Any]]]] = {
+    "FCCLIP": (FCCLIP, fcclip_parts),
+    "FrozenSeg": (FrozenSeg, frozenseg_parts),
+}
 BACKBONES = {"CLIP": build_clip_backbone}
 SEM_SEG_HEADS = {"FCCLIPHead": build_fcclip_head}
 PIXEL_DECODERS = {"MSDeformAttnPixelDecoder": build_pixel_decoder}

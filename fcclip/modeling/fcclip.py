@@ -188,6 +188,7 @@ class FCCLIP(nn.Module):
                     ),
                     dense=features.dense[index],
                     vocabulary=own,
+                    file_name=str(inputs[index].get("file_name", "")),
                 )
         return records
 

@@ -15,6 +15,8 @@ NAMES = Path(fcclip.vocabulary.__file__).parent / "names"
 COUNTS = {  # name: (classes, things)
     "ade20k_150": (150, 100),
     "ade20k_847": (847, 0),
+    "bdd100k_19": (19, 8),
+    "bdd100k_40": (40, 10),
     "cityscapes": (19, 8),
     "coco_panoptic": (133, 80),
     "coco_stuff_171": (171, 0),
@@ -30,6 +32,8 @@ COUNTS = {  # name: (classes, things)
 LABELS = {
     "ade20k_150": "0df97c917dc71a72",
     "ade20k_847": "64e5ee5711c0df11",
+    "bdd100k_19": "1d7c30c50b0092f2",
+    "bdd100k_40": "151f27cab7687fca",
     "cityscapes": "0c83d240ce1509c0",
     "coco_panoptic": "e3dd780e14ea35d1",
     "coco_stuff_171": "0d4a5be9276bc553",
@@ -53,6 +57,7 @@ SEEN = [
     ("ade20k_847", "windowpane", "window-other"),
     ("ade20k_847", "television receiver", "tv"),
     ("ade20k_847", "forest", "tree-merged"),
+    ("bdd100k_19", "road", "road"),
     ("cityscapes", "vegetation", "tree-merged"),
     ("cityscapes", "terrain", "grass-merged"),
     ("mapillary_vistas", "Ground Animal", "cow"),
@@ -71,6 +76,7 @@ UNSEEN = [  # what COCO panoptic leaves out, or knows only a small part of
     ("ade20k_150", "sculpture"),
     ("ade20k_847", "coffin"),
     ("ade20k_847", "straw"),
+    ("bdd100k_40", "lane divider"),
     ("cityscapes", "pole"),
     ("cityscapes", "rider"),
     ("mapillary_vistas", "Curb"),
