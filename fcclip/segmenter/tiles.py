@@ -50,7 +50,7 @@ def spans(side: int, tile: int) -> list[Span]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A segment of one tile, as run lengths in the whole image."""
+    """A segment of one tile; a thing is placed in the whole image."""
 
     tile: int
     segment: NamedSegment
@@ -99,7 +99,9 @@ def segment_tiles(image: np.ndarray, *, tile: int, segment: Callable[[np.ndarray
 
 
 def placed(found: NamedSegment, rows: Span, columns: Span, size: tuple[int, int]) -> NamedSegment:
-    """A segment of a tile as one of the whole image (h, w)."""
+    """A segment of a tile as one of the whole image (h, w); of stuff the place is not asked for."""
+    if not found.isthing:
+        return found
     left, top, right, bottom = found.box
     mask = found.mask[top:bottom, left:right]
     top, left = top + rows.start, left + columns.start
