@@ -11,7 +11,7 @@ from fcclip.modeling import Architecture
 from fcclip.modeling.unknown import other_names
 from fcclip.vocabulary import Vocabulary, builtin_names
 
-VOID_THRESHOLD = 0.4  # of `unknown`; chosen on shapes_tune (docs/class_names.md)
+VOID_THRESHOLD = 0.3  # of `unknown`; chosen on shapes_tune (docs/class_names.md)
 
 VocabularyInput = str | Sequence[str] | Vocabulary
 

@@ -184,7 +184,7 @@ def _for_others(model: Architecture, cfg: CfgNode) -> tuple[CfgNode, list[Path],
 
 
 def _is_shipped(name: str) -> bool:
-    return (assets_dir() / name).is_file()
+    return Path(name).name == name and (assets_dir() / name).is_file()
 
 
 def card(model: Architecture, results: Mapping[str, Any]) -> str:
