@@ -7,6 +7,7 @@ lies.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -123,15 +124,12 @@ def join(
     by_class: dict[int, list[int]] = {}
     for index, piece in enumerate(pieces):
         by_class.setdefault(piece.segment.category_id, []).append(index)
+    view = functools.cache(lambda index, tile: seen_in(pieces[index], windows[pieces[index].tile], windows[tile], size))
     for indices in by_class.values():
+        pairs = itertools.pairwise(indices)
         if pieces[indices[0]].segment.isthing:
-            pairs = [
-                (indices[first], indices[second])
-                for first, second in meeting([pieces[index] for index in indices])
-                if agree(pieces[indices[first]], pieces[indices[second]], windows, size)
-            ]
-        else:
-            pairs = list(itertools.pairwise(indices))
+            pairs = ((indices[i], indices[j]) for i, j in meeting([pieces[index] for index in indices]))
+            pairs = [(i, j) for i, j in pairs if agree(view(i, pieces[j].tile), view(j, pieces[i].tile))]
         for first, second in pairs:
             leader[lead(second)] = lead(first)
     groups: dict[int, list[tuple[int, Piece]]] = {}
@@ -149,14 +147,23 @@ def meeting(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
     return np.argwhere(np.triu(overlap & (tiles[:, None] != tiles))).tolist()
 
 
-def agree(first: Piece, second: Piece, windows: Sequence[tuple[Span, Span]], size: tuple[int, int]) -> bool:
-    """Whether two tiles see about the same of a segment where they overlap."""
-    sides = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(windows[first.tile], windows[second.tile])]
-    (top, bottom), (left, right) = sides
+def seen_in(
+    piece: Piece, own: tuple[Span, Span], other: tuple[Span, Span], size: tuple[int, int]
+) -> tuple[dict[str, Any], int]:
+    """The part of a piece that lies in another tile too: its run lengths, and its pixels."""
+    (top, bottom), (left, right) = ((max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(own, other))
     band = run_lengths(np.ones((bottom - top, right - left), bool), top=top, left=left, size=size)
-    seen = [coco_mask.merge([dict(piece.segment.rle), band], intersect=True) for piece in (first, second)]
-    both, either = (int(coco_mask.area(coco_mask.merge(seen, intersect=each))) for each in (True, False))
-    return both >= AGREEMENT * either > 0
+    part = coco_mask.merge([dict(piece.segment.rle), band], intersect=True)
+    return part, int(coco_mask.area(part))
+
+
+def agree(first: tuple[dict[str, Any], int], second: tuple[dict[str, Any], int]) -> bool:
+    """Whether two tiles see about the same of a segment where they overlap."""
+    smaller, larger = sorted((first[1], second[1]))
+    if smaller < AGREEMENT * larger or smaller == 0:
+        return False
+    both = int(coco_mask.area(coco_mask.merge([first[0], second[0]], intersect=True)))
+    return both >= AGREEMENT * (smaller + larger - both)
 
 
 def joined_segments(

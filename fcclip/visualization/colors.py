@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 
 PALETTE_SIZE = 256  # classes before colours repeat
-FIRST = 60  # the colours that are farthest from each other
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,15 +32,15 @@ def _palette() -> np.ndarray:
 def class_colors(names: Sequence[str]) -> list[tuple[int, int, int]]:
     """RGB colours of the classes of an image, 0..255.
 
-    A class has the colour of its name, one of `FIRST`, in every vocabulary; only where two names of a vocabulary ask
-    for the same one does the later take the next that is free. Colours repeat after `PALETTE_SIZE` classes.
+    A class has the colour of its name in every vocabulary; only where two names of one ask for the same does the later
+    take the next that is free. Colours repeat after `PALETTE_SIZE` classes.
     """
     owners: dict[int, str] = {}
     colors = []
     for name in names:
         if len(owners) == PALETTE_SIZE:
             owners.clear()
-        index = zlib.crc32(name.encode()) % FIRST
+        index = zlib.crc32(name.encode()) % PALETTE_SIZE
         while index in owners:
             index = (index + 1) % PALETTE_SIZE
         owners[index] = name
