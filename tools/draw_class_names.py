@@ -1,6 +1,6 @@
 """Draws the images of docs/class_names.md and of the README with the shipped weights.
 
-    python tools/draw_class_names.py --output docs
+python tools/draw_class_names.py --output docs
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ SHEETS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]]]] = {
         "shapes_2",
         {
             "shapes without colours": ("circle; square; cross; brick:stuff; wood:stuff", {}),
-            "and their colours": ("orange circle; pink square; green square; orange cross; brick:stuff; wood:stuff", {}),
+            "and their colours": (
+                "orange circle; pink square; green square; orange cross; brick:stuff; wood:stuff",
+                {},
+            ),
             "all 60 names of the world": ("shapes", {}),
         },
     ),

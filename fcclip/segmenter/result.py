@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import supervision as sv
@@ -28,20 +28,9 @@ from fcclip.vocabulary import Vocabulary
 KINDS = ("panoptic", "instances", "semantic")
 
 
-class Outputs(Protocol):
-    """Where a result has its parts from; see `Segmentation`, which says what they are."""
-
-    vocabulary: Vocabulary
-    panoptic: np.ndarray
-    segments: tuple[NamedSegment, ...]
-    instances: tuple[NamedSegment, ...]
-    semantic: np.ndarray
-    embeddings: np.ndarray
-
-
 @dataclass(frozen=True)
 class Computed:
-    """Parts that are there already, and nothing to make others of."""
+    """The parts of a result, of which `Segmentation` says what they are, without anything to make others of."""
 
     vocabulary: Vocabulary
     panoptic: np.ndarray
@@ -122,14 +111,18 @@ class Scored:
         return self._head("semantic")["sem_seg"].cpu().numpy().astype(np.int32)
 
     def embed(self, masks: np.ndarray) -> np.ndarray:
-        """See `Segmentation.embed`."""
-        regions = torch.from_numpy(np.ascontiguousarray(masks, dtype=bool))
-        return self.model.embed_regions(self.scored, regions).cpu().numpy()
+        """See `Segmentation.embed`; one mask at a time, so that memory does not grow with their number."""
+        parts = np.array_split(np.asarray(masks, bool), max(1, len(masks)))
+        found = [self.model.embed_regions(self.scored, torch.from_numpy(part)) for part in parts]
+        return torch.cat(found).cpu().numpy()
 
     @functools.cached_property
     def embeddings(self) -> np.ndarray:
-        masks = [self.panoptic == segment.id for segment in self.segments]
-        return self.embed(np.stack(masks) if masks else np.zeros((0, *self.panoptic.shape), bool))
+        nothing = self.embed(np.zeros((0, *self.panoptic.shape), bool))
+        return np.concatenate([nothing, *(self.embed(segment.mask[None]) for segment in self.segments)])
+
+
+Outputs = Computed | Scored
 
 
 @dataclass(frozen=True, eq=False)
