@@ -16,6 +16,7 @@ classifier.py     mask pooling, similarity to class names, the geometric ensembl
 out_of_vocabulary.py  OUT_OF_VOCABULARY_CLASSIFIERS: region embeddings by the frozen CLIP
 outputs.py        semantic, panoptic and instance inference
 output_masks.py   masks at the output size, a few queries or a few rows at a time
+unknown.py        UnknownMasks: names that nobody asked for, scored beside the asked ones
 augmentation.py   test-time augmentation: AugmentedModel, the mean semantic maps of an image's variants
 position.py       sine position embedding
 """

@@ -193,7 +193,7 @@ def test_the_predictor_gives_what_the_segmenter_gives(shapes, both_models, both_
     output = predictor(rgb[:, :, ::-1])
     expected = Segmenter(own_cfg, weights=str(tmp_path / "model.pth"))(rgb)
     ids, segments = output["panoptic_seg"]
-    assert np.array_equal(ids.numpy(), expected.panoptic_map)
+    assert np.array_equal(ids.numpy(), expected.panoptic)
     assert sorted(segment["score"] for segment in segments) == sorted(segment.score for segment in expected.segments)
     (direct,) = ours([predictor_input(rgb, channels)])
     assert torch.equal(output["sem_seg"], direct["sem_seg"])
