@@ -43,7 +43,7 @@ def check_clip_file(issues: Issues, cfg: CfgNode, part: CLIPBackbone, fingerprin
         return issues.add(WARNING, text, remedy)
     with torch.device("cpu" if fingerprint else "meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch, that tensors without values are not written to
-        clip = build_clip(name, str(path), quick_gelu=quick_gelu)
+        clip = build_clip(name, str(path), quick_gelu=quick_gelu, families=(type(part),))
     issues.add(OK, f"{name}: the weights '{pretrained}' fit")
     if fingerprint:
         clip.check(fingerprint, {}, source="MODEL.WEIGHTS")
