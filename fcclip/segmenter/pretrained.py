@@ -168,7 +168,8 @@ def _for_others(model: Architecture, cfg: CfgNode) -> tuple[CfgNode, list[Path],
     values, defaults = flatten(cfg), flatten(get_cfg())
     kept = {key: values[key] for key in keys_that("decides_predictions")}
     kept |= {
-        f"DATASETS.{name}": [it for it in values[f"DATASETS.{name}"] if it in DATASETS] for name in ("TRAIN", "TEST")
+        f"DATASETS.{name}": [data for data in values[f"DATASETS.{name}"] if data in DATASETS]
+        for name in ("TRAIN", "TEST")
     }
     files, is_whole = [], False
     for part in frozen_parts(model).values():

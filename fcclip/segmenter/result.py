@@ -113,8 +113,8 @@ class Scored:
     def embed(self, masks: np.ndarray) -> np.ndarray:
         """See `Segmentation.embed`; one mask at a time, so that memory does not grow with their number."""
         parts = np.array_split(np.asarray(masks, bool), max(1, len(masks)))
-        found = [self.model.embed_regions(self.scored, torch.from_numpy(part)) for part in parts]
-        return torch.cat(found).cpu().numpy()
+        rows = [self.model.embed_regions(self.scored, torch.from_numpy(part)) for part in parts]
+        return torch.cat(rows).cpu().numpy()
 
     @functools.cached_property
     def embeddings(self) -> np.ndarray:
@@ -223,7 +223,7 @@ class Segmentation:
         """The image with masks, outlines and names: (H, W, 3) uint8 RGB; small images are enlarged.
 
         Args:
-            kind: "panoptic", "instances" or "semantic".
+            kind: "panoptic"; "instances", all of them, so ask for them with `min_score`; or "semantic".
             scores: write scores after names.
             legend: a list of the classes below the image.
         """

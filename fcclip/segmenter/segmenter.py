@@ -187,8 +187,8 @@ class Segmenter:
         else:
             outputs = [Scored(self.model, scored, naming) for scored in self._score(images, naming.vocabulary)]
         results = [
-            Segmentation(pixels, found, str(source) if isinstance(source, (str, Path)) else "")
-            for pixels, found, source in zip(images, outputs, sources)
+            Segmentation(pixels, parts, str(source) if isinstance(source, (str, Path)) else "")
+            for pixels, parts, source in zip(images, outputs, sources)
         ]
         return results if is_list else results[0]
 
@@ -222,8 +222,8 @@ class Segmenter:
         return {"image": channels, "height": height, "width": width}
 
     def _tiled(self, image: np.ndarray, naming: Naming, tile: int) -> Computed:
-        def segment(part: np.ndarray) -> Scored:
+        def look(part: np.ndarray) -> Scored:
             [scored] = self._score([part], naming.vocabulary)
             return Scored(self.model, scored, naming)
 
-        return segment_tiles(image, tile=tile, segment=segment)
+        return segment_tiles(image, tile=tile, look=look)

@@ -55,16 +55,15 @@ class Piece:
 
     tile: int
     segment: NamedSegment
-    embedding: np.ndarray | None = None
 
 
-def segment_tiles(image: np.ndarray, *, tile: int, segment: Callable[[np.ndarray], Outputs]) -> Computed:
+def segment_tiles(image: np.ndarray, *, tile: int, look: Callable[[np.ndarray], Outputs]) -> Computed:
     """An image in tiles, one after the other, so that what is held beside its maps does not grow with it.
 
     Args:
         image: (h, w, 3) uint8 RGB.
         tile: side of a tile, pixels.
-        segment: gives the outputs of a tile.
+        look: gives the outputs of a tile.
 
     Raises:
         ValueError: a tile below `SMALLEST`.
@@ -73,47 +72,44 @@ def segment_tiles(image: np.ndarray, *, tile: int, segment: Callable[[np.ndarray
         raise InputError(f"tile is the side of a tile in pixels, at least {SMALLEST}, got {tile}")
     height, width = size = image.shape[:2]
     panoptic, semantic = np.zeros(size, np.int32), np.zeros(size, np.int32)
-    pieces: list[Piece] = []  # of the panoptic map, in the order of their numbers in it, from 1
+    pieces: list[Piece] = []  # of the panoptic map, which has their positions here, counted from 1
+    embeddings: list[np.ndarray] = []
     instances: list[Piece] = []
     windows = list(itertools.product(spans(height, tile), spans(width, tile)))
     for index, (rows, columns) in enumerate(windows):
-        outputs = segment(image[rows.start : rows.stop, columns.start : columns.stop])
-        number = np.zeros(1 + max((found.id for found in outputs.segments), default=0), np.int32)
-        for found, embedding in zip(outputs.segments, outputs.embeddings):
-            pieces.append(Piece(index, placed(found, rows, columns, size), embedding))
-            number[found.id] = len(pieces)
-        instances += [Piece(index, placed(found, rows, columns, size)) for found in outputs.instances]
+        outputs = look(image[rows.start : rows.stop, columns.start : columns.stop])
+        number = np.zeros(1 + max((segment.id for segment in outputs.segments), default=0), np.int32)
+        for segment in outputs.segments:
+            pieces.append(Piece(index, placed(segment, rows, columns, size)))
+            number[segment.id] = len(pieces)
+        embeddings.extend(outputs.embeddings)
+        instances += [Piece(index, placed(segment, rows, columns, size)) for segment in outputs.instances]
         core = slice(rows.core_start, rows.core_stop), slice(columns.core_start, columns.core_stop)
-        part = (
-            slice(core[0].start - rows.start, core[0].stop - rows.start),
-            slice(core[1].start - columns.start, core[1].stop - columns.start),
-        )
+        part = tuple(slice(s.start - span.start, s.stop - span.start) for s, span in zip(core, (rows, columns)))
         panoptic[core] = number[outputs.panoptic[part]]
         semantic[core] = outputs.semantic[part]
 
-    groups = join(pieces, windows, size)
-    segments, embeddings = joined_segments(panoptic, groups, outputs.vocabulary.class_names)
-    merged = [merged_instance(group) for group in join(instances, windows, size)]
-    merged.sort(key=lambda found: -found.score)
-    merged = [replace(found, id=number) for number, found in enumerate(merged, start=1)]
-    return Computed(outputs.vocabulary, panoptic, segments, tuple(merged), semantic, embeddings)
+    names = outputs.vocabulary.class_names
+    segments, means = joined_segments(panoptic, pieces, embeddings, join(pieces, windows, size), names)
+    merged = [merged_instance([instances[i].segment for i in group]) for group in join(instances, windows, size)]
+    merged.sort(key=lambda segment: -segment.score)
+    numbered = tuple(replace(segment, id=number) for number, segment in enumerate(merged, start=1))
+    return Computed(outputs.vocabulary, panoptic, segments, numbered, semantic, means)
 
 
-def placed(found: NamedSegment, rows: Span, columns: Span, size: tuple[int, int]) -> NamedSegment:
+def placed(segment: NamedSegment, rows: Span, columns: Span, size: tuple[int, int]) -> NamedSegment:
     """A segment of a tile as one of the whole image (h, w); of stuff the place is not asked for."""
-    if not found.isthing:
-        return found
-    left, top, right, bottom = found.box
-    mask = found.mask[top:bottom, left:right]
+    if not segment.isthing:
+        return segment
+    left, top, right, bottom = segment.box
+    mask = segment.mask[top:bottom, left:right]
     top, left = top + rows.start, left + columns.start
     box = (left, top, left + mask.shape[1], top + mask.shape[0])
-    return replace(found, rle=run_lengths(mask, top=top, left=left, size=size), box=box)
+    return replace(segment, rle=run_lengths(mask, top=top, left=left, size=size), box=box)
 
 
-def join(
-    pieces: Sequence[Piece], windows: Sequence[tuple[Span, Span]], size: tuple[int, int]
-) -> list[list[tuple[int, Piece]]]:
-    """The pieces that are one segment, each with its number from 1."""
+def join(pieces: Sequence[Piece], windows: Sequence[tuple[Span, Span]], size: tuple[int, int]) -> list[list[int]]:
+    """The positions of the pieces that are one segment, for each segment."""
     leader = list(range(len(pieces)))
 
     def lead(index: int) -> int:
@@ -132,9 +128,9 @@ def join(
             pairs = [(i, j) for i, j in pairs if agree(view(i, pieces[j].tile), view(j, pieces[i].tile))]
         for first, second in pairs:
             leader[lead(second)] = lead(first)
-    groups: dict[int, list[tuple[int, Piece]]] = {}
-    for index, piece in enumerate(pieces):
-        groups.setdefault(lead(index), []).append((index + 1, piece))
+    groups: dict[int, list[int]] = {}
+    for index in range(len(pieces)):
+        groups.setdefault(lead(index), []).append(index)
     return list(groups.values())
 
 
@@ -167,36 +163,39 @@ def agree(first: tuple[dict[str, Any], int], second: tuple[dict[str, Any], int])
 
 
 def joined_segments(
-    panoptic: np.ndarray, groups: Sequence[Sequence[tuple[int, Piece]]], class_names: Sequence[str]
+    panoptic: np.ndarray,
+    pieces: Sequence[Piece],
+    embeddings: Sequence[np.ndarray],
+    groups: Sequence[Sequence[int]],
+    class_names: Sequence[str],
 ) -> tuple[tuple[NamedSegment, ...], np.ndarray]:
-    """The segments of the whole map, whose piece numbers become segment ids in place; and what CLIP sees in each, the
+    """The segments of the whole map, in which the numbers of pieces become segment ids; and what CLIP sees in each, the
     mean over its pieces by area."""
-    ids = np.zeros(1 + sum(map(len, groups)), np.int32)
+    ids = np.zeros(1 + len(pieces), np.int32)
     for number, group in enumerate(groups, start=1):
-        ids[[index for index, _ in group]] = number
-    for rows in panoptic:  # one row at a time, so that no second map is made
-        rows[:] = ids[rows]
-    areas = np.bincount(panoptic.ravel(), minlength=len(groups) + 1)
+        ids[np.array(group) + 1] = number
+    for row in panoptic:  # one at a time, so that no second map is made
+        row[:] = ids[row]
+    areas = np.bincount(panoptic.ravel(), minlength=len(groups) + 1).tolist()
     records, means = [], {}
     for number, group in enumerate(groups, start=1):
+        best = max((pieces[index].segment for index in group), key=lambda segment: segment.score)
         if areas[number]:
-            best = max((piece.segment for _, piece in group), key=lambda found: found.score)
             record = {"id": number, "category_id": best.category_id, "isthing": best.isthing}
-            records.append({**record, "score": best.score, "area": int(areas[number])})
-            mean = sum(piece.embedding * piece.segment.area for _, piece in group)
+            records.append({**record, "score": best.score, "area": areas[number]})
+            mean = sum(embeddings[index] * pieces[index].segment.area for index in group)
             means[number] = mean / max(np.linalg.norm(mean), 1e-12)
     segments = named_segments(panoptic, records, class_names)
-    return segments, np.array([means[found.id] for found in segments], np.float32)
+    return segments, np.array([means[segment.id] for segment in segments], np.float32)
 
 
-def merged_instance(group: Sequence[tuple[int, Piece]]) -> NamedSegment:
+def merged_instance(segments: Sequence[NamedSegment]) -> NamedSegment:
     """One thing of its pieces, with the score of the best."""
-    found = [piece.segment for _, piece in group]
-    best = max(found, key=lambda piece: piece.score)
-    if len(found) == 1:
+    best = max(segments, key=lambda segment: segment.score)
+    if len(segments) == 1:
         return best
-    rle: dict[str, Any] = coco_mask.merge([dict(piece.rle) for piece in found])
-    boxes = np.array([piece.box for piece in found])
-    box = tuple(int(side) for side in (*boxes[:, :2].min(0), *boxes[:, 2:].max(0)))
+    rle = coco_mask.merge([dict(segment.rle) for segment in segments])
+    boxes = np.array([segment.box for segment in segments])
+    box = (*boxes[:, :2].min(0).tolist(), *boxes[:, 2:].max(0).tolist())
     counts = {"size": list(map(int, rle["size"])), "counts": rle["counts"].decode("ascii")}
     return replace(best, rle=counts, box=box, area=int(coco_mask.area(rle)))

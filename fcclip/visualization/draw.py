@@ -97,10 +97,13 @@ def draw_instances(
 ) -> np.ndarray:
     """Draws masks (h, w) bool that may overlap, one a segment, the larger ones first; else as `draw_panoptic`."""
     _check(image, segments, class_names)
-    pieces = []
+    factor, pieces = _factor(image.shape), []
     for segment, mask in sorted(zip(segments, masks), key=lambda pair: -pair[0].area):
-        ids = _enlarged_ids(mask.astype(np.int32))
-        pieces += [(segment, ids[place] == 1, place) for place in ndimage.find_objects(ids)]
+        for place in ndimage.find_objects(mask.astype(np.int8)):
+            share = cv2.resize(mask[place].astype(np.float32), None, fx=factor, fy=factor)
+            share = cv2.GaussianBlur(share, (0, 0), factor / 2) if factor > 1 else share
+            larger = tuple(slice(side.start * factor, side.stop * factor) for side in place)
+            pieces.append((segment, share >= 0.5, larger))
     return _draw(image, pieces, class_names, scores=scores, legend=legend)
 
 

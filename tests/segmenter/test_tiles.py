@@ -65,7 +65,7 @@ BALLS = [(50, 50, 20), (100, 110, 45), (160, 40, 25), (30, 200, 12), (170, 190, 
 @pytest.mark.parametrize("tile", [64, 100, 128, 1000])
 def test_things_and_stuff_are_joined_across_seams(tile):
     image = scene(200, 240, BALLS)
-    result, whole = segment_tiles(image, tile=tile, segment=sees), sees(image)
+    result, whole = segment_tiles(image, tile=tile, look=sees), sees(image)
     assert [(found.name, found.score, found.area, found.box, found.rle) for found in result.segments] == [
         (found.name, found.score, found.area, found.box, found.rle) for found in whole.segments
     ]
@@ -81,7 +81,7 @@ def test_things_and_stuff_are_joined_across_seams(tile):
 def test_neighbours_of_one_class_stay_two_things():
     image = scene(64, 160, [])
     image[20:40, 20:75, 0], image[20:40, 75:140, 0] = 1, 2
-    result = segment_tiles(image, tile=64, segment=sees)
+    result = segment_tiles(image, tile=64, look=sees)
     assert sorted(found.box for found in result.segments if found.isthing) == [(20, 20, 75, 40), (75, 20, 140, 40)]
 
 
@@ -91,7 +91,7 @@ def test_eight_thousand_by_six_thousand_pixels_take_a_bounded_number_of_bytes_a_
     height, width = 6000, 8000
     image, every_tile = np.zeros((height, width, 3), np.uint8), sees(scene(2048, 2048, [(1024, 1024, 300)]))
     tracemalloc.start()
-    result = segment_tiles(image, tile=2048, segment=lambda part: every_tile)
+    result = segment_tiles(image, tile=2048, look=lambda part: every_tile)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert result.panoptic.shape == (height, width)
