@@ -2,7 +2,7 @@
 # pyproject.toml and setup.py do not change.
 #
 #   make quickstart   render the shapes world, train, evaluate, draw, print the table
-#   make test         the test suite
+#   make test         the test suite, in two processes
 #   make build        compile the faster engines of deformable attention for this machine (optional; needs a C++ compiler)
 #   make demo         segment images of the shapes world with the shipped weights
 #   make lint         ruff
@@ -23,7 +23,7 @@ quickstart: $(STAMP)
 	$(RUN) tools/quickstart.py $(QUICKSTART_ARGS)
 
 test: $(STAMP)
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS)
 
 build: $(STAMP)
 	$(RUN) -m fcclip.ops.build

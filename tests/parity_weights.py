@@ -7,6 +7,8 @@ recorded fixtures without shipping hundreds of megabytes of parameters.
 
 import math
 import zlib
+from contextlib import AbstractContextManager
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,6 +36,15 @@ def seeded_tensor(key: str, shape: tuple[int, ...]) -> torch.Tensor:
     else:
         value = noise / math.sqrt(math.prod(shape[1:]))
     return torch.from_numpy(np.asarray(value, np.float32).reshape(shape))
+
+
+def without_initialisation() -> AbstractContextManager:
+    """For a model whose weights are all replaced: random ones take seconds."""
+
+    def same(self: torch.Tensor, *_, **__) -> torch.Tensor:
+        return self
+
+    return mock.patch.multiple(torch.Tensor, uniform_=same, normal_=same, erfinv_=same)
 
 
 def seeded_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:

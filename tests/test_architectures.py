@@ -163,8 +163,18 @@ def test_the_segmenter_finds_class_names_with_it(cfg):
     pixels = sample_image()["image"].permute(1, 2, 0).numpy()
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
     result = Segmenter(cfg, weights="random")(pixels, "red circle; sand:stuff")
-    assert result.panoptic_map.shape == pixels.shape[:2]
+    assert result.panoptic.shape == pixels.shape[:2]
     assert {segment.name for segment in result.segments} <= {"red circle", "sand"}
+    assert result.relabel("blue star").panoptic.shape == pixels.shape[:2]
+
+
+def test_what_is_scored_once_is_named_anew_as_if_it_were_looked_at_again(model):
+    other = Vocabulary.from_names("red circle; cup; sand:stuff; dog")
+    [scored], [expected] = model.score([sample_image()]), model.score([sample_image()], other)
+    found = model.rescore(scored, other)
+    assert torch.equal(found.in_logits, expected.in_logits) and torch.equal(found.out_logits, expected.out_logits)
+    assert found.seen.tolist() == expected.seen.tolist() and found.vocabulary is other
+    assert torch.equal(found.masks.mask_logits, expected.masks.mask_logits)
 
 
 def test_every_architecture_has_a_smallest_config():

@@ -5,8 +5,8 @@
 
 Each data set is evaluated with the image sizes, outputs and vocabulary it was published with; a KEY that is given wins,
 and its figures are then not compared. Beside the row stand the published one of the same backbone and the difference.
-Without --datasets, a model trained on COCO is evaluated on the nine benchmarks (those that are missing are named), any
-other on its config's DATASETS.TEST.
+Without --datasets, a model trained on COCO is evaluated on the table's benchmarks (those that are missing are named),
+any other on its config's DATASETS.TEST.
 
 Writes into FOLDER: results.json, results.md, log.txt, and for each data set its predictions. An evaluation that was
 interrupted goes on with --resume, also with another number of processes, and gives the numbers of one that was not.

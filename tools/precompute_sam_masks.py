@@ -8,6 +8,9 @@ or not at all; files that are there stay, so that a run goes on where it was sto
 parts, for N processes at a time. An image that fails is named at the end and does not stop the others.
 
 Leaves with 0; with 1 when some images have failed, or nothing could begin.
+
+The package segment-anything gives binary masks alone. For those that stay, it is asked a second time, with the prompt
+that each came from, so that the logits of all candidates need not be held until then.
 """
 
 from __future__ import annotations
@@ -18,15 +21,25 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from rich.progress import track
+from torch import Tensor
 
-from fcclip.config import resolve_device
+from fcclip.config import lookup, resolve_device, resolve_file
 from fcclip.data import get_dataset, read_image
-from fcclip.errors import InputError, is_users, run_program
+from fcclip.errors import InputError, NotInstalledError, is_users, run_program
 from fcclip.files import listed
-from fcclip.modeling.automatic_masks import build_mask_generator
 from fcclip.modeling.openseg import save_sam_masks
+from fcclip.modeling.output_masks import resize
+from fcclip.weights.files import read_weight_file
+from fcclip.weights.frozen import load_frozen
+
+# What FrozenSeg changes of the package's settings.
+SETTINGS = {"pred_iou_thresh": 0.8, "stability_score_thresh": 0.7, "min_mask_region_area": 100}
+PROMPTS = 16  # masks whose logits are asked for at once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,11 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{args.dataset}: {len(own)} images, {len(own) - len(missing)} have masks in {folder}")
     failures = []
     if missing:
-        masks_of = build_mask_generator(args.sam, args.weights, device=resolve_device(args.device))
+        generator = build_generator(args.sam, args.weights, device=resolve_device(args.device))
     for file in track(missing, description=args.sam, disable=not sys.stdout.isatty()):
         try:
             image = read_image(file)
-            logits, rle = masks_of(image, limit=args.limit)
+            logits, rle = automatic_masks(generator, image, limit=args.limit)
             save_sam_masks(folder / f"{file.stem}.npz", logits, image_size=image.shape[:2], rle=rle)
         except Exception as error:
             if not is_users(error):
@@ -61,6 +74,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def build_generator(name: str, weights: str, *, device: torch.device) -> Any:
+    """The package's generator with Meta's weights; `name` is vit_b, vit_l or vit_h.
+
+    Raises:
+        NotInstalledError: the package is missing.
+        ValueError, FileNotFoundError: an unknown name, weights that are missing or of another SAM.
+    """
+    try:
+        from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
+    except ImportError as error:
+        raise NotInstalledError(
+            "automatic masks need the package segment-anything: pip install 'fcclip[sam]'"
+        ) from error
+    sam = lookup("SAM", name, {key: sam_model_registry[key] for key in ("vit_b", "vit_l", "vit_h")})()
+    path = resolve_file(weights, what="weights of SAM")
+    load_frozen(sam, read_weight_file(path, what="weights of SAM").tensors, source=str(path), what=f"SAM '{name}'")
+    return SamAutomaticMaskGenerator(sam.to(device).eval(), output_mode="coco_rle", **SETTINGS)
+
+
+@torch.no_grad()
+def automatic_masks(generator: Any, image: np.ndarray, *, limit: int) -> tuple[Tensor, list[str]]:
+    """The largest masks of an image, the largest first.
+
+    Args:
+        generator: a `SamAutomaticMaskGenerator` with COCO's run lengths as output.
+        image: (H, W, 3) uint8, RGB.
+        limit: at most so many.
+
+    Returns:
+        logits (J, h, w) over the image, its longer side 256 cells, and the masks at the size of the image as COCO's
+        compressed run lengths.
+    """
+    predictor = generator.predictor
+    forget, predictor.reset_image = predictor.reset_image, lambda: None  # the embedding is needed once more
+    try:
+        records = sorted(generator.generate(image), key=lambda record: -record["area"])[:limit]
+        chunks = [records[start : start + PROMPTS] for start in range(0, len(records), PROMPTS)]
+        logits = [prompted_logits(predictor, chunk) for chunk in chunks]
+    finally:
+        predictor.reset_image = forget
+    size = tuple(max(1, round(256 * side / max(image.shape[:2]))) for side in image.shape[:2])
+    maps = [resize(chunk, size) for chunk in logits] or [torch.zeros(0, *size)]
+    return torch.cat(maps), [record["segmentation"]["counts"] for record in records]
+
+
+def prompted_logits(predictor: Any, records: Sequence[dict]) -> Tensor:
+    """Of each record's mask over the part of SAM's square that shows the image."""
+    points = np.array([record["point_coords"][0] for record in records])
+    coords = torch.as_tensor(predictor.transform.apply_coords(points, predictor.original_size))
+    coords = coords.to(predictor.device, torch.float32)[:, None]
+    labels = torch.ones(coords.shape[:2], dtype=torch.int, device=predictor.device)
+    _, qualities, logits = predictor.predict_torch(coords, labels, multimask_output=True, return_logits=True)
+    wanted = torch.tensor([record["predicted_iou"] for record in records], device=qualities.device)
+    best = (qualities - wanted[:, None]).abs().argmin(1)  # of the three masks of a prompt
+    chosen = logits[torch.arange(len(records), device=best.device), best]
+    side = predictor.model.image_encoder.img_size
+    height, width = predictor.input_size
+    return resize(chosen, (side, side))[:, :height, :width]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

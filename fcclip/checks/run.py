@@ -5,11 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from fcclip.checks.clip import check_clip
 from fcclip.checks.data import check_test_set, check_training_set
+from fcclip.checks.frozen import check_frozen
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.machine import check_disk, check_machine, check_output_folder
-from fcclip.checks.sam import check_sam
 from fcclip.checks.training import check_evaluation, check_settings
 from fcclip.checks.vocabulary import check_vocabularies
 from fcclip.checks.weights import check_model, check_weights
@@ -18,6 +17,7 @@ from fcclip.data import distinct_datasets
 from fcclip.engine import scale_to_world_size
 from fcclip.finetuning import check_finetuning
 from fcclip.finetuning.replay import with_replay_mapper
+from fcclip.weights import frozen_parts
 
 
 def check_run(
@@ -63,11 +63,9 @@ def check_run(
     with issues.section("vocabulary"):
         names = list({**train, **test, **former})
         vocabulary = check_vocabularies(issues, cfg, names, weights=file, training=training)
-    with issues.section("CLIP"):
-        check_clip(issues, cfg, model, file)
-    if getattr(model, "sam", None) is not None:
-        with issues.section("SAM"):
-            check_sam(issues, cfg, model, file)
+    for prefix, part in frozen_parts(model).items() if model is not None else ():
+        with issues.section(part.notes_key.upper()):
+            check_frozen(issues, cfg, prefix, part, file)
     if training:
         with issues.section("training"):
             check_settings(issues, cfg, model=model, vocabulary=vocabulary, world_size=world_size)

@@ -37,19 +37,34 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
             full path), a KEY without a VALUE.
     """
     source = find_config(path)
+    cfg = config_of(_read(source, chain=()), where=str(path), overrides=overrides)
+    if unused := told_without_effect(source):
+        logger.info("keys of %s without effect: %s", path, unused)
+    return cfg
+
+
+def config_of(tree: Mapping[str, Any], *, where: str, overrides: Sequence[Any] = ()) -> CfgNode:
+    """The config of a tree of keys, as a YAML file holds it: defaults, then the tree, then `overrides`; frozen.
+
+    Args:
+        tree: groups of keys, or "KEY.OF.LEAF" -> value.
+        where: what messages call it.
+        overrides: as for `load_config`.
+
+    Raises:
+        ValueError: unknown key, value of a wrong type, a KEY without a VALUE.
+    """
     cfg = get_cfg()
     known = flatten(cfg).keys()
-    for key, value in flatten(_read(source, chain=())).items():
+    for key, value in flatten(tree).items():
         if key in known or not why_without_effect(key):
-            _assign(cfg, key, value, where=str(path))
+            _assign(cfg, key, value, where=where)
     if len(overrides) % 2:
         raise InputError(
             f"overrides come in pairs KEY VALUE, got {len(overrides)} words: {' '.join(map(str, overrides))}"
         )
     for key, value in zip(overrides[::2], overrides[1::2]):
         _assign(cfg, str(key), value, where="command line")
-    if unused := told_without_effect(source):
-        logger.info("keys of %s without effect: %s", path, unused)
     cfg.freeze()
     return cfg
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from fcclip.config import lookup
 from fcclip.data.dataset import Dataset
 from fcclip.data.datasets.ade20k import ade20k_full_sem_seg, ade20k_instances, ade20k_panoptic, ade20k_sem_seg
+from fcclip.data.datasets.bdd100k import bdd100k_panoptic, bdd100k_sem_seg
 from fcclip.data.datasets.cityscapes import cityscapes_panoptic
 from fcclip.data.datasets.coco import coco_instances, coco_panoptic, coco_stuff_sem_seg
 from fcclip.data.datasets.folds import COCO_20I, NUM_FOLDS, PASCAL_5I, SPLITS, fold_dataset, transfer_dataset
@@ -39,6 +40,8 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     **_splits("openvocab_ade20k_sem_seg_{}", ade20k_sem_seg),
     **_splits("openvocab_cityscapes_fine_panoptic_{}", cityscapes_panoptic),
     **_splits("openvocab_mapillary_vistas_panoptic_{}", mapillary_vistas_panoptic),
+    **_splits("bdd10k_40_panoptic_{}", bdd100k_panoptic),
+    **_splits("bdd10k_{}_sem_seg", bdd100k_sem_seg),
     **_splits("openvocab_ade20k_full_sem_seg_{}", ade20k_full_sem_seg),
     **_splits("openvocab_pascal_ctx59_sem_seg_{}", pascal_context_59),
     **_splits("openvocab_pascal_ctx459_sem_seg_{}", pascal_context_459),

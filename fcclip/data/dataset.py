@@ -47,7 +47,8 @@ class Dataset:
         parse: makes the same records of the content of the annotation file, looking for no file; None: they do not
             come from one file, or only `load` knows how.
         published_count: images of the published set; None: unknown.
-        published_vocabulary: name of the published file with prompt-engineered synonyms; None: there is none.
+        published_vocabulary: name of the published file with prompt-engineered synonyms; None: there is none, and what
+            was published had its own class names.
         part_of: name of the built-in vocabulary whose classes that file has, where they are more than those of the
             data set; None: they are the same.
         benchmark: what tables call it.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -136,7 +138,7 @@ def read_label_map(path: str | Path) -> np.ndarray:
 
 @contextmanager
 def opened(
-    path: str | Path,
+    source: str | Path | BinaryIO,
     *,
     if_missing: str = "though the data set lists it. Restore the file, or check that the folder of the data set "
     "($DETECTRON2_DATASETS, or a path in your YAML) is the one you mean.",
@@ -145,16 +147,17 @@ def opened(
     """An image whose pixels are not decoded yet; what goes wrong in the block is told of the file too.
 
     Args:
-        path: the file.
+        source: the file, or its content.
         if_missing, if_broken: ends of messages, what to do.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is not an image, or is broken.
     """
-    path = Path(path)
+    in_memory = isinstance(source, io.IOBase)
+    path = Path("the encoded image" if in_memory else source)
     try:
-        with Image.open(path) as image:
+        with Image.open(source if in_memory else path) as image:
             yield image
     except FileNotFoundError as error:
         raise MissingFileError(f"{path}: no such image, {if_missing}") from error

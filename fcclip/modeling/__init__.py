@@ -5,7 +5,6 @@ build.py          build_model: from a config to a model; the dicts in which name
 fcclip.py         FCCLIP: the parts put together; losses in training, predictions else
 frozenseg.py      FrozenSeg: FC-CLIP, and a frozen SAM that its decoder looks at
 openseg.py        automatic masks of SAM in semantic maps: read, named, weighed
-automatic_masks.py  masks of SAM with soft logits, by the package segment-anything
 fusioner.py       Fusioner: the same for tokens of two encoders and one binary decision a class
 fusion.py         its trained parts: fusion, decoder, cosines and loss
 windows.py        Windows: what a network of a fixed input size says of a larger image
@@ -20,6 +19,7 @@ classifier.py     mask pooling, similarity to class names, the geometric ensembl
 out_of_vocabulary.py  OUT_OF_VOCABULARY_CLASSIFIERS: region embeddings by the frozen CLIP
 outputs.py        semantic, panoptic and instance inference
 output_masks.py   masks at the output size, a few queries or a few rows at a time
+unknown.py        UnknownMasks: names that nobody asked for, scored beside the asked ones
 augmentation.py   test-time augmentation: AugmentedModel, the mean semantic maps of an image's variants
 position.py       sine position embedding
 """

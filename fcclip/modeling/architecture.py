@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,6 +36,8 @@ class ScoredMasks:
         masks: of the queries, at any size.
         dense: (C, h, w), the backbone's dense features.
         vocabulary: the K classes.
+        file_name: of the image; "" for none.
+        class_embeddings, region_embeddings: (Q, D), of which the logits of both are made; None: there are none.
     """
 
     in_logits: Tensor
@@ -45,6 +47,9 @@ class ScoredMasks:
     masks: OutputMasks
     dense: Tensor
     vocabulary: Vocabulary
+    file_name: str = field(default="", kw_only=True)
+    class_embeddings: Tensor | None = field(default=None, kw_only=True)
+    region_embeddings: Tensor | None = field(default=None, kw_only=True)
 
     @torch.no_grad()
     def class_logits(self, ensemble: Ensemble | tuple[float, float]) -> Tensor:
@@ -111,6 +116,13 @@ class Architecture(Protocol):
 
     def score(self, inputs: Sequence[Mapping[str, Any]], vocabulary: Vocabulary | None = None) -> list[ScoredMasks]:
         """One pass of the network; one record an image, which can be weighed and drawn as often as wanted."""
+
+    def rescore(self, scored: ScoredMasks, vocabulary: Vocabulary) -> ScoredMasks:
+        """What `score` gives for the same image and another vocabulary, without looking at the image again."""
+
+    def embed_regions(self, scored: ScoredMasks, masks: Tensor) -> Tensor:
+        """What the frozen CLIP sees in any regions of a scored image: (n, h, w) bool at the size of its outputs ->
+        (n, D), unit length."""
 
     def outputs(
         self,

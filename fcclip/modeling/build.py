@@ -58,8 +58,8 @@ def build_model(
         train_vocabulary = dataset_vocabulary(cfg.DATASETS.TRAIN[0], folder)
     if test_vocabulary is None and cfg.DATASETS.TEST:
         test_vocabulary = dataset_vocabulary(cfg.DATASETS.TEST[0], folder)
-    build = lookup("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
-    model = build(cfg, train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary)
+    architecture, parts = lookup("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
+    model = architecture(**parts(cfg), train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary)
     compile_parts(model, cfg.MODEL.COMPILE)
     return model.to(resolve_device(cfg.MODEL.DEVICE)).eval()
 
@@ -107,18 +107,12 @@ class Levels(Protocol):
     embed_dim: int
 
 
-def build_fcclip(cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None) -> FCCLIP:
-    """FC-CLIP from its config."""
+def fcclip_parts(cfg: CfgNode) -> dict[str, Any]:
+    """What `FCCLIP` takes besides its vocabularies."""
     backbone = lookup("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONES)(cfg)
     check_embed_dim(cfg, backbone)
     head = lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS)(cfg, backbone)
-    return FCCLIP(
-        backbone=backbone,
-        sem_seg_head=head,
-        **fcclip_arguments(cfg, backbone),
-        train_vocabulary=train_vocabulary,
-        test_vocabulary=test_vocabulary,
-    )
+    return {"backbone": backbone, "sem_seg_head": head, **fcclip_arguments(cfg, backbone)}
 
 
 def check_embed_dim(cfg: CfgNode, backbone: CLIPBackbone) -> None:
@@ -153,10 +147,8 @@ def text_cache(cfg: CfgNode) -> Path:
     return Path(folder).expanduser() if folder else cache_folder()
 
 
-def build_fusioner(
-    cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None
-) -> Fusioner:
-    """Fusioner from its config."""
+def fusioner_parts(cfg: CfgNode) -> dict[str, Any]:
+    """What `Fusioner` takes besides its vocabularies."""
     key, fusioner = "MODEL.BACKBONE.NAME", cfg.MODEL.FUSIONER
     backbone = lookup(key, cfg.MODEL.BACKBONE.NAME, VISION_ENCODERS)(cfg)
     [patch] = backbone.strides.values() if len(backbone.strides) == 1 else [1]
@@ -169,11 +161,11 @@ def build_fusioner(
     templates = lookup("MODEL.FUSIONER.TEMPLATES", fusioner.TEMPLATES, TEMPLATE_SETS)
     build_text = lookup("MODEL.FUSIONER.TEXT_ENCODER", fusioner.TEXT_ENCODER, TEXT_ENCODERS)
     text_backbone, text_encoder = build_text(cfg, backbone, cache_dir=text_cache(cfg), templates=templates)
-    return Fusioner(
-        backbone=backbone,
-        text_backbone=text_backbone,
-        text_encoder=text_encoder,
-        fusion=Fusion(
+    return {
+        "backbone": backbone,
+        "text_backbone": text_backbone,
+        "text_encoder": text_encoder,
+        "fusion": Fusion(
             vision_dim=[*backbone.channels.values()][-1],
             text_dim=text_encoder.dim,
             width=fusioner.WIDTH,
@@ -182,18 +174,16 @@ def build_fusioner(
             dropout=fusioner.DROPOUT,
             drop_path_rate=fusioner.DROP_PATH_RATE,
         ),
-        decoder=ConvDecoder(width=fusioner.WIDTH),
-        temperature=fusioner.TEMPERATURE,
-        windows=Windows(fusioner.WINDOW, fusioner.WINDOW_BORDER) if fusioner.WINDOW else None,
-        pixel_mean=cfg.MODEL.PIXEL_MEAN,
-        pixel_std=cfg.MODEL.PIXEL_STD,
-        size_divisibility=divisibility,
-        heads=enabled_heads(cfg),
-        ensemble=lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg)),
-        output_settings=build_output_settings(cfg),
-        train_vocabulary=train_vocabulary,
-        test_vocabulary=test_vocabulary,
-    )
+        "decoder": ConvDecoder(width=fusioner.WIDTH),
+        "temperature": fusioner.TEMPERATURE,
+        "windows": Windows(fusioner.WINDOW, fusioner.WINDOW_BORDER) if fusioner.WINDOW else None,
+        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+        "pixel_std": cfg.MODEL.PIXEL_STD,
+        "size_divisibility": divisibility,
+        "heads": enabled_heads(cfg),
+        "ensemble": lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg)),
+        "output_settings": build_output_settings(cfg),
+    }
 
 
 def build_clip_text(cfg: CfgNode, backbone: nn.Module, **options: Any) -> tuple[CLIPBackbone | None, TextEncoder]:
@@ -339,23 +329,19 @@ def mask_decoder_arguments(cfg: CfgNode, *, embed_dim: int) -> dict[str, Any]:
     }
 
 
-def build_frozenseg(
-    cfg: CfgNode, *, train_vocabulary: Vocabulary | None, test_vocabulary: Vocabulary | None
-) -> FrozenSeg:
-    """FrozenSeg from its config."""
+def frozenseg_parts(cfg: CfgNode) -> dict[str, Any]:
+    """What `FrozenSeg` takes besides its vocabularies."""
     backbone = lookup("MODEL.BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME, BACKBONES)(cfg)
     check_embed_dim(cfg, backbone)
     lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, {"FrozenSegHead": None})
     sam = build_sam_encoder(cfg)
-    return FrozenSeg(
-        backbone=backbone,
-        sam=sam,
-        openseg=build_openseg(cfg),
-        sem_seg_head=build_frozenseg_head(cfg, backbone, sam),
+    return {
+        "backbone": backbone,
+        "sam": sam,
+        "openseg": build_openseg(cfg),
+        "sem_seg_head": build_frozenseg_head(cfg, backbone, sam),
         **fcclip_arguments(cfg, backbone),
-        train_vocabulary=train_vocabulary,
-        test_vocabulary=test_vocabulary,
-    )
+    }
 
 
 def build_openseg(cfg: CfgNode) -> OpenSegEnsemble | None:
@@ -417,7 +403,11 @@ COMPILABLE = {
     "mask_decoder": lambda model: model.sem_seg_head.predictor,
 }
 # Published names; one line adds a part.
-META_ARCHITECTURES = {"FCCLIP": build_fcclip, "FrozenSeg": build_frozenseg, "Fusioner": build_fusioner}
+META_ARCHITECTURES: dict[str, tuple[type[Architecture], Callable[[CfgNode], dict[str, Any]]]] = {
+    "FCCLIP": (FCCLIP, fcclip_parts),
+    "FrozenSeg": (FrozenSeg, frozenseg_parts),
+    "Fusioner": (Fusioner, fusioner_parts),
+}
 BACKBONES = {"CLIP": build_clip_backbone}
 FUSIONER_FAMILIES = (ViTCLIP, *FAMILIES)
 VISION_ENCODERS: dict[str, Callable[[CfgNode], CLIPBackbone | TimmViT]] = {

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.losses import SetCriterion
@@ -173,7 +174,8 @@ class FCCLIP(nn.Module):
             # class names do not see each other before the softmax, so a vocabulary's logits can be cut out of all
             rows = slice(None) if len(groups) == 1 else indices
             in_logits = cut_classes(class_logits[rows], classes.start, classes.stop)
-            out_logits, valid = self.classify(features.dense[rows], mask_logits[rows], text)
+            regions, valid = self.pool(features.dense[rows], mask_logits[rows])
+            out_logits = text_logits(regions, text, self.backbone.logit_scale)
             for row, index in enumerate(indices):
                 records[index] = ScoredMasks(
                     in_logits=in_logits[row],
@@ -188,8 +190,30 @@ class FCCLIP(nn.Module):
                     ),
                     dense=features.dense[index],
                     vocabulary=own,
+                    file_name=str(inputs[index].get("file_name", "")),
+                    class_embeddings=proposals.class_embeddings[-1][index],
+                    region_embeddings=regions[row],
                 )
         return records
+
+    @torch.no_grad()
+    def rescore(self, scored: ScoredMasks, vocabulary: Vocabulary) -> ScoredMasks:
+        """See `Architecture`; both classifiers' embeddings meet other class names, and the masks stay."""
+        text = self.text_encoder.encode(vocabulary)
+        named, scale = with_void(text, self.void_embedding.weight), self.sem_seg_head.predictor.logit_scale
+        return replace(
+            scored,
+            in_logits=text_logits(scored.class_embeddings, named, scale),
+            out_logits=text_logits(scored.region_embeddings, text, self.backbone.logit_scale),
+            seen=vocabulary.seen_by(self.seen_vocabulary),
+            vocabulary=vocabulary,
+        )
+
+    @torch.no_grad()
+    def embed_regions(self, scored: ScoredMasks, masks: Tensor) -> Tensor:
+        """See `Architecture`."""
+        inside = scored.masks.cells_of(masks, tuple(scored.dense.shape[-2:]))
+        return F.normalize(self.classifier(scored.dense[None], inside[None])[0].float(), dim=-1)
 
     @torch.no_grad()
     def score_masks(self, scored: ScoredMasks, queries: Tensor, mask_logits: Tensor) -> ScoredMasks:
@@ -201,13 +225,15 @@ class FCCLIP(nn.Module):
             mask_logits: (n, h, w) at the size of the dense features.
         """
         text = self.text_encoder.encode(scored.vocabulary)
-        out_logits, valid = self.classify(scored.dense[None], mask_logits[None], text)
+        regions, valid = self.pool(scored.dense[None], mask_logits[None])
         return replace(
             scored,
             in_logits=scored.in_logits[queries],
-            out_logits=out_logits[0],
+            out_logits=text_logits(regions, text, self.backbone.logit_scale)[0],
             valid=None if valid is None else valid[0],
             masks=replace(scored.masks, mask_logits=mask_logits),
+            class_embeddings=scored.class_embeddings[queries],
+            region_embeddings=regions[0],
         )
 
     @torch.no_grad()
@@ -244,9 +270,8 @@ class FCCLIP(nn.Module):
         """Masks with the opinion of the in-vocabulary classifier on K classes and void."""
         return self.sem_seg_head(features.levels, with_void(text, self.void_embedding.weight), all_sets=all_sets)
 
-    def classify(self, dense: Tensor, mask_logits: Tensor, text: TextEmbeddings) -> tuple[Tensor, Tensor | None]:
-        """The opinion of the out-of-vocabulary classifier: dense features (B, C, h, w), mask logits (B, Q, ·, ·) and K
-        classes without void -> logits (B, Q, K), and (B, Q) bool, queries to which the ensemble applies; None: all."""
+    def pool(self, dense: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the out-of-vocabulary classifier names: dense features (B, C, h, w) and mask logits (B, Q, ·, ·) ->
+        region embeddings (B, Q, D), and (B, Q) bool, queries to which the ensemble applies; None: all."""
         small = resize_masks(mask_logits, dense.shape[-2:])
-        logits = text_logits(self.classifier(dense, small), text, self.backbone.logit_scale)
-        return logits, (small > 0).flatten(2).any(-1) if self.ensemble_on_valid_mask else None
+        return self.classifier(dense, small), (small > 0).flatten(2).any(-1) if self.ensemble_on_valid_mask else None

@@ -6,7 +6,6 @@ Legend: B images, Q queries, d width, hw cells of a level.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,16 +32,8 @@ from fcclip.modeling.outputs import OutputSettings
 from fcclip.modeling.position import sine_positions
 from fcclip.modeling.sam_pixel_decoder import FrozenSegPixelDecoder
 from fcclip.structures import Features, TextEmbeddings
-from fcclip.vocabulary import Vocabulary
 
 SAM_LEVEL = "sam"  # name of SAM's features among the levels
-
-
-@dataclass(frozen=True)
-class NamedScoredMasks(ScoredMasks):
-    """Scored masks of an image whose file is known: `file_name`, "" for none."""
-
-    file_name: str
 
 
 class FrozenSeg(FCCLIP):
@@ -74,14 +65,6 @@ class FrozenSeg(FCCLIP):
             return features
         sam = self.sam(inputs, divisibility=self.size_divisibility)
         return Features({**features.levels, SAM_LEVEL: sam}, dense=features.dense)
-
-    def score(self, inputs: Samples, vocabulary: Vocabulary | None = None) -> list[NamedScoredMasks]:
-        """As `FCCLIP.score`."""
-        files = [str(sample.get("file_name", "")) for sample in inputs]
-        return [
-            NamedScoredMasks(**vars(scored), file_name=file)
-            for scored, file in zip(super().score(inputs, vocabulary), files)
-        ]
 
     @torch.no_grad()
     def outputs(

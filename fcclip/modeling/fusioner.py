@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from fcclip.modeling.architecture import Ensemble, ExtraLosses, ScoredMasks
 from fcclip.modeling.backbones.clip import CLIPBackbone
 from fcclip.modeling.backbones.vit import TimmViT
+from fcclip.modeling.classifier import mask_pool
 from fcclip.modeling.fusion import ConvDecoder, Fusion, binary_loss, cosine_logits
 from fcclip.modeling.inputs import (
     Samples,
@@ -148,32 +150,38 @@ class Fusioner(nn.Module):
         default = self.test_vocabulary if vocabulary is None else vocabulary
         vocabularies = [vocabulary_of(sample, default) for sample in inputs]
         size = tuple(images.shape[-2:])
+        dense = images if self.windows else self.backbone(images).dense
+        places = [
+            OutputMasks(
+                mask_logits=images.new_zeros(0, 1, 1),
+                padded_size=own if self.windows else size,
+                image_size=own,
+                output_size=output_size(sample, own),
+            )
+            for sample, own in zip(inputs, sizes)
+        ]
         if self.windows is None:
-            dense = self.backbone(images).dense
             planes = self.planes(dense, vocabularies, size)
         else:
-            dense = images  # nothing is pooled
-            planes = [
-                self.windows.mean(image[:, :h, :w], lambda part, own=own: self.window_planes(part, own))
-                for image, (h, w), own in zip(images, sizes, vocabularies)
-            ]
-        return [
-            ScoredMasks(
-                in_logits=sure(len(own), self.device),
-                out_logits=sure(len(own), self.device)[:, :-1],
-                seen=own.seen_by(self.seen_vocabulary),
-                valid=None,
-                masks=OutputMasks(
-                    mask_logits=planes[index],
-                    padded_size=size if self.windows is None else sizes[index],
-                    image_size=sizes[index],
-                    output_size=output_size(sample, sizes[index]),
-                ),
-                dense=dense[index],
-                vocabulary=own,
-            )
-            for index, (sample, own) in enumerate(zip(inputs, vocabularies))
-        ]
+            planes = [self.windowed(*image) for image in zip(dense, sizes, vocabularies)]
+        return [self.scored(*image) for image in zip(planes, places, dense, vocabularies)]
+
+    @torch.no_grad()
+    def rescore(self, scored: ScoredMasks, vocabulary: Vocabulary) -> ScoredMasks:
+        """See `Architecture`; names see each other in the fusion, which runs again, and below windows so does the
+        vision encoder."""
+        if self.windows is None:
+            [planes] = self.planes(scored.dense[None], [vocabulary], scored.masks.padded_size)
+        else:
+            planes = self.windowed(scored.dense, scored.masks.image_size, vocabulary)
+        return self.scored(planes, scored.masks, scored.dense, vocabulary)
+
+    @torch.no_grad()
+    def embed_regions(self, scored: ScoredMasks, masks: Tensor) -> Tensor:
+        """See `Architecture`; what the vision encoder sees: the mean of the tokens."""
+        dense = (self.backbone(scored.dense[None]).dense if self.windows else scored.dense[None]).float()
+        inside = scored.masks.cells_of(masks, tuple(dense.shape[-2:]))
+        return F.normalize(mask_pool(dense, inside[None])[0], dim=-1)
 
     @torch.no_grad()
     def outputs(
@@ -231,6 +239,24 @@ class Fusioner(nn.Module):
             logits = cosine_logits(pixels, classes, size, temperature=self.temperature)
             planes |= {index: best_names(names, texts[index]) for index, names in zip(indices, logits)}
         return [planes[index] for index in range(len(texts))]
+
+    def scored(self, planes: Tensor, place: OutputMasks, dense: Tensor, vocabulary: Vocabulary) -> ScoredMasks:
+        """The record of an image: its planes (K, ·, ·) as masks at a place, and what they were made of."""
+        logits = sure(len(vocabulary), self.device)
+        return ScoredMasks(
+            in_logits=logits,
+            out_logits=logits[:, :-1],
+            seen=vocabulary.seen_by(self.seen_vocabulary),
+            valid=None,
+            masks=replace(place, mask_logits=planes),
+            dense=dense,
+            vocabulary=vocabulary,
+        )
+
+    def windowed(self, image: Tensor, size: tuple[int, int], vocabulary: Vocabulary) -> Tensor:
+        """A normalised image (3, ·, ·), of which `size` is not padding -> the planes (K, *size) by windows."""
+        image = image[:, : size[0], : size[1]]
+        return self.windows.mean(image, lambda part: self.window_planes(part, vocabulary))
 
     def window_planes(self, window: Tensor, vocabulary: Vocabulary) -> Tensor:
         """A normalised window (3, H, W) -> the planes (K, H, W) of its classes."""

@@ -29,11 +29,13 @@ class MaskProposals:
         class_logits: tensors (B, Q, K + 1), void last.
         mask_embeddings: tensors (B, Q, mask_dim).
         mask_features: (B, mask_dim, h, w).
+        class_embeddings: tensors (B, Q, D), of which `text_logits` makes the class logits; empty: not kept.
     """
 
     class_logits: list[Tensor]
     mask_embeddings: list[Tensor]
     mask_features: Tensor
+    class_embeddings: Sequence[Tensor] = ()
 
     def mask_logits(self, index: int = -1) -> Tensor:
         """(B, Q, h, w) of one prediction set."""
@@ -263,12 +265,13 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         x = self.query_feat.weight[None].expand(len(mask_features), -1, -1)
         query_position = self.query_embed.weight
         num_layers = len(self.transformer_cross_attention_layers)
-        class_logits, mask_embeddings = [], []
+        class_logits, mask_embeddings, class_embeddings = [], [], []
         for step in range(num_layers + 1):
             normed = self.decoder_norm(x)
             embedding = self.mask_embed(normed)
             if all_sets or step == num_layers:
-                class_logits.append(self.classify(normed, embedding, mask_features, text))
+                class_embeddings.append(self.embed_classes(normed, embedding, mask_features))
+                class_logits.append(text_logits(class_embeddings[-1], text, self.logit_scale))
                 mask_embeddings.append(embedding)
             if step == num_layers:
                 break
@@ -279,14 +282,15 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             x = self.transformer_cross_attention_layers[step](x, query_position, memory, position, blocked)
             x = self.transformer_self_attention_layers[step](x, query_position)
             x = self.transformer_ffn_layers[step](x)
-        return MaskProposals(class_logits, mask_embeddings, mask_features)
+        return MaskProposals(class_logits, mask_embeddings, mask_features, class_embeddings)
 
-    def classify(self, normed: Tensor, embedding: Tensor, mask_features: Tensor, text: TextEmbeddings) -> Tensor:
-        """The in-vocabulary classifier: normed queries (B, Q, d), mask embeddings -> logits (B, Q, K + 1)."""
+    def embed_classes(self, normed: Tensor, embedding: Tensor, mask_features: Tensor) -> Tensor:
+        """The in-vocabulary classifier before it meets any class: normed queries (B, Q, d), mask embeddings ->
+        (B, Q, D), of any length."""
         with torch.no_grad():
             mask_logits = mask_product(embedding, mask_features)
         pooled = self._mask_pooling_proj(mask_pool(mask_features, mask_logits))
-        return text_logits(self.class_embed(pooled + normed), text, self.logit_scale)
+        return self.class_embed(pooled + normed)
 
 
 @torch.no_grad()

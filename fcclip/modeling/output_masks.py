@@ -41,6 +41,14 @@ class OutputMasks:
         size = tuple(mask_logits.shape[-2:])
         return cls(mask_logits, size, size, size)
 
+    def cells_of(self, regions: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Regions of the output, (n, h, w) bool, on a grid over the padded image: (n, *grid), above 0 in the cells of
+        which a region has most, compared with its fullest cell."""
+        shares = F.interpolate(regions[None].to(self.mask_logits.device, torch.float32), self.image_size, mode="area")
+        padding = [whole - side for whole, side in zip(self.padded_size, self.image_size)]
+        shares = F.adaptive_avg_pool2d(F.pad(shares, (0, padding[1], 0, padding[0])), grid)[0]
+        return shares - shares.amax((-2, -1), keepdim=True) / 2
+
     def rows(self, queries: Tensor | None = None, *, maps: int = 0) -> Iterator[tuple[slice, Tensor]]:
         """Mask logits of all queries, some rows of the output at a time.
 

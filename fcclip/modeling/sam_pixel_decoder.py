@@ -108,18 +108,17 @@ class FrozenSegPixelDecoder(MSDeformAttnPixelDecoder):
 
     Args:
         sam_channels: channels of SAM's features.
-        layout: of `LAYOUTS`.
         decoder: as for `MSDeformAttnPixelDecoder`; the encoder on SAM's level has the same width, heads, layers, …
     """
 
-    def __init__(self, *, sam_channels: int, layout: str = "clean", **decoder: Any) -> None:
+    def __init__(self, *, sam_channels: int, **decoder: Any) -> None:
         super().__init__(**decoder)
         dim = decoder["dim"]
         self.fpn3 = nn.Sequential(
             nn.Conv2d(sam_channels, dim, 3, stride=2, padding=1), nn.GroupNorm(32, dim), nn.ReLU()
         )
         shared = {key: decoder[key] for key in ("dim", "heads", "num_layers", "feedforward", "dropout", "engine")}
-        self.sam_transformer = SamTransformer(layout=layout, **shared)
+        self.sam_transformer = SamTransformer(**shared)
 
     def refine(self, sam: Tensor) -> Tensor:
         """SAM's features (B, sam_channels, h, w) -> (B, d, h / 2, w / 2), rounded up; always fp32."""

@@ -122,11 +122,13 @@ def _merged(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
 
 
 def published_settings(dataset: Dataset) -> dict[str, Any]:
-    """What a benchmark was published with: sizes of its images, and an output for each of its columns."""
-    tasks = {column["task"] for column in benchmark(dataset.name)["columns"].values()}
+    """What a benchmark was published with: sizes of its images, an output for each column, keys of its own."""
+    known = benchmark(dataset.name)
+    tasks = {column["task"] for column in known["columns"].values()}
     outputs = {"panoptic": "panoptic_seg" in tasks, "instance": "segm" in tasks, "semantic": "sem_seg" in tasks}
     sizes = dict(zip(("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST"), dataset.test_size))
-    return {f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON": is_on for head, is_on in outputs.items()} | sizes
+    heads = {f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON": is_on for head, is_on in outputs.items()}
+    return heads | sizes | known.get("settings", {})
 
 
 def _place(dataset: Dataset) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import zlib
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -27,26 +29,34 @@ def _palette() -> np.ndarray:
     return rgb[chosen]
 
 
-def class_color(index: int) -> tuple[int, int, int]:
-    """RGB colour of a class, 0..255.
+def class_colors(names: Sequence[str]) -> list[tuple[int, int, int]]:
+    """RGB colours of the classes of an image, 0..255.
 
-    Any first n classes are well separated; colours repeat after `PALETTE_SIZE` classes.
-
-    Args:
-        index: contiguous class index, from 0.
+    A class has the colour of its name in every vocabulary; only where two names of one ask for the same does the later
+    take the next that is free. Colours repeat after `PALETTE_SIZE` classes.
     """
-    red, green, blue = _palette()[index % PALETTE_SIZE]
-    return int(red), int(green), int(blue)
+    owners: dict[int, str] = {}
+    colors = []
+    for name in names:
+        if len(owners) == PALETTE_SIZE:
+            owners.clear()
+        index = zlib.crc32(name.encode()) % PALETTE_SIZE
+        while index in owners:
+            index = (index + 1) % PALETTE_SIZE
+        owners[index] = name
+        red, green, blue = _palette()[index]
+        colors.append((int(red), int(green), int(blue)))
+    return colors
 
 
-def instance_color(index: int, instance: int) -> tuple[int, int, int]:
-    """RGB colour of one instance of a thing class: the class colour, a little lighter or darker.
+def shade(color: tuple[int, int, int], instance: int) -> tuple[int, int, int]:
+    """The colour of one instance of a thing class: the class colour, a little lighter or darker.
 
     Args:
-        index: contiguous class index, from 0.
+        color: RGB of the class, 0..255.
         instance: 0 for the first instance of the class in the image (exactly the class colour), 1 for the second, ...
     """
     shift = (0.0, 0.3, -0.25, 0.5, -0.4)[instance % 5]  # towards white above 0, towards black below
     target = 255 if shift > 0 else 0
-    red, green, blue = (round(c + abs(shift) * (target - c)) for c in class_color(index))
+    red, green, blue = (round(part + abs(shift) * (target - part)) for part in color)
     return red, green, blue

@@ -25,10 +25,13 @@ logger = logging.getLogger(__name__)
 _MARKS = {"thing": True, "stuff": False}
 _NAMES = Path(__file__).resolve().parent / "names"
 _PLACEHOLDER = "invalid_class_id"
-# SHA-256 of the prompt-engineered vocabulary files with which the published numbers were obtained.
+# SHA-256 of the vocabulary files with which the published numbers were obtained: prompt-engineered ones, but of BDD100K
+# its own class names, which are ours.
 _PUBLISHED = {
     "3204c154e2c524ce2575f873838893fc25d68c5c4f7973f2d4ee76d7e24bb781": "ade20k_150_with_prompt_eng.txt",
     "173d44806d8b3ca94cfb8947f459e6ecdb90770387b3a4116fdd78e8e111d732": "ade20k_847_with_prompt_eng.txt",
+    "1c0acd251e1fdf8359e85f3a4a76c1a64c95f8a9a7b68df6f6a00a11e149450b": "bdd100k_19.json",
+    "6c8043c2edb613c45b71798062eee697715feb2e70ef0ed1df62453f4893e84a": "bdd100k_40.json",
     "e4afc7fb7776a05213822333a48ad708448a0fd25eb819b2ea7ef253af164b43": "cityscapes_with_prompt_eng.txt",
     "560169ea22202460c3b9427df387f8d1778e94dadecd38554da683e2097cda9f": "coco_panoptic_with_prompt_eng.txt",
     "af860dc8362af7c7fed556b79014cfbf775b7ece2279b11317a16260cdca9bcb": "coco_stuff_with_prompt_eng.txt",
@@ -109,7 +112,7 @@ class Vocabulary:
 
     @property
     def is_published(self) -> bool:
-        """Whether it was read from one of the published prompt-engineered files."""
+        """Whether it was read from one of the files with which numbers were published."""
         return self.source_sha256 in _PUBLISHED
 
     def seen_by(self, training: Vocabulary | None) -> Tensor:

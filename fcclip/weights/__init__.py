@@ -7,6 +7,7 @@ frozen.py      FrozenPart: an encoder that no training changes, which files name
 """
 
 from fcclip.weights.checkpoint import (
+    FORMER,
     has_layouts,
     initialise_from,
     is_base,
@@ -32,6 +33,7 @@ from fcclip.weights.frozen import (
 )
 
 __all__ = [
+    "FORMER",
     "FrozenPart",
     "WeightFile",
     "frozen_notes",

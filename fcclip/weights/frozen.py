@@ -40,6 +40,14 @@ class FrozenPart(nn.Module):
         """Whether no weights were loaded into it."""
         return False
 
+    def load_named(self, name: str, weights: str) -> None:
+        """Loads the weights that the last of `config_keys` names; `name` is what the first one says.
+
+        Raises:
+            MissingFileError, InputError: they are not there, or of another part.
+        """
+        raise NotImplementedError
+
     def fingerprint(self) -> dict[str, Any]:
         """What files keep of it, as JSON values; `weights` is `weights_hash`."""
         return {"weights": self.weights_hash()}

@@ -42,6 +42,8 @@ CLASSES: dict[str, tuple[Label, Label, Label]] = {
     "openvocab_ade20k_sem_seg_{}": (Label(0, 0), Label(1, 1), Label(149, 149)),
     "openvocab_cityscapes_fine_panoptic_{}": (Label(33, 18), Label(7, 0), Label(26, 13)),
     "openvocab_mapillary_vistas_panoptic_{}": (Label(1, 0), Label(65, 64), Label(55, 54)),
+    "bdd10k_40_panoptic_{}": (Label(31, 30), Label(1, 0), Label(40, 39)),
+    "bdd10k_{}_sem_seg": (Label(0, 0), Label(13, 13), Label(18, 18)),
     "openvocab_ade20k_full_sem_seg_{}": (Label(0, 0), Label(300, 300), Label(846, 846)),
     "openvocab_pascal_ctx59_sem_seg_{}": (Label(0, 0), Label(1, 1), Label(58, 58)),
     "openvocab_pascal_ctx459_sem_seg_{}": (Label(0, 0), Label(256, 256), Label(458, 458)),
@@ -225,6 +227,23 @@ def _mapillary_vistas(root: Path, split: str, classes: tuple[Label, ...]) -> Non
     write_json(folder / "panoptic" / "panoptic_2018.json", content)
 
 
+def _bdd100k_panoptic(root: Path, split: str, classes: tuple[Label, ...]) -> None:
+    """As BDD100K's own converter writes it: numbers for images, flags that are true or false."""
+    folder, images, annotations = root / "bdd100k/labels/pan_seg", [], []
+    for index, size in enumerate(SIZES):
+        stem = _bdd_stem(index, split)
+        write_image(root / "bdd100k/images/10k" / split / f"{stem}.jpg", size, index)
+        ids = quarters(*size, (31 + index, classes[1].dataset_id, 300), 0)
+        write_ids(folder / "coco_pano" / split / f"{stem}.png", ids)
+        categories = {31 + index: classes[0], classes[1].dataset_id: classes[1], 300: classes[2]}
+        segments = segments_of(ids, {segment_id: label.dataset_id for segment_id, label in categories.items()}, (300,))
+        segments = [{**entry, "iscrowd": bool(entry["iscrowd"]), "ignore": 0} for entry in segments]
+        annotations.append({"image_id": index + 1, "file_name": f"{stem}.png", "segments_info": segments})
+        images.append({"id": index + 1, "file_name": f"{stem}.jpg", "width": size[1], "height": size[0]})
+    content = {"images": images, "annotations": annotations, "categories": categories_of("bdd100k_40")}
+    write_json(folder / "meta" / f"coco_{split}.json", content)
+
+
 # ---- instances ----
 
 
@@ -344,6 +363,10 @@ def _voc_stem(index: int, split: str) -> str:
     return f"{2007 + index}_{33 + 1000 * index:06d}"
 
 
+def _bdd_stem(index: int, split: str) -> str:
+    return f"7d06fefd-f7be{index:04x}"
+
+
 def _semantic(
     root: Path,
     split: str,
@@ -382,6 +405,14 @@ WRITERS: dict[str, Callable[[Path, str, tuple[Label, ...]], None]] = {
     "openvocab_ade20k_sem_seg_{}": partial(_semantic, labels="ADEChallengeData2016/annotations_detectron2", **_ade),
     "openvocab_cityscapes_fine_panoptic_{}": _cityscapes,
     "openvocab_mapillary_vistas_panoptic_{}": _mapillary_vistas,
+    "bdd10k_40_panoptic_{}": _bdd100k_panoptic,
+    "bdd10k_{}_sem_seg": partial(
+        _semantic,
+        stem=_bdd_stem,
+        images="bdd100k/images/10k",
+        labels="bdd100k/labels/sem_seg/masks",
+        folders={"train": "train", "val": "val"},
+    ),
     "openvocab_ade20k_full_sem_seg_{}": partial(_semantic, labels="ADE20K_2021_17_01/annotations_detectron2", **_full),
     "openvocab_pascal_ctx59_sem_seg_{}": partial(_semantic, labels="pascal_ctx_d2/annotations_ctx59", **_context),
     "openvocab_pascal_ctx459_sem_seg_{}": partial(

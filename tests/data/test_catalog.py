@@ -16,6 +16,8 @@ PUBLISHED = {
     "openvocab_ade20k_sem_seg_{}": (150, 0, 255, "sem_seg"),
     "openvocab_cityscapes_fine_panoptic_{}": (19, 8, 255, "cityscapes_panoptic_seg"),
     "openvocab_mapillary_vistas_panoptic_{}": (65, 37, 65, "mapillary_vistas_panoptic_seg"),
+    "bdd10k_40_panoptic_{}": (40, 10, 255, "coco_panoptic_seg"),
+    "bdd10k_{}_sem_seg": (19, 0, 255, "sem_seg"),
     "openvocab_ade20k_full_sem_seg_{}": (847, 0, 65535, "sem_seg"),
     "openvocab_pascal_ctx59_sem_seg_{}": (59, 0, 255, "sem_seg"),
     "openvocab_pascal_ctx459_sem_seg_{}": (459, 0, 65535, "sem_seg"),
@@ -153,6 +155,9 @@ def test_a_record_says_what_was_published_of_the_data_set(name):
     dataset = get_dataset(name)
     if name.startswith("shapes"):
         assert dataset.published_count is None and dataset.published_vocabulary is None
+    elif name.startswith("bdd"):
+        assert dataset.published_count > 0 and dataset.published_vocabulary is None
+        assert dataset.own_vocabulary().is_published  # its own class names
     else:
         assert dataset.published_count > 0 and dataset.published_vocabulary.endswith("_with_prompt_eng.txt")
     assert dataset.evaluators == EVALUATORS[dataset.metadata["evaluator_type"]]

@@ -194,6 +194,25 @@ def cityscapes(root: Path) -> None:
             save(truth.with_name(f"{truth.name}_labelIds.png"), labels)
 
 
+# ---- BDD100K ----
+
+
+def bdd100k(root: Path) -> None:
+    """Images and panoptic bitmasks: road (7) above and, below it, two cars (35), the second a crowd in the last column;
+    the first column is nothing. In the second image of a split sky (30) and a truck (40) that is to be ignored."""
+    for split in SPLITS:
+        for index, size in enumerate((WIDE, TALL)):
+            bitmask = np.zeros((*size, 4), np.uint8)
+            bitmask[...] = (7, 0, 0, 7) if index == 0 else (30, 0, 0, 30)
+            bitmask[size[0] // 2 :] = (35, 0, 1, 44) if index == 0 else (40, 0b1001, 0, 31)
+            if index == 0:
+                bitmask[2:, -1] = (35, 0b0010, 0, 32)
+                bitmask[:, 0] = 0
+            name = f"{split}-{index:08d}"
+            save(root / "bdd100k/images/10k" / split / f"{name}.jpg", _photo(size))
+            save(root / "bdd100k/labels/pan_seg/bitmasks" / split / f"{name}.png", bitmask)
+
+
 def _photo(size: tuple[int, int]) -> np.ndarray:
     return np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
 

@@ -59,6 +59,12 @@ CASES = {
         ("openvocab_coco_2017_test_stuff_sem_seg",),
         "mask_former_semantic",
     ),
+    "bdd100k_panoptic": Case(
+        "bdd100k",
+        "bdd100k/labels/pan_seg/coco_pano/val/val-00000001.png",
+        ("bdd10k_40_panoptic_val",),
+        "coco_panoptic_lsj",
+    ),
     "ade20k_sem_seg": Case(
         "ade20k",
         "ADEChallengeData2016/annotations_detectron2/validation/ADE_val_00000002.png",

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcclip.segmenter import NamedSegment, Segmentation
+from fcclip.segmenter import Computed, Segmentation
+from fcclip.segmenter.segments import named_segments
+from fcclip.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -23,10 +25,11 @@ class OneSegment:
         self.weights = weights
 
     def __call__(self, image, vocabulary=None, *, min_score=0.0):
-        names = vocabulary.class_names if vocabulary else ("default",)
-        height, width = image.shape[:2]
-        segment = NamedSegment(id=1, category_id=0, isthing=True, score=0.9, area=height * width, name=names[0])
-        return Segmentation(image, np.ones((height, width), np.int32), (segment,), names)
+        vocabulary = vocabulary or Vocabulary.from_names("default")
+        ids = np.ones(image.shape[:2], np.int32)
+        record = {"id": 1, "category_id": 0, "isthing": True, "score": 0.9, "area": ids.size}
+        segments = named_segments(ids, [record], vocabulary.class_names)
+        return Segmentation(image, Computed(vocabulary, ids, segments, segments, ids - 1, np.ones((1, 8))))
 
 
 @pytest.fixture

@@ -128,3 +128,12 @@ def test_a_broken_loss_on_one_process_stops_both_with_its_images(trained):
     texts = [(trained / f"broken_{rank}.txt").read_text() for rank in range(2)]
     assert texts[0] == texts[1]
     assert "not finite at iteration 0: process 1: " in texts[0] and "images: 2.jpg, 3.jpg" in texts[0]
+
+
+def test_frozenseg_starts_from_the_published_layout_and_resumes_to_the_bit(trained):
+    runs = [
+        torch.load(trained / "frozenseg" / f"{run}_{rank}.pth") for run in ("whole", "resumed") for rank in range(2)
+    ]
+    assert len(runs[0]["sem_seg_head.pixel_decoder.sam_transformer.level_embed"]) == 3
+    for run in runs[1:]:
+        assert_equal_weights(runs[0], run)

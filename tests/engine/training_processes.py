@@ -12,9 +12,11 @@ from torch import nn
 from fcclip.comm import all_gather_object, barrier, get_rank, get_world_size
 from fcclip.config import load_config
 from fcclip.engine import Trainer, build_trainer
+from fcclip.finetuning import begin
 from fcclip.modeling import build_model
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
+from tests.conftest import tiny_frozenseg
 
 WORDS = Vocabulary.from_names("cat; dog; bird; sand:stuff")
 SEGMENTS = (1, 4, 0, 2)  # of the four images: unequal over the images and over two processes
@@ -91,16 +93,15 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name.removeprefix("module."): p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def trainer_on_my_images(cfg: CfgNode, folder: str | None = None, samples=my_images):
-    """A trainer that sees the same batch at every iteration."""
+def trainer_on_my_images(cfg: CfgNode, folder: str | Path | None = None, samples=my_images, model=None):
+    """A trainer that sees the same batch at every iteration; without a model it has `small_model`."""
 
     def batches(start: int):
         while True:
             yield samples()
 
-    return build_trainer(
-        cfg, small_model(cfg), batches=batches, device=torch.device("cpu"), vocabulary=WORDS, output_dir=folder
-    )
+    model = small_model(cfg) if model is None else model
+    return build_trainer(cfg, model, batches=batches, device=torch.device("cpu"), vocabulary=WORDS, output_dir=folder)
 
 
 def save_gradients(folder: str, ce_norm: str) -> None:
@@ -169,9 +170,33 @@ def break_one_loss(folder: str) -> None:
         barrier()
 
 
+def train_frozenseg(folder: Path) -> None:
+    """Two iterations from weights in the published layout, and the second once more from the checkpoint before it."""
+    cfg = tiny_frozenseg()
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = len(WORDS), (), ()
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.CHECKPOINT_PERIOD = 4, 2, (), 1
+    cfg.MODEL.WEIGHTS = str(folder / "published.pth")
+    if get_rank() == 0:
+        (folder / "whole").mkdir(parents=True)
+        (folder / "resumed").mkdir()
+        published = small_model(cfg)
+        published.sem_seg_head.pixel_decoder.sam_transformer.use_layout("reference")
+        torch.save({"model": published.state_dict()}, cfg.MODEL.WEIGHTS)
+    barrier()
+    for run, last in (("whole", None), ("resumed", folder / "whole" / "model_0000000.pth")):
+        model = small_model(cfg)
+        begin(cfg, model, last=last)
+        trainer = trainer_on_my_images(cfg, folder / run, model=model)
+        if last is not None:
+            trainer.resume(last)
+        trainer.train()
+        torch.save(trainer.model.module.state_dict(), folder / f"{run}_{get_rank()}.pth")
+
+
 def everything(folder: str) -> None:
     """All of the above in one start of two processes; each leaves files in the folder."""
     save_gradients(folder, "rank")
     save_gradients(folder, "global")
     train(folder)
     break_one_loss(folder)
+    train_frozenseg(Path(folder, "frozenseg"))

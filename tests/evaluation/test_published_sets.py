@@ -13,7 +13,9 @@ from fcclip.structures import Instances, boxes_of_masks
 from tests.data.published_trees import write_tree
 
 NAMES = sorted(
-    name for name in DATASETS if name.endswith(("_val", "_val_panoptic", "_test", "_val_panoptic_with_sem_seg"))
+    name
+    for name in DATASETS
+    if name.endswith(("_val", "_val_panoptic", "_test", "_val_panoptic_with_sem_seg", "val_sem_seg"))
 )
 NAMES = [name for name in NAMES if not name.startswith("shapes_")]
 WITHOUT_AP = ("openvocab_mapillary_vistas_panoptic_val",)
@@ -56,7 +58,7 @@ def test_its_own_ground_truth_scores_a_hundred(tmp_path, name):
             ground_truth, output = GroundTruth(record, ignore_label), {}
             if "segments_info" in record:
                 output["panoptic_seg"] = torch.from_numpy(ground_truth.id_map), ground_truth.segments
-            if "sem_seg_file_name" in record:
+            if "semantic" in dataset.evaluators:
                 output["sem_seg"] = np.where(ground_truth.labels == ignore_label, 0, ground_truth.labels)
             if things:
                 output["instances"] = instances_of(ground_truth, things)

@@ -349,3 +349,21 @@ def test_values_that_cannot_work_are_refused_by_key(tiny_cfg, key, value, messag
     tiny_cfg.merge_from_list([key, value])
     with pytest.raises(ValueError, match=message):
         build_model(tiny_cfg)
+
+
+def test_a_region_is_embedded_as_a_mask_of_the_network_is(tiny_model):
+    model = tiny_model()
+    [scored] = model.score([{**sample_image(60, 90), "height": 120, "width": 180}])
+    ids, _ = model.outputs(scored)["panoptic_seg"]
+    regions = torch.stack([ids >= 0, ids < 0, torch.zeros_like(ids, dtype=torch.bool)])
+    regions[1, 50, 70] = True  # one pixel, smaller than a cell
+    embeddings = model.embed_regions(scored, regions)
+    assert embeddings.shape == (3, 16) and embeddings.isfinite().all()
+    torch.testing.assert_close(embeddings[:2].norm(dim=-1), torch.ones(2))  # the third region is empty
+    everything = scored.dense.new_full((1, 1, *scored.dense.shape[-2:]), -1)
+    cells = [-(-side // 32) for side in (60, 90)]
+    everything[..., : cells[0], : cells[1]] = 1
+    expected = F.normalize(model.classifier(scored.dense[None], everything)[0], dim=-1)
+    torch.testing.assert_close(embeddings[:1], expected)
+    assert not torch.allclose(embeddings[0], embeddings[1])
+    assert model.embed_regions(scored, regions[:0]).shape == (0, 16)

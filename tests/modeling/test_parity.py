@@ -18,7 +18,7 @@ from fcclip.modeling.outputs import instance_inference, panoptic_inference, sema
 from fcclip.modeling.pixel_decoder import MSDeformAttn
 from fcclip.vocabulary import Vocabulary
 from tests.msda_engines import built, engine  # noqa: F401
-from tests.parity_weights import seeded_image, seeded_mask_predictions, seeded_state_dict
+from tests.parity_weights import seeded_image, seeded_mask_predictions, seeded_state_dict, without_initialisation
 
 DATA = Path(__file__).parents[1] / "data" / "parity"
 CONFIG = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k{}.yaml"
@@ -78,7 +78,8 @@ def recording(request):
     setup = deviations.info["_setup"]
     train = Vocabulary.from_names(setup["train_classes"], things=setup["train_things"])
     test = Vocabulary.from_names(setup["test_classes"], things=setup["test_things"])
-    model = build_model(published_config(setup["arch"], "cpu"), train_vocabulary=train, test_vocabulary=test)
+    with without_initialisation():
+        model = build_model(published_config(setup["arch"], "cpu"), train_vocabulary=train, test_vocabulary=test)
     model.load_state_dict(seeded_state_dict(model))
     image = seeded_image(setup["height"], setup["width"], setup["seed"])
     yield model, image, setup, deviations

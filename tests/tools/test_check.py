@@ -12,14 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from fcclip.checks import clip as checks_clip
 from fcclip.checks import machine
+from fcclip.checks.frozen import check_frozen
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.run import check_run
 from fcclip.checks.weights import check_model
 from fcclip.config import assets_dir, load_config
 from fcclip.engine import save_checkpoint
 from fcclip.modeling.backbones.clip import build_clip
+from fcclip.modeling.backbones.sam import build_sam
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import vocabulary_note
+from fcclip.weights import frozen_parts, read_weight_file, vocabulary_note
+from tests.conftest import tiny_frozenseg
 from tests.data.published_trees import write_tree
 from tests.tools.conftest import REPOSITORY, load_program
 
@@ -494,3 +497,47 @@ def test_the_command_says_in_its_exit_code_whether_something_is_wrong(root, tmp_
     assert bad.out.count("  ERROR ") == 2 and bad.out.splitlines()[-1].startswith("2 errors (checked in")
     with pytest.raises(OSError, match="issues.json"):  # which run_program says
         tool.main([*words, "--json", str(tmp_path / "no" / "issues.json")])
+
+
+# ---- SAM ----
+
+
+@pytest.fixture
+def seen_by_sam(tmp_path):
+    """Function (SAM weights, tensors, notes) -> what is said of the SAM of a tiny FrozenSeg with such MODEL.WEIGHTS."""
+    cfg = tiny_frozenseg()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    model = check_model(Issues(), cfg)
+
+    def check(source="", tensors=None, **notes):
+        cfg.MODEL.SAM_WEIGHTS = str(source)
+        torch.save({"model": tensors or {"weight": torch.ones(1)}, **notes}, tmp_path / "w.pth")
+        issues = Issues()
+        with issues.section("SAM"):
+            check_frozen(issues, cfg, "sam.", frozen_parts(model)["sam."], read_weight_file(tmp_path / "w.pth"))
+        return [(issue.level, issue.text) for issue in issues]
+
+    check.sam = build_sam(cfg.MODEL.SAM_NAME)
+    return check
+
+
+def test_the_sam_of_a_run_is_known_by_its_file_by_the_weights_and_by_the_training(seen_by_sam, tmp_path):
+    sam = seen_by_sam.sam
+    torch.save(sam.state_dict(), tmp_path / "sam.pth")
+    inside = {f"sam.{key}": value for key, value in sam.state_dict().items()}
+    assert [level for level, _ in seen_by_sam(tmp_path / "sam.pth")] == [OK]
+    (_, same) = seen_by_sam(tmp_path / "sam.pth", sam=sam.fingerprint())
+    assert same == (OK, "it is the SAM that MODEL.WEIGHTS were trained on")
+    assert [level for level, _ in seen_by_sam(tensors=inside)] == [OK]
+
+    [(level, text)] = seen_by_sam()
+    assert level == WARNING and "random weights" in text
+    [(level, text)] = seen_by_sam(sam=sam.fingerprint())
+    assert level == ERROR and "would be put on a SAM of random weights" in text
+    [(level, text)] = seen_by_sam(tensors=dict(list(inside.items())[2:]))
+    assert level == ERROR and "2 tensors would be random" in text
+    (error, _) = seen_by_sam(tensors={**inside, "sam.image_encoder.pos_embed": torch.zeros(1, 2, 2, 8)})
+    assert error[0] == ERROR and "image_encoder.pos_embed" in error[1]
+    torch.nn.init.normal_(sam.image_encoder.pos_embed)
+    (_, (level, text)) = seen_by_sam(tmp_path / "sam.pth", sam=sam.fingerprint())
+    assert level == ERROR and "was trained on another SAM" in text

@@ -91,7 +91,7 @@ def test_the_row_has_every_column_of_the_model_zoo(whole_row):
     benchmarks = published_results()["benchmarks"]
     labels = {entry["data_set"]: get_dataset(entry["data_set"]).benchmark for entry in benchmarks}
     wanted = [f"{labels[entry['data_set']]} {column}" for entry in benchmarks for column in entry["columns"]]
-    assert columns == wanted and len(columns) == 16
+    assert columns == wanted and len(columns) == 18
     for cell in results["row"]:
         (value,) = cell["values"].values()
         assert 0 <= value <= 100, cell
@@ -107,6 +107,7 @@ def test_each_data_set_has_its_words_and_its_outputs(whole_row):
     assert tasks["openvocab_cityscapes_fine_panoptic_val"] == {"panoptic_seg", "segm", "sem_seg"}
     assert tasks["openvocab_mapillary_vistas_panoptic_val"] == {"panoptic_seg", "sem_seg"}
     assert tasks["openvocab_pascal_ctx459_sem_seg_val"] == {"sem_seg"}
+    assert tasks["bdd10k_40_panoptic_val"] == {"panoptic_seg"}
 
 
 def test_it_is_said_with_what_it_was_evaluated(whole_row):
@@ -124,7 +125,7 @@ def test_sets_that_are_not_there_are_named_and_the_rest_is_evaluated(tiny, tmp_p
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     write_tree("openvocab_pascal20_sem_seg_val", tmp_path / "data")
     code, printed, results = run(tiny, tmp_path / "out", *SMALL)
-    assert code == 0 and len(results["row"]) == 16
+    assert code == 0 and len(results["row"]) == 18
     assert f"missing: openvocab_ade20k_panoptic_val: there is no {tmp_path}" in printed.replace("\n    ", " ")
     assert {cell["verdict"] for cell in results["row"] if cell["label"] == "COCO"} == {"missing"}
 

@@ -6,7 +6,6 @@ import torch
 from pycocotools import mask as coco_mask
 
 from fcclip.data import get_dataset, read_image
-from fcclip.modeling.automatic_masks import AutomaticMasks, build_mask_generator
 from fcclip.modeling.openseg import read_sam_masks
 from fcclip.modeling.output_masks import resize
 from tests.tools.conftest import REPOSITORY, load_program
@@ -20,13 +19,14 @@ def calls(monkeypatch):
     """Images for which masks were made, by a generator that finds the upper half."""
     calls = []
 
-    def masks_of(image, *, limit):
+    def masks_of(generator, image, *, limit):
         calls.append(image)
         logits = torch.ones(1, 8, 8)
         logits[:, 4:] = -1
         return logits, ["x"]
 
-    monkeypatch.setattr(tool, "build_mask_generator", lambda *_, **__: masks_of)
+    monkeypatch.setattr(tool, "build_generator", lambda *_, **__: None)
+    monkeypatch.setattr(tool, "automatic_masks", masks_of)
     return calls
 
 
@@ -80,7 +80,7 @@ def test_the_logits_of_the_package_lie_on_its_own_masks():
         sam.eval(), points_per_side=3, output_mode="coco_rle", box_nms_thresh=0.95, **thresholds
     )
     image = np.random.RandomState(0).randint(0, 256, (96, 128, 3), np.uint8)
-    logits, rle = AutomaticMasks(generator)(image, limit=5)
+    logits, rle = tool.automatic_masks(generator, image, limit=5)
     assert logits.shape[1:] == (192, 256) and 1 <= len(logits) == len(rle) <= 5
 
     records = generator.generate(image)
@@ -88,14 +88,14 @@ def test_the_logits_of_the_package_lie_on_its_own_masks():
     order = sorted(range(len(records)), key=lambda index: -records[index]["area"])
     assert rle == [records[index]["segmentation"]["counts"] for index in order[:5]]
     generator.predictor.set_image(image)
-    found = resize(AutomaticMasks._logits(generator.predictor, records), (96, 128)).numpy() > 0
+    found = resize(tool.prompted_logits(generator.predictor, records), (96, 128)).numpy() > 0
     assert (found == masks).mean(axis=(1, 2)).min() > 0.999  # the package does the same with all prompts at once
 
 
 def test_weights_that_are_missing_or_foreign_are_refused(tmp_path):
     pytest.importorskip("segment_anything", reason="needs the extra 'sam'")
     with pytest.raises(ValueError, match=r"unknown SAM 'vit_t'"):
-        build_mask_generator("vit_t", "x.pth", device=torch.device("cpu"))
+        tool.build_generator("vit_t", "x.pth", device=torch.device("cpu"))
     torch.save({"image_encoder.pos_embed": torch.zeros(1)}, tmp_path / "x.pth")
     with torch.device("meta"), pytest.raises(ValueError, match=r"do not fit SAM 'vit_b'"):
-        build_mask_generator("vit_b", str(tmp_path / "x.pth"), device=torch.device("meta"))
+        tool.build_generator("vit_b", str(tmp_path / "x.pth"), device=torch.device("meta"))

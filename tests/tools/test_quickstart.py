@@ -8,7 +8,7 @@ from PIL import Image
 from fcclip.config import load_config
 from fcclip.data import DATASETS
 from fcclip.errors import UserError
-from fcclip.segmenter import Segmentation
+from fcclip.segmenter import Computed, Segmentation
 from fcclip.vocabulary import Vocabulary
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -59,7 +59,8 @@ def test_a_sheet_shows_image_ground_truth_and_prediction_of_the_first_images(qui
 
     class FindsNothing:
         def __call__(self, image, vocabulary):
-            return Segmentation(image, np.zeros(image.shape[:2], np.int32), (), vocabulary.class_names)
+            nothing = np.zeros(image.shape[:2], np.int32)
+            return Segmentation(image, Computed(vocabulary, nothing, (), (), nothing, np.zeros((0, 8))))
 
     monkeypatch.setattr(quickstart, "get_dataset", lambda name: TenImages())
     monkeypatch.setattr(quickstart, "dataset_vocabulary", lambda dataset: classes)

@@ -3,27 +3,35 @@ import itertools
 import cv2
 import numpy as np
 
-from fcclip.visualization import class_color, instance_color
+from fcclip.visualization import class_colors, shade
+from fcclip.visualization.colors import PALETTE_SIZE, _palette
+from fcclip.vocabulary import Vocabulary
 
 
 def lab(color):
     return cv2.cvtColor(np.float32([[color]]) / 255, cv2.COLOR_RGB2LAB)[0, 0]
 
 
-def test_the_first_twenty_class_colors_are_well_separated():
-    colors = [lab(class_color(index)) for index in range(20)]
+def test_all_colors_can_be_told_apart():
+    colors = [lab(color) for color in _palette()]
     nearest = min(np.linalg.norm(a - b) for a, b in itertools.combinations(colors, 2))
-    assert nearest > 25  # a difference of about 2 is just noticeable
+    assert nearest > 6  # a difference of about 2 is just noticeable
 
 
-def test_a_class_has_the_same_color_every_time_and_colors_repeat_only_after_the_palette():
-    assert class_color(7) == class_color(7)
-    assert len({class_color(index) for index in range(256)}) == 256
-    assert class_color(256) == class_color(0)
+def test_a_class_keeps_its_color_when_others_come_before_it():
+    [alone] = class_colors(["sea"])
+    assert class_colors(["cat", "dog", "sea"])[2] == class_colors(["sea", "cup"])[0] == alone
+
+
+def test_no_two_classes_of_a_vocabulary_share_a_color_before_the_palette_ends():
+    colors = class_colors(Vocabulary.builtin("ade20k_150").class_names)
+    assert len(set(colors)) == 150
+    colors = class_colors([f"name {index}" for index in range(2 * PALETTE_SIZE + 10)])
+    assert len(set(colors[:PALETTE_SIZE])) == len(set(colors[PALETTE_SIZE : 2 * PALETTE_SIZE])) == PALETTE_SIZE
 
 
 def test_the_first_instance_has_the_class_color_and_the_next_ones_differ_from_it():
-    shades = [instance_color(3, instance) for instance in range(5)]
-    assert shades[0] == class_color(3)
+    shades = [shade((200, 90, 10), instance) for instance in range(5)]
+    assert shades[0] == (200, 90, 10)
     assert len(set(shades)) == 5
-    assert all(0 <= channel <= 255 for shade in shades for channel in shade)
+    assert all(0 <= channel <= 255 for each in shades for channel in each)

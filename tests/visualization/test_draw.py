@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from fcclip.structures import Segment
-from fcclip.visualization import draw_labels, draw_panoptic
-from fcclip.visualization.draw import READABLE_SIDE_PX, _place
+from fcclip.visualization import class_colors, draw, draw_instances, draw_labels, draw_panoptic
+from fcclip.visualization.draw import READABLE_SIDE_PX, _place, label_font
 
 GREY = 128
 
@@ -81,27 +81,77 @@ def test_equal_things_have_different_shades():
     assert (drawn[120, 120] != drawn[520, 120]).any()
 
 
+def nothing_hidden(mask):
+    return np.zeros(mask.shape, np.float32)
+
+
 def test_a_name_is_placed_inside_its_segment_where_it_fits():
     mask = np.zeros((40, 60), bool)
     mask[10:30, 5:50] = True
-    row, column = _place(mask, np.zeros_like(mask), (12, 4))
+    row, column = _place(mask, np.zeros_like(mask), nothing_hidden(mask), (12, 4))
     assert mask[row : row + 4, column : column + 12].all()
+
+
+def test_a_name_that_would_hide_its_segment_stands_beside_it():
+    mask = np.zeros((40, 60), bool)
+    mask[20:23, 30:35] = True
+    row, column = _place(mask, np.zeros_like(mask), mask / np.float32(15), (12, 4))
+    assert not mask[row : row + 4, column : column + 12].any()
+    grown = np.pad(mask, 1)[row : row + 6, column : column + 14]  # the name and one cell around it
+    assert grown.any()
 
 
 def test_names_never_overlap():
     mask = np.ones((40, 60), bool)
     taken = np.zeros_like(mask)
     for _ in range(8):
-        row, column = _place(mask, taken, (12, 4))
+        row, column = _place(mask, taken, nothing_hidden(mask), (12, 4))
         assert not taken[row : row + 4, column : column + 12].any()
         taken[row : row + 4, column : column + 12] = True
 
 
 def test_a_name_without_room_has_no_place():
     mask = np.ones((10, 10), bool)
-    assert _place(mask, np.ones_like(mask), (3, 2)) is None
-    assert _place(mask, np.zeros_like(mask), (11, 2)) is None
-    assert _place(np.zeros_like(mask), np.zeros_like(mask), (3, 2)) is None
+    assert _place(mask, np.ones_like(mask), nothing_hidden(mask), (3, 2)) is None
+    assert _place(mask, np.zeros_like(mask), nothing_hidden(mask), (11, 2)) is None
+    assert _place(np.zeros_like(mask), np.zeros_like(mask), nothing_hidden(mask), (3, 2)) is None
+
+
+def test_many_segments_have_smaller_names_that_hide_less(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(draw, "label_font", lambda size_px: sizes.append(size_px) or label_font(size_px))
+    ids = np.arange(64, dtype=np.int32).reshape(8, 8).repeat(100, 0).repeat(100, 1) + 1
+    few, many = ids.clip(max=3), ids
+    for found in (few, many):
+        segments = [Segment(number, 1, True, 0.5, 1) for number in np.unique(found).tolist()]
+        draw_panoptic(pixels(), found, segments, NAMES)
+    assert sizes[1] < sizes[0] and sizes[1] >= draw.SMALLEST_LETTERS_PX
+
+
+def test_a_legend_stands_below_the_image_with_the_colour_of_every_class():
+    plain, with_legend = (
+        draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES, legend=legend) for legend in (False, True)
+    )
+    np.testing.assert_array_equal(with_legend[:800], plain)
+    strip = with_legend[800:].reshape(-1, 3).tolist()
+    assert all(list(color) in strip for color in class_colors(NAMES))
+
+
+def test_a_map_with_the_large_ids_of_files_is_drawn_as_any_other():
+    large = np.where(square_map() == 2, (1 << 23) + 5, square_map())
+    segments = [SEGMENTS[0], Segment((1 << 23) + 5, 1, True, 0.8, 0)]
+    expected = draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES)
+    np.testing.assert_array_equal(draw_panoptic(pixels(), large, segments, NAMES), expected)
+
+
+def test_instances_may_overlap_and_the_smaller_one_is_drawn_last():
+    masks = np.zeros((2, 800, 800), bool)
+    masks[0, 300:500, 300:500], masks[1, 200:700, 100:700] = True, True
+    segments = [Segment(1, 0, True, 0.9, 40000), Segment(2, 1, True, 0.8, 300000)]
+    drawn = draw_instances(pixels(), masks, segments, NAMES)
+    alone = draw_instances(pixels(), masks[:1], segments[:1], NAMES)
+    assert (drawn[305:320, 400] != alone[305:320, 400]).any() and (drawn[210:290, 150] != GREY).any()
+    np.testing.assert_array_equal(draw_instances(pixels(), [], [], NAMES), pixels())
 
 
 def test_labels_are_drawn_like_one_segment_per_class_and_ignored_pixels_stay_untouched():

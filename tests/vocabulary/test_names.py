@@ -15,6 +15,8 @@ NAMES = Path(fcclip.vocabulary.__file__).parent / "names"
 COUNTS = {  # name: (classes, things)
     "ade20k_150": (150, 100),
     "ade20k_847": (847, 0),
+    "bdd100k_19": (19, 8),
+    "bdd100k_40": (40, 10),
     "cityscapes": (19, 8),
     "coco_20i": (80, 0),
     "coco_20i_readable": (80, 0),
@@ -34,6 +36,8 @@ COUNTS = {  # name: (classes, things)
 LABELS = {
     "ade20k_150": "0df97c917dc71a72",
     "ade20k_847": "64e5ee5711c0df11",
+    "bdd100k_19": "1d7c30c50b0092f2",
+    "bdd100k_40": "151f27cab7687fca",
     "cityscapes": "0c83d240ce1509c0",
     "coco_20i": "c7df2db12bc878bc",
     "coco_20i_readable": "dbad25ce9c237522",
@@ -61,6 +65,7 @@ SEEN = [
     ("ade20k_847", "windowpane", "window-other"),
     ("ade20k_847", "television receiver", "tv"),
     ("ade20k_847", "forest", "tree-merged"),
+    ("bdd100k_19", "road", "road"),
     ("cityscapes", "vegetation", "tree-merged"),
     ("cityscapes", "terrain", "grass-merged"),
     ("mapillary_vistas", "Ground Animal", "cow"),
@@ -79,6 +84,7 @@ UNSEEN = [  # what COCO panoptic leaves out, or knows only a small part of
     ("ade20k_150", "sculpture"),
     ("ade20k_847", "coffin"),
     ("ade20k_847", "straw"),
+    ("bdd100k_40", "lane divider"),
     ("cityscapes", "pole"),
     ("cityscapes", "rider"),
     ("mapillary_vistas", "Curb"),

@@ -10,6 +10,7 @@ ade20k.py            ADE20K: panoptic, instances and semantic with 150 classes, 
 lvis.py              LVIS v1 instances, whose class names come from the user's JSON
 cityscapes.py        Cityscapes
 mapillary_vistas.py  Mapillary Vistas v1.2
+bdd100k.py           BDD100K: panoptic with 40 classes, semantic with 19
 pascal.py            Pascal Context with 59 and 459 classes, Pascal VOC with 20 and 21
 shapes.py            the shapes world of this project
 

@@ -24,7 +24,7 @@ def panoptic_dataset(
     image_root: Path,
     panoptic_root: Path,
     panoptic_json: Path,
-    sem_seg_root: Path,
+    sem_seg_root: Path | None,
     json_file: Path | None,
     ignore_label: int = 255,
     image_id: Callable[[Any], Any] = lambda value: value,
@@ -38,7 +38,8 @@ def panoptic_dataset(
         name: as registered.
         vocabulary: name of the built-in vocabulary that the category ids of the JSON belong to.
         evaluator_type: which evaluators run on it.
-        image_root, panoptic_root, panoptic_json, sem_seg_root: images, id PNGs, annotations, semantic label maps.
+        image_root, panoptic_root, panoptic_json, sem_seg_root: images, id PNGs, annotations, semantic label maps; None:
+            these are painted from the segments.
         json_file: instance annotations for average precision; None: the data set has none.
         ignore_label: value of unlabelled pixels in the semantic label maps.
         image_id: from the `image_id` of the JSON to that of the record.
@@ -54,16 +55,17 @@ def panoptic_dataset(
         "image_root": str(image_root),
         "panoptic_root": str(panoptic_root),
         "panoptic_json": str(panoptic_json),
-        "sem_seg_root": str(sem_seg_root),
+        "sem_seg_root": None if sem_seg_root is None else str(sem_seg_root),
         "json_file": None if json_file is None else str(json_file),
         "label_divisor": 1000,
     }
 
     def files(annotation: dict) -> dict[str, str]:
+        labels = {} if sem_seg_root is None else {"sem_seg_file_name": f"{sem_seg_root}/{sem_seg_file(annotation)}"}
         return {
             "file_name": f"{image_root}/{image_file(annotation)}",
             "pan_seg_file_name": f"{panoptic_root}/{annotation['file_name']}",
-            "sem_seg_file_name": f"{sem_seg_root}/{sem_seg_file(annotation)}",
+            **labels,
         }
 
     source = AnnotationFile(f"data set '{name}'", panoptic_json, ("annotations",), NOT_PANOPTIC)
@@ -90,9 +92,8 @@ def panoptic_records(
         image_id: from the `image_id` of the JSON to that of the record.
 
     Returns:
-        Dicts with `file_name, pan_seg_file_name, sem_seg_file_name, image_id, segments_info`, and `height, width` where
-        the JSON gives them. A segment keeps its fields (see `panoptic_entries`); `category_id` becomes contiguous,
-        `isthing` is added.
+        Dicts with the names of `files`, `image_id, segments_info`, and `height, width` where the JSON gives them. A
+        segment keeps its fields (see `panoptic_entries`); `category_id` becomes contiguous, `isthing` is added.
 
     Raises:
         ValueError: something in the file cannot be used.

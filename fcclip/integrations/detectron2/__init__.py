@@ -1,4 +1,4 @@
-"""FC-CLIP as a project of a real detectron2: its `build_model`, trainer, predictor, loaders and evaluators.
+"""FC-CLIP and FrozenSeg as projects of a real detectron2: its `build_model`, trainer, predictor, loaders, evaluators.
 
     from detectron2.config import get_cfg
     from fcclip.integrations.detectron2 import add_fcclip_config, register
@@ -11,8 +11,8 @@
 config.py      add_fcclip_config: the keys that detectron2's config lacks
 records.py     targets, predictions and their detectron2 forms
 catalog.py     data sets and their vocabularies in detectron2's catalogs, register_own_data; DatasetMapper
-model.py       FCCLIP, its backbone, head and decoders as detectron2 builds them
-checkpoint.py  Checkpointer: strict, safe, without the frozen CLIP
+model.py       every architecture, and FC-CLIP's backbone, head and decoders, as detectron2 builds them
+checkpoint.py  Checkpointer: strict, safe, without the frozen encoders
 training.py    Trainer, and the evaluators of each kind of data set
 registry.py    register: everything under its published name
 """

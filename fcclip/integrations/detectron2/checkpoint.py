@@ -1,4 +1,4 @@
-"""detectron2's checkpointer with fcclip's rules: strict, safe, atomic, without the frozen CLIP."""
+"""detectron2's checkpointer with fcclip's rules: strict, safe, atomic, without the frozen encoders."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fcclip.weights import frozen_notes, load_weights, model_weights
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Reads and writes checkpoints of FC-CLIP; used like detectron2's.
+    """Reads and writes checkpoints of fcclip's models; used like detectron2's.
 
-    Reading takes everything `fcclip.weights.load_weights` takes (`.pth`, `.safetensors`, with any part of the CLIP),
-    runs no code of a file, and raises where a key does not fit. Of a fine-tuned file the model learns all classes that
+    Reading takes everything `fcclip.weights.load_weights` takes (`.pth`, `.safetensors`, with any frozen weights), runs
+    no code of a file, and raises where a key does not fit. Of a fine-tuned file the model learns all classes that
     count as seen; detectron2's own checkpointer gives a model weights alone. Files appear whole or not at all.
 
     Args:
         model, save_dir, save_to_disk, checkpointables: as of detectron2's.
-        full: write the frozen CLIP too (SOLVER.CHECKPOINT_FULL).
+        full: write the frozen encoders too (SOLVER.CHECKPOINT_FULL).
         notes: entries that every file holds besides the training state.
     """
 
@@ -71,7 +71,7 @@ class Checkpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(path.name)
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        """Loads the model already here, where the file and what it says about its CLIP are at hand."""
+        """Loads the model already here, where the file and what it says about its encoders are at hand."""
         return load_weights(self.model, filename)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:

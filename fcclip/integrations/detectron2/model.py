@@ -1,13 +1,13 @@
-"""FC-CLIP and its parts as detectron2 builds them: from a config, by their registered names.
+"""Every architecture as detectron2 builds it, and FC-CLIP's parts by their registered names.
 
-Each part is fcclip's own, with a constructor that also takes `(cfg, input_shape)` and with detectron2's inputs and
+Each of these parts is fcclip's own, with a constructor that also takes `(cfg, input_shape)` and detectron2's inputs and
 outputs at the edge. Another part can take its place under a name of its own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +25,6 @@ from fcclip.integrations.detectron2.catalog import catalog_vocabulary, metadata_
 from fcclip.integrations.detectron2.config import check_config
 from fcclip.integrations.detectron2.records import output_to_detectron2, targets_from_instances
 from fcclip.modeling import build, mask_decoder, pixel_decoder
-from fcclip.modeling import fcclip as whole
 from fcclip.modeling import head as whole_head
 from fcclip.modeling.backbones import clip
 from fcclip.structures import Features, TextEmbeddings, TrainingBatch
@@ -38,16 +37,21 @@ logger = logging.getLogger(__name__)
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 
 
-class FCCLIP(whole.FCCLIP):
-    """FC-CLIP with detectron2's inputs and outputs.
+class DetectronModel:
+    """What gives an architecture detectron2's inputs and outputs.
 
     `score`, `outputs` and `losses` speak fcclip's records; a call of the model speaks detectron2's.
 
     Args:
         input_format: channel order of the images, "RGB" or "BGR" (INPUT.FORMAT).
         vocabularies: folder of published vocabulary files for the data sets of fcclip; "" looks for one.
-        parts: as of `fcclip.modeling.FCCLIP`.
+        parts: as of the architecture.
+
+    Attributes:
+        read_parts: from a config to the parts.
     """
+
+    read_parts: Callable[[CfgNode], dict[str, Any]]
 
     @configurable
     def __init__(self, *, input_format: str, vocabularies: str = "", **parts: Any) -> None:
@@ -59,17 +63,8 @@ class FCCLIP(whole.FCCLIP):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """The parts that a config names; the vocabularies are those of DATASETS.TRAIN[0] and DATASETS.TEST[0]."""
         check_config(cfg)
-        backbone = build_backbone(cfg)
-        if not isinstance(backbone, clip.CLIPBackbone):
-            raise InputError(
-                f"MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}' is a {type(backbone).__name__}; FCCLIP needs a "
-                "fcclip.modeling.CLIPBackbone, because the backbone classifies too. Use 'CLIP'."
-            )
-        build.check_embed_dim(cfg, backbone)
         return {
-            "backbone": backbone,
-            "sem_seg_head": build_sem_seg_head(cfg, backbone.output_shape()),
-            **build.fcclip_arguments(cfg, backbone),
+            **cls.read_parts(cfg),
             **_vocabularies(cfg),
             "input_format": cfg.INPUT.FORMAT,
             "vocabularies": cfg.MODEL.FC_CLIP.VOCABULARIES,
@@ -86,7 +81,7 @@ class FCCLIP(whole.FCCLIP):
             vocabulary: classes for this call; default: those of `set_metadata`.
 
         Returns:
-            As `fcclip.modeling.FCCLIP`, with detectron2's `Instances`.
+            As the architecture, with detectron2's `Instances`.
 
         Raises:
             ValueError: no ground truth in training, no vocabulary, images of another form.
@@ -111,7 +106,7 @@ class FCCLIP(whole.FCCLIP):
     ) -> _IncompatibleKeys:
         """Loads all weights or none; detectron2's checkpointer would only warn about those that do not fit.
 
-        A state dict may hold any part of the frozen CLIP. `strict=False` is treated like `strict=True`.
+        A state dict may hold any part of the frozen encoders. `strict=False` is treated like `strict=True`.
 
         Raises:
             ValueError: missing, unknown or wrong-shape keys; names them and the likely cause.
@@ -127,6 +122,36 @@ class FCCLIP(whole.FCCLIP):
                 "names both shapes.)"
             ) from error
         return _IncompatibleKeys([], [])
+
+
+def fcclip_parts(cfg: CfgNode) -> dict[str, Any]:
+    """What FC-CLIP is made of, by names of detectron2's registries, where others can take their places."""
+    backbone = build_backbone(cfg)
+    if not isinstance(backbone, clip.CLIPBackbone):
+        raise InputError(
+            f"MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}' is a {type(backbone).__name__}; FCCLIP needs a "
+            "fcclip.modeling.CLIPBackbone, because the backbone classifies too. Use 'CLIP'."
+        )
+    build.check_embed_dim(cfg, backbone)
+    head = build_sem_seg_head(cfg, backbone.output_shape())
+    return {"backbone": backbone, "sem_seg_head": head, **build.fcclip_arguments(cfg, backbone)}
+
+
+def _architectures() -> dict[str, type]:
+    """The architectures of fcclip by name; parts of FC-CLIP alone can be replaced."""
+    replaceable = {"FCCLIP": fcclip_parts}
+    return {
+        name: type(
+            name,
+            (DetectronModel, architecture),
+            {"read_parts": staticmethod(replaceable.get(name, parts)), "__module__": __name__},
+        )
+        for name, (architecture, parts) in build.META_ARCHITECTURES.items()
+    }
+
+
+ARCHITECTURES = _architectures()
+FCCLIP = ARCHITECTURES["FCCLIP"]
 
 
 class NamedFeatures(Features):

@@ -7,8 +7,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_H
 from fcclip.errors import InputError
 from fcclip.integrations.detectron2.catalog import register_datasets
 from fcclip.integrations.detectron2.model import (
+    ARCHITECTURES,
     CLIP,
-    FCCLIP,
     TRANSFORMER_DECODER_REGISTRY,
     FCCLIPHead,
     MSDeformAttnPixelDecoder,
@@ -16,7 +16,7 @@ from fcclip.integrations.detectron2.model import (
 )
 
 PARTS = (
-    (META_ARCH_REGISTRY, FCCLIP),
+    *((META_ARCH_REGISTRY, architecture) for architecture in ARCHITECTURES.values()),
     (BACKBONE_REGISTRY, CLIP),
     (SEM_SEG_HEADS_REGISTRY, FCCLIPHead),
     (SEM_SEG_HEADS_REGISTRY, MSDeformAttnPixelDecoder),
@@ -25,7 +25,7 @@ PARTS = (
 
 
 def register() -> None:
-    """Makes FC-CLIP, its parts and its data sets known to detectron2; a second call changes nothing.
+    """Makes every architecture, FC-CLIP's parts and the data sets known to detectron2; a second call changes nothing.
 
     No file is read. The data sets are looked for below $DETECTRON2_DATASETS, as it is when they are loaded.
 

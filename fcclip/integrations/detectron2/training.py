@@ -1,4 +1,4 @@
-"""detectron2's DefaultTrainer for FC-CLIP: mapper, optimiser, schedule, checkpoints and evaluators."""
+"""detectron2's DefaultTrainer for fcclip's models: mapper, optimiser, schedule, checkpoints and evaluators."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fcclip.integrations.detectron2.catalog import DatasetMapper, catalog_vocabu
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
 from fcclip.integrations.detectron2.config import check_config, check_unread
 from fcclip.vocabulary import Vocabulary
-from fcclip.weights import unwrap, vocabulary_note
+from fcclip.weights import unnamed_parts, unwrap, vocabulary_note
 
 # Keys of fcclip's own training and evaluation that detectron2's loops do not know.
 UNREAD = (
@@ -49,7 +49,7 @@ UNREAD = (
 
 
 class Trainer(DefaultTrainer):
-    """detectron2's trainer for FC-CLIP.
+    """detectron2's trainer for fcclip's models.
 
     Losses, schedule, optimiser and clipping are those of `fcclip.engine`; the loop, hooks, writers and evaluators are
     detectron2's.
@@ -76,7 +76,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(
             self.model,
             self.cfg.OUTPUT_DIR,
-            full=self.cfg.SOLVER.CHECKPOINT_FULL or not self.cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS,
+            full=self.cfg.SOLVER.CHECKPOINT_FULL or bool(unnamed_parts(unwrap(self.model), self.cfg)),
             notes={
                 "config": self.cfg.dump(),
                 "vocabulary": vocabulary_note(unwrap(self.model).train_vocabulary),  # a fine-tuning asks for it

@@ -47,6 +47,10 @@ class Bert(FrozenPart):
         self.bert.requires_grad_(False).eval()
         self.name = path.name
 
+    def load_named(self, name: str, weights: str) -> None:
+        """See `FrozenPart`."""
+        self.bert = Bert(weights).bert
+
     def train(self, mode: bool = True) -> Bert:
         super().train(mode)
         self.bert.eval()

@@ -122,6 +122,14 @@ class SamImageEncoder(FrozenPart):
             write_atomically(path, lambda file: np.save(file, seen))
         return torch.from_numpy(np.load(path)).to(images.device).float()
 
+    def load_named(self, name: str, weights: str) -> None:
+        """As `FrozenPart.load_named`: a file of Meta's or of a whole model, or the folder with Meta's file."""
+        given, file_name = Path(weights).expanduser(), _META_FILES.get(name, "")
+        what = f"{_KEY} ({f'a file, or the folder with {file_name}' if file_name else 'a file'})"
+        path = resolve_file(given / file_name if given.is_dir() else weights, what=what)
+        load_frozen(self, _sam_weights(path), source=str(path), what=f"SAM '{name}' ({' and '.join(self.config_keys)})")
+        self.pretrained = weights
+
     @property
     def has_random_weights(self) -> bool:
         """Whether no weights were loaded."""
@@ -177,11 +185,7 @@ def build_sam(
     sam = SamImageEncoder(image_encoder, resize=resize, cache_dir=cache_dir)
     sam.architecture = name
     if weights:
-        given, file_name = Path(weights).expanduser(), _META_FILES.get(name, "")
-        what = f"{_KEY} ({f'a file, or the folder with {file_name}' if file_name else 'a file'})"
-        path = resolve_file(given / file_name if given.is_dir() else weights, what=what)
-        load_frozen(sam, _sam_weights(path), source=str(path), what=f"SAM '{name}' ({' and '.join(sam.config_keys)})")
-        sam.pretrained = weights
+        sam.load_named(name, weights)
     logger.info("SAM '%s': %s", name, f"weights from '{weights}'" if weights else f"random weights ({_KEY} is empty)")
     return sam
 

@@ -96,6 +96,10 @@ class TimmViT(FrozenPart):
         self.channels = {"tokens": int(self.vit.embed_dim)}
         self.strides = {"tokens": int(self.vit.patch_embed.patch_size[0])}
 
+    def load_named(self, name: str, weights: str) -> None:
+        """See `FrozenPart`."""
+        self.vit, self.weights = TimmViT(name, weights).vit, weights
+
     def train(self, mode: bool = True) -> TimmViT:
         """Marks the module as training; the encoder inside stays in evaluation mode."""
         super().train(mode)

@@ -12,11 +12,17 @@ from typing import Any
 import pytest
 
 from fcclip.config import configs_dir, load_config
-from tests.conftest import TINY
+from tests.conftest import DATA, TINY
 from tests.tools.conftest import REPOSITORY, load_program
 
 ADE20K = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml"
 SHAPES = "shapes/fcclip_shapes.yaml"
+FROZENSEG = "coco/frozenseg/convnext_large_eval_ade20k.yaml"
+SMALL_SAM = {
+    "MODEL__SAM_NAME": str(DATA / "tiny_sam.json"),
+    "MODEL__SAM_WEIGHTS": "",
+    "MODEL__MASK_FORMER__SAM_QUERY_FUSE_LAYER": 0,
+}
 SMALL = {**TINY, "INPUT.MIN_SIZE_TEST": 64, "INPUT.MAX_SIZE_TEST": 96, "SOLVER.IMS_PER_BATCH": 4}
 
 

@@ -13,6 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import (
+    META_ARCH_REGISTRY,
     SEM_SEG_HEADS_REGISTRY,
     Backbone,
     build_backbone,
@@ -24,13 +25,14 @@ from detectron2.structures import BitMasks, Instances
 from fcclip import Segmenter
 from fcclip.data import resize_image, shortest_edge_size
 from fcclip.integrations.detectron2 import TRANSFORMER_DECODER_REGISTRY
-from fcclip.integrations.detectron2.model import FAMILIES
+from fcclip.integrations.detectron2.model import ARCHITECTURES, FAMILIES
 from fcclip.modeling import CLIPBackbone
 from fcclip.modeling import build_model as build_own_model
 from fcclip.modeling.backbones import clip
+from fcclip.modeling.build import META_ARCHITECTURES
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
-from tests.integrations.detectron2.conftest import ADE20K
+from tests.integrations.detectron2.conftest import ADE20K, FROZENSEG, SMALL_SAM
 from tests.tools.conftest import REPOSITORY
 
 pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
@@ -133,12 +135,22 @@ def test_a_part_of_ones_own_takes_its_place_by_name(detectron2_cfg, monkeypatch)
     assert torch.equal(halved * 2, whole)
 
 
+def test_every_architecture_is_registered():
+    assert {META_ARCH_REGISTRY.get(name) for name in META_ARCHITECTURES} == set(ARCHITECTURES.values())
+    for name, (architecture, _) in META_ARCHITECTURES.items():
+        assert issubclass(ARCHITECTURES[name], architecture) and ARCHITECTURES[name].__name__ == name
+
+
 # ---- parity ----
 
 
-@pytest.mark.parametrize("changes", [{}, RESNET], ids=["convnext", "resnet"])
-def test_outputs_of_the_published_file_are_fcclips_bit_for_bit(both_models, changes):
-    model, ours = both_models(ADE20K, **changes)
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [(ADE20K, {}), (ADE20K, RESNET), (FROZENSEG, SMALL_SAM)],
+    ids=["convnext", "resnet", "frozenseg"],
+)
+def test_outputs_of_the_published_file_are_fcclips_bit_for_bit(both_models, config, changes):
+    model, ours = both_models(config, **changes)
     assert model.state_dict().keys() == ours.state_dict().keys()
     assert all(torch.equal(value, ours.state_dict()[key]) for key, value in model.state_dict().items())
     inputs = [sample_image((64, 96), height=50, width=75), sample_image((90, 60), seed=1)]
@@ -154,8 +166,9 @@ def test_outputs_of_the_published_file_are_fcclips_bit_for_bit(both_models, chan
         assert torch.equal(instances.pred_classes, own_instances.pred_classes)
 
 
-def test_losses_are_fcclips_bit_for_bit(both_models):
-    model, ours = both_models(ADE20K)
+@pytest.mark.parametrize(("config", "changes"), [(ADE20K, {}), (FROZENSEG, SMALL_SAM)], ids=["fcclip", "frozenseg"])
+def test_losses_are_fcclips_bit_for_bit(both_models, config, changes):
+    model, ours = both_models(config, **changes)
     sample, labels, masks = training_image()
     targets = Targets(labels, masks)
     expected = ours.train()([{**sample, "targets": targets, "point_seed": 3}])
@@ -180,7 +193,7 @@ def test_the_predictor_gives_what_the_segmenter_gives(shapes, both_models, both_
     output = predictor(rgb[:, :, ::-1])
     expected = Segmenter(own_cfg, weights=str(tmp_path / "model.pth"))(rgb)
     ids, segments = output["panoptic_seg"]
-    assert np.array_equal(ids.numpy(), expected.panoptic_map)
+    assert np.array_equal(ids.numpy(), expected.panoptic)
     assert sorted(segment["score"] for segment in segments) == sorted(segment.score for segment in expected.segments)
     (direct,) = ours([predictor_input(rgb, channels)])
     assert torch.equal(output["sem_seg"], direct["sem_seg"])
@@ -256,10 +269,17 @@ def test_values_that_cannot_work_are_refused(detectron2_cfg, changes, message):
         build_model(cfg)
 
 
-def test_a_key_that_nothing_would_read_is_refused(detectron2_cfg):
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.COMPILE", "backbone", "'MODEL.COMPILE' is 'backbone', but nothing reads it inside detectron2"),
+        ("MODEL.MASK_FORMER.TEST.RECALL_ON", True, "RECALL_ON' is True, but detectron2 has no such evaluator"),
+    ],
+)
+def test_a_key_that_nothing_would_read_is_refused(detectron2_cfg, key, value, message):
     cfg = detectron2_cfg(ADE20K)
-    cfg.merge_from_list(["MODEL.COMPILE", "backbone"])
-    with pytest.raises(ValueError, match="'MODEL.COMPILE' is 'backbone', but nothing reads it inside detectron2"):
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=message):
         build_model(cfg)
 
 

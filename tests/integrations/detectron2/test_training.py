@@ -20,7 +20,7 @@ from fcclip.engine.optimizer import trainable_parameters
 from fcclip.integrations.detectron2 import Trainer, targets_from_instances
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import model_weights, trained_vocabulary, vocabulary_note
-from tests.integrations.detectron2.conftest import ADE20K
+from tests.integrations.detectron2.conftest import ADE20K, FROZENSEG, SMALL_SAM
 
 pytestmark = pytest.mark.usefixtures("detectron2_knows_fcclip")
 TRAINING = {
@@ -90,6 +90,26 @@ def test_a_run_trains_evaluates_and_writes_detectron2s_files(cfg, tmp_path):
     }  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     assert "total_loss" in lines[0] and "panoptic_seg/PQ" in lines[-1]
+
+
+def test_frozenseg_trains_is_evaluated_and_is_saved_without_its_encoders(shapes, detectron2_cfg, tmp_path):
+    cfg = detectron2_cfg(
+        FROZENSEG, **TRAINING, **SMALL_SAM, OUTPUT_DIR=str(tmp_path), MODEL__MASK_FORMER__TEST__PANOPTIC_ON=False
+    )
+    trainer = Trainer(cfg)
+    before = weights(trainer.model)
+    trainer.train()
+    assert trainer._last_eval_results["sem_seg"]["mIoU"] >= 0
+    after = weights(trainer.model)
+    assert not any(torch.equal(after[name], before[name]) for name in after if "_attention_layers_sam" in name)
+    content = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert {"clip", "sam"} <= content.keys()
+    again = Trainer(cfg)
+    again.resume_or_load(resume=True)
+    assert all(torch.equal(value, weights(again.model)[name]) for name, value in after.items())
+    del content["model"]["sem_seg_head.pixel_decoder.fpn3.0.bias"]
+    with pytest.raises(ValueError, match=r"missing from the file \(1\): sem_seg_head.pixel_decoder.fpn3.0.bias"):
+        again.model.load_state_dict(content["model"], strict=False)
 
 
 def test_a_run_is_resumed_with_its_optimiser_and_schedule(cfg, quiet, tmp_path):
