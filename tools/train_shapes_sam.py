@@ -39,7 +39,7 @@ from fcclip.preparation.shapes_world import IMAGE_SIZE, world_classes
 BATCH, LEARNING_RATE, WARMUP = 4, 1e-3, 100
 POINTS, PIXELS = 32, 768  # of an image: points that ask, pixels that answer
 SHARPNESS = 10.0  # of masks: their logits are SHARPNESS * (cosine - 0.5)
-GATE_IMAGES = 200  # of the set tune
+GATE_IMAGES = 60  # of the set tune
 CLASSES = world_classes()
 
 
