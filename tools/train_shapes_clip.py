@@ -11,7 +11,6 @@ caption that is true of another crop is no negative of it.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -25,16 +24,16 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fcclip.errors import InputError, MissingFileError, run_program
-from fcclip.files import read_json, write_atomically
+from fcclip.errors import MissingFileError, run_program
+from fcclip.files import read_json
 from fcclip.modeling.classifier import text_logits
 from fcclip.modeling.out_of_vocabulary import MaskPool
 from fcclip.modeling.text import TextEncoder, encode_tokens
-from fcclip.preparation.programs import processes
-from fcclip.preparation.shapes_world import COLOURS, GROUNDS, IMAGE_SIZE, SHAPES, render_image, world_classes
+from fcclip.preparation.shapes_training import GATE_SEED, Pool, check_training, render_pool, save_half
+from fcclip.preparation.shapes_world import COLOURS, GROUNDS, IMAGE_SIZE, SHAPES, world_classes
 from fcclip.vocabulary import TEMPLATES, Vocabulary
 
 ASSETS = Path(__file__).resolve().parents[1] / "fcclip" / "assets"
@@ -43,7 +42,6 @@ PIXEL_STD = (68.5005327, 66.6321579, 70.32316305)
 MAX_LOGIT_SCALE = math.log(100)
 LEARNING_RATE, TEXT_LEARNING_RATE = 4e-3, 1e-3
 PIXELS_PER_BATCH = 393_216  # crops of a batch times their area
-GATE_SEED = 0  # world of the gate, the one that is shipped
 GATE_IMAGES = 200  # of the set tune, and twice as many with a single shape
 CLASSES = world_classes()
 NUM_THINGS = sum(c.thing for c in CLASSES)
@@ -69,39 +67,6 @@ def normalise(images: Tensor) -> Tensor:
     """uint8 (N, H, W, 3) -> float (N, 3, H, W), channels last."""
     mean, std = torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD)
     return ((images.float() - mean) / std).permute(0, 3, 1, 2)
-
-
-# ---- images ----
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Rendered images to cut crops from."""
-
-    images: np.ndarray  # (N, 256, 256, 3) uint8
-    piece_maps: np.ndarray  # (N, 256, 256) uint8, the piece at every pixel; grounds come first
-    piece_classes: list[np.ndarray]  # per image, (pieces,) class index
-    piece_areas: list[np.ndarray]  # per image, (pieces,) visible pixels
-    piece_centres: list[np.ndarray]  # per image, (pieces, 2) row and column of the middle of the box around the piece
-
-
-def _render_for_pool(task: tuple[int, str, int]) -> tuple[np.ndarray, ...]:
-    pixels = render_image(*task)
-    _, jpeg = cv2.imencode(".jpg", pixels.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-    image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR)[..., ::-1]
-    places = [np.nonzero(pixels.piece_map == i) for i in range(len(pixels.pieces))]
-    centres = np.array(
-        [[(rows.min() + rows.max()) / 2, (columns.min() + columns.max()) / 2] for rows, columns in places]
-    )
-    classes = np.array([piece.category_id - 1 for piece in pixels.pieces])
-    return image, pixels.piece_map, classes, np.array([piece.visible_area for piece in pixels.pieces]), centres
-
-
-def render_pool(*, seed: int, rule_name: str, num_images: int, workers: int) -> Pool:
-    with processes(workers) as run_each:
-        rendered = list(run_each(_render_for_pool, [(seed, rule_name, i) for i in range(num_images)]))
-    images, piece_maps, *lists = map(list, zip(*rendered, strict=True))
-    return Pool(np.stack(images), np.stack(piece_maps), *lists)
 
 
 # ---- crops and captions ----
@@ -315,13 +280,6 @@ def build_optimizer(clip: nn.Module, learning_rate: float) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98))
 
 
-def save_clip(clip: nn.Module, path: Path, metadata: dict) -> None:
-    """Writes half-precision weights as safetensors, with JSON values beside them."""
-    tensors = {name: weight.detach().half().contiguous() for name, weight in clip.state_dict().items()}
-    content = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
-    write_atomically(path, lambda file: file.write(content))
-
-
 # ---- gate ----
 
 
@@ -415,10 +373,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run_training(options: argparse.Namespace) -> None:
-    if options.seed == GATE_SEED:
-        raise InputError(f"--seed is {GATE_SEED}, the seed of the gate, which needs images of its own")
-    if not options.output.parent.is_dir():
-        raise InputError(f"--output {options.output}: there is no folder {options.output.parent}")
+    check_training(options.seed, options.output)
     print(f"rendering {options.images} images, seed {options.seed}", flush=True)
     pool = render_pool(seed=options.seed, rule_name="clip", num_images=options.images, workers=options.workers)
     torch.manual_seed(options.seed)
@@ -428,7 +383,7 @@ def run_training(options: argparse.Namespace) -> None:
     recipe |= {"seed": options.seed, "learning_rate": LEARNING_RATE}
     train(clip, pool, **recipe)
     metadata = {"architecture": read_json(options.architecture), "training": {**recipe, "images": options.images}}
-    save_clip(clip, options.output, metadata)
+    save_half(clip, options.output, metadata)
     print(f"wrote {options.output} ({options.output.stat().st_size / 2**20:.1f} MiB)")
 
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from fcclip.config import load_config
 from fcclip.finetuning import begin
 from fcclip.modeling import build_model
 from fcclip.modeling.frozenseg import FrozenSegDecoder, FrozenSegHead, Injectors
@@ -134,6 +135,19 @@ def test_gradients_reach_what_learns_and_neither_sam_nor_masks():
     module = decoder()
     module.sam_vectors(masks, sam).sum().backward()
     assert masks.grad is None and module._mask_pooling_proj[1].weight.grad is not None
+
+
+def test_the_shapes_config_takes_a_step_in_which_both_injectors_learn():
+    model = built_from(load_config("shapes/frozenseg_shapes.yaml", ["MODEL.DEVICE", "cpu"])).train()
+    losses = []
+    for level in (model.sem_seg_head.predictor.query_level, 3):
+        model.sem_seg_head.predictor.query_level = level
+        losses.append(sum(model([{**training_sample(), "point_seed": 0}]).values()))
+    assert not torch.equal(*losses)  # so the level is not the one after which nothing comes
+    losses[0].backward()
+    injector = model.sem_seg_head.predictor.transformer_cross_attention_layers_sam
+    assert all(parameter.grad.any() for parameter in injector.parameters())
+    assert all(parameter.grad is None for parameter in model.sam.parameters())
 
 
 def test_images_of_any_size_share_a_batch_and_each_is_seen_as_if_alone():
