@@ -69,7 +69,13 @@ def compile_parts(model: FCCLIP, names: str) -> None:
     # the cached functions of these parts depend on their arguments alone
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
     for name in filter(None, (name.strip() for name in names.split(","))):
-        part = lookup("part in MODEL.COMPILE", name, COMPILABLE)(model)
+        path = lookup("part in MODEL.COMPILE", name, COMPILABLE)
+        try:
+            part = model.get_submodule(path)
+        except AttributeError as error:
+            raise InputError(
+                f"MODEL.COMPILE names '{name}', which {type(model).__name__} has not; remove it"
+            ) from error
         part.compile()
         logger.info("%s: compiled by torch at its first use, which takes a minute or two", name)
 
@@ -397,10 +403,10 @@ def build_frozenseg_head(cfg: CfgNode, backbone: Levels, sam: SamImageEncoder | 
 
 
 NO_FUSE_LAYER = 3  # of MODEL.MASK_FORMER.SAM_*_FUSE_LAYER
-COMPILABLE = {
-    "backbone": lambda model: model.backbone,
-    "pixel_decoder": lambda model: model.sem_seg_head.pixel_decoder,
-    "mask_decoder": lambda model: model.sem_seg_head.predictor,
+COMPILABLE = {  # name in MODEL.COMPILE -> submodule
+    "backbone": "backbone",
+    "pixel_decoder": "sem_seg_head.pixel_decoder",
+    "mask_decoder": "sem_seg_head.predictor",
 }
 # Published names; one line adds a part.
 META_ARCHITECTURES: dict[str, tuple[type[Architecture], Callable[[CfgNode], dict[str, Any]]]] = {

@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fcclip.modeling.build import COMPILABLE
+from fcclip.modeling.build import COMPILABLE, build_model
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
+from tests.conftest import tiny_fusioner
 
 ALL = ", ".join(COMPILABLE)
 
@@ -87,6 +88,10 @@ def assert_equal_outputs(compiled, plain, samples, **words) -> None:
 def test_an_unknown_part_is_refused_with_its_neighbour(build):
     with pytest.raises(ValueError, match="unknown part in MODEL.COMPILE 'mask_decodr'. Did you mean 'mask_decoder'"):
         build("backbone,mask_decodr")
+    cfg = tiny_fusioner()
+    cfg.MODEL.COMPILE = "pixel_decoder"
+    with pytest.raises(ValueError, match="'pixel_decoder', which Fusioner has not"):
+        build_model(cfg)
 
 
 def test_only_the_named_parts_are_compiled(build, graphs):
