@@ -15,9 +15,9 @@ from torch import Tensor
 
 # Floats of mask logits at the output size that are held at once: on a CPU, and on a GPU, which few would not keep busy.
 _MASKS_CPU, _MASKS = 2**24, 2**26
-# Floats in the largest tensor of a block of rows: what a CPU's cache holds well, and what keeps a GPU busy. Nobody asks
-# how much memory is free, so that results do not depend on what else is running.
-_BLOCK_CPU, _BLOCK = 2**22, 2**26
+# Floats in the largest tensor of a block of rows, of which heads hold a few: what a CPU's cache holds well, and what
+# keeps a GPU busy. Nobody asks how much memory is free, so that results do not depend on what else is running.
+_BLOCK_CPU, _BLOCK = 2**22, 2**25
 
 
 @dataclass(frozen=True)

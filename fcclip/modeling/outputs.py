@@ -118,8 +118,8 @@ class _Head(Protocol):
     queries: Tensor
     maps: int
 
-    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor) -> None:
-        """Takes some rows (n, number of rows, width) of its queries."""
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | slice) -> None:
+        """Takes some rows (m, number of rows, width); `places` are those of its queries among the m."""
 
     def result(self) -> Any:
         """The output, after all rows."""
@@ -135,10 +135,7 @@ def _run(masks: OutputMasks, heads: Mapping[str, _Head]) -> dict[str, Any]:
         for rows, mask_logits in masks.rows(chosen, maps=max(head.maps for head in heads.values())):
             probabilities = mask_logits.sigmoid()
             for head, places in of_head:
-                if len(places) == len(queries):
-                    head.add(rows, mask_logits, probabilities)
-                else:
-                    head.add(rows, mask_logits[places], probabilities[places])
+                head.add(rows, mask_logits, probabilities, slice(None) if len(places) == len(queries) else places)
     return {name: head.result() for name, head in heads.items()}
 
 
@@ -156,8 +153,8 @@ class _Semantic:
                 self._write(rows, scores)
             self.queries = self.queries[:0]
 
-    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor) -> None:
-        self._write(rows, weighted_sum(self.shares, probabilities))
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | slice) -> None:
+        self._write(rows, weighted_sum(self.shares, probabilities[places]))
 
     def _write(self, rows: slice, scores: Tensor) -> None:
         self.map[..., rows, :] = scores.max(0).indices if self.labels else scores  # faster than argmax on a CPU
@@ -190,7 +187,8 @@ class _Panoptic:
         )  # whether it is in that one's mask
         self.areas = self.queries.new_zeros(len(self.queries))
 
-    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor) -> None:
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | slice) -> None:
+        probabilities = probabilities[places]
         inside = probabilities >= 0.5
         owner = (self.scores[:, None, None] * probabilities).max(0).indices
         self.owner[rows] = owner
@@ -245,11 +243,11 @@ class _Instances:
         self.areas = self.queries.new_zeros(len(self.queries))
         self.sums = self.scores.new_zeros(len(self.queries))  # of the mask probability inside
 
-    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor) -> None:
-        inside = mask_logits > 0
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | slice) -> None:
+        inside = mask_logits[places] > 0
         self.inside[:, rows] = inside
         self.areas += count(inside)
-        self.sums += (probabilities * inside).flatten(1).sum(1)
+        self.sums += (probabilities[places] * inside).flatten(1).sum(1)
 
     def result(self) -> Instances:
         means = self.sums / (self.areas + 1e-6)
