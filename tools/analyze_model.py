@@ -89,8 +89,8 @@ _WATCHED = (
     ("sem_seg_head.pixel_decoder", "forward", PIXELS),
     ("sem_seg_head.pixel_decoder", "refine", PIXELS),
     ("sem_seg_head.predictor", "forward", MASKS),
-    ("sem_seg_head.predictor", "classify", IN),
-    ("", "classify", OUT),
+    ("sem_seg_head.predictor", "embed_classes", IN),
+    ("", "pool", OUT),
     ("fusion", "forward", FUSION),
     ("decoder", "forward", DECODER),
 )

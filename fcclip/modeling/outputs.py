@@ -128,7 +128,10 @@ class _Head(Protocol):
 def _run(masks: OutputMasks, heads: Mapping[str, _Head]) -> dict[str, Any]:
     """What heads make of masks that are enlarged once for all of them."""
     total = len(masks.mask_logits)
-    queries = torch.cat([head.queries for head in heads.values()]).unique() if heads else ()
+    wanted = torch.zeros(total, dtype=torch.bool, device=masks.mask_logits.device)
+    for head in heads.values():
+        wanted[head.queries] = True
+    queries = wanted.nonzero().flatten()
     if len(queries):
         of_head = [(head, torch.searchsorted(queries, head.queries)) for head in heads.values() if len(head.queries)]
         chosen = None if len(queries) == total else queries

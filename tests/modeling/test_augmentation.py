@@ -105,15 +105,15 @@ def test_each_variant_is_one_pass_however_often_it_is_weighed_and_only_semantic_
 
 
 def test_two_maps_are_held_and_no_more(tiny_model, monkeypatch):
-    made, alive, compute = [], [], outputs.semantic_inference
+    made, alive, compute = [], [], outputs._run
 
-    def watched(*arguments, **options):
+    def watched(*arguments):
         alive.append(sum(reference() is not None for reference in made))
-        scores = compute(*arguments, **options)
-        made.append(weakref.ref(scores))
-        return scores
+        result = compute(*arguments)
+        made.append(weakref.ref(result["sem_seg"]))
+        return result
 
-    monkeypatch.setattr(outputs, "semantic_inference", watched)
+    monkeypatch.setattr(outputs, "_run", watched)
     augmented = AugmentedModel(tiny_model(), variants=VARIANTS)
     maps_of(augmented, [sample_image(), sample_image(seed=1)], semantic="labels")
     assert alive == 2 * [0, *[1] * (len(VARIANTS) - 1)]

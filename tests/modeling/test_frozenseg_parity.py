@@ -179,6 +179,7 @@ class Recording(test_parity.Deviations):
             [logits.detach() for logits in found.class_logits],
             [embeddings.detach() for embeddings in found.mask_embeddings],
             found.mask_features.detach(),
+            [embeddings.detach() for embeddings in found.class_embeddings],
         )
         return Pass(proposals, {name: value.detach() for name, value in stages.items()}, float(loss), gradients)
 
