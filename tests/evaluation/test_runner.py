@@ -187,7 +187,9 @@ def test_each_data_set_is_evaluated_with_its_own_words_whatever_came_before(
     tiny_cfg.TEST.AUG.MIN_SIZES = (48,)
     encoded, encode = [], text.encode_class_names
     monkeypatch.setattr(
-        text, "encode_class_names", lambda clip, words: encoded.append(list(words)) or encode(clip, words)
+        text,
+        "encode_class_names",
+        lambda clip, words, templates: encoded.append(list(words)) or encode(clip, words, templates),
     )
 
     def fresh_model():
