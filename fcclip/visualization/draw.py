@@ -65,7 +65,8 @@ def draw_panoptic(
         class_names: K names, by contiguous class index.
         scores: write the score after the name.
         legend: a list of the classes below the image, each with its colour and its number of segments.
-        identities: ids of things are identities in a video: they give the colour, and stand after the name.
+        identities: ids of things are identities in a video: they give the colour, and stand after the name; the legend
+            is of stuff.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -141,7 +142,8 @@ def _draw(
     drawing = _write_labels(canvas, pieces, class_names, scores=scores, identities=identities)
     if not legend:
         return drawing
-    counts = {class_names[index]: (colors[index], number + 1) for index, number in numbers.items()}
+    own = {segment.category_id for segment, *_ in masks if identities and segment.isthing}  # colours of their own
+    counts = {class_names[i]: (colors[i], number + 1) for i, number in numbers.items() if i not in own}
     return np.concatenate([drawing, _legend(counts, drawing.shape[1])])
 
 
