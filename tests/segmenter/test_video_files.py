@@ -1,4 +1,11 @@
+import functools
+import http.server
+import queue
+import shutil
+import subprocess
 import sys
+import threading
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -185,3 +192,53 @@ def test_a_camera_gives_rgb_frames_with_their_times_until_it_is_gone(monkeypatch
     assert (first.seconds, second.seconds >= 0) == (0, True)
     with pytest.raises(ValueError, match="camera 0 gives no more images"):
         next(frames)
+
+
+# ---- in a browser ----
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+PAGE = """<video muted></video><script>
+const video = document.querySelector("video"), say = text => fetch("/said?" + text);
+video.onended = () => say(video.getVideoPlaybackQuality().totalVideoFrames + " frames");
+video.onerror = () => say(video.error.message);
+video.src = location.hash.slice(1);
+video.play().catch(error => say(error));
+</script>"""
+
+
+class Page(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder, and hears what the page of it says."""
+
+    def __init__(self, *arguments, said, **options):
+        self.said = said
+        super().__init__(*arguments, **options)
+
+    def do_GET(self):
+        if self.path.startswith("/said?"):
+            self.said.put(urllib.parse.unquote(self.path[6:]))
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("name", ["grey.mp4", "grey.webm"])
+def test_chromium_plays_it_to_the_end(tmp_path, name):
+    written(tmp_path / name, pictures(40))
+    (tmp_path / "page.html").write_text(PAGE)
+    said = queue.Queue()
+    handler = functools.partial(Page, directory=str(tmp_path), said=said)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--autoplay-policy=no-user-gesture-required")
+        apart = ("--remote-debugging-port=0", f"--user-data-dir={tmp_path / 'profile'}")  # the former keeps it open
+        address = f"http://127.0.0.1:{server.server_port}/page.html#{name}"
+        browser = subprocess.Popen([CHROMIUM, *flags, *apart, address], stderr=subprocess.DEVNULL)
+        try:
+            assert said.get(timeout=60) == "40 frames"
+        finally:
+            browser.terminate()
+            browser.wait(timeout=20)
+            server.shutdown()
