@@ -269,6 +269,15 @@ def test_of_a_video_that_is_cut_off_the_missing_frames_are_said(demo, tmp_path, 
 
 
 @needs_video
+def test_a_video_without_a_readable_frame_is_reported(demo, tmp_path, capsys):
+    content = write_video(tmp_path / "a.mp4").read_bytes()
+    (tmp_path / "a.mp4").write_bytes(content[: content.index(b"mdat") + 20])
+    assert run(demo, "--input", tmp_path / "a.mp4", "--output", tmp_path / "out") == 1
+    assert names(tmp_path / "out") == []
+    assert "a.mp4' has no frame that can be read" in capsys.readouterr().err
+
+
+@needs_video
 def test_an_interrupted_video_is_whole_up_to_there(demo, tmp_path, monkeypatch):
     def stop(segmenter, image, vocabulary):
         if image.mean() > 60:
