@@ -1,30 +1,43 @@
-"""Segments images with the class names you give.
+"""Segments images and videos with the class names you give.
 
     python demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \\
-        --input photo.jpg folder/ --vocabulary "red circle; blue star, azure star; sand:stuff" --output out/
+        --input photo.jpg clip.mp4 folder/ --vocabulary "red circle; blue star, azure star; sand:stuff" --output out/
 
-For every image `out/` receives the drawing under the image's own name and a JSON file with its segments.
+For every image `out/` receives the drawing under the image's own name and a JSON file with its segments; for every
+video a video (H.264, else VP9) in which things keep their number and colour, and a .jsonl file with a line a frame.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
 import dataclasses
 import glob
+import json
 import logging
+import os
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fcclip import Segmenter
 from fcclip.config import load_config
 from fcclip.data import read_image
 from fcclip.errors import InputError, MissingFileError, run_program
-from fcclip.vocabulary import Vocabulary
+from fcclip.segmenter import VIDEO_SUFFIXES, Camera, Segmentation, VideoFile, VideoWriter, read_vocabulary
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+TASKS = ("panoptic", "instances", "semantic")
+WINDOW, STOP_KEYS = "fcclip", (27, ord("q"))
 DEFAULT_CONFIG = "configs/coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml"
 
 
@@ -32,15 +45,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config-file", default=DEFAULT_CONFIG, metavar="FILE", help="YAML file (default: %(default)s)")
-    add("--input", nargs="+", required=True, metavar="P", help="images, folders of images, quoted globs")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="P", help="images, videos, folders of them, quoted globs")
+    source.add_argument("--video-input", metavar="FILE", help="a video, whatever its name ends in")
+    source.add_argument("--webcam", nargs="?", type=int, const=0, metavar="N", help="camera N (0); Ctrl-C stops")
     add(
         "--vocabulary",
         "--vocab",
         help="the only classes to look for: ';' between classes, ',' between the synonyms of a class, ':stuff' or "
         "':thing' after a class (unmarked: thing); without it the classes of the config's first test set",
     )
-    add("--output", required=True, metavar="PATH", help="folder, made if needed; or, for one image, a file name")
+    add("--output", metavar="PATH", help="folder, made if needed; or, for one image or video, a file name")
+    add("--show", action="store_true", help="show drawings in a window; a key goes on, Esc or q stops")
     add("--weights", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS of the config)")
+    add("--device", help="cpu, cuda, mps or auto (default: MODEL.DEVICE of the config)")
     add(
         "--confidence-threshold",
         type=float,
@@ -48,54 +66,95 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="S",
         help="things with a lower score are left out; stuff always stays (default: %(default)s)",
     )
+    add(
+        "--tasks",
+        nargs="+",
+        choices=TASKS,
+        default=["panoptic"],
+        help="what to draw, the first under the name of the image, the others with the task added (default: panoptic)",
+    )
+    add("--batch-size", type=int, default=1, metavar="N", help="images seen at once (default: %(default)s)")
+    add(
+        "--unknown",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAMES",
+        help="call unknown what fits none of your names, but one of NAMES (by default those of the training)",
+    )
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, rest of the line")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.output is None and not args.show:
+        parser.error("say where drawings go: --output PATH, or --show for a window")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size is a number of images, at least 1, not {args.batch_size}")
+    return args
 
 
-def find_images(inputs: Iterable[str]) -> list[Path]:
-    """The images that files, folders and globs stand for: each once, those of a folder or glob sorted by name."""
+def find_files(inputs: Iterable[str]) -> list[Path]:
+    """What files, folders and globs stand for: each once, images and videos of a folder or glob sorted by name."""
     unique: dict[Path, None] = {}
     for given in inputs:
         path = Path(given).expanduser()
         if path.is_dir():
-            images = sorted(
+            files = sorted(
                 file
                 for file in path.iterdir()
-                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+                if file.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and not file.name.startswith(".")
             )
-            if not images:
-                raise MissingFileError(f"folder '{given}' holds no image ({', '.join(IMAGE_SUFFIXES)})")
+            if not files:
+                endings = ", ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+                raise MissingFileError(f"folder '{given}' holds no image or video ({endings})")
         elif path.exists():
-            images = [path]
+            files = [path]
         else:
-            images = sorted(Path(name) for name in glob.glob(str(path)) if Path(name).is_file())
-            if not images:
+            files = sorted(Path(name) for name in glob.glob(str(path)) if Path(name).is_file())
+            if not files:
                 raise MissingFileError(f"input '{given}' does not exist, and as a glob it matches nothing")
-        unique.update(dict.fromkeys(images))
+        unique.update(dict.fromkeys(files))
     return list(unique)
 
 
-def plan_outputs(images: Sequence[Path], output: Path) -> list[Path]:
-    """Where the drawing of each image goes; its JSON file stands beside it with the extension .json."""
-    if output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
-        if len(images) > 1:
-            raise InputError(f"--output '{output}' is one file, but there are {len(images)} images; give a folder")
+def has_video_name(path: Path) -> bool:
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def plan_outputs(
+    files: Sequence[Path], output: Path, *, videos: Collection[Path] = (), tasks: Sequence[str] = TASKS[:1]
+) -> list[Path]:
+    """Where the drawing of each file goes; `written` says what stands beside it."""
+    if output.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES and not output.is_dir():
+        if len(files) > 1:
+            raise InputError(f"--output '{output}' is one file, but there are {len(files)} inputs; give a folder")
+        if has_video_name(output) != (files[0] in videos):
+            kind = "a video" if files[0] in videos else "an image"
+            raise InputError(f"--output '{output}' does not end like {kind}, which '{files[0]}' is")
         drawings = [output]
     else:
         if output.exists() and not output.is_dir():
             raise InputError(f"--output '{output}' is an existing file, not a folder")
-        drawings = [output / path.name for path in images]
-    stems: dict[Path, Path] = {}
-    for path, drawing in zip(images, drawings):
-        if path.resolve() == drawing.resolve():
-            raise InputError(f"the drawing of '{path}' would overwrite it; choose another --output")
-        other = stems.setdefault(drawing.with_suffix(".json"), path)
-        if other != path:
-            raise InputError(
-                f"'{other}' and '{path}' would both write '{drawing.stem}.json' in '{drawing.parent}'; "
-                "run them one after the other with different --output"
-            )
+        drawings = [output / (path.with_suffix(".mp4") if path in videos else path).name for path in files]
+    sources = {path.resolve(): path for path in files}
+    writers: dict[Path, Path] = {}
+    for path, drawing in zip(files, drawings):
+        for target in written(drawing, tasks, is_video=path in videos):
+            if target.resolve() in sources:
+                raise InputError(
+                    f"what comes of '{path}' would overwrite '{sources[target.resolve()]}'; choose another --output"
+                )
+            other = writers.setdefault(target, path)
+            if other != path:
+                raise InputError(
+                    f"'{other}' and '{path}' would both write '{target.name}' in '{target.parent}'; "
+                    "run them one after the other with different --output"
+                )
     return drawings
+
+
+def written(drawing: Path, tasks: Sequence[str], *, is_video: bool) -> list[Path]:
+    """The files of an image or video: a drawing a task, then the segments."""
+    others = [drawing.with_stem(f"{drawing.stem}_{task}") for task in tasks[1:]]
+    return [drawing, *others, drawing.with_suffix(".jsonl" if is_video else ".json")]
 
 
 def check_writable(folder: Path) -> None:
@@ -109,32 +168,163 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(f"cannot write to the output folder '{folder}': {error.strerror}") from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 1 if an image could not be read (the others are done)."""
-    args = parse_arguments(arguments)
-    vocabulary = None if args.vocabulary is None else Vocabulary.from_names(args.vocabulary)
-    images = find_images(args.input)
-    drawings = plan_outputs(images, Path(args.output).expanduser())
-    check_writable(drawings[0].parent)
-    cfg = load_config(args.config_file, args.opts)
-    segmenter = Segmenter(cfg, weights=args.weights)
-    unreadable = 0
-    for path, drawing in zip(images, drawings):
-        start = time.perf_counter()
+def open_window() -> None:
+    """Opens the window of `show`, before minutes are spent on a model."""
+    is_blind = sys.platform == "linux" and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    try:
+        if not is_blind:  # some OpenCVs end the process there
+            cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL)
+            return
+    except cv2.error:
+        pass
+    raise InputError(
+        "no window can be opened: there is no display, or this OpenCV was built without windows (install opencv-python "
+        "in place of opencv-python-headless); leave --show out and give --output"
+    )
+
+
+def show(drawing: np.ndarray, *, is_frame: bool) -> None:
+    """Shows a drawing; an image until a key is pressed. Esc and q stop as Ctrl-C does."""
+    cv2.imshow(WINDOW, drawing[..., ::-1])
+    if cv2.waitKey(1 if is_frame else 0) & 0xFF in STOP_KEYS:
+        raise KeyboardInterrupt
+
+
+class Demo:
+    """Does one image or video after the other.
+
+    Args:
+        segmenter: finds the segments.
+        args: of the command line.
+        options: of every call of the segmenter.
+        bar: shows how far it is.
+    """
+
+    def __init__(
+        self, segmenter: Segmenter, args: argparse.Namespace, options: Mapping[str, Any], bar: Progress
+    ) -> None:
+        self.segmenter, self.args, self.options, self.bar = segmenter, args, options, bar
+
+    def images(self, images: Mapping[Path, Path | None]) -> int:
+        """Does images, of which the values are the drawings; returns how many could not be read."""
+        unreadable, paths, step = 0, list(images), self.args.batch_size
+        task = self.bar.add_task("images", total=len(paths))
+        for start in range(0, len(paths), step):
+            begin, pixels = time.perf_counter(), {}
+            for path in paths[start : start + step]:
+                try:
+                    pixels[path] = read_image(path)
+                except InputError as error:
+                    print(f"error: {error}", file=sys.stderr)
+                    unreadable += 1
+            results = self.segmenter(list(pixels.values()), **self.options) if pixels else []
+            for path, result in zip(pixels, results):
+                self._finish(dataclasses.replace(result, file_name=str(path)), images[path])
+                seconds = (time.perf_counter() - begin) / len(pixels)
+                print(f"{path}{arrow(images[path])}: {len(result.segments)} segments, {seconds:.2f} s")
+            self.bar.advance(task, min(step, len(paths) - start))
+        return unreadable
+
+    def _finish(self, result: Segmentation, drawing: Path | None) -> None:
+        if drawing is not None:
+            *drawings, segments = written(drawing, self.args.tasks, is_video=False)
+            result.save(segments)
+            for kind, path in zip(self.args.tasks, drawings):
+                result.save(path, kind)
+        if self.args.show:
+            show(result.draw(self.args.tasks[0]), is_frame=False)
+
+    def video(self, video: VideoFile | Camera, source: Path, drawing: Path | None) -> bool:
+        """Does a video, one frame at a time; the files are whole also when it is interrupted. Returns whether any
+        frame could be read."""
+        times: collections.deque[float] = collections.deque()
+
+        def images() -> Iterator[np.ndarray]:
+            for frame in video:
+                times.append(frame.seconds)
+                yield frame.image
+
+        task = self.bar.add_task(source.name, total=video.num_frames or None)
+        start, number = time.perf_counter(), 0
+        with contextlib.ExitStack() as stack:
+            writers, segments = [], None
+            for result in self.segmenter.video(images(), **self.options):
+                if drawing is not None and segments is None:
+                    *paths, records = written(drawing, self.args.tasks, is_video=True)
+                    segments = stack.enter_context(records.open("w", encoding="utf-8"))
+                    writers = [stack.enter_context(VideoWriter(path, rate=video.rate)) for path in paths]
+                drawings = [result.draw(kind) for kind in self.args.tasks]
+                seconds = times.popleft()
+                for writer, drawn in zip(writers, drawings):
+                    writer.write(drawn, seconds)
+                if segments is not None:
+                    found = [segment.record() for segment in result.segments]
+                    line = {"frame": number, "seconds": round(seconds, 4), "segments": found}
+                    print(json.dumps(line, ensure_ascii=False), file=segments)
+                if self.args.show:
+                    show(drawings[0], is_frame=True)
+                number += 1
+                self.bar.advance(task)
+        if number == 0:
+            print(f"error: '{source}' has no frame that can be read", file=sys.stderr)
+            return False
+        if video.num_unreadable:
+            print(f"{source}: {video.num_unreadable} frames could not be read and are left out", file=sys.stderr)
+        drawing = writers[0].path if writers else None
+        print(f"{source}{arrow(drawing)}: {number} frames, {time.perf_counter() - start:.2f} s")
+        return True
+
+
+def arrow(drawing: Path | None) -> str:
+    return "" if drawing is None else f" -> {drawing}"
+
+
+def open_videos(paths: Iterable[Path]) -> dict[Path, VideoFile]:
+    """The videos that can be opened; of the others it is said why not."""
+    videos = {}
+    for path in paths:
         try:
-            image = read_image(path)
+            videos[path] = VideoFile(path)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr)
-            unreadable += 1
-            continue
-        result = segmenter(image, vocabulary, min_score=args.confidence_threshold)
-        result = dataclasses.replace(result, file_name=str(path))
-        result.save(drawing.with_suffix(".json"))
-        result.save(drawing)
-        seconds = time.perf_counter() - start
-        print(f"{path} -> {drawing}: {len(result.segments)} segments, {seconds:.2f} s")
+    return videos
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 if an image or a video could not be read (the others are done)."""
+    args = parse_arguments(arguments)
+    options = {
+        "vocabulary": None if args.vocabulary is None else read_vocabulary(args.vocabulary),
+        "min_score": args.confidence_threshold,
+        "unknown": args.unknown,
+        "batch_size": args.batch_size,
+    }
+    videos: dict[Path, VideoFile | Camera]
+    if args.webcam is not None:
+        files = [Path(f"webcam_{args.webcam}")]
+        names, videos = files, {files[0]: Camera(args.webcam)}
+    else:
+        files = find_files(args.input) if args.input else [Path(args.video_input).expanduser()]
+        names = [path for path in files if has_video_name(path)] if args.input else files
+        videos = dict(open_videos(names))
+    drawings: dict[Path, Path | None] = dict.fromkeys(files)
+    if args.output is not None:
+        planned = plan_outputs(files, Path(args.output).expanduser(), videos=names, tasks=args.tasks)
+        drawings = dict(zip(files, planned))
+        check_writable(planned[0].parent)
+    if args.show:
+        open_window()
+    segmenter = Segmenter(load_config(args.config_file, args.opts), weights=args.weights, device=args.device)
+    unreadable = len(names) - len(videos)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        demo = Demo(segmenter, args, options, bar)
+        images = {path: drawings[path] for path in files if path not in names}
+        unreadable += demo.images(images) if images else 0
+        for path, video in videos.items():
+            unreadable += not demo.video(video, path, drawings[path])
     if unreadable:
-        print(f"error: {unreadable} of {len(images)} images could not be read", file=sys.stderr)
+        print(f"error: {unreadable} of {len(files)} inputs could not be read", file=sys.stderr)
     return 1 if unreadable else 0
 
 

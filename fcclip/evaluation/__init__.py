@@ -4,6 +4,7 @@ runner.py     evaluate: a model over a data set in several modes; evaluate_augme
 evaluators.py build_evaluators: which evaluators a data set gets
 ground_truth.py  GroundTruth and Evaluator: what the runner hands over and expects
 panoptic.py   PanopticEvaluator: panoptic quality of id maps
+video.py      VideoPanopticEvaluator: panoptic quality of tubes, over windows of frames
 semantic.py   SemanticEvaluator: one confusion matrix, both mIoU rules
 recall.py     MaskRecallEvaluator: whether some proposal covers a class, whatever it is called
 boundary.py   BoundaryEvaluator: boundary IoU of each class
@@ -42,6 +43,7 @@ from fcclip.evaluation.results import (
 from fcclip.evaluation.runner import Oracle, evaluate, evaluate_augmented
 from fcclip.evaluation.semantic import SemanticEvaluator
 from fcclip.evaluation.thread_pool import EvaluationThreads
+from fcclip.evaluation.video import VideoPanopticEvaluator, VideoTruth
 
 __all__ = [
     "BoundaryEvaluator",
@@ -60,6 +62,8 @@ __all__ = [
     "PredictionWriter",
     "SavedPredictions",
     "SemanticEvaluator",
+    "VideoPanopticEvaluator",
+    "VideoTruth",
     "build_evaluators",
     "compare_segments",
     "copypaste_lines",

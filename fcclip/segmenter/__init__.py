@@ -6,6 +6,8 @@ naming.py      Naming: which class names, and how masks get theirs; read_vocabul
 result.py      Segmentation: what was found in an image, made when asked for, named anew, drawn, written
 segments.py    NamedSegment, and masks as run lengths
 tiles.py       large images: where tiles lie, and their segments joined across seams
+video.py       Tracker: which segments of successive frames are one thing
+video_files.py frames of video files and cameras, and video files that browsers play (extra `video`)
 pretrained.py  weights found by name, path or hub id with their config, and written so that they are found again
 """
 
@@ -13,5 +15,19 @@ from fcclip.segmenter.naming import Naming, read_vocabulary
 from fcclip.segmenter.result import Computed, Segmentation
 from fcclip.segmenter.segmenter import Segmenter
 from fcclip.segmenter.segments import NamedSegment
+from fcclip.segmenter.video import Tracker
+from fcclip.segmenter.video_files import VIDEO_SUFFIXES, Camera, VideoFile, VideoWriter
 
-__all__ = ["Computed", "NamedSegment", "Naming", "Segmentation", "Segmenter", "read_vocabulary"]
+__all__ = [
+    "VIDEO_SUFFIXES",
+    "Camera",
+    "Computed",
+    "NamedSegment",
+    "Naming",
+    "Segmentation",
+    "Segmenter",
+    "Tracker",
+    "VideoFile",
+    "VideoWriter",
+    "read_vocabulary",
+]

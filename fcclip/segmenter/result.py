@@ -122,7 +122,33 @@ class Scored:
         return np.concatenate([nothing, *(self.embed(segment.mask[None]) for segment in self.segments)])
 
 
-Outputs = Computed | Scored
+@dataclass(frozen=True)
+class Tracked:
+    """The parts of a frame of a video: of `outputs`, but for the panoptic map and its segments, whose ids are
+    identities."""
+
+    outputs: Computed | Scored
+    panoptic: np.ndarray
+    segments: tuple[NamedSegment, ...]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self.outputs.vocabulary
+
+    @property
+    def instances(self) -> tuple[NamedSegment, ...]:
+        return self.outputs.instances
+
+    @property
+    def semantic(self) -> np.ndarray:
+        return self.outputs.semantic
+
+    @property
+    def embeddings(self) -> np.ndarray:
+        return self.outputs.embeddings
+
+
+Outputs = Computed | Scored | Tracked
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +209,7 @@ class Segmentation:
         """What the frozen CLIP sees in any regions: masks (n, h, w) bool -> (n, D) float32, unit length.
 
         Raises:
-            ValueError: the result of a tiled image.
+            ValueError: the result of a tiled image, or a frame of a video.
         """
         return self._kept("embed").embed(masks)
 
@@ -201,7 +227,7 @@ class Segmentation:
             vocabulary, min_score, ensemble, unknown: as for a call of the segmenter; None: as this result has it.
 
         Raises:
-            ValueError: as a call; the result of a tiled image.
+            ValueError: as a call; the result of a tiled image, or a frame of a video.
         """
         scored = self._kept("relabel")
         changes = {"min_score": min_score, "ensemble": ensemble}
@@ -215,8 +241,8 @@ class Segmentation:
         if isinstance(self.outputs, Scored):
             return self.outputs
         raise InputError(
-            f"{what} needs the masks of all queries, which the result of a tiled image does not keep; call the "
-            "segmenter again"
+            f"{what} needs the masks of all queries, which the result of a tiled image and a frame of a video do not "
+            "have; call the segmenter again"
         )
 
     def draw(self, kind: str = "panoptic", *, scores: bool = True, legend: bool = False) -> np.ndarray:
@@ -233,6 +259,7 @@ class Segmentation:
             return draw_labels(self.image, self.semantic, names, legend=legend)
         options = {"scores": scores, "legend": legend}
         if kind == "panoptic":
+            options["identities"] = isinstance(self.outputs, Tracked)
             return draw_panoptic(self.image, self.panoptic, self.segments, names, **options)
         masks = [segment.mask for segment in self.instances]
         return draw_instances(self.image, masks, self.instances, names, **options)
@@ -280,9 +307,9 @@ class Segmentation:
             data={"class_name": np.array([segment.name for segment in segments])},
         )
 
-    def save(self, path: str | Path) -> Path:
-        """Writes the drawing (.png, .jpg, .webp, …); to a .json file what `to_json` gives; into a folder, a path
-        without an ending, both, called as the image.
+    def save(self, path: str | Path, kind: str = "panoptic") -> Path:
+        """Writes the drawing (.png, .jpg, .webp, …) of a kind that `draw` knows; to a .json file what `to_json` gives;
+        into a folder, a path without an ending, both, called as the image.
 
         Missing folders are made. A file appears whole or not at all.
 
@@ -296,14 +323,14 @@ class Segmentation:
         path = Path(path).expanduser()
         if not path.suffix or path.is_dir():
             for ending in ("png", "json"):
-                self.save(path / f"{Path(self.file_name).stem or 'image'}.{ending}")
+                self.save(path / f"{Path(self.file_name).stem or 'image'}.{ending}", kind)
             return path
-        kind = Image.registered_extensions().get(path.suffix.lower())
+        format_name = Image.registered_extensions().get(path.suffix.lower())
         if path.suffix.lower() == ".json":
             content = (self.to_json() + "\n").encode()
-        elif kind in Image.SAVE:
-            drawing = io.BytesIO()
-            Image.fromarray(self.draw()).save(drawing, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
+        elif format_name in Image.SAVE:
+            drawing, options = io.BytesIO(), {"quality": 95} if format_name == "JPEG" else {}
+            Image.fromarray(self.draw(kind)).save(drawing, format=format_name, **options)
             content = drawing.getvalue()
         else:
             raise InputError(f"cannot save '{path}': '{path.suffix}' is not an image format; use .png, .jpg or .json")

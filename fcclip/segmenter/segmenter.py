@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from fcclip.segmenter.images import ImageInput, read_image_input
 from fcclip.segmenter.naming import Naming, VocabularyInput, read_distractors, read_vocabulary
 from fcclip.segmenter.result import Computed, Scored, Segmentation
 from fcclip.segmenter.tiles import segment_tiles
+from fcclip.segmenter.video import MEMORY, Tracker
+from fcclip.segmenter.video_files import VideoFile
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import load_weights
 
-BATCH = 8  # images of a list that the network sees at once
+BATCH = 8  # images of a list that the network sees at once, unless told
 
 
 class Segmenter:
@@ -146,6 +149,7 @@ class Segmenter:
         unknown: bool | VocabularyInput = False,
         tile: int = 0,
         channel_order: str = "RGB",
+        batch_size: int = BATCH,
     ) -> Segmentation | list[Segmentation]:
         """Finds the segments of an image.
 
@@ -165,6 +169,7 @@ class Segmenter:
             tile: the image is cut into overlapping tiles of that many pixels, which are seen one by one; 0: it is seen
                 whole, scaled down to the size of the test images.
             channel_order: "RGB" or "BGR" (OpenCV's), of arrays and tensors.
+            batch_size: images of a list that the network sees at once, at most.
 
         Returns:
             One result, or for a list of images a list of results in the same order.
@@ -173,6 +178,7 @@ class Segmenter:
             FileNotFoundError: there is no such image.
             ValueError: an image that cannot be read, no vocabulary, or a number outside its range.
         """
+        _check_batch(batch_size)
         naming = Naming(
             self._vocabulary(vocabulary),
             min_score=min_score,
@@ -185,12 +191,46 @@ class Segmenter:
         if tile:
             outputs = [self._tiled(pixels, naming, tile) for pixels in images]
         else:
-            outputs = [Scored(self.model, scored, naming) for scored in self._score(images, naming.vocabulary)]
+            masks = self._score(images, naming.vocabulary, batch_size)
+            outputs = [Scored(self.model, scored, naming) for scored in masks]
         results = [
             Segmentation(pixels, parts, str(source) if isinstance(source, (str, Path)) else "")
             for pixels, parts, source in zip(images, outputs, sources)
         ]
         return results if is_list else results[0]
+
+    def video(
+        self,
+        frames: str | Path | Iterable[ImageInput],
+        vocabulary: VocabularyInput | None = None,
+        *,
+        memory: int = MEMORY,
+        batch_size: int = 1,
+        **options: Any,
+    ) -> Iterator[Segmentation]:
+        """Segments the frames of a video, in which a thing keeps its id: see `Tracker`.
+
+        Takes `batch_size` frames at a time and keeps none, so memory does not grow with the length.
+
+        Args:
+            frames: the path of a video file (needs the extra `video`), or images in their order.
+            vocabulary, **options: as for a call.
+            memory: a thing that is hidden for so many frames has its id again when it comes back.
+            batch_size: frames that the network sees at once; more are faster on a GPU, and later.
+
+        Yields:
+            the result of each frame. In `panoptic` and `segments` ids are identities, from 1, none for two things;
+            `relabel` and `embed` are for images.
+
+        Raises:
+            FileNotFoundError, ValueError: as a call; a video that cannot be read.
+        """
+        _check_batch(batch_size)
+        tracker = Tracker(memory=memory)
+        images = iter((frame.image for frame in VideoFile(frames)) if isinstance(frames, (str, Path)) else frames)
+        while batch := list(itertools.islice(images, batch_size)):
+            for result in self(batch, vocabulary, batch_size=batch_size, **options):
+                yield tracker.update(result)
 
     def _vocabulary(self, vocabulary: VocabularyInput | None) -> Vocabulary:
         if vocabulary is not None:
@@ -199,7 +239,9 @@ class Segmenter:
             raise InputError("no vocabulary given, and the config names no test set (DATASETS.TEST) with classes")
         return self.model.test_vocabulary
 
-    def _score(self, images: Sequence[np.ndarray], vocabulary: Vocabulary) -> list[ScoredMasks]:
+    def _score(
+        self, images: Sequence[np.ndarray], vocabulary: Vocabulary, batch_size: int = BATCH
+    ) -> list[ScoredMasks]:
         """The masks of images (h, w, 3), in their order."""
         samples = [self._sample(image) for image in images]
         batches: dict[tuple[int, int], list[int]] = {}  # images by the size of the network's input
@@ -208,8 +250,8 @@ class Segmenter:
             batches.setdefault(size, []).append(index)
         scored: dict[int, ScoredMasks] = {}
         for indices in batches.values():
-            for start in range(0, len(indices), BATCH):
-                part = indices[start : start + BATCH]
+            for start in range(0, len(indices), batch_size):
+                part = indices[start : start + batch_size]
                 scored |= zip(part, self.model.score([samples[index] for index in part], vocabulary))
         return [scored[index] for index in range(len(images))]
 
@@ -227,3 +269,8 @@ class Segmenter:
             return Scored(self.model, scored, naming)
 
         return segment_tiles(image, tile=tile, look=look)
+
+
+def _check_batch(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size is a number of images, at least 1; got {batch_size}")

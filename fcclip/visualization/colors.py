@@ -49,6 +49,12 @@ def class_colors(names: Sequence[str]) -> list[tuple[int, int, int]]:
     return colors
 
 
+def identity_color(identity: int) -> tuple[int, int, int]:
+    """RGB colour of a thing in a video, 0..255: the next identity has one as far from it as can be."""
+    red, green, blue = _palette()[identity % PALETTE_SIZE]
+    return int(red), int(green), int(blue)
+
+
 def shade(color: tuple[int, int, int], instance: int) -> tuple[int, int, int]:
     """The colour of one instance of a thing class: the class colour, a little lighter or darker.
 

@@ -19,7 +19,7 @@ from scipy import ndimage
 
 from fcclip.errors import InputError
 from fcclip.structures import Segment
-from fcclip.visualization.colors import class_colors, shade
+from fcclip.visualization.colors import class_colors, identity_color, shade
 
 READABLE_SIDE_PX = 768  # an image whose longer side is smaller is enlarged by a whole factor to at least this
 MASK_OPACITY = 0.4  # of stuff; a thing, which has a bold outline, gets half of it, so that its own colours stay visible
@@ -49,6 +49,7 @@ def draw_panoptic(
     *,
     scores: bool = True,
     legend: bool = False,
+    identities: bool = False,
 ) -> np.ndarray:
     """Draws a panoptic map over its image.
 
@@ -64,6 +65,8 @@ def draw_panoptic(
         class_names: K names, by contiguous class index.
         scores: write the score after the name.
         legend: a list of the classes below the image, each with its colour and its number of segments.
+        identities: ids of things are identities in a video: they give the colour, and stand after the name; the legend
+            is of stuff.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -83,7 +86,7 @@ def draw_panoptic(
     places = enumerate(ndimage.find_objects(ids))
     masks = [(ordered[index], ids[place] == index + 1, place) for index, place in places if place is not None]
     masks.sort(key=lambda mask: (mask[0].isthing, -np.count_nonzero(mask[1])))
-    return _draw(image, masks, class_names, scores=scores, legend=legend)
+    return _draw(image, masks, class_names, scores=scores, legend=legend, identities=identities)
 
 
 def draw_instances(
@@ -114,6 +117,7 @@ def _draw(
     *,
     scores: bool,
     legend: bool,
+    identities: bool = False,
 ) -> np.ndarray:
     """Segments, each with its mask in the bounding box `place` of the enlarged image, in the order of drawing."""
     canvas = _enlarged(image)
@@ -123,6 +127,7 @@ def _draw(
     for segment, mask, (rows, columns) in masks:
         number = numbers[segment.category_id] = numbers.get(segment.category_id, -1) + 1
         color = shade(colors[segment.category_id], number if segment.isthing else 0)
+        color = identity_color(segment.id) if identities and segment.isthing else color
         pieces.append(_Piece(segment, mask, rows.start, columns.start, color))
         tint = sv.MaskAnnotator(
             color=sv.Color(*color),
@@ -134,10 +139,11 @@ def _draw(
         color, width = (piece.color, thickness) if piece.segment.isthing else (STUFF_OUTLINE, 1)
         outline = sv.PolygonAnnotator(color=sv.Color(*color), thickness=width, color_lookup=sv.ColorLookup.INDEX)
         _annotate(canvas, piece, outline, margin=width)
-    drawing = _write_labels(canvas, pieces, class_names, scores=scores)
+    drawing = _write_labels(canvas, pieces, class_names, scores=scores, identities=identities)
     if not legend:
         return drawing
-    counts = {class_names[index]: (colors[index], number + 1) for index, number in numbers.items()}
+    own = {segment.category_id for segment, *_ in masks if identities and segment.isthing}  # colours of their own
+    counts = {class_names[i]: (colors[i], number + 1) for i, number in numbers.items() if i not in own}
     return np.concatenate([drawing, _legend(counts, drawing.shape[1])])
 
 
@@ -228,12 +234,14 @@ def _enlarged_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def _write_labels(
-    canvas: np.ndarray, pieces: Sequence[_Piece], class_names: Sequence[str], *, scores: bool
+    canvas: np.ndarray, pieces: Sequence[_Piece], class_names: Sequence[str], *, scores: bool, identities: bool
 ) -> np.ndarray:
     """canvas (H, W, 3) uint8 BGR -> RGB with names."""
     image = Image.fromarray(cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB))
     texts = [
-        _shorten(class_names[piece.segment.category_id]) + (f" {piece.segment.score:.2f}" if scores else "")
+        _shorten(class_names[piece.segment.category_id])
+        + (f" #{piece.segment.id}" if identities and piece.segment.isthing else "")
+        + (f" {piece.segment.score:.2f}" if scores else "")
         for piece in pieces
     ]
     height, width = canvas.shape[:2]

@@ -128,6 +128,18 @@ def test_many_segments_have_smaller_names_that_hide_less(monkeypatch):
     assert sizes[1] < sizes[0] and sizes[1] >= draw.SMALLEST_LETTERS_PX
 
 
+def test_in_a_video_the_identity_of_a_thing_is_its_colour_and_the_legend_is_of_stuff():
+    drawn = draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES, legend=True, identities=True)
+    ids = np.where(square_map() == 2, 7, square_map())
+    other = draw_panoptic(pixels(), ids, [SEGMENTS[0], Segment(7, 1, True, 0.8, 0)], NAMES, identities=True)
+    assert (drawn[430, 300] != other[430, 300]).any()
+    np.testing.assert_array_equal(drawn[700:800], other[700:])
+    strip = drawn[800:].reshape(-1, 3).tolist()
+    sand, circle = map(list, class_colors(NAMES))
+    assert sand in strip
+    assert circle not in strip
+
+
 def test_a_legend_stands_below_the_image_with_the_colour_of_every_class():
     plain, with_legend = (
         draw_panoptic(pixels(), square_map(), SEGMENTS, NAMES, legend=legend) for legend in (False, True)
