@@ -224,8 +224,8 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
                 status = gr.Markdown(NOTHING, elem_id="status")
                 with gr.Row():
                     score = _slider("Threshold", 0.5, "of things")
-                    alphas = _slider("Alpha", alpha, "CLIP's weight, trained classes")
-                    betas = _slider("Beta", beta, "CLIP's weight, other classes")
+                    alphas = _slider("Alpha", alpha, "CLIP's share, trained classes")
+                    betas = _slider("Beta", beta, "CLIP's share, other classes")
         options = {"concurrency_id": "model", "api_visibility": "private", "trigger_mode": "always_last"}
         settings, outputs = [names, score, alphas, betas, kind], [kept, status, *views]
         upload.upload(look, settings, [names, *outputs], **options)
@@ -254,7 +254,8 @@ def _upload_html() -> str:
 
 
 class Guard:
-    """Middleware: the browser talks to this server alone, and nobody sends more than an image."""
+    """Middleware: the browser talks to this server alone, nobody sends more than an image, and those addresses of
+    gradio that write files are closed."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -262,6 +263,8 @@ class Guard:
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
+        if scope["path"].rstrip("/").endswith(("/upload", "/deep_link")):
+            return await PlainTextResponse("closed", status_code=403)(scope, receive, send)
         headers = dict(scope["headers"])
         size = headers.get(b"content-length", b"" if b"transfer-encoding" in headers else b"0")
         if not size.isdigit() or int(size) > 2 * MAX_BYTES:
@@ -276,7 +279,7 @@ class Guard:
 
 
 def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
-    """Starts the server; gradio's own uploads, which would be files, are refused.
+    """Starts the server.
 
     Args:
         page: of `build_page`.
@@ -289,7 +292,6 @@ def launch(page: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
         run_history=False,
         ssr_mode=False,
         mcp_server=False,
-        max_file_size=1,
         state_session_capacity=SESSIONS,
         app_kwargs={"middleware": [Middleware(Guard)]},
         **options,

@@ -316,10 +316,11 @@ def test_nothing_stays_on_the_disk_and_nothing_leaves_the_machine(server, visit)
     visitor = visit()
     upload(visitor)
     labels(visitor, "red circle")
-    assert [path for path in server.files.rglob("*") if path.is_file()] == []
     assert [url for url in server.asked if not url.startswith((server.url, "data:", "blob:"))] == []
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\ncontent\r\n--x--\r\n'
-    kind = {"Content-Type": "multipart/form-data; boundary=x"}
-    request = urllib.request.Request(f"{server.url}gradio_api/upload", body, kind)
-    with pytest.raises(urllib.error.HTTPError, match="413"):  # gradio's own uploads would be files
-        urllib.request.urlopen(request)
+    for address in ("upload", "deep_link?session_hash=x"):  # those of gradio that would write files
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(f"{server.url}gradio_api/{address}")
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        too_long = urllib.request.Request(f"{server.url}gradio_api/queue/join", headers={"Content-Length": "50000000"})
+        urllib.request.urlopen(too_long)
+    assert [path for path in server.files.rglob("*") if path.is_file()] == []
