@@ -198,10 +198,17 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
         result = result.relabel(names, min_score=score, ensemble=(alpha, beta))
         return shown(result, kind, start, "named anew without the network")
 
+    def forget(result: Segmentation | None) -> None:
+        """Drops all of the session that holds a result; gradio alone would keep the last drawing."""
+        sessions = page.state_holder.session_data
+        for name, session in list(sessions.items()):
+            if result is not None and session.state_data.get(kept._id) is result:
+                del sessions[name]
+
     with gr.Blocks(title="fcclip", analytics_enabled=False) as page:
         script = (FILES / "app.js").read_text()
-        kept = gr.State(time_to_live=60 * MINUTES)
-        kind = gr.State(KINDS[0])
+        kept = gr.State(time_to_live=60 * MINUTES, delete_callback=forget)
+        kind = gr.Radio(list(KINDS), value=KINDS[0], visible="hidden")  # the page's, so that no lost session changes it
         gr.Markdown("# Any image, any class names")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -232,7 +239,7 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
         changes = [names.submit, apply.click, score.change, alphas.change, betas.change]
         gr.on(changes, relabel, [kept, *settings], outputs, **options)
         for name, tab in tabs.items():
-            chosen = tab.select(lambda name=name: name, None, kind, queue=False, api_visibility="private")
+            chosen = tab.select(None, None, kind, js=f"() => '{name}'")
             chosen.then(relabel, [kept, *settings], outputs, **options)
     return page
 

@@ -301,6 +301,10 @@ def test_results_are_dropped_by_age_and_by_number(segmenter, browser, tmp_path):
         visitor.wait_for_timeout(3000)
         use_names(visitor, "round sign, red circle")
         visitor.get_by_text("No image").wait_for()
+        upload(visitor)
+        labels(visitor, "round sign")
+        visitor.wait_for_timeout(3000)
+        assert len(running.page.state_holder.session_data) == 0
         for _ in range(3):
             other = running.visit(browser)
             upload(other)
