@@ -5,19 +5,21 @@
 #   make test         the test suite, in two processes
 #   make build        compile the faster engines of deformable attention for this machine (optional; needs a C++ compiler)
 #   make demo         segment images of the shapes world with the shipped weights
+#   make app          the same for any image and any class names on a web page of this machine
 #   make lint         ruff
 #
-# PYTHON=python3.12 chooses the interpreter; QUICKSTART_ARGS and PYTEST_ARGS are handed on.
+# PYTHON=python3.12 chooses the interpreter; QUICKSTART_ARGS, PYTEST_ARGS and APP_ARGS are handed on.
 
 PYTHON ?= python3
 VENV ?= .venv
 QUICKSTART_ARGS ?=
 PYTEST_ARGS ?=
+APP_ARGS ?=
 
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 
-.PHONY: quickstart test build demo lint
+.PHONY: quickstart test build demo app lint
 
 quickstart: $(STAMP)
 	$(RUN) tools/quickstart.py $(QUICKSTART_ARGS)
@@ -37,6 +39,10 @@ demo: $(STAMP)
 	$(RUN) demo/demo.py --config-file configs/shapes/fcclip_shapes.yaml --weights shapes_fcclip.safetensors \
 		--input demo/images/shapes_1.jpg --vocabulary "red circle; blue star, azure star; sand:stuff" \
 		--output output/demo/vocabulary
+
+app: $(STAMP)
+	$(RUN) -m pip install --quiet --editable '.[web]'
+	$(RUN) demo/app.py $(APP_ARGS)
 
 # The stamp is written last, so an interrupted installation is taken up again instead of being used half-made.
 $(STAMP): pyproject.toml setup.py

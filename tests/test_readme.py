@@ -26,7 +26,14 @@ DETECTRON2 = REPOSITORY / "docs" / "detectron2.md"
 COCO = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml"
 CONFIG_KEY = re.compile(r"\b(?:MODEL|SOLVER|INPUT|TEST|DATASETS|DATALOADER|WANDB)(?:\.[A-Z0-9_]+)+")
 SCRIPT = re.compile(r"(?:python|sbatch[^\n]*?) ((?:[\w/]+/)?\w+\.(?:py|sh))((?:[^\n]*\\\n)*[^\n]*)")
-PARSED = ("train_net.py", "demo/demo.py", "tools/analyze_model.py", "tools/check.py", "tools/convert_checkpoint.py")
+PARSED = (
+    "train_net.py",
+    "demo/app.py",
+    "demo/demo.py",
+    "tools/analyze_model.py",
+    "tools/check.py",
+    "tools/convert_checkpoint.py",
+)
 
 
 @pytest.fixture(params=DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
