@@ -73,3 +73,11 @@ def engine(request, built, monkeypatch) -> Engine:
         for kernel in (kernels.forward, kernels.backward):
             monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
     return engine
+
+
+@pytest.fixture(params=["torch", "cpp"])
+def output_functions(request, built, monkeypatch) -> str:
+    """The plain functions that outputs are made with (`fcclip.ops.output_maps`), then the compiled ones."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(built(request.param)))
+    monkeypatch.setenv("FCCLIP_MSDA", request.param)
+    return request.param

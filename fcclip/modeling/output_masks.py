@@ -6,12 +6,15 @@ the numbers of the whole to rounding: bilinear resizing and the sum over queries
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fcclip.ops import output_maps
 
 # Floats of mask logits at the output size that are held at once: on a CPU, and on a GPU, which few would not keep busy.
 _MASKS_CPU, _MASKS = 2**24, 2**26
@@ -49,20 +52,41 @@ class OutputMasks:
         shares = F.adaptive_avg_pool2d(F.pad(shares, (0, padding[1], 0, padding[0])), grid)[0]
         return shares - shares.amax((-2, -1), keepdim=True) / 2
 
-    def rows(self, queries: Tensor | None = None, *, maps: int = 0) -> Iterator[tuple[slice, Tensor]]:
-        """Mask logits of all queries, some rows of the output at a time.
+    def rows(self, queries: Tensor | None = None, *, maps: int = 0) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Mask logits of all queries and their probabilities, some rows of the output at a time.
 
         Args:
             queries: (n,) int64, of these alone.
             maps: how many the caller makes of them; so many rows at a time that these fit too.
 
         Yields:
-            rows of the output, and the logits (n, number of rows, width) there.
+            rows of the output, and there the logits (n, number of rows, width) and their sigmoids.
         """
+        if (compiled := output_maps.library(self.mask_logits)) is not None and not self._is_whole():
+            yield from self._rows_compiled(compiled, queries, maps=maps)
+            return
         for rows, needed, mask_logits in self.input_rows(queries, maps=maps):
             wanted = range(rows.start, rows.stop)
             place = {"first": needed.start, "of": self.image_size[0]}
-            yield rows, resize_rows(mask_logits, wanted, self.output_size, **place)
+            mask_logits = resize_rows(mask_logits, wanted, self.output_size, **place)
+            yield rows, mask_logits, mask_logits.sigmoid()
+
+    def _is_whole(self) -> bool:
+        return tuple(self.mask_logits.shape[-2:]) == self.padded_size and self.image_size == self.output_size
+
+    def _rows_compiled(
+        self, compiled: ctypes.CDLL, queries: Tensor | None, *, maps: int
+    ) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        places = torch.arange(len(self.mask_logits)) if queries is None else queries
+        along = [
+            _sources_and_weights(*sizes)
+            for sizes in zip(self.mask_logits.shape[-2:], self.padded_size, self.image_size, self.output_size)
+        ]
+        taps = max(len(numbers) for numbers, _ in along)
+        (row_numbers, row_weights), columns = ([_filled(part, taps) for part in parts] for parts in along)
+        for rows in _blocks(self.output_size, max(maps, len(places)), _BLOCK_CPU // 4):
+            some = (row_numbers[:, rows], row_weights[:, rows])
+            yield rows, *output_maps.enlarge(compiled, self.mask_logits, places, some, columns)
 
     def input_rows(self, queries: Tensor | None = None, *, maps: int = 0) -> Iterator[tuple[slice, range, Tensor]]:
         """As `rows`, before the image is resized to the output: rows of the output, the rows of the image that they
@@ -70,9 +94,7 @@ class OutputMasks:
         mask_logits = self.mask_logits if queries is None else self.mask_logits[queries]
         height, width = self.output_size
         budget = _BLOCK_CPU if mask_logits.device.type == "cpu" else _BLOCK
-        step = max(1, budget // (max(maps, len(mask_logits), 1) * max(self.padded_size[1], width)))
-        for start in range(0, height, step):
-            rows = slice(start, min(start + step, height))
+        for rows in _blocks((height, max(self.padded_size[1], width)), max(maps, len(mask_logits)), budget):
             needed = _sources(range(rows.start, rows.stop), self.image_size[0], height)
             yield rows, needed, resize_rows(mask_logits, needed, self.padded_size)[..., : self.image_size[1]]
 
@@ -108,8 +130,8 @@ def semantic_blocks(masks: OutputMasks, probabilities: Tensor, *, masks_first: b
     queries, num_classes = probabilities.shape
     output_size = masks.output_size
     if masks_first or masks.image_size == output_size:
-        for rows, mask_logits in masks.rows(maps=num_classes):
-            yield rows, weighted_sum(probabilities, mask_logits.sigmoid())
+        for rows, _, shares in masks.rows(maps=num_classes):
+            yield rows, weighted_sum(probabilities, shares)
         return
     for rows, needed, mask_logits in masks.input_rows(maps=num_classes):
         shares = mask_logits.sigmoid()
@@ -167,3 +189,31 @@ def _rows_between(
     centre = centre.clamp(min=0)
     above = centre.long().clamp(max=height - 1)
     return above, (above + 1).clamp(max=height - 1), centre - above
+
+
+def _blocks(size: tuple[int, int], maps: int, budget: int) -> Iterator[slice]:
+    """The rows of maps of this size, as many at a time as `budget` floats hold."""
+    step = max(1, budget // (max(maps, 1) * size[1]))
+    for start in range(0, size[0], step):
+        yield slice(start, min(start + step, size[0]))
+
+
+def _sources_and_weights(stride: int, padded: int, image: int, output: int) -> tuple[Tensor, Tensor]:
+    """Along one side, of which numbers at network stride each of the output is the weighted sum, and the weights:
+    (t, output) int32 and float32 with t = 2, or 4 where the image is resized to the output."""
+
+    def between(of: int, resized: int, number: int) -> tuple[Tensor, Tensor]:
+        first, second, share = _rows_between(range(number), of, resized)
+        return torch.stack([first, second]), torch.stack([1 - share, share])
+
+    numbers, weights = between(stride, padded, image)
+    if image != output:
+        through, shares = between(image, output, output)
+        numbers = numbers[:, through].flatten(0, 1)
+        weights = (weights[:, through] * shares).flatten(0, 1)
+    return numbers.int(), weights
+
+
+def _filled(tensor: Tensor, rows: int) -> Tensor:
+    """Rows of zeros added."""
+    return torch.cat([tensor, tensor.new_zeros(rows - len(tensor), tensor.shape[1])])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fcclip.errors import InputError
 from fcclip.modeling.output_masks import OutputMasks, semantic_blocks, weighted_sum
+from fcclip.ops import output_maps
 from fcclip.structures import Instances, boxes_of_masks
 
 HEADS = ("semantic", "panoptic", "instances", "recall")
@@ -118,8 +119,8 @@ class _Head(Protocol):
     queries: Tensor
     maps: int
 
-    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | slice) -> None:
-        """Takes some rows (m, number of rows, width); `places` are those of its queries among the m."""
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | None) -> None:
+        """Takes some rows (m, number of rows, width); `places` are those of its queries among the m, None: all."""
 
     def result(self) -> Any:
         """The output, after all rows."""
@@ -133,12 +134,15 @@ def _run(masks: OutputMasks, heads: Mapping[str, _Head]) -> dict[str, Any]:
         wanted[head.queries] = True
     queries = wanted.nonzero().flatten()
     if len(queries):
-        of_head = [(head, torch.searchsorted(queries, head.queries)) for head in heads.values() if len(head.queries)]
+        of_head = [
+            (head, None if len(head.queries) == len(queries) else torch.searchsorted(queries, head.queries))
+            for head in heads.values()
+            if len(head.queries)
+        ]
         chosen = None if len(queries) == total else queries
-        for rows, mask_logits in masks.rows(chosen, maps=max(head.maps for head in heads.values())):
-            probabilities = mask_logits.sigmoid()
+        for block in masks.rows(chosen, maps=max(head.maps for head in heads.values())):
             for head, places in of_head:
-                head.add(rows, mask_logits, probabilities, slice(None) if len(places) == len(queries) else places)
+                head.add(*block, places)
     return {name: head.result() for name, head in heads.items()}
 
 
@@ -156,11 +160,11 @@ class _Semantic:
                 self._write(rows, scores)
             self.queries = self.queries[:0]
 
-    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | slice) -> None:
-        self._write(rows, weighted_sum(self.shares, probabilities[places]))
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | None) -> None:
+        self._write(rows, weighted_sum(self.shares, probabilities))  # it looks at all queries
 
     def _write(self, rows: slice, scores: Tensor) -> None:
-        self.map[..., rows, :] = scores.max(0).indices if self.labels else scores  # faster than argmax on a CPU
+        self.map[..., rows, :] = output_maps.highest(scores) if self.labels else scores
 
     def result(self) -> Tensor:
         return self.map
@@ -190,13 +194,9 @@ class _Panoptic:
         )  # whether it is in that one's mask
         self.areas = self.queries.new_zeros(len(self.queries))
 
-    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | slice) -> None:
-        probabilities = probabilities[places]
-        inside = probabilities >= 0.5
-        owner = (self.scores[:, None, None] * probabilities).max(0).indices
-        self.owner[rows] = owner
-        self.inside_own[rows] = inside.gather(0, owner[None])[0]
-        self.areas += count(inside)
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | None) -> None:
+        self.owner[rows], self.inside_own[rows], areas = output_maps.winners(self.scores, probabilities, places)
+        self.areas += areas
 
     def result(self) -> tuple[Tensor, list[dict]]:
         if not len(self.queries):
@@ -246,11 +246,8 @@ class _Instances:
         self.areas = self.queries.new_zeros(len(self.queries))
         self.sums = self.scores.new_zeros(len(self.queries))  # of the mask probability inside
 
-    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | slice) -> None:
-        inside = mask_logits[places] > 0
-        self.inside[:, rows] = inside
-        self.areas += count(inside)
-        self.sums += (probabilities[places] * inside).flatten(1).sum(1)
+    def add(self, rows: slice, mask_logits: Tensor, probabilities: Tensor, places: Tensor | None) -> None:
+        output_maps.measure(mask_logits, probabilities, places, self.inside[:, rows], self.areas, self.sums)
 
     def result(self) -> Instances:
         means = self.sums / (self.areas + 1e-6)
@@ -260,11 +257,6 @@ class _Instances:
             pred_masks=self.inside[self.position],
             pred_boxes=boxes_of_masks(self.inside)[self.position],
         )
-
-
-def count(inside: Tensor) -> Tensor:
-    """(n, h, w) bool -> (n,) int64; as numbers, which a CPU adds faster than truth values."""
-    return inside.flatten(1).view(torch.uint8).sum(1, dtype=torch.int32).long()
 
 
 def make_outputs(

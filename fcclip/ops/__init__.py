@@ -1,10 +1,11 @@
-"""Multi-scale deformable attention: one operator in two forms, one dispatcher, its engines.
+"""Multi-scale deformable attention: one operator in two forms, one dispatcher, its engines; and outputs on a CPU.
 
 ms_deform_attn.py   ms_deform_attn (locations and weights) and ms_deform_attn_fused (offsets and logits of the network)
 library.py          torch.ops.fcclip.*: the operator for compilers, autograd and autocast; every check of its inputs
 engines.py          ENGINES, select_engine: which engine runs
 torch_engine.py     plain PyTorch, the truth that every other engine is tested against
 cpp_engine.py       C++ for the CPU, from csrc/ms_deform_attn_cpu.cpp
+output_maps.py      what outputs are made of, in C++ (csrc/output_maps_cpu.cpp) where that engine is built
 cuda_engine.py      CUDA, from csrc/ms_deform_attn.cu
 triton_engine.py    Triton, for GPUs without nvcc; its kernels are in triton_kernels.py
 availability.py     Availability: whether an engine can run on a device

@@ -1,10 +1,10 @@
 """Builds the compiled engines into the user's cache folder, and loads them from there.
 
-A finished library is one file, `<engine>-<key>-<compiler>.so`. The key is made of the source, of torch's version and of
-the instructions of the processor, so a home folder shared by different machines holds one library for each. It appears
-under its name in one step, when it has been built, loaded and tried out: a build that is killed leaves nothing that
-could be taken for a library. The compiler is called directly rather than through torch.utils.cpp_extension.load: one
-file needs no ninja, nothing waits for the lock of a killed build, and a failure is shown as the compiler wrote it.
+A finished library is one file, `<engine>-<key>-<compiler>.so`. The key is made of the sources, of torch's version and
+of the instructions of the processor, so a home folder shared by different machines holds one library for each. It
+appears under its name in one step, when it has been built, loaded and tried out: a build that is killed leaves nothing
+that could be taken for a library. The compiler is called directly rather than through torch.utils.cpp_extension.load:
+one call needs no ninja, nothing waits for the lock of a killed build, and a failure is shown as the compiler wrote it.
 """
 
 from __future__ import annotations
@@ -56,17 +56,19 @@ class Extension:
 
     Attributes:
         name: of the engine.
-        source: file in csrc/, compiled in one call.
+        sources: files in csrc/, compiled in one call.
+        headers: files in csrc/ that those include.
         compiler: () -> its command and a line that tells its version; raises NoCompilerError.
         arguments: compiler's command -> what follows the source.
         try_out: takes the fresh library through a small problem; raises BuildError.
     """
 
     name: str
-    source: str
+    sources: tuple[str, ...]
     compiler: Callable[[], tuple[list[str], str]]
     arguments: Callable[[list[str]], list[str]]
     try_out: Callable[[ctypes.CDLL], None]
+    headers: tuple[str, ...] = ()
 
 
 def find(extension: Extension) -> Path | None:
@@ -142,8 +144,8 @@ def build(extension: Extension, *, force: bool = False) -> tuple[Path, bool]:
             shutil.rmtree(left_over, ignore_errors=True)
         with _writable(folder), tempfile.TemporaryDirectory(dir=folder, prefix=f"{_WORK}{extension.name}-") as work:
             fresh = Path(work, target.name)
-            source = str(SOURCES / extension.source)
-            _compile([*command, source, "-o", str(fresh), *extension.arguments(command)])
+            sources = [str(SOURCES / source) for source in extension.sources]
+            _compile([*command, *sources, "-o", str(fresh), *extension.arguments(command)])
             extension.try_out(_open(fresh, "this is an error of the build"))
             os.replace(fresh, target)
     finally:
@@ -211,8 +213,8 @@ def _writable(folder: Path) -> Iterator[None]:
 
 @functools.cache
 def _key(extension: Extension) -> str:
-    source = (SOURCES / extension.source).read_bytes()
-    parts = (source, torch.__version__.encode(), _instructions().encode())
+    sources = [(SOURCES / name).read_bytes() for name in (*extension.sources, *extension.headers)]
+    parts = (*sources, torch.__version__.encode(), _instructions().encode())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
 
 

@@ -122,4 +122,11 @@ def _try_out(library: ctypes.CDLL) -> None:
         raise BuildError("the library was built but computes wrong numbers; please report this with your compiler")
 
 
-EXTENSION = Extension("cpp", "ms_deform_attn_cpu.cpp", _compiler, _arguments, _try_out)
+EXTENSION = Extension(
+    name="cpp",
+    sources=("ms_deform_attn_cpu.cpp", "output_maps_cpu.cpp"),
+    headers=("exponential.h",),
+    compiler=_compiler,
+    arguments=_arguments,
+    try_out=_try_out,
+)

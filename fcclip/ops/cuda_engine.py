@@ -251,4 +251,4 @@ def _try_out(library: ctypes.CDLL) -> None:
             )
 
 
-EXTENSION = Extension("cuda", "ms_deform_attn.cu", _compiler, _arguments, _try_out)
+EXTENSION = Extension("cuda", ("ms_deform_attn.cu",), _compiler, _arguments, _try_out)

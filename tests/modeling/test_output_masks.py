@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fcclip.modeling.output_masks import OutputMasks, resize, resize_rows, semantic_blocks
+from tests.msda_engines import built, output_functions  # noqa: F401
 
 # mask logits; network input with padding; without; output
 SIZES = {
@@ -29,6 +30,7 @@ def whole(probabilities, mask_logits, padded, image, output, masks_first):
     return torch.einsum("qk,qhw->khw", probabilities, resized.sigmoid()) if masks_first else resized
 
 
+@pytest.mark.usefixtures("output_functions")
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("masks_first", [True, False])
 @pytest.mark.parametrize("num_classes", [5, 40])  # fewer and more than queries

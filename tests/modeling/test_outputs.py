@@ -13,6 +13,9 @@ from fcclip.modeling.outputs import (
     semantic_inference,
     semantic_labels,
 )
+from tests.msda_engines import built, output_functions  # noqa: F401
+
+pytestmark = pytest.mark.usefixtures("output_functions")  # plain and compiled
 
 BIG = 12.0  # a logit whose sigmoid and softmax are 1 to fp32
 

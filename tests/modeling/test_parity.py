@@ -142,8 +142,9 @@ def test_outputs_agree_with_the_recording(recording):
     assert_instances_agree(output["instances"], deviations.arrays, score_tolerance=1e-4, area_tolerance=1e-3)
 
 
-def test_every_engine_of_deformable_attention_agrees_with_the_recording(recording, engine):  # noqa: F811
-    """The pixel decoder on the device of the engine; on a CPU the final outputs, too."""
+def test_every_engine_of_deformable_attention_agrees_with_the_recording(recording, engine, monkeypatch):  # noqa: F811
+    """The pixel decoder on the device of the engine; on a CPU the final outputs, made by its functions, too."""
+    monkeypatch.setenv("FCCLIP_MSDA", engine.name)
     model, image, _, deviations = recording
     decoder = model.sem_seg_head.pixel_decoder
     attentions = [module for module in decoder.modules() if isinstance(module, MSDeformAttn)]

@@ -158,7 +158,7 @@ def test_another_source_torch_or_processor_is_another_library(cache, compiler, l
     path, _ = build(EXTENSION)
     sources = tmp_path / "csrc"
     shutil.copytree(builder.SOURCES, sources)
-    with (sources / EXTENSION.source).open("a") as file:
+    with (sources / EXTENSION.sources[0]).open("a") as file:
         file.write("// changed\n")
     for changed in (
         (builder, "SOURCES", sources),

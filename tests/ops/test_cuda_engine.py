@@ -212,7 +212,7 @@ def test_the_source_compiles_for_sm_80_and_sm_90_without_spilling_in_the_common_
     built = tmp_path / "library.so"
     arguments = [*EXTENSION.arguments(command), "--resource-usage"]
     done = subprocess.run(
-        [*command, str(SOURCES / EXTENSION.source), "-o", str(built), *arguments], capture_output=True, text=True
+        [*command, str(SOURCES / EXTENSION.sources[0]), "-o", str(built), *arguments], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
     library = ctypes.CDLL(str(built))
@@ -228,6 +228,6 @@ def test_the_source_compiles_for_sm_80_and_sm_90_without_spilling_in_the_common_
 
 
 def test_what_the_source_and_the_engine_both_say_is_the_same():
-    source = (SOURCES / EXTENSION.source).read_text()
+    source = (SOURCES / EXTENSION.sources[0]).read_text()
     assert f"constexpr int kMaxLevels = {MAX_LEVELS};" in source
     assert "case 2: result = body(static_cast<__half*>" in source and cuda_engine._DTYPES[torch.float16] == 2

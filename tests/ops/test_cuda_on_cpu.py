@@ -34,7 +34,7 @@ NAMES = ("output", "grad_value", "grad_points", "grad_weights")
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> ctypes.CDLL:
     """The kernels as functions of the CPU."""
-    return compiled(SOURCES / cuda_engine.EXTENSION.source, tmp_path_factory.mktemp("cuda_on_cpu"))
+    return compiled(SOURCES / cuda_engine.EXTENSION.sources[0], tmp_path_factory.mktemp("cuda_on_cpu"))
 
 
 def compiled(source: Path, folder: Path) -> ctypes.CDLL:
