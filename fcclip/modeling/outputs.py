@@ -143,6 +143,7 @@ def _run(masks: OutputMasks, heads: Mapping[str, _Head]) -> dict[str, Any]:
         for block in masks.rows(chosen, maps=max(head.maps for head in heads.values())):
             for head, places in of_head:
                 head.add(*block, places)
+            del block  # before the next one is made
     return {name: head.result() for name, head in heads.items()}
 
 

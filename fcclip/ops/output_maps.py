@@ -98,11 +98,10 @@ def measure(logits: Tensor, shares: Tensor, places: Tensor | None, inside: Tenso
         sums: (n,) float as `shares`, of the probabilities inside: added.
     """
     if (compiled := library(shares)) is None:
-        logits, shares = (maps if places is None else maps[places] for maps in (logits, shares))
-        positive = logits > 0
+        positive = (logits if places is None else logits[places]) > 0
         inside.copy_(positive)
         areas += count(positive)
-        sums += (shares * positive).flatten(1).sum(1)
+        sums += ((shares if places is None else shares[places]) * positive).flatten(1).sum(1)
         return
     maps = (logits.contiguous(), shares.contiguous(), shares[0].numel())
     _call(compiled.fcclip_measure, len(sums), _all(places, shares), *maps, inside.stride(0), inside, areas, sums)
