@@ -68,11 +68,11 @@ class MaskedAttentionPool:
         def split(x: Tensor) -> Tensor:
             return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-        num_queries = mask_logits.shape[1]
-        q = split(pool.q_proj(query)).expand(-1, -1, num_queries, -1)
-        attended = F.scaled_dot_product_attention(
-            q, split(pool.k_proj(keys)), split(pool.v_proj(keys)), attn_mask=visible[:, None]
-        )
+        # All masks share the query, so its scores are computed once: (B, heads, 1, hw), and each mask hides some.
+        q = split(pool.q_proj(query))
+        scores = (q * q.shape[-1] ** -0.5) @ split(pool.k_proj(keys)).transpose(-1, -2)
+        shares = scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1)  # (B, heads, Q, hw)
+        attended = shares @ split(pool.v_proj(keys))
         return pool.c_proj(attended.transpose(1, 2).flatten(2))
 
 

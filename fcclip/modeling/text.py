@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +25,6 @@ logger = logging.getLogger(__name__)
 _CHUNK = 256  # prompts encoded at once; a memory knob
 _SHORT = 40  # bytes of a name that fits into the text tower with every template
 _KEEP = 16  # vocabularies held in memory
-_SLICED = threading.Lock()  # the text tower runs with sliced positions, one thread at a time
 
 
 class TextEncoder:
@@ -149,22 +147,9 @@ def encode_class_names(clip_model: nn.Module, names: Sequence[str], templates: S
     device = clip_model.text_projection.device
     tokens = open_clip.tokenize(prompts(names, templates), context_length=int(clip_model.positional_embedding.shape[0]))
     with torch.autocast(device.type, enabled=False):
-        chunks = [encode_tokens(clip_model, chunk.to(device)) for chunk in tokens.split(_CHUNK)]
-        embeddings = torch.cat(chunks).float()
+        embeddings = _encode_prompts(clip_model, tokens.to(device).unflatten(0, (len(names), len(templates)))).float()
         embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
-        means = embeddings.unflatten(0, (len(names), len(templates))).mean(dim=1)
-        return F.normalize(means, dim=-1, eps=0)
-
-
-class _EncodeText(nn.Module):
-    """`encode_text` as a module's forward, so that `functional_call` can lend it sliced positions."""
-
-    def __init__(self, clip: nn.Module) -> None:
-        super().__init__()
-        self.clip = clip
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.clip.encode_text(tokens)
+        return F.normalize(embeddings.mean(dim=1), dim=-1, eps=0)
 
 
 def encode_tokens(clip_model: nn.Module, tokens: Tensor) -> Tensor:
@@ -179,13 +164,86 @@ def encode_tokens(clip_model: nn.Module, tokens: Tensor) -> Tensor:
     Returns:
         (n, D) float.
     """
-    length = int(tokens.argmax(dim=-1).max()) + 1
-    lent = {
-        "clip.positional_embedding": clip_model.positional_embedding[:length],
-        "clip.attn_mask": clip_model.attn_mask[:length, :length],
-    }
-    with _SLICED:
-        return torch.func.functional_call(_EncodeText(clip_model), lent, (tokens[:, :length],))
+    ends = tokens.argmax(dim=-1)
+    positions = torch.arange(int(ends.max()) + 1, device=tokens.device)
+    states, _ = _read(clip_model, tokens[:, : len(positions)], positions, positions <= positions[:, None])
+    return _embedding_at(clip_model, states, ends)
+
+
+def _encode_prompts(clip_model: nn.Module, tokens: Tensor) -> Tensor:
+    """As `encode_tokens` for (names, templates, context length), which gives (names, templates, D).
+
+    What a template says before the name is read once, and its keys and values serve every name.
+    """
+    ends = tokens.argmax(dim=-1)
+    shared = (
+        (tokens == tokens[:1]).all(dim=0).int().cumprod(dim=-1).sum(dim=-1)
+    )  # of each template, tokens before names
+    shared = torch.minimum(shared, ends.amin(dim=0))  # a prompt keeps its end of text
+    before = torch.arange(int(shared.max()), device=tokens.device)
+    _, known = _read(clip_model, tokens[0, :, : len(before)], before, before <= before[:, None])
+
+    template = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0])
+    tokens, ends = tokens.flatten(0, 1), ends.flatten() - shared[template]
+    parts, order = [], ends.argsort(stable=True)  # prompts of the same length together
+    for rows in order.split(_CHUNK):
+        own = torch.arange(int(ends[rows].max()) + 1, device=tokens.device)
+        start, which = shared[template[rows]], template[rows]
+        positions = (start[:, None] + own).clamp(max=tokens.shape[1] - 1)
+        visible = torch.cat(
+            [
+                (before < start[:, None])[:, None, None].expand(-1, -1, len(own), -1),
+                (own <= own[:, None]).expand(len(rows), 1, -1, -1),
+            ],
+            dim=-1,
+        )
+        earlier = [(keys[which], values[which]) for keys, values in known]
+        states, _ = _read(clip_model, tokens[rows].gather(1, positions), positions, visible, earlier)
+        parts.append(_embedding_at(clip_model, states, ends[rows]))
+    return torch.cat(parts)[order.argsort()].unflatten(0, (-1, len(shared)))
+
+
+def _read(
+    clip_model: nn.Module,
+    tokens: Tensor,
+    positions: Tensor,
+    visible: Tensor,
+    earlier: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The text transformer of open_clip over a part of prompts.
+
+    Args:
+        clip_model: whose.
+        tokens: (n, s) int64.
+        positions: (s,) or (n, s) int64, theirs in the prompts.
+        visible: (s, e + s) or (n, 1, s, e + s) bool, which tokens each one looks at.
+        earlier: of each block the keys and values (n, heads, e, ·) of the e tokens that were read before.
+
+    Returns:
+        the states (n, s, width) and of each block the keys and values (n, heads, s, ·) of these tokens.
+    """
+    dtype = clip_model.transformer.get_cast_dtype()
+    x = clip_model.token_embedding(tokens).to(dtype) + clip_model.positional_embedding[positions].to(dtype)
+    made = []
+    for index, block in enumerate(clip_model.transformer.resblocks):
+        attention = block.attn
+        projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+        queries, keys, values = (
+            part.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1)
+        )
+        made.append((keys, values))
+        if earlier is not None:
+            keys, values = (torch.cat(pair, dim=2) for pair in zip(earlier[index], (keys, values)))
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible)
+        x = x + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    return x, made
+
+
+def _embedding_at(clip_model: nn.Module, states: Tensor, ends: Tensor) -> Tensor:
+    """States (n, s, width) at the end of each text, (n,) int64 -> (n, D)."""
+    last = states[torch.arange(len(ends), device=ends.device), ends]
+    return clip_model.ln_final(last) @ clip_model.text_projection
 
 
 def _write(path: Path, vectors: Tensor) -> None:

@@ -45,6 +45,28 @@ def test_cutting_behind_the_last_end_of_text_changes_nothing(clip_model):
         torch.testing.assert_close(encode_tokens(clip_model, full), clip_model.encode_text(full), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "names", [["cat"], ["", "cat"], ["sea", "red and blue striped cat", "sea lion", "cat " * 90, "🐈"]]
+)
+def test_prompts_that_share_their_beginning_are_read_as_by_themselves(clip_model, names, monkeypatch):
+    """`encode_text` of open_clip over whole prompts is the truth; the rounding is that of sums of 32 numbers."""
+    monkeypatch.setattr(text, "_CHUNK", 9)
+    found = text.encode_class_names(clip_model, names)
+    with torch.no_grad():
+        whole = F.normalize(clip_model.encode_text(open_clip.tokenize(prompts(names))), dim=-1)
+    expected = F.normalize(whole.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
+def test_templates_may_begin_with_the_name_or_have_nothing_else(clip_model):
+    names, templates = ["cat", "red dog"], ["{}", "{} in the scene", "a {}"]
+    found = text.encode_class_names(clip_model, names, templates)
+    with torch.no_grad():
+        whole = F.normalize(clip_model.encode_text(open_clip.tokenize(prompts(names, templates))), dim=-1)
+    expected = F.normalize(whole.unflatten(0, (len(names), -1)).mean(1), dim=-1)
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+
+
 def test_a_name_is_the_normalised_mean_of_its_normalised_prompts(clip_model):
     embeddings = TextEncoder(clip_model).encode(Vocabulary.from_names("cat, kitty; grass"))
     assert embeddings.class_of_vector.tolist() == [0, 0, 1] and embeddings.num_classes == 2
