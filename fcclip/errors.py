@@ -10,6 +10,8 @@ import contextlib
 import sys
 from collections.abc import Callable
 
+from fcclip.allocator import keep_freed_memory
+
 
 class UserError(Exception):
     """An error that the user can fix; its text says what, where, expected, got, and what to do."""
@@ -37,7 +39,8 @@ def is_users(error: BaseException) -> bool:
 
 
 def run_program(main: Callable[[], int | None]) -> int:
-    """Runs the `main` of a program and returns the exit code.
+    """Runs the `main` of a program and returns the exit code. A program keeps the memory that it frees
+    (`fcclip.allocator`).
 
     Args:
         main: returns its exit code, None being 0.
@@ -46,6 +49,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         what `main` returned; 1 after an error of the user, which stands on standard error as `error: …`; 130 when
         interrupted. Other errors are raised.
     """
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # a letter that a terminal or pipe cannot show ends no work
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="replace")

@@ -12,7 +12,7 @@ import pytest
 import fcclip
 
 ARROW = (
-    "version", "errors", "files", "comm", "structures", "config", "vocabulary", "data", "preparation",
+    "version", "allocator", "errors", "files", "comm", "structures", "config", "vocabulary", "data", "preparation",
     "visualization", "ops", "losses", "weights", "modeling", "engine", "evaluation", "reports", "finetuning",
     "checks", "segmenter", "integrations",
 )  # fmt: skip

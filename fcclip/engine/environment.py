@@ -18,6 +18,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
+from fcclip import allocator
 from fcclip.comm import get_rank, get_world_size
 from fcclip.errors import InputError
 from fcclip.version import __version__
@@ -53,6 +54,7 @@ def environment_report(device: torch.device) -> dict[str, str]:
         report["GPU"] = f"{properties.name}, {memory}, {torch.cuda.device_count()} in this machine"
         report["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     report["CPU"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads a process"
+    report["allocator"] = allocator.described()
     return report
 
 
