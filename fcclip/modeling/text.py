@@ -7,6 +7,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import open_clip
@@ -25,12 +26,15 @@ logger = logging.getLogger(__name__)
 _CHUNK = 256  # prompts encoded at once; a memory knob
 _SHORT = 40  # bytes of a name that fits into the text tower with every template
 _KEEP = 16  # vocabularies held in memory
+_PIECE = 2**24  # bytes of weights that are hashed at once
 
 
 class TextEncoder:
     """Encodes vocabularies with one text tower, a CLIP's; results are kept in memory and, with a folder, on disk.
 
-    Both caches know the text tower's weights: loading other weights, or moving them, never serves old vectors.
+    Both caches know the text tower's weights: loading other weights, or moving them, never serves old vectors. They
+    keep whole vocabularies, because the rounding of a vector depends on the names that are encoded with it: the same
+    classes give the same bits whatever was asked before.
 
     Args:
         model: an open_clip model; it is not copied.
@@ -118,9 +122,14 @@ class TextEncoder:
 def text_weights_hash(clip_model: nn.Module) -> str:
     """SHA-256 of everything a text embedding depends on: weights, activation and depth of the text tower."""
     digest = hashlib.sha256(repr([type(module).__name__ for module in clip_model.transformer.modules()]).encode())
+    pieces = []
     for name, weight in _text_weights(clip_model):
-        digest.update(name.encode())
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(f"{name} {tuple(weight.shape)}".encode())
+        content = memoryview(weight.detach().float().cpu().flatten().numpy()).cast("B")
+        pieces += [content[start : start + _PIECE] for start in range(0, len(content), _PIECE)]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # hashing holds no lock of Python
+        for piece in threads.map(hashlib.sha256, pieces):
+            digest.update(piece.digest())
     return digest.hexdigest()
 
 
