@@ -3,6 +3,8 @@
     python tools/benchmark.py training-step --config-file FILE [--batch 2] [--size 1024] [KEY VALUE ...]
     python tools/benchmark.py mapper [--images 24] [--rounds 8] [--size 1024]
     python tools/benchmark.py evaluation [--images 8] [--rounds 5] [--size 640 960] [--classes 150]
+    python tools/benchmark.py inference [--models RN50 ConvNeXt-L] [--size 640 960] [--kept 0] [--memory]
+    python tools/benchmark.py text [--model RN50] [--names 0]
     python tools/benchmark.py ops [--device auto] [--sizes 640x960 ...] [--batch 1 ...] [--dtypes float32 ...]
 
 training-step: one step of training on made-up images (random pixels, `--segments` segments each, CLIP with random
@@ -13,6 +15,10 @@ mapper: the training mapper `coco_panoptic_lsj` on made-up 640 x 480 images, bes
 
 evaluation: panoptic quality, mean IoU and the encoding of instances on made-up 640 x 960 images, beside the published
 steps (benchmarks/peers/published_evaluation.py), which must give the same numbers; one thread, in turns.
+
+inference, text: an image, and the names of ADE20K-150 from cold, beside the published steps on the same weights
+(benchmarks/peers/published_inference.py), which must give the same, in turns (benchmark_inference.py); --check FILE
+fails where a ratio is 20 % below the recorded one.
 
 ops: multi-scale deformable attention at the sizes of FC-CLIP, forward and backward, both forms, every engine that can
 run here, in turns (benchmark_ops.py). The default ends in about a minute on a CPU and covers all sizes on a GPU.
@@ -37,6 +43,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from benchmark_inference import add_inference_arguments, add_text_arguments
 from benchmark_ops import add_arguments, load_peer
 from fvcore.common.config import CfgNode
 from PIL import Image
@@ -120,6 +127,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--instances": (100, "instances an image"),
     }
     command("evaluation", benchmark_evaluation, "evaluators beside the published steps", numbers)
+    add_inference_arguments(commands.add_parser("inference", help="an image beside the published steps"))
+    add_text_arguments(commands.add_parser("text", help="class names beside the published steps"))
     add_arguments(commands.add_parser("ops", help="multi-scale deformable attention, all engines in turns"))
     return parser.parse_args(arguments)
 

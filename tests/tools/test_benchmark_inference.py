@@ -1,0 +1,68 @@
+"""tools/benchmark.py inference and text: that the published steps give what ours give, and what --check refuses."""
+
+import importlib
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from fcclip.errors import run_program
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("benchmark")
+
+
+@pytest.fixture
+def inference(benchmark):
+    return importlib.import_module("benchmark_inference")
+
+
+@pytest.fixture
+def config(tiny_cfg, tmp_path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_cfg.dump())
+    return str(path)
+
+
+def test_both_agree_and_are_recorded_and_a_lost_ratio_is_refused(benchmark, config, tmp_path, capsys):
+    arguments = ["inference", "--models", config, "--size", "64", "96", "--kept", "5", "--rounds", "1"]
+    output = tmp_path / "inference.json"
+    assert benchmark.main([*arguments, "--output", str(output)]) == 0
+    report = json.loads(output.read_text())
+    [row] = report["rows"]
+    assert row["ratio"] == pytest.approx(row["seconds"]["published"] / row["seconds"]["ours"])
+    assert {"backbone", "pixel decoder", "masked decoder", "panoptic", "all heads"} <= row["parts"].keys()
+    assert min(report[name] for name in ("gflops", "copy_gb_per_second", "fresh_gb_per_second")) > 0
+    assert "allocator" in report["environment"]
+    row["ratio"] = 100.0
+    output.write_text(json.dumps(report))
+    assert run_program(partial(benchmark.main, [*arguments, "--check", str(output)])) == 1
+    assert "recorded was 100.00" in capsys.readouterr().err
+
+
+def test_text_vectors_agree_with_the_published_steps(benchmark, config, capsys):
+    assert benchmark.main(["text", "--model", config, "--names", "5"]) == 0
+    assert "published" in capsys.readouterr().out
+
+
+def test_outputs_that_differ_are_not_compared(inference):
+    masks = torch.zeros(4, 4, dtype=torch.int32)
+    instances = (torch.rand(3), None, None)
+    published = {"sem_seg": torch.rand(2, 4, 4), "panoptic_seg": (masks, []), "instances": instances}
+    ours = {**published, "instances": type("Instances", (), {"scores": instances[0]})}
+    inference._check_equal("same", ours, published)
+    for change in ({"sem_seg": published["sem_seg"] + 0.1}, {"panoptic_seg": (masks + 1, [])}):
+        with pytest.raises(ValueError, match="other: ours and the published steps differ"):
+            inference._check_equal("other", {**ours, **change}, published)
+
+
+def test_what_cannot_be_measured_is_one_line(benchmark, config, capsys):
+    assert run_program(partial(benchmark.main, ["inference", "--models", config, "--rounds", "0"])) == 1
+    assert "--rounds" in capsys.readouterr().err

@@ -1,0 +1,296 @@
+"""The parts `inference` and `text` of tools/benchmark.py, beside the published steps on the same weights.
+
+They take turns in every round; before that, outputs must agree. Images are made up and the CLIP has random weights,
+which changes no time; with --kept the heads get made-up class scores under which so many queries have a class, as they
+do on photographs. `parts` are of the seconds of ours. --memory: the most above the model, each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_ops import load_peer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fcclip.config import load_config
+from fcclip.engine import environment_report
+from fcclip.errors import InputError
+from fcclip.modeling import FCCLIP, build_model
+from fcclip.modeling.outputs import make_outputs
+from fcclip.modeling.text import encode_class_names
+from fcclip.ops.engines import automatic_engine
+from fcclip.vocabulary import Vocabulary
+
+CONFIGS = {
+    "RN50": "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k_r50.yaml",
+    "ConvNeXt-L": "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml",
+}
+VOCABULARY = "ade20k_150"
+SPREAD = 1e-3  # largest difference of semantic scores over their deviation; parity with recordings allows as much
+PIXELS = 0.999  # that panoptic maps must share
+AGREE = 1e-5  # of text vectors of unit length
+
+
+def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--models", nargs="+", default=list(CONFIGS), metavar="NAME", help=f"of {', '.join(CONFIGS)}, or YAML files")
+    add("--size", type=int, nargs=2, default=[640, 960], metavar="N", help="height and width (default 640 960)")
+    add("--kept", type=int, default=0, metavar="N", help="queries that have a class; 0: what random weights give")
+    add("--rounds", type=int, default=3, metavar="N", help="(default 3)")
+    _add_common(parser, benchmark_inference)
+    add("--memory", action="store_true", help="the most memory above the model, too (Linux)")
+    add("--memory-of", choices=["ours", "published"], help=argparse.SUPPRESS)  # in a process of its own
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys")
+
+
+def add_text_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="RN50", metavar="NAME", help="as for inference (default RN50)")
+    parser.add_argument("--names", type=int, default=0, metavar="N", help="the first N alone; 0: all")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="(default 1)")
+    _add_common(parser, benchmark_text)
+
+
+def _add_common(parser: argparse.ArgumentParser, run: Callable) -> None:
+    parser.set_defaults(run=run)
+    parser.add_argument("--output", metavar="FILE", help="JSON file for the results")
+    parser.add_argument(
+        "--check", metavar="FILE", help="fail where a ratio is 20 %% below that of this earlier --output"
+    )
+
+
+def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
+    """Measures each model, prints a table, and returns everything as JSON values.
+
+    Raises:
+        ValueError: outputs differ, or the options cannot work.
+    """
+    if min(*options.size, options.rounds) < 1 or options.kept < 0:
+        raise InputError("--size and --rounds must be at least 1, --kept 0 or more")
+    if options.memory_of:
+        print(json.dumps(_memory(options)))
+        return {}
+    rows = []
+    for name in options.models:
+        model, sample, vocabulary, runs = _both(name, options)
+        _check_equal(name, *(run() for run in runs.values()))
+        seconds, ratios = in_turns(runs, options.rounds)
+        row = {"model": name, "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}
+        row["parts"] = _parts(model, sample, vocabulary)
+        if options.memory:
+            row["memory_mib"] = {kind: _memory_of_a_process(name, kind, options) for kind in runs}
+        rows.append(row)
+    report = {"benchmark": "inference", "image": list(options.size), "kept": options.kept, **machine(), "rows": rows}
+    title = f"{options.size[0]} x {options.size[1]}, {VOCABULARY}, " + (f"{options.kept} kept" if options.kept else "")
+    show(title.strip(", "), rows, "model")
+    check(report, options.check, "model")
+    return report
+
+
+def benchmark_text(options: argparse.Namespace) -> dict[str, Any]:
+    """The vectors of a vocabulary from cold; see `benchmark_inference`."""
+    clip = _model(options.model, []).backbone.clip_model
+    names = list(dict.fromkeys(name for words in Vocabulary.builtin(VOCABULARY).synonyms for name in words))
+    names = names[: options.names or None]
+    runs = {
+        "ours": lambda: encode_class_names(clip, names),
+        "published": lambda: load_peer("published_inference").encode_names(clip, names),
+    }
+    difference = float((runs["ours"]() - runs["published"]()).abs().max())
+    if difference > AGREE:
+        raise InputError(f"text vectors differ by {difference:.1e}, more than {AGREE:.0e}")
+    seconds, ratios = in_turns(runs, options.rounds)
+    row = {"names": len(names), "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}
+    report = {"benchmark": "text", "model": options.model, **machine(), "rows": [row]}
+    show(f"text of {options.model}, 14 prompts a name", [row], "names")
+    check(report, options.check, "names")
+    return report
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str, float], list[float]]:
+    """Median seconds of each, and published over ours in every round; who begins changes."""
+    spent: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(rounds):
+        for name in runs if turn % 2 == 0 else reversed(runs):
+            began = time.perf_counter()
+            runs[name]()
+            spent[name].append(time.perf_counter() - began)
+    ratios = [slow / fast for fast, slow in zip(spent["ours"], spent["published"])]
+    return {name: statistics.median(values) for name, values in spent.items()}, ratios
+
+
+def machine() -> dict[str, Any]:
+    """Where it was measured, with what the machine can do: GFLOP/s of a product, GB/s of a copy and, through memory
+    that is touched for the first time, page faults a second."""
+
+    def best(function: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(3):
+            began = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    large, target = torch.rand(2**25), torch.empty(2**25)
+    return {
+        "environment": environment_report(torch.device("cpu")),
+        "engine": automatic_engine("cpu"),
+        "gflops": 2 * 1024**3 / best(lambda: a @ b) / 1e9,
+        "copy_gb_per_second": 2 * large.nbytes / best(lambda: target.copy_(large)) / 1e9,
+        "fresh_gb_per_second": large.nbytes / best(lambda: torch.empty(2**25).fill_(1)) / 1e9,
+    }
+
+
+def show(title: str, rows: Sequence[dict], first: str) -> None:
+    table = Table(title=title)
+    for name in (
+        first,
+        "published, s",
+        "ours, s",
+        "ratio",
+        "of the rounds",
+        *(["MiB above the model"] * ("memory_mib" in rows[0])),
+    ):
+        table.add_column(name, justify="right")
+    for row in rows:
+        memory = row.get("memory_mib")
+        table.add_row(
+            str(row[first]),
+            *(f"{row['seconds'][name]:.2f}" for name in ("published", "ours")),
+            f"{row['ratio']:.2f}",
+            f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}",
+            *([f"{memory['published']:,.0f}, {memory['ours']:,.0f}"] if memory else []),
+        )
+    Console().print(table)
+
+
+def check(report: dict[str, Any], earlier: str | None, key: str) -> None:
+    """Refuses a ratio that is 20 % below the recorded one.
+
+    Raises:
+        ValueError: there is one, or nothing to compare with.
+    """
+    if not earlier:
+        return
+    recorded = {row[key]: row["ratio"] for row in json.loads(Path(earlier).read_text(encoding="utf-8"))["rows"]}
+    for row in report["rows"]:
+        if row[key] not in recorded:
+            raise InputError(f"{earlier} has no row {row[key]}")
+        if row["ratio"] < 0.8 * recorded[row[key]]:
+            raise InputError(f"{row[key]}: ratio {row['ratio']:.2f}, recorded was {recorded[row[key]]:.2f}")
+
+
+def _model(name: str, opts: Sequence[str]) -> FCCLIP:
+    fixed = ["MODEL.DEVICE", "cpu", "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.WEIGHTS", ""]
+    torch.manual_seed(0)
+    return build_model(load_config(CONFIGS.get(name, name), [*fixed, *opts])).eval()
+
+
+def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabulary, dict[str, Callable[[], dict]]]:
+    model, peer = _model(name, options.opts), load_peer("published_inference")
+    vocabulary = Vocabulary.builtin(VOCABULARY)
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(1, 3, 20, 30, generator=generator) * 255
+    sample = {
+        "image": torch.nn.functional.interpolate(coarse, size=tuple(options.size), mode="bicubic")[0].clamp(0, 255)
+    }
+    num_queries = model.sem_seg_head.predictor.query_feat.num_embeddings
+    scores = made_up_scores(num_queries, len(vocabulary), options.kept) if options.kept else None
+
+    def ours() -> dict:
+        [scored] = model.score([sample], vocabulary)
+        if scores is None:
+            return model.outputs(scored)
+        return make_outputs(
+            scores, scored.masks, vocabulary.thing_classes, heads=model.heads, settings=model.output_settings
+        )
+
+    return model, sample, vocabulary, {
+        "ours": ours, "published": lambda: peer.predict(model, sample, vocabulary, class_logits=scores)
+    }  # fmt: skip
+
+
+def made_up_scores(num_queries: int, num_classes: int, kept: int) -> Tensor:
+    """(Q, K + 1): the first `kept` have a class of their own, the others void."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_queries, num_classes + 1, generator=generator)
+    classes = torch.randint(0, num_classes, (num_queries,), generator=generator)
+    classes[kept:] = num_classes
+    logits[torch.arange(num_queries), classes] += 9 + torch.rand(num_queries, generator=generator)
+    return logits
+
+
+def _check_equal(name: str, ours: dict, published: dict) -> None:
+    worst = float((ours["sem_seg"] - published["sem_seg"]).abs().max() / published["sem_seg"].std())
+    same = float((ours["panoptic_seg"][0] == published["panoptic_seg"][0]).float().mean())
+    segments = len(ours["panoptic_seg"][1]), len(published["panoptic_seg"][1])
+    scores = (ours["instances"].scores.sort().values, published["instances"][0].sort().values)
+    if (
+        worst > SPREAD
+        or same < PIXELS
+        or len(scores[0]) != len(scores[1])
+        or (scores[0] - scores[1]).abs().max() > SPREAD
+    ):
+        raise InputError(
+            f"{name}: ours and the published steps differ: semantic scores by {worst:.1e} of their deviation, "
+            f"{100 * same:.2f} % of the panoptic pixels are the same ({segments[0]} and {segments[1]} segments)"
+        )
+
+
+def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, float]:
+    """Seconds of each part of ours, in one pass."""
+    spent: dict[str, float] = {}
+
+    def timed(name: str, function: Callable, *inputs: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        result = function(*inputs, **options)
+        spent[name] = time.perf_counter() - began
+        return result
+
+    with torch.no_grad():
+        images, _ = model.preprocess([sample])
+        features = timed("backbone", model.backbone, images)
+        mask_features, pyramid = timed("pixel decoder", model.sem_seg_head.pixel_decoder, features.levels)
+        [scored] = model.score([sample], vocabulary)
+        text = model.text_encoder.encode(vocabulary)
+        timed("masked decoder", model.sem_seg_head.predictor, pyramid, mask_features, text, all_sets=False)
+        timed("out-of-vocabulary classifier", model.pool, features.dense, scored.masks.mask_logits[None])
+        for head in model.heads:
+            timed(head, model.outputs, scored, heads=(head,))
+        timed("all heads", model.outputs, scored)
+    return spent
+
+
+def _memory_of_a_process(name: str, kind: str, options: argparse.Namespace) -> float:
+    command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), "inference", "--models", name]
+    command += ["--size", *map(str, options.size), "--kept", str(options.kept), "--memory-of", kind, *options.opts]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InputError(f"{name}: the memory of {kind} could not be measured: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _memory(options: argparse.Namespace) -> float:
+    """MiB above the model, whose text is encoded already."""
+    model, _, vocabulary, runs = _both(options.models[0], options)
+    model.text_encoder.encode(vocabulary)
+
+    def resident(name: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+    before = resident("VmRSS")
+    runs[options.memory_of]()
+    return resident("VmHWM") - before
