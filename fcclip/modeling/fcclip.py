@@ -25,7 +25,6 @@ from fcclip.modeling.inputs import (
 from fcclip.modeling.mask_decoder import MaskProposals
 from fcclip.modeling.out_of_vocabulary import RegionClassifier
 from fcclip.modeling.output_masks import OutputMasks
-from fcclip.modeling.text import TextEncoder
 from fcclip.structures import Features, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 

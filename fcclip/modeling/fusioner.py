@@ -27,7 +27,7 @@ from fcclip.structures import Features, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights.frozen import FrozenPart
 
-NEVER = -1e4  # the logit of a class that a plane is not of; its probability is exactly 0
+NEVER = -1e4  # the logit of a class that a plane is not of
 
 
 class Fusioner(BaseArchitecture):
@@ -182,12 +182,11 @@ class Fusioner(BaseArchitecture):
 
     def windowed(self, image: Tensor, size: tuple[int, int], vocabulary: Vocabulary) -> Tensor:
         """A normalised image (3, ·, ·), of which `size` is not padding -> the planes (K, *size) by windows."""
-        image = image[:, : size[0], : size[1]]
-        return self.windows.mean(image, lambda part: self.window_planes(part, vocabulary))
 
-    def window_planes(self, window: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """A normalised window (3, H, W) -> the planes (K, H, W) of its classes."""
-        return self.planes(self.backbone(window[None]).dense, [vocabulary], tuple(window.shape[-2:]))[0]
+        def network(window: Tensor) -> Tensor:
+            return self.planes(self.backbone(window[None]).dense, [vocabulary], tuple(window.shape[-2:]))[0]
+
+        return self.windows.mean(image[:, : size[0], : size[1]], network)
 
     def fuse(self, dense: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
         """dense (B, C, h, w) and names (B, N, ·) -> pixels (B, D, 8 h, 8 w) and class tokens (B, N, D)."""
