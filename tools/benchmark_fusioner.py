@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = build_model(cfg, train_vocabulary=Vocabulary.from_names(list(NAMES))).train()
     batch = samples(args.batch, cfg.INPUT.IMAGE_SIZE)
     optimizer = torch.optim.AdamW(
-        model.parameter_groups(lr=1e-3, decoder_lr=1e-3, weight_decay=0.01, decay_end=0.4), lr=0.0
+        model.parameter_groups(lr=1e-3, decoder_lr=1e-3, weight_decay=0.01, decay_end=0.4), lr=0.0, fused=True
     )
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # weights stay

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fcclip.modeling.classifier import geometric_ensemble
+from fcclip.modeling.inputs import Samples, normalised_images
 from fcclip.modeling.mask_decoder import MaskProposals
 from fcclip.modeling.output_masks import OutputMasks
-from fcclip.modeling.outputs import OutputSettings
+from fcclip.modeling.outputs import OutputSettings, make_outputs
+from fcclip.modeling.text import TextEncoder
 from fcclip.structures import Features, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 
@@ -135,3 +137,108 @@ class Architecture(Protocol):
     ) -> dict[str, Any]:
         """`sem_seg`, `panoptic_seg` and `instances` of one image, as far as `heads` ask for them; what is None is the
         model's, and `semantic` is "scores" or "labels"."""
+
+
+class BaseArchitecture(nn.Module):
+    """What the architectures here share of an `Architecture`: their settings, and the way from images to outputs.
+
+    Args:
+        backbone: the frozen vision encoder.
+        text_encoder: turns vocabularies into vectors.
+        pixel_mean, pixel_std: three numbers each, 0..255, in the channel order of the images.
+        size_divisibility: network inputs are padded to multiples of it; below 1 only to the largest of the batch.
+        heads: outputs of a call that does not say, of `HEADS`.
+        ensemble: weights of the geometric ensemble for a call that does not say.
+        output_settings: how outputs are made.
+        train_vocabulary: classes of the training labels; they count as seen.
+        test_vocabulary: classes to use when a call brings none.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: nn.Module,
+        text_encoder: TextEncoder,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        size_divisibility: int,
+        heads: Sequence[str],
+        ensemble: Ensemble,
+        output_settings: OutputSettings,
+        train_vocabulary: Vocabulary | None = None,
+        test_vocabulary: Vocabulary | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.text_encoder = text_encoder
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
+        self.size_divisibility = size_divisibility
+        self.heads = tuple(heads)
+        self.ensemble = ensemble
+        self.output_settings = output_settings
+        self.train_vocabulary = train_vocabulary
+        self.seen_vocabulary = train_vocabulary
+        self.test_vocabulary = test_vocabulary
+        self.extra_losses: list[ExtraLosses] = []
+
+    @property
+    def device(self) -> torch.device:
+        """See `Architecture`."""
+        return self.pixel_mean.device
+
+    def forward(
+        self,
+        inputs: Samples,
+        *,
+        vocabulary: Vocabulary | None = None,
+        heads: Sequence[str] | None = None,
+        semantic: str = "scores",
+    ) -> dict[str, Tensor] | list[dict[str, Any]]:
+        """Losses while training, else predictions.
+
+        Args:
+            inputs: a mapping an image: `image` (3, H, W) uint8 or float, 0..255, channels as the pixel statistics;
+                optionally `height` and `width`, the size of the outputs (default: the image's), and `vocabulary`,
+                classes for this image alone, which in training its labels mean; in training `targets`
+                (`structures.Targets`) and optionally `point_seed`, an int that fixes where its losses look.
+            vocabulary: classes for the images that bring none; default: `test_vocabulary`.
+            heads: outputs to compute, of `HEADS`; default: the model's.
+            semantic: "scores" for (K, h, w) float, "labels" for (h, w) int64.
+
+        Returns:
+            In training: weighted losses by name. Else a mapping an image with `sem_seg`, `panoptic_seg` = (int32
+            (h, w), segment records) and `instances` (`structures.Instances`), as far as `heads` ask for them.
+
+        Raises:
+            ValueError: no vocabulary, no targets in training, images of another form.
+        """
+        if self.training:
+            return self.losses(inputs)
+        return [
+            self.outputs(scored, heads=heads, semantic=semantic) for scored in self.score(inputs, vocabulary=vocabulary)
+        ]
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        scored: ScoredMasks,
+        *,
+        heads: Sequence[str] | None = None,
+        ensemble: Ensemble | tuple[float, float] | None = None,
+        semantic: str = "scores",
+        settings: OutputSettings | None = None,
+    ) -> dict[str, Any]:
+        """See `Architecture`."""
+        return make_outputs(
+            scored.class_logits(self.ensemble if ensemble is None else ensemble),
+            scored.masks,
+            scored.vocabulary.thing_classes,
+            heads=self.heads if heads is None else heads,
+            settings=settings or self.output_settings,
+            semantic=semantic,
+        )
+
+    def preprocess(self, inputs: Samples) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
+        return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=self.size_divisibility)

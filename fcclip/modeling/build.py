@@ -136,14 +136,21 @@ def fcclip_arguments(cfg: CfgNode, backbone: CLIPBackbone) -> dict[str, Any]:
     return {
         "classifier": build_classifier(cfg, backbone),
         "criterion": build_criterion(cfg),
+        "ensemble_on_valid_mask": cfg.MODEL.FC_CLIP.ENSEMBLE_ON_VALID_MASK,
+        "text_encoder": TextEncoder(backbone.clip_model, cache_dir=text_cache(cfg)),
+        **settings(cfg),
+    }
+
+
+def settings(cfg: CfgNode) -> dict[str, Any]:
+    """What `BaseArchitecture` takes besides its encoders and its vocabularies."""
+    return {
         "pixel_mean": cfg.MODEL.PIXEL_MEAN,
         "pixel_std": cfg.MODEL.PIXEL_STD,
         "size_divisibility": cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY,
         "heads": enabled_heads(cfg),
         "ensemble": lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg)),
-        "ensemble_on_valid_mask": cfg.MODEL.FC_CLIP.ENSEMBLE_ON_VALID_MASK,
         "output_settings": build_output_settings(cfg),
-        "text_encoder": TextEncoder(backbone.clip_model, cache_dir=text_cache(cfg)),
     }
 
 
@@ -183,12 +190,7 @@ def fusioner_parts(cfg: CfgNode) -> dict[str, Any]:
         "decoder": ConvDecoder(width=fusioner.WIDTH),
         "temperature": fusioner.TEMPERATURE,
         "windows": Windows(fusioner.WINDOW, fusioner.WINDOW_BORDER) if fusioner.WINDOW else None,
-        "pixel_mean": cfg.MODEL.PIXEL_MEAN,
-        "pixel_std": cfg.MODEL.PIXEL_STD,
-        "size_divisibility": divisibility,
-        "heads": enabled_heads(cfg),
-        "ensemble": lookup("TEST.MODE", cfg.TEST.MODE, test_modes(cfg)),
-        "output_settings": build_output_settings(cfg),
+        **settings(cfg),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.losses import SetCriterion
-from fcclip.modeling.architecture import Ensemble, ExtraLosses, ScoredMasks
+from fcclip.modeling.architecture import BaseArchitecture, ScoredMasks
 from fcclip.modeling.backbones.clip import CLIPBackbone
 from fcclip.modeling.classifier import cut_classes, own_classes, resize_masks, text_logits, with_void
 from fcclip.modeling.head import FCCLIPHead
@@ -19,7 +18,6 @@ from fcclip.modeling.inputs import (
     Samples,
     batch_vocabularies,
     class_slices,
-    normalised_images,
     output_size,
     point_seeds,
     vocabulary_of,
@@ -27,13 +25,11 @@ from fcclip.modeling.inputs import (
 from fcclip.modeling.mask_decoder import MaskProposals
 from fcclip.modeling.out_of_vocabulary import RegionClassifier
 from fcclip.modeling.output_masks import OutputMasks
-from fcclip.modeling.outputs import OutputSettings, make_outputs
-from fcclip.modeling.text import TextEncoder
 from fcclip.structures import Features, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 
 
-class FCCLIP(nn.Module):
+class FCCLIP(BaseArchitecture):
     """Segments images with any class names; an `Architecture`, which says what its attributes are.
 
     One pass has four steps: `features = backbone(images)`, `proposals = sem_seg_head(levels, text)`,
@@ -44,15 +40,8 @@ class FCCLIP(nn.Module):
         backbone: the frozen CLIP.
         sem_seg_head, criterion: the trained parts and their losses.
         classifier: the out-of-vocabulary classifier.
-        pixel_mean, pixel_std: three numbers each, 0..255, in the channel order of the images.
-        size_divisibility: network inputs are padded to multiples of it; below 1 only to the largest of the batch.
-        heads: outputs of a call that does not say, of `HEADS`.
-        ensemble: weights of the geometric ensemble for a call that does not say.
         ensemble_on_valid_mask: no ensemble for queries whose mask is empty at the size of the dense features.
-        output_settings: how outputs are made.
-        text_encoder: turns vocabularies into vectors with the backbone's text tower.
-        train_vocabulary: classes of the training labels; they count as seen.
-        test_vocabulary: classes to use when a call brings none.
+        settings: as for `BaseArchitecture`.
     """
 
     def __init__(
@@ -62,72 +51,15 @@ class FCCLIP(nn.Module):
         sem_seg_head: FCCLIPHead,
         classifier: RegionClassifier,
         criterion: SetCriterion,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-        size_divisibility: int,
-        heads: Sequence[str],
-        ensemble: Ensemble,
         ensemble_on_valid_mask: bool,
-        output_settings: OutputSettings,
-        text_encoder: TextEncoder,
-        train_vocabulary: Vocabulary | None = None,
-        test_vocabulary: Vocabulary | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone=backbone, **settings)
         self.sem_seg_head = sem_seg_head
         self.classifier = classifier
         self.criterion = criterion
         self.void_embedding = nn.Embedding(1, backbone.embed_dim)
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self.size_divisibility = size_divisibility
-        self.heads = tuple(heads)
-        self.ensemble = ensemble
         self.ensemble_on_valid_mask = ensemble_on_valid_mask
-        self.output_settings = output_settings
-        self.text_encoder = text_encoder
-        self.train_vocabulary = train_vocabulary
-        self.seen_vocabulary = train_vocabulary
-        self.test_vocabulary = test_vocabulary
-        self.extra_losses: list[ExtraLosses] = []
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, and where its inputs go."""
-        return self.void_embedding.weight.device
-
-    def forward(
-        self,
-        inputs: Samples,
-        *,
-        vocabulary: Vocabulary | None = None,
-        heads: Sequence[str] | None = None,
-        semantic: str = "scores",
-    ) -> dict[str, Tensor] | list[dict[str, Any]]:
-        """Losses while training, else predictions.
-
-        Args:
-            inputs: a mapping an image: `image` (3, H, W) uint8 or float, 0..255, channels as the pixel statistics;
-                optionally `height` and `width`, the size of the outputs (default: the image's), and `vocabulary`,
-                classes for this image alone, which in training its labels mean; in training `targets`
-                (`structures.Targets`) and optionally `point_seed`, an int that fixes where its losses look.
-            vocabulary: classes for the images that bring none; default: `test_vocabulary`.
-            heads: outputs to compute, of `HEADS`; default: the model's.
-            semantic: "scores" for (K, h, w) float, "labels" for (h, w) int64.
-
-        Returns:
-            In training: weighted losses by name. Else a mapping an image with `sem_seg`, `panoptic_seg` = (int32
-            (h, w), segment records) and `instances` (`structures.Instances`), as far as `heads` ask for them.
-
-        Raises:
-            ValueError: no vocabulary, no targets in training, images of another form.
-        """
-        if self.training:
-            return self.losses(inputs)
-        return [
-            self.outputs(scored, heads=heads, semantic=semantic) for scored in self.score(inputs, vocabulary=vocabulary)
-        ]
 
     def losses(self, batch: Samples) -> dict[str, Tensor]:
         """The weighted losses of a batch, or of a part of one (`structures.TrainingBatch`); see `SetCriterion`."""
@@ -236,31 +168,7 @@ class FCCLIP(nn.Module):
             region_embeddings=regions[0],
         )
 
-    @torch.no_grad()
-    def outputs(
-        self,
-        scored: ScoredMasks,
-        *,
-        heads: Sequence[str] | None = None,
-        ensemble: Ensemble | tuple[float, float] | None = None,
-        semantic: str = "scores",
-        settings: OutputSettings | None = None,
-    ) -> dict[str, Any]:
-        """See `Architecture`."""
-        return make_outputs(
-            scored.class_logits(self.ensemble if ensemble is None else ensemble),
-            scored.masks,
-            scored.vocabulary.thing_classes,
-            heads=self.heads if heads is None else heads,
-            settings=settings or self.output_settings,
-            semantic=semantic,
-        )
-
     # ---- steps ----
-
-    def preprocess(self, inputs: Samples) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
-        return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=self.size_divisibility)
 
     def see(self, images: Tensor, inputs: Samples) -> Features:
         """What the frozen parts see in preprocessed images (B, 3, H, W), which were made of `inputs`."""

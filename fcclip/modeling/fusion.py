@@ -72,11 +72,16 @@ class ConvDecoder(nn.Module):
         self.conv_4 = nn.Conv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, D, h, w) -> (B, D, 8 h, 8 w)."""
-        x = F.relu(F.instance_norm(self.conv_0(x)))
+        """(B, D, h, w) -> (B, D, 8 h, 8 w), channels last in memory as between all steps."""
+        x = _instance_norm_relu(self.conv_0(x.contiguous(memory_format=torch.channels_last)))
         for conv in (self.conv_1, self.conv_2, self.conv_3):
-            x = F.relu(F.instance_norm(upsampled_conv(x, conv.weight, conv.bias)))
-        return self.conv_4(x)
+            x = _instance_norm_relu(upsampled_conv(x, conv.weight, conv.bias))
+        return F.linear(x.permute(0, 2, 3, 1), self.conv_4.weight[..., 0, 0], self.conv_4.bias).permute(0, 3, 1, 2)
+
+
+def _instance_norm_relu(x: Tensor) -> Tensor:
+    """As groups of one channel, since torch's instance norm does not know channels last."""
+    return F.relu(F.group_norm(x, x.shape[1]), inplace=True)
 
 
 def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -86,29 +91,27 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     it shifts and adds what they gave, column by column and row by row. The same numbers up to rounding.
 
     Args:
-        x: (B, C, h, w).
+        x: (B, C, h, w), best channels last.
         weight, bias: (D, C, 3, 3) and (D,).
 
     Returns:
-        (B, D, 2 h, 2 w).
+        (B, D, 2 h, 2 w), channels last.
     """
-    (batch, _, height, width), channels = x.shape, len(weight)
-    taps = weight.permute(3, 0, 2, 1).flatten(0, 2)[..., None, None]  # (column * D * row, C, 1, 1)
-    mixed = F.conv2d(x, taps).unflatten(1, (3, -1)).flatten(2, 3)  # (B, column, D * row * h, w)
-    columns = _shifted_upsampling(width, x).transpose(1, 2)[:, None].expand(-1, batch, -1, -1)
-    wide = torch.bmm(mixed[:, 0], columns[0])
-    for tap in (1, 2):
-        wide = torch.baddbmm(wide, mixed[:, tap], columns[tap])
-    wide = wide.view(batch * channels, 3 * height, 2 * width)
-    rows = torch.cat([*_shifted_upsampling(height, x)], dim=1).expand(batch * channels, -1, -1)
-    return torch.baddbmm(bias.repeat(batch)[:, None, None], rows, wide).unflatten(0, (batch, channels))
+    batch, _, height, width = x.shape
+    columns, rows = (_shifted_upsampling(length, x) for length in (width, height))
+    columns, rows = columns.transpose(1, 2).flatten(1), rows.flatten(1)  # (2 w, w * tap), (2 h, tap * h)
+    pixels, wide = x.permute(0, 2, 3, 1).flatten(0, 2), []
+    for taps in weight.permute(2, 1, 3, 0):  # of a row of the kernel, (C, column, D)
+        mixed = (pixels @ taps.flatten(1)).view(batch * height, 3 * width, -1)
+        wide.append((columns.expand(len(mixed), -1, -1) @ mixed).view(batch, height, -1))  # (B, h, 2 w * D)
+    result = torch.baddbmm(bias.repeat(2 * width), rows.expand(batch, -1, -1), torch.cat(wide, dim=1))
+    return result.view(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
 def _shifted_upsampling(length: int, like: Tensor) -> Tensor:
-    """(3, 2 length, length) matrices: bilinear upsampling by two, seen one before, at and one after each place; beyond
-    the ends there is 0."""
-    padded = F.pad(_bilinear(length, 2 * length, like), (0, 0, 1, 1))
-    return torch.stack([padded[tap : tap + 2 * length] for tap in range(3)])
+    """(2 length, tap, length): bilinear upsampling by two, seen one before, at and one after each place; there is 0
+    beyond the ends."""
+    return F.pad(_bilinear(length, 2 * length, like), (0, 0, 1, 1)).unfold(0, 2 * length, 1).permute(2, 0, 1)
 
 
 def cosine_logits(pixels: Tensor, classes: Tensor, size: tuple[int, int], *, temperature: float) -> Tensor:
@@ -118,7 +121,7 @@ def cosine_logits(pixels: Tensor, classes: Tensor, size: tuple[int, int], *, tem
     form of the products of neighbours, since a resized pixel is a mean of four.
 
     Args:
-        pixels: (B, D, h, w) float.
+        pixels: (B, D, h, w) float, best channels last.
         classes: (B, N, D) float.
         size: (height, width).
 
@@ -128,8 +131,9 @@ def cosine_logits(pixels: Tensor, classes: Tensor, size: tuple[int, int], *, tem
     pixels, classes = (tensor.to(_full_precision(tensor)) for tensor in (pixels, classes))
     with torch.autocast(pixels.device.type, enabled=False):
         rows, columns = (_bilinear(*lengths, pixels) for lengths in zip(pixels.shape[-2:], size))
-        products = (F.normalize(classes, dim=-1) / temperature @ pixels.flatten(2)).unflatten(-1, pixels.shape[-2:])
-        return rows @ products @ columns.T / _squared_lengths(pixels, rows, columns).sqrt()
+        pixels = pixels.permute(0, 2, 3, 1)
+        products = F.normalize(classes, dim=-1)[:, None] / temperature @ pixels.mT  # (B, h, N, w)
+        return rows @ products.transpose(1, 2) @ columns.T / _squared_lengths(pixels, rows, columns).sqrt()
 
 
 def _full_precision(tensor: Tensor) -> torch.dtype:
@@ -137,15 +141,13 @@ def _full_precision(tensor: Tensor) -> torch.dtype:
 
 
 def _squared_lengths(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(B, D, h, w) -> (B, 1, H, W) of what (H, h) and (W, w) matrices of two neighbours a row make of the pixels."""
-    below, right = pixels[..., 1:, :], pixels[..., 1:]
-    same = (pixels * pixels).sum(1, keepdim=True)
-    vertical = (pixels[..., :-1, :] * below).sum(1, keepdim=True)
-    horizontal = (pixels[..., :-1] * right).sum(1, keepdim=True)
-    diagonal = (pixels[..., :-1, :-1] * below[..., 1:] + right[..., :-1, :] * below[..., :-1]).sum(1, keepdim=True) / 2
+    """(B, h, w, D) -> (B, 1, H, W) of what (H, h) and (W, w) matrices of two neighbours a row make of the pixels."""
+    own, below = pixels @ pixels.mT, pixels[:, :-1] @ pixels[:, 1:].mT  # a row with itself and with the next
+    same, horizontal = own.diagonal(0, -2, -1), own.diagonal(1, -2, -1)
+    vertical, diagonal = below.diagonal(0, -2, -1), (below.diagonal(1, -2, -1) + below.diagonal(-1, -2, -1)) / 2
     (up, up_both), (across, across_both) = ((side**2, 2 * side[:, :-1] * side[:, 1:]) for side in (rows, columns))
     lengths = (up @ same + up_both @ vertical) @ across.T + (up @ horizontal + up_both @ diagonal) @ across_both.T
-    return lengths.clamp_min(_SHORTEST**2)
+    return lengths[:, None].clamp_min(_SHORTEST**2)
 
 
 def _bilinear(length: int, new_length: int, like: Tensor) -> Tensor:

@@ -8,34 +8,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from fcclip.modeling.architecture import Ensemble, ExtraLosses, ScoredMasks
-from fcclip.modeling.backbones.clip import CLIPBackbone
-from fcclip.modeling.backbones.vit import TimmViT
+from fcclip.modeling.architecture import BaseArchitecture, ScoredMasks
 from fcclip.modeling.classifier import mask_pool
 from fcclip.modeling.fusion import ConvDecoder, Fusion, binary_loss, cosine_logits
 from fcclip.modeling.inputs import (
     Samples,
     batch_vocabularies,
     class_slices,
-    normalised_images,
     output_size,
     vocabulary_of,
 )
 from fcclip.modeling.mask_decoder import MaskProposals
 from fcclip.modeling.output_masks import OutputMasks
-from fcclip.modeling.outputs import OutputSettings, make_outputs
-from fcclip.modeling.text import TextEncoder
 from fcclip.modeling.windows import Windows
 from fcclip.structures import Features, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights.frozen import FrozenPart
 
-NEVER = -1e4  # the logit of a class that a plane is not of; its probability is exactly 0
+NEVER = -1e4  # the logit of a class that a plane is not of
 
 
-class Fusioner(nn.Module):
+class Fusioner(BaseArchitecture):
     """Says of every pixel and every class name whether they belong together; an `Architecture`.
 
     To the rest of the house it is a model with one query a class, whose mask is the class's plane and whose class is
@@ -44,77 +39,33 @@ class Fusioner(nn.Module):
     asks for changes the planes, since they see each other in the fusion.
 
     Args:
-        backbone: the frozen vision encoder.
-        text_backbone: the frozen text encoder, where it is not that of the backbone.
-        text_encoder: turns vocabularies into vectors with it.
+        text_backbone: the frozen text encoder, where it is not that of the vision encoder.
         fusion, decoder: the trained parts.
         temperature: that divides cosines.
         windows: how predictions look at an image; None: at all of it, the position embedding resized.
-        pixel_mean, pixel_std, size_divisibility, heads, ensemble, output_settings, train_vocabulary, test_vocabulary:
-            as for `FCCLIP`; training images should have one size, since padding is decided upon like any pixel.
+        settings: as for `BaseArchitecture`; training images should have one size, since padding is decided upon like
+            any pixel.
+
+    In training every class of a sample's vocabulary is prompted, of which the published training has one; its `ignored`
+    (H, W) bool may name pixels that no loss looks at. With `extra_losses` a step has one more pass, of all classes.
     """
 
     def __init__(
         self,
         *,
-        backbone: CLIPBackbone | TimmViT,
         text_backbone: FrozenPart | None,
-        text_encoder: TextEncoder,
         fusion: Fusion,
         decoder: ConvDecoder,
         temperature: float,
         windows: Windows | None,
-        pixel_mean: Sequence[float],
-        pixel_std: Sequence[float],
-        size_divisibility: int,
-        heads: Sequence[str],
-        ensemble: Ensemble,
-        output_settings: OutputSettings,
-        train_vocabulary: Vocabulary | None = None,
-        test_vocabulary: Vocabulary | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(**settings)
         self.text_backbone = text_backbone
-        self.text_encoder = text_encoder
         self.fusion = fusion
         self.decoder = decoder
         self.temperature = temperature
         self.windows = windows
-        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), persistent=False)
-        self.size_divisibility = size_divisibility
-        self.heads = tuple(heads)
-        self.ensemble = ensemble
-        self.output_settings = output_settings
-        self.train_vocabulary = train_vocabulary
-        self.seen_vocabulary = train_vocabulary
-        self.test_vocabulary = test_vocabulary
-        self.extra_losses: list[ExtraLosses] = []  # with some, a step has one more pass, with all of their classes
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, and where its inputs go."""
-        return self.fusion.cls_emb.device
-
-    def forward(
-        self,
-        inputs: Samples,
-        *,
-        vocabulary: Vocabulary | None = None,
-        heads: Sequence[str] | None = None,
-        semantic: str = "scores",
-    ) -> dict[str, Tensor] | list[dict[str, Any]]:
-        """Losses while training, else predictions; as `FCCLIP.forward`, with these differences.
-
-        Every class of a training sample's vocabulary is prompted; the published training has samples with a
-        `vocabulary` of one class. `ignored` (H, W) bool may name pixels that no loss looks at.
-        """
-        if self.training:
-            return self.losses(inputs)
-        return [
-            self.outputs(scored, heads=heads, semantic=semantic) for scored in self.score(inputs, vocabulary=vocabulary)
-        ]
 
     def losses(self, batch: Samples) -> dict[str, Tensor]:
         """The loss of a batch, the mean of those of its images, or the share of a part of one
@@ -183,26 +134,6 @@ class Fusioner(nn.Module):
         inside = scored.masks.cells_of(masks, tuple(dense.shape[-2:]))
         return F.normalize(mask_pool(dense, inside[None])[0], dim=-1)
 
-    @torch.no_grad()
-    def outputs(
-        self,
-        scored: ScoredMasks,
-        *,
-        heads: Sequence[str] | None = None,
-        ensemble: Ensemble | tuple[float, float] | None = None,
-        semantic: str = "scores",
-        settings: OutputSettings | None = None,
-    ) -> dict[str, Any]:
-        """See `Architecture`; the ensemble changes nothing."""
-        return make_outputs(
-            scored.in_logits,
-            scored.masks,
-            scored.vocabulary.thing_classes,
-            heads=self.heads if heads is None else heads,
-            settings=settings or self.output_settings,
-            semantic=semantic,
-        )
-
     def parameter_groups(
         self, *, lr: float, decoder_lr: float, weight_decay: float, decay_end: float
     ) -> list[dict[str, Any]]:
@@ -221,10 +152,6 @@ class Fusioner(nn.Module):
         ]
 
     # ---- steps ----
-
-    def preprocess(self, inputs: Samples) -> tuple[Tensor, list[tuple[int, int]]]:
-        """Normalised images padded with zeros to (B, 3, H, W), and the (height, width) of each without padding."""
-        return normalised_images(inputs, mean=self.pixel_mean, std=self.pixel_std, divisibility=self.size_divisibility)
 
     def planes(self, dense: Tensor, vocabularies: Sequence[Vocabulary], size: tuple[int, int]) -> list[Tensor]:
         """Tokens of the vision encoder (B, C, h, w) and the vocabularies of the images -> the logits (K, *size) of the
@@ -255,12 +182,11 @@ class Fusioner(nn.Module):
 
     def windowed(self, image: Tensor, size: tuple[int, int], vocabulary: Vocabulary) -> Tensor:
         """A normalised image (3, ·, ·), of which `size` is not padding -> the planes (K, *size) by windows."""
-        image = image[:, : size[0], : size[1]]
-        return self.windows.mean(image, lambda part: self.window_planes(part, vocabulary))
 
-    def window_planes(self, window: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """A normalised window (3, H, W) -> the planes (K, H, W) of its classes."""
-        return self.planes(self.backbone(window[None]).dense, [vocabulary], tuple(window.shape[-2:]))[0]
+        def network(window: Tensor) -> Tensor:
+            return self.planes(self.backbone(window[None]).dense, [vocabulary], tuple(window.shape[-2:]))[0]
+
+        return self.windows.mean(image[:, : size[0], : size[1]], network)
 
     def fuse(self, dense: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
         """dense (B, C, h, w) and names (B, N, ·) -> pixels (B, D, 8 h, 8 w) and class tokens (B, N, D)."""
