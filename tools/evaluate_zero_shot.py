@@ -258,11 +258,10 @@ def notes_of(cfg: CfgNode, args: argparse.Namespace, model: FCCLIP, seconds: flo
     environment = environment_report(resolve_device(cfg.MODEL.DEVICE))
     clip = frozen_notes(model)["clip"]
     machine = [environment[name] for name in ("device", "GPU") if name in environment]
-    alpha, beta = test_modes(cfg)["ensemble"]
     return {
         "weights": str(args.weights),
         "config": f"{args.config_file or 'the one of the weights'} {' '.join(args.opts)}".strip(),
-        "ensemble": f"alpha {alpha:g}, beta {beta:g}",
+        "ensemble": str(test_modes(cfg)["ensemble"]),
         **({"images": f"only the first {args.first} of each data set"} if args.first else {}),
         **({"oracle": f"true {args.oracle} instead of predicted ones"} if args.oracle else {}),
         "mIoU rule": MIOU_RULE,

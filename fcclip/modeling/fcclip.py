@@ -47,7 +47,7 @@ class FCCLIP(nn.Module):
         pixel_mean, pixel_std: three numbers each, 0..255, in the channel order of the images.
         size_divisibility: network inputs are padded to multiples of it; below 1 only to the largest of the batch.
         heads: outputs of a call that does not say, of `HEADS`.
-        ensemble: weights of the geometric ensemble for a call that does not say.
+        ensemble: how both classifiers are joined in a call that does not say.
         ensemble_on_valid_mask: no ensemble for queries whose mask is empty at the size of the dense features.
         output_settings: how outputs are made.
         text_encoder: turns vocabularies into vectors with the backbone's text tower.
@@ -175,7 +175,7 @@ class FCCLIP(nn.Module):
             rows = slice(None) if len(groups) == 1 else indices
             in_logits = cut_classes(class_logits[rows], classes.start, classes.stop)
             regions, valid = self.pool(features.dense[rows], mask_logits[rows])
-            out_logits = text_logits(regions, text, self.backbone.logit_scale)
+            out_logits = self.name_regions(regions, features.dense[rows], text)
             for row, index in enumerate(indices):
                 records[index] = ScoredMasks(
                     in_logits=in_logits[row],
@@ -204,7 +204,7 @@ class FCCLIP(nn.Module):
         return replace(
             scored,
             in_logits=text_logits(scored.class_embeddings, named, scale),
-            out_logits=text_logits(scored.region_embeddings, text, self.backbone.logit_scale),
+            out_logits=self.name_regions(scored.region_embeddings[None], scored.dense[None], text)[0],
             seen=vocabulary.seen_by(self.seen_vocabulary),
             vocabulary=vocabulary,
         )
@@ -229,7 +229,7 @@ class FCCLIP(nn.Module):
         return replace(
             scored,
             in_logits=scored.in_logits[queries],
-            out_logits=text_logits(regions, text, self.backbone.logit_scale)[0],
+            out_logits=self.name_regions(regions, scored.dense[None], text)[0],
             valid=None if valid is None else valid[0],
             masks=replace(scored.masks, mask_logits=mask_logits),
             class_embeddings=scored.class_embeddings[queries],
@@ -247,11 +247,12 @@ class FCCLIP(nn.Module):
         settings: OutputSettings | None = None,
     ) -> dict[str, Any]:
         """See `Architecture`."""
+        heads = self.heads if heads is None else heads
         return make_outputs(
-            scored.class_logits(self.ensemble if ensemble is None else ensemble),
+            scored.logits_of_heads(self.ensemble if ensemble is None else ensemble, heads),
             scored.masks,
             scored.vocabulary.thing_classes,
-            heads=self.heads if heads is None else heads,
+            heads=heads,
             settings=settings or self.output_settings,
             semantic=semantic,
         )
@@ -275,3 +276,7 @@ class FCCLIP(nn.Module):
         region embeddings (B, Q, D), and (B, Q) bool, queries to which the ensemble applies; None: all."""
         small = resize_masks(mask_logits, dense.shape[-2:])
         return self.classifier(dense, small), (small > 0).flatten(2).any(-1) if self.ensemble_on_valid_mask else None
+
+    def name_regions(self, regions: Tensor, dense: Tensor, text: TextEmbeddings) -> Tensor:
+        """The out-of-vocabulary opinion: region embeddings (B, Q, D) of dense features (B, C, h, w) -> (B, Q, K)."""
+        return text_logits(regions, text, self.backbone.logit_scale)
