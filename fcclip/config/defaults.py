@@ -90,6 +90,14 @@ def _model() -> Keys:
     model.RESNETS = _resnets()
     model.FC_CLIP = _fc_clip()  # published files of FrozenSeg call it MODEL.FROZEN_SEG
     model.FUSIONER = _fusioner()
+    adapter = model.MASK_ADAPTER = Keys()
+    adapter.NUM_CHANNELS = changes_shapes(768)
+    adapter.MASK_IN_CHANNELS = changes_shapes(16)
+    adapter.NUM_OUTPUT_MAPS = changes_shapes(16)  # attention maps a mask
+    adapter.MASK_THRESHOLD = changes_prediction(0.5)  # probability; 0.40 and 0.45 on MAFT+ L and B
+    adapter.QUERY_CHUNK = harmless(32)  # masks looked at at once, for memory
+    adapter.TRAIN = changes_training("")  # it alone: warmup, with true masks; then mixed, with predicted ones too
+    adapter.USE_CHECKPOINT = without_effect("activations are few with QUERY_CHUNK")(False)
     model.SAM_NAME = changes_meaning("vit_b")  # of FrozenSeg: vit_b, vit_l, vit_h, or a JSON (backbones/sam.py)
     # Of SAM: a file, or the folder with Meta's; "" for random weights, or where MODEL.WEIGHTS hold SAM too.
     model.SAM_WEIGHTS = harmless("pretrained_checkpoint")
@@ -131,7 +139,7 @@ def _fc_clip() -> Keys:
     fc_clip.CLIP_TRUST_WEIGHT = changes_prediction(0.0)
     fc_clip.CLIP_TRUST_SCOPE = changes_prediction("unseen")  # where the best class is unseen; all (published, OVRCOAT)
     fc_clip.CLIP_TRUST_HEADS = changes_prediction(("panoptic",))  # outputs: panoptic, semantic, instances
-    # mask_pool, masked_attention_pool; "": as published for the CLIP
+    # mask_pool, masked_attention_pool, mask_adapter (MODEL.MASK_ADAPTER); "": as published for the CLIP
     fc_clip.OUT_OF_VOCABULARY_CLASSIFIER = changes_prediction("")
     # MAFT+: panoptic or semantic, as the weights were trained; "": as MASK_FORMER.TEST.PANOPTIC_ON is (published)
     fc_clip.CDT_FORM = changes_meaning("")

@@ -71,7 +71,8 @@ def config_of(tree: Mapping[str, Any], *, where: str, overrides: Sequence[Any] =
 
 
 def own_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys of files of FrozenSeg and OVRCOAT, which call FC-CLIP's group after themselves, as they are called here.
+    """Keys of files of FrozenSeg, OVRCOAT, which call FC-CLIP's group after themselves, and Mask-Adapter, as they are
+    called here.
 
     Example:
         >>> own_keys({"MODEL.FROZEN_SEG.EMBED_DIM": 640})
@@ -81,6 +82,9 @@ def own_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in flat.items():
         group, name = key.rpartition(".")[::2]
         here = f"MODEL.FC_CLIP.{name}"
+        if key == "MODEL.MASK_ADAPTER.NAME":  # says that there is one
+            own["MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER"] = "mask_adapter" if value else ""
+            continue
         own[here if group == "MODEL.FROZEN_SEG" or (group == "MODEL.OVRCOAT" and here in known) else key] = value
         if key == "MODEL.OVRCOAT.CLIP_TRUST_WEIGHT":  # has one form, for all outputs
             own["MODEL.FC_CLIP.CLIP_TRUST_SCOPE"] = "all"

@@ -17,6 +17,7 @@ mask_decoder.py   masked transformer decoder with the in-vocabulary classifier
 head.py           FCCLIPHead: both decoders
 classifier.py     mask pooling, similarity to class names, the geometric ensemble
 out_of_vocabulary.py  OUT_OF_VOCABULARY_CLASSIFIERS: region embeddings by the frozen CLIP
+mask_adapter.py   MaskAdapter, a classifier that trains, and its losses
 maft.py           MAFTPlus: texts move towards the image
 outputs.py        semantic, panoptic and instance inference
 output_masks.py   masks at the output size, a few queries or a few rows at a time

@@ -26,6 +26,7 @@ from fcclip.modeling.fusion import ConvDecoder, Fusion
 from fcclip.modeling.fusioner import Fusioner
 from fcclip.modeling.head import FCCLIPHead
 from fcclip.modeling.maft import FORMS, MAFTPlus, TextTransfer
+from fcclip.modeling.mask_adapter import MaskAdapter, MaskAdapterLoss
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
 from fcclip.modeling.openseg import OpenSegEnsemble
 from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS, RegionClassifier
@@ -61,6 +62,14 @@ def build_model(
         test_vocabulary = dataset_vocabulary(cfg.DATASETS.TEST[0], folder)
     architecture, parts = lookup("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
     model = architecture(**parts(cfg), train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary)
+    if stage := cfg.MODEL.MASK_ADAPTER.TRAIN:
+        mixed = lookup("MODEL.MASK_ADAPTER.TRAIN", stage, {"warmup": False, "mixed": True})
+        if not isinstance(getattr(model, "classifier", None), MaskAdapter):
+            raise InputError(
+                f"MODEL.MASK_ADAPTER.TRAIN is {stage}, but the model has no adapter: set "
+                "MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER mask_adapter"
+            )
+        model.extra_losses.append(MaskAdapterLoss(model, mixed=mixed))
     compile_parts(model, cfg.MODEL.COMPILE)
     return model.to(resolve_device(cfg.MODEL.DEVICE)).eval()
 
@@ -110,8 +119,13 @@ def build_ensemble(cfg: CfgNode) -> Ensemble:
 
 def options_of(cfg: CfgNode) -> tuple[str, ...]:
     """What a config turns on beyond the published architecture; results carry these names."""
-    trust = build_ensemble(cfg).trust
-    return (f"void trust {trust:g}",) if trust and cfg.TEST.MODE == "ensemble" else ()
+    trust, part = build_ensemble(cfg).trust, cfg.MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER
+    names = {
+        f"void trust {trust:g}": trust and cfg.TEST.MODE == "ensemble",
+        "MAFT+": cfg.MODEL.META_ARCHITECTURE == "MAFT_Plus",
+        "Mask-Adapter": part == "mask_adapter",
+    }
+    return tuple(name for name, is_on in names.items() if is_on)
 
 
 def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
@@ -239,7 +253,15 @@ def build_classifier(cfg: CfgNode, backbone: CLIPBackbone) -> RegionClassifier:
     """The out-of-vocabulary classifier that the config names, by default the one published for the CLIP's family."""
     key = "MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER"
     name = cfg.MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER or backbone.region_classifier
-    return lookup(key, name, OUT_OF_VOCABULARY_CLASSIFIERS)(backbone)
+    adapter = cfg.MODEL.MASK_ADAPTER
+    return lookup(key, name, OUT_OF_VOCABULARY_CLASSIFIERS)(
+        backbone,
+        width=adapter.NUM_CHANNELS,
+        mask_channels=adapter.MASK_IN_CHANNELS,
+        num_maps=adapter.NUM_OUTPUT_MAPS,
+        threshold=adapter.MASK_THRESHOLD,
+        query_chunk=adapter.QUERY_CHUNK,
+    )
 
 
 def build_output_settings(cfg: CfgNode) -> OutputSettings:

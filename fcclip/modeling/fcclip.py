@@ -212,8 +212,18 @@ class FCCLIP(nn.Module):
     @torch.no_grad()
     def embed_regions(self, scored: ScoredMasks, masks: Tensor) -> Tensor:
         """See `Architecture`."""
-        inside = scored.masks.cells_of(masks, tuple(scored.dense.shape[-2:]))
+        inside = scored.masks.cells_of(masks, self.mask_grid(scored))
         return F.normalize(self.classifier(scored.dense[None], inside[None])[0].float(), dim=-1)
+
+    def mask_grid(self, scored: ScoredMasks) -> tuple[int, int]:
+        """The size at which the out-of-vocabulary classifier reads masks of an image."""
+        is_fine = getattr(self.classifier, "needs_fine_masks", False)
+        return tuple((scored.masks.mask_logits if is_fine else scored.dense).shape[-2:])
+
+    @property
+    def added_parts(self) -> tuple[str, ...]:
+        """Beginnings of the names of trained weights that a file of FC-CLIP does not have."""
+        return ("classifier.",) if isinstance(self.classifier, nn.Module) else ()
 
     @torch.no_grad()
     def score_masks(self, scored: ScoredMasks, queries: Tensor, mask_logits: Tensor) -> ScoredMasks:
@@ -222,7 +232,7 @@ class FCCLIP(nn.Module):
         Args:
             scored: the image.
             queries: (n,) int64, whose in-vocabulary opinion each mask takes.
-            mask_logits: (n, h, w) at the size of the dense features.
+            mask_logits: (n, h, w) at the size of `mask_grid`.
         """
         text = self.text_encoder.encode(scored.vocabulary)
         regions, valid = self.pool(scored.dense[None], mask_logits[None])
@@ -274,8 +284,10 @@ class FCCLIP(nn.Module):
     def pool(self, dense: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the out-of-vocabulary classifier names: dense features (B, C, h, w) and mask logits (B, Q, ·, ·) ->
         region embeddings (B, Q, D), and (B, Q) bool, queries to which the ensemble applies; None: all."""
-        small = resize_masks(mask_logits, dense.shape[-2:])
-        return self.classifier(dense, small), (small > 0).flatten(2).any(-1) if self.ensemble_on_valid_mask else None
+        regions = self.classifier(dense, mask_logits)
+        if not self.ensemble_on_valid_mask:
+            return regions, None
+        return regions, (resize_masks(mask_logits, dense.shape[-2:]) > 0).flatten(2).any(-1)
 
     def name_regions(self, regions: Tensor, dense: Tensor, text: TextEmbeddings) -> Tensor:
         """The out-of-vocabulary opinion: region embeddings (B, Q, D) of dense features (B, C, h, w) -> (B, Q, K)."""

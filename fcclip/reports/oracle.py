@@ -177,9 +177,9 @@ class TrueMaskModel:
             masks, device = own.masks, own.dense.device
             sizes = masks.image_size, masks.padded_size
             at_masks = coverage(id_map, ids, *sizes, tuple(masks.mask_logits.shape[-2:])).to(device)
-            at_dense = coverage(id_map, ids, *sizes, tuple(own.dense.shape[-2:])).to(device)
+            at_grid = coverage(id_map, ids, *sizes, self.source.mask_grid(own)).to(device)
             queries = best_queries(masks.mask_logits > 0, inside(at_masks))
-            scored = self.source.score_masks(own, queries, torch.where(inside(at_dense), 20.0, -20.0))
+            scored = self.source.score_masks(own, queries, torch.where(inside(at_grid), 20.0, -20.0))
         return ScoredSegments(id_map, ids, scored, own.vocabulary)
 
     def _segments(self, ground_truth: GroundTruth) -> tuple[np.ndarray, list[int]]:

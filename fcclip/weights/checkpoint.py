@@ -80,9 +80,10 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
 def own_names(file: WeightFile) -> WeightFile:
     """A published file under the names of this package; any other as it is.
 
-    Files of OVRCOAT and MAFT+ lose the frozen CLIP that taught theirs. In Fusioner's are both towers of its CLIP, which
-    are OpenAI's, with QuickGELU.
+    Files of OVRCOAT and MAFT+ lose the frozen CLIP that taught theirs; Mask-Adapters are classifiers. In Fusioner's are
+    both towers of its CLIP, which are OpenAI's, with QuickGELU.
     """
+    file = replace(file, tensors={_renamed(key): value for key, value in file.tensors.items()})
     if taught := [key for key in file.tensors if key.startswith(_TEACHERS)]:
         logger.info("%d tensors of a CLIP that only taught are left out (%s)", len(taught), listed(taught, 2))
         file = replace(file, tensors={key: value for key, value in file.tensors.items() if key not in set(taught)})
@@ -93,6 +94,10 @@ def own_names(file: WeightFile) -> WeightFile:
         prefix = next((prefix for prefix in _FUSIONER_TOWERS if key.startswith(prefix)), "")
         tensors[_FUSIONER_TOWERS.get(prefix, "") + key.removeprefix(prefix)] = value
     return replace(file, tensors=tensors, rest={"clip": {"quick_gelu": True}, **file.rest})
+
+
+def _renamed(key: str) -> str:
+    return "classifier." + key.removeprefix("mask_adapter.") if key.startswith("mask_adapter.") else key
 
 
 def vocabulary_note(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -427,6 +432,14 @@ def _likely_cause(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         )
     if injectors == [True, False]:
         return "weights of FrozenSeg: use its YAML (MODEL.META_ARCHITECTURE)."
+    adapters = [any(key.startswith("classifier.") for key in keys) for keys in (weights, expected)]
+    if adapters == [True, False]:
+        return "weights with a Mask-Adapter: set MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER mask_adapter."
+    if adapters == [False, True]:
+        return (
+            "weights without a Mask-Adapter, which the config asks for (MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER). "
+            "They can be the start of its training (MODEL.MASK_ADAPTER.TRAIN warmup), not more."
+        )
     transfers = [any(key.startswith("cdt.") for key in keys) for keys in (weights, expected)]
     if transfers == [True, False]:
         return "weights of MAFT+: use its YAML (MODEL.META_ARCHITECTURE MAFT_Plus)."
