@@ -21,6 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,7 @@ def told(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
 def build_page(segmenter: Segmenter) -> gr.Blocks:
     """The page; everything that computes waits for its turn, and every session has its own result."""
-    alpha, beta = segmenter.model.ensemble
+    own = segmenter.model.ensemble
 
     def shown(result: Segmentation, kind: str, start: float, how: str) -> list[Any]:
         views = [view(result, kind) if name == kind else "" for name in KINDS]
@@ -184,7 +185,8 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
         start = time.perf_counter()
         image = read_upload(str(event.image))
         names = str(event.names or names)
-        result = segmenter(image, check_names(names), min_score=score, ensemble=(alpha, beta))
+        ensemble = replace(own, alpha=alpha, beta=beta)
+        result = segmenter(image, check_names(names), min_score=score, ensemble=ensemble)
         return [names, *shown(result, kind, start, f"{image.shape[1]} x {image.shape[0]} pixels")]
 
     @told
@@ -195,7 +197,7 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
         check_names(names)
         if result is None:
             return [None, NOTHING, *[""] * len(KINDS)]
-        result = result.relabel(names, min_score=score, ensemble=(alpha, beta))
+        result = result.relabel(names, min_score=score, ensemble=replace(own, alpha=alpha, beta=beta))
         return shown(result, kind, start, "named anew without the network")
 
     def forget(result: Segmentation | None) -> None:
@@ -231,8 +233,8 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
                 status = gr.Markdown(NOTHING, elem_id="status")
                 with gr.Row():
                     score = _slider("Threshold", 0.5, "of things")
-                    alphas = _slider("Alpha", alpha, "CLIP's share, trained classes")
-                    betas = _slider("Beta", beta, "CLIP's share, other classes")
+                    alphas = _slider("Alpha", own.alpha, "CLIP's share, trained classes")
+                    betas = _slider("Beta", own.beta, "CLIP's share, other classes")
         options = {"concurrency_id": "model", "api_visibility": "private", "trigger_mode": "always_last"}
         settings, outputs = [names, score, alphas, betas, kind], [kept, status, *views]
         upload.upload(look, settings, [names, *outputs], **options)

@@ -82,6 +82,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         metavar="NAMES",
         help="call unknown what fits none of your names, but one of NAMES (by default those of the training)",
     )
+    add(
+        "--others",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="NAMES",
+        help="leave out what NAMES (by default those of the training) fit better than yours",
+    )
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides, rest of the line")
     args = parser.parse_args(arguments)
     if args.output is None and not args.show:
@@ -297,6 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "vocabulary": None if args.vocabulary is None else read_vocabulary(args.vocabulary),
         "min_score": args.confidence_threshold,
         "unknown": args.unknown,
+        "others": args.others,
         "batch_size": args.batch_size,
     }
     videos: dict[Path, VideoFile | Camera]

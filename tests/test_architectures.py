@@ -24,7 +24,12 @@ from tests.tools.conftest import REPOSITORY, load_program
 from tests.weight_files import save_weights
 
 # name -> the config of a model that trains in a moment
-SMALLEST = {"FCCLIP": tiny_config, "FrozenSeg": tiny_frozenseg, "Fusioner": tiny_fusioner}
+SMALLEST = {
+    "FCCLIP": tiny_config,
+    "FrozenSeg": tiny_frozenseg,
+    "MAFT_Plus": tiny_config,
+    "Fusioner": tiny_fusioner,
+}
 TRAINING = Vocabulary.from_names("cup; sea:stuff; dog", name="train")
 
 

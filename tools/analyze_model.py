@@ -77,6 +77,8 @@ _OWNERS = (
     ("sem_seg_head.predictor.logit_scale", IN),
     ("sem_seg_head.predictor.", MASKS),
     ("void_embedding.", IN),
+    ("cdt.", OUT),  # of MAFT+
+    ("classifier.", OUT),  # of a classifier that trains
     ("fusion.", FUSION),
     ("decoder.", DECODER),
     ("", OTHER),
@@ -91,6 +93,7 @@ _WATCHED = (
     ("sem_seg_head.predictor", "forward", MASKS),
     ("sem_seg_head.predictor", "embed_classes", IN),
     ("", "pool", OUT),
+    ("cdt", "forward", OUT),
     ("fusion", "forward", FUSION),
     ("decoder", "forward", DECODER),
 )

@@ -1,7 +1,7 @@
 """One command for the whole table: every benchmark that is there, then a row as in the model zoo.
 
     python tools/evaluate_zero_shot.py --weights FILE [--config-file FILE] [--datasets NAME ...] [--output FOLDER]
-        [--num-gpus N] [--resume] [--images N] [--oracle masks|classes] [KEY VALUE ...]
+        [--num-gpus N] [--resume] [--images N] [--oracle masks|classes|void | --oracles] [KEY VALUE ...]
 
 Each data set is evaluated with the image sizes, outputs and vocabulary it was published with; a KEY that is given wins,
 and its figures are then not compared. Beside the row stand the published one of the same backbone and the difference.
@@ -11,7 +11,9 @@ any other on its config's DATASETS.TEST.
 Writes into FOLDER: results.json, results.md, log.txt, and for each data set its predictions. An evaluation that was
 interrupted goes on with --resume, also with another number of processes, and gives the numbers of one that was not.
 --images adds a page, page/index.html, with the best, the median and the worst images of each data set. --oracle
-shows PQ and mIoU with true masks and predicted classes (masks), or predicted masks and true classes (classes).
+shows PQ and mIoU with true masks and predicted classes (masks), predicted masks and true classes (classes), or masks
+that are void only where they are (void). --oracles shows in one table, from one pass, what each of these and each
+classifier would gain, so what is worth working on; it writes oracles.json, and no row.
 Leaves with 0; with 1 after an error, or when a figure is not the published one within its tolerance; with 2 when the
 command line cannot be read.
 """
@@ -45,16 +47,19 @@ from fcclip.engine import (
 from fcclip.errors import InputError, MissingFileError, run_program
 from fcclip.evaluation import current_commit, evaluate, format_table
 from fcclip.evaluation.evaluators import mode_folders
-from fcclip.files import write_atomically, write_json
+from fcclip.files import without_nan, write_atomically, write_json
 from fcclip.modeling import FCCLIP, build_model, test_modes
 from fcclip.reports import (
     FAIL,
     MIOU_RULE,
     ORACLES,
+    EveryOracle,
     Outcome,
     Plan,
     Report,
     backbone_of_weights,
+    oracle_modes,
+    oracle_table,
     plan_sets,
     report_of,
     write_page,
@@ -97,7 +102,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--images", type=int, default=0, metavar="N", help="N best, median and worst ones of each set on a page"
     )
-    parser.add_argument("--oracle", choices=ORACLES, help="masks or classes: what is true instead of predicted")
+    parser.add_argument("--oracle", choices=ORACLES, help="what is true instead of predicted: masks, classes or void")
+    parser.add_argument("--oracles", action="store_true", help="a table of all oracles instead of the row")
     parser.add_argument(
         "--modes",
         nargs="+",
@@ -210,6 +216,8 @@ def evaluate_sets(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
         write_atomically(args.output / "config.yaml", lambda file: file.write(cfg.dump().encode()))
         for name, path in missing.items():
             logger.info("data set '%s' is missing: there is no %s", name, path)
+    if args.oracles:
+        return show_oracles(model, cfg, plans, args)
     changes = [f"mode {args.modes[0]}"] if args.modes and args.modes[0] != "ensemble" else []
     changes += [f"true {args.oracle} instead of predicted ones"] if args.oracle else []
     outcomes, report = [], None
@@ -242,6 +250,26 @@ def evaluate_sets(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
     return report
 
 
+def show_oracles(model: FCCLIP, cfg: CfgNode, plans: Sequence[Plan], args: argparse.Namespace) -> None:
+    """The table of all oracles of each data set."""
+    found = {}
+    for plan in plans:
+        results = evaluate(
+            model,
+            plan.cfg,
+            plan.dataset,
+            modes=oracle_modes(test_modes(cfg)),
+            training_vocabulary=model.seen_vocabulary,
+            vocabulary=dataset_vocabulary(plan.dataset, cfg.MODEL.FC_CLIP.VOCABULARIES),
+            max_images=args.first,
+            oracle=EveryOracle,
+        )
+        if is_main_process():
+            found[plan.dataset.name] = results
+            logger.info("%s, percent\n%s", plan.dataset.name, oracle_table(results))
+            write_json(args.output / "oracles.json", without_nan(found), indent=1)
+
+
 def make_page(report: Report, outcomes: Sequence[Outcome], args: argparse.Namespace) -> Path:
     """The page with images of the first mode."""
     sets = []
@@ -258,11 +286,10 @@ def notes_of(cfg: CfgNode, args: argparse.Namespace, model: FCCLIP, seconds: flo
     environment = environment_report(resolve_device(cfg.MODEL.DEVICE))
     clip = frozen_notes(model)["clip"]
     machine = [environment[name] for name in ("device", "GPU") if name in environment]
-    alpha, beta = test_modes(cfg)["ensemble"]
     return {
         "weights": str(args.weights),
         "config": f"{args.config_file or 'the one of the weights'} {' '.join(args.opts)}".strip(),
-        "ensemble": f"alpha {alpha:g}, beta {beta:g}",
+        "ensemble": str(test_modes(cfg)["ensemble"]),
         **({"images": f"only the first {args.first} of each data set"} if args.first else {}),
         **({"oracle": f"true {args.oracle} instead of predicted ones"} if args.oracle else {}),
         "mIoU rule": MIOU_RULE,

@@ -1,4 +1,4 @@
-"""Measures `unknown` on the shapes world: what becomes of classes whose names are left out on purpose.
+"""Measures `unknown` and `others` on the shapes world: what becomes of classes whose names are left out on purpose.
 
     python tools/measure_unknown.py --set shapes_val
 
@@ -64,9 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     segmenter, dataset = Segmenter.from_pretrained("shapes"), get_dataset(args.set)
     whole, trained = dataset_vocabulary(dataset), segmenter.model.seen_vocabulary
     seen = dict(zip(whole.class_names, whole.seen_by(trained).tolist()))
-    settings: dict[str, tuple[Vocabulary | None, float]] = {"everything gets a name": (None, 1.0)}
+    settings: dict[str, dict] = {"everything gets a name": {}}
     for name, others in (("training names", trained), ("all 60 names", whole)):
-        settings |= {f"{name}, void >= {each:g}": (others, each) for each in args.void_thresholds}
+        for each in args.void_thresholds:
+            settings[f"{name}, void >= {each:g}"] = {"distractors": others, "void_threshold": each}
+        settings[f"{name} are void"] = {"distractors": others, "distractors_are_void": True}
     counts = {name: Counter() for name in settings}
     turns = [asked_names(whole, turn) for turn in range(TURNS)]
     for record in dataset.records()[: args.images]:
@@ -74,8 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         truth = read_id_map(record["pan_seg_file_name"])
         ids = {segment["id"]: whole.class_names[segment["category_id"]] for segment in record["segments_info"]}
         for asked in turns:
-            for name, (others, threshold) in settings.items():
-                outputs = result.outputs.renamed(Naming(asked, distractors=others, void_threshold=threshold))
+            for name, setting in settings.items():
+                outputs = result.outputs.renamed(Naming(asked, **setting))
                 names = {segment.id: segment.name for segment in outputs.segments}
                 for label, answer in answers(outputs.panoptic, truth, names, ids):
                     counts[name][label in asked.class_names, seen[label], answer] += 1

@@ -1,12 +1,13 @@
-"""Chooses alpha and beta of the geometric ensemble on one data set, from a single pass of the network over it.
+"""Chooses alpha, beta and void trust of the ensemble on one data set, from a single pass of the network over it.
 
     python tools/sweep_ensemble.py --config-file configs/shapes/fcclip_shapes.yaml --dataset shapes_tune \\
-        --weights shapes_fcclip.safetensors [--alphas 0 0.2 0.4] [--betas 0.6 0.8 1] [--metric mIoU] [--first N] \\
-        [--opts KEY VALUE ...]
+        --weights shapes_fcclip.safetensors [--alphas 0 0.2 0.4] [--betas 0.6 0.8 1] [--trusts 0 0.5] \\
+        [--scopes unseen all] [--metric PQ mIoU] [--first N] [--opts KEY VALUE ...]
 
-Choose on a set that is not reported, such as shapes_tune; the best pair over all classes is printed last. Any data set
-will do, registered or a YAML file, with the settings it was published with. alpha = beta = 0 is the in-vocabulary mode,
-alpha = beta = 1 the out-of-vocabulary one.
+Choose on a set that is not reported, such as shapes_tune: the best over all classes is printed last, but never of a
+benchmark or of the config's test sets, of which only the table is shown. Any data set will do, registered or a YAML
+file, with the settings it was published with. alpha = beta = 0 is the in-vocabulary mode, alpha = beta = 1 the
+out-of-vocabulary one. Void trust (docs/beyond.md) is for the outputs whose metrics are swept.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -25,52 +26,85 @@ from fcclip.config import load_config
 from fcclip.data import get_dataset
 from fcclip.errors import InputError, run_program
 from fcclip.evaluation import evaluate, format_value
-from fcclip.modeling import build_model
-from fcclip.reports.zero_shot import benchmark, set_config
+from fcclip.modeling import Ensemble, build_model
+from fcclip.reports.zero_shot import benchmark, default_sets, set_config
 from fcclip.weights import load_weights
 
 STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-METRICS = {"PQ": ("panoptic", "panoptic_seg"), "AP": ("instance", "segm"), "mIoU": ("semantic", "sem_seg")}
+# metric -> evaluator, task, head
+METRICS = {
+    "PQ": ("panoptic", "panoptic_seg", "panoptic"),
+    "AP": ("instance", "segm", "instances"),
+    "mIoU": ("semantic", "sem_seg", "semantic"),
+}
+Key = tuple[float, float, float, str]  # alpha, beta, void trust and its scope
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints the metric of all, seen and unseen classes for every pair, then the best pair."""
+    """Prints metrics of all, seen and unseen classes for every combination, then the best one by the first metric."""
     args = parse_arguments(arguments)
     dataset = get_dataset(args.dataset)
-    heads = dataset.evaluators
-    metric = args.metric or next(name for name in ("PQ", "mIoU", "AP") if METRICS[name][0] in heads)
-    head, task = METRICS[metric]
-    if head not in heads:
-        raise InputError(f"data set '{dataset.name}' is evaluated for {', '.join(heads)}, which gives no {metric}")
-    switches = {f"MODEL.MASK_FORMER.TEST.{name.upper()}_ON": str(name == head) for name, _ in METRICS.values()}
+    own = dataset.evaluators
+    metrics = args.metric or [next(name for name in ("PQ", "mIoU", "AP") if METRICS[name][0] in own)]
+    for metric in metrics:
+        if METRICS[metric][0] not in own:
+            raise InputError(f"data set '{dataset.name}' is evaluated for {', '.join(own)}, which gives no {metric}")
+    switches = {
+        f"MODEL.MASK_FORMER.TEST.{evaluator.upper()}_ON": str(name in metrics)
+        for name, (evaluator, _, _) in METRICS.items()
+    }
     cfg = load_config(args.config_file, [*itertools.chain(*switches.items()), *args.opts])
     model = build_model(cfg)
     load_weights(model, args.weights or cfg.MODEL.WEIGHTS)
     cfg = set_config(cfg, dataset, given=[*switches, *args.opts[::2]])
 
-    pairs = {f"{alpha:g} {beta:g}": (alpha, beta) for alpha in args.alphas for beta in args.betas}
+    trusts = dict.fromkeys((trust, scope if trust else "") for trust in args.trusts for scope in args.scopes)
+    heads = tuple(METRICS[metric][2] for metric in metrics)
+    modes: dict[Key, Ensemble] = {
+        (alpha, beta, trust, scope): Ensemble(alpha, beta, trust, scope != "all", heads)
+        for trust, scope in trusts
+        for alpha in args.alphas
+        for beta in args.betas
+    }
+    named = {str(ensemble): ensemble for ensemble in modes.values()}
     results = evaluate(
-        model, cfg, dataset, modes=pairs, training_vocabulary=model.seen_vocabulary, max_images=args.first
+        model, cfg, dataset, modes=named, training_vocabulary=model.seen_vocabulary, max_images=args.first
     )
-    quality = {pairs[name]: tasks[task] for name, tasks in results.items()}
-
-    print(f"{metric} on {dataset.name}, percent: all / seen / unseen")
-    table = Table()
-    table.add_column("alpha \\ beta")
-    for beta in args.betas:
-        table.add_column(f"{beta:g}", justify="right")
-    for alpha in args.alphas:
-        cells = [quality[alpha, beta] for beta in args.betas]
-        table.add_row(f"{alpha:g}", *(figures(cell, metric) for cell in cells))
-    Console(width=20 + 24 * len(args.betas)).print(table)
-    best = max(quality, key=lambda pair: -math.inf if math.isnan(quality[pair][metric]) else quality[pair][metric])
-    print(
-        f"best {metric} {quality[best][metric]:.2f}: MODEL.FC_CLIP.GEOMETRIC_ENSEMBLE_ALPHA {best[0]:g} "
-        f"MODEL.FC_CLIP.GEOMETRIC_ENSEMBLE_BETA {best[1]:g}"
-    )
-    if benchmark(dataset.name) is not None:
-        print(f"'{dataset.name}' is reported in the model zoo: what is chosen on it looks better than it is")
+    for metric in metrics:
+        quality = {key: results[str(ensemble)][METRICS[metric][1]] for key, ensemble in modes.items()}
+        print(f"{metric} on {dataset.name}, percent: all / seen / unseen")
+        print_tables(quality, metric, args, trusts)
+        if metric == metrics[0]:
+            best = max(quality, key=lambda key: -math.inf if math.isnan(value := quality[key][metric]) else value)
+            told = f"best {metric} {quality[best][metric]:.2f}: {keys_of(best, heads)}"
+    if benchmark(dataset.name) is not None or dataset.name in default_sets(cfg):
+        told = f"'{dataset.name}' is reported: nothing is recommended by it. Choose on another set, such as shapes_tune"
+    print(told)
     return 0
+
+
+def print_tables(
+    quality: dict[Key, dict[str, float]], metric: str, args: argparse.Namespace, trusts: Iterable[tuple[float, str]]
+) -> None:
+    """A table of alphas and betas for each void trust."""
+    for trust, scope in trusts:
+        table = Table(title=f"void trust {trust:g}, {scope}" if trust else None)
+        table.add_column("alpha \\ beta")
+        for beta in args.betas:
+            table.add_column(f"{beta:g}", justify="right")
+        for alpha in args.alphas:
+            cells = [quality[alpha, beta, trust, scope] for beta in args.betas]
+            table.add_row(f"{alpha:g}", *(figures(cell, metric) for cell in cells))
+        Console(width=20 + 24 * len(args.betas)).print(table)
+
+
+def keys_of(best: Key, heads: tuple[str, ...]) -> str:
+    """A combination as config keys and values."""
+    alpha, beta, trust, scope = best
+    values = {"GEOMETRIC_ENSEMBLE_ALPHA": f"{alpha:g}", "GEOMETRIC_ENSEMBLE_BETA": f"{beta:g}"}
+    if trust:
+        values |= {"CLIP_TRUST_WEIGHT": f"{trust:g}", "CLIP_TRUST_SCOPE": scope, "CLIP_TRUST_HEADS": f'"{heads}"'}
+    return " ".join(f"MODEL.FC_CLIP.{name} {value}" for name, value in values.items())
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -81,7 +115,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--weights", metavar="FILE", help="default: the config's MODEL.WEIGHTS")
     add("--alphas", nargs="+", type=float, default=STEPS, help="for seen classes (default: %(default)s)")
     add("--betas", nargs="+", type=float, default=STEPS, help="for unseen ones (default: %(default)s)")
-    add("--metric", choices=METRICS, help="default: PQ where there is one, else mIoU, else AP")
+    add("--trusts", nargs="+", type=float, default=(0.0,), help="void trust (default: 0, none)")
+    add("--scopes", nargs="+", choices=("unseen", "all"), default=("unseen",), help="of void trust (default: unseen)")
+    add("--metric", nargs="+", choices=METRICS, help="default: PQ where there is one, else mIoU, else AP")
     add("--first", type=int, metavar="N", help="only the first images")
     add("--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides")
     return parser.parse_args(arguments)

@@ -21,7 +21,7 @@ from fcclip.engine import (
     check_training,
     scale_to_world_size,
 )
-from fcclip.modeling.augmentation import build_variants
+from fcclip.modeling import build_variants, test_modes
 from fcclip.vocabulary import Vocabulary
 
 
@@ -75,10 +75,9 @@ def check_evaluation(issues: Issues, cfg: CfgNode, *, training: bool) -> None:
         issues.add(OK, f"TEST.AUG: a second evaluation with {len(variants)} variants of each image")
         if training:
             issues.add(NOTE, "TEST.AUG.ENABLED has an effect with --eval-only alone")
-    fc_clip = cfg.MODEL.FC_CLIP
     issues.add(
         OK,
-        f"shorter side {cfg.INPUT.MIN_SIZE_TEST}, longer at most {cfg.INPUT.MAX_SIZE_TEST}; {cfg.TEST.MODE}, alpha "
-        f"{fc_clip.GEOMETRIC_ENSEMBLE_ALPHA:g}, beta {fc_clip.GEOMETRIC_ENSEMBLE_BETA:g}",
+        f"shorter side {cfg.INPUT.MIN_SIZE_TEST}, longer at most {cfg.INPUT.MAX_SIZE_TEST}; {cfg.TEST.MODE}, "
+        f"{test_modes(cfg)['ensemble']}",
     )
     return None

@@ -27,12 +27,12 @@ of_deeplab = without_effect("of DeepLab")
 unread = without_effect("published key that nothing reads")
 
 
-# Groups and keys of detectron2's other models, which its dumped configs hold.
+# Groups and keys of detectron2's other models, which its dumped configs hold, and of the training of OVRCOAT.
 OTHER_MODELS = (
     "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TEST", "DATASETS.PRECOMPUTED_PROPOSAL_TOPK_TRAIN", "GLOBAL",
     "MODEL.ANCHOR_GENERATOR", "MODEL.FPN", "MODEL.PANOPTIC_FPN", "MODEL.PROPOSAL_GENERATOR", "MODEL.RESNETS",
     "MODEL.RETINANET", "MODEL.ROI_BOX_CASCADE_HEAD", "MODEL.ROI_BOX_HEAD", "MODEL.ROI_HEADS", "MODEL.ROI_KEYPOINT_HEAD",
-    "MODEL.ROI_MASK_HEAD", "MODEL.RPN", "MODEL.SWIN", "TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD",
+    "MODEL.OVRCOAT", "MODEL.ROI_MASK_HEAD", "MODEL.RPN", "MODEL.SWIN", "TEST.KEYPOINT_OKS_SIGMAS", "VIS_PERIOD",
 )  # fmt: skip
 
 
@@ -90,6 +90,14 @@ def _model() -> Keys:
     model.RESNETS = _resnets()
     model.FC_CLIP = _fc_clip()  # published files of FrozenSeg call it MODEL.FROZEN_SEG
     model.FUSIONER = _fusioner()
+    adapter = model.MASK_ADAPTER = Keys()
+    adapter.NUM_CHANNELS = changes_shapes(768)
+    adapter.MASK_IN_CHANNELS = changes_shapes(16)
+    adapter.NUM_OUTPUT_MAPS = changes_shapes(16)  # attention maps a mask
+    adapter.MASK_THRESHOLD = changes_prediction(0.5)  # probability; 0.40 and 0.45 on MAFT+ L and B
+    adapter.QUERY_CHUNK = harmless(32)  # masks looked at at once, for memory
+    adapter.TRAIN = changes_training("")  # it alone: warmup, with true masks; then mixed, with predicted ones too
+    adapter.USE_CHECKPOINT = without_effect("activations are few with QUERY_CHUNK")(False)
     model.SAM_NAME = changes_meaning("vit_b")  # of FrozenSeg: vit_b, vit_l, vit_h, or a JSON (backbones/sam.py)
     # Of SAM: a file, or the folder with Meta's; "" for random weights, or where MODEL.WEIGHTS hold SAM too.
     model.SAM_WEIGHTS = harmless("pretrained_checkpoint")
@@ -127,8 +135,14 @@ def _fc_clip() -> Keys:
     fc_clip.EMBED_DIM = changes_shapes(768)  # width of the joint image-text space; must be the CLIP's
     fc_clip.GEOMETRIC_ENSEMBLE_ALPHA = changes_prediction(0.4)  # share of the out-of-vocabulary part, seen classes
     fc_clip.GEOMETRIC_ENSEMBLE_BETA = changes_prediction(0.8)  # the same, unseen classes
-    # mask_pool, masked_attention_pool; "": as published for the CLIP
+    # Void trust (docs/beyond.md): where the frozen CLIP is sure of a class, void loses up to this share. 0: FC-CLIP.
+    fc_clip.CLIP_TRUST_WEIGHT = changes_prediction(0.0)
+    fc_clip.CLIP_TRUST_SCOPE = changes_prediction("unseen")  # where the best class is unseen; all (published, OVRCOAT)
+    fc_clip.CLIP_TRUST_HEADS = changes_prediction(("panoptic",))  # outputs: panoptic, semantic, instances
+    # mask_pool, masked_attention_pool, mask_adapter (MODEL.MASK_ADAPTER); "": as published for the CLIP
     fc_clip.OUT_OF_VOCABULARY_CLASSIFIER = changes_prediction("")
+    # MAFT+: panoptic or semantic, as the weights were trained; "": as MASK_FORMER.TEST.PANOPTIC_ON is (published)
+    fc_clip.CDT_FORM = changes_meaning("")
     fc_clip.ENSEMBLE_ON_VALID_MASK = changes_prediction(False)  # not for queries whose mask is empty at stride 32
     # Folder of published vocabulary files; "": $DETECTRON2_DATASETS/vocabularies, else ours.
     fc_clip.VOCABULARIES = harmless("")

@@ -56,7 +56,7 @@ def config_of(tree: Mapping[str, Any], *, where: str, overrides: Sequence[Any] =
     """
     cfg = get_cfg()
     known = flatten(cfg).keys()
-    for key, value in flatten(tree).items():
+    for key, value in own_keys(flatten(tree)).items():
         if key in known or not why_without_effect(key):
             _assign(cfg, key, value, where=where)
     if len(overrides) % 2:
@@ -64,14 +64,37 @@ def config_of(tree: Mapping[str, Any], *, where: str, overrides: Sequence[Any] =
             f"overrides come in pairs KEY VALUE, got {len(overrides)} words: {' '.join(map(str, overrides))}"
         )
     for key, value in zip(overrides[::2], overrides[1::2]):
-        _assign(cfg, str(key), value, where="command line")
+        for own_key, own_value in own_keys({str(key): value}).items():
+            _assign(cfg, own_key, own_value, where="command line")
     cfg.freeze()
     return cfg
 
 
+def own_keys(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of files of FrozenSeg, OVRCOAT, which call FC-CLIP's group after themselves, and Mask-Adapter, as they are
+    called here.
+
+    Example:
+        >>> own_keys({"MODEL.FROZEN_SEG.EMBED_DIM": 640})
+        {'MODEL.FC_CLIP.EMBED_DIM': 640}
+    """
+    known, own = flatten(get_cfg()), {}
+    for key, value in flat.items():
+        group, name = key.rpartition(".")[::2]
+        here = f"MODEL.FC_CLIP.{name}"
+        if key == "MODEL.MASK_ADAPTER.NAME":  # says that there is one
+            own["MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER"] = "mask_adapter" if value else ""
+            continue
+        own[here if group == "MODEL.FROZEN_SEG" or (group == "MODEL.OVRCOAT" and here in known) else key] = value
+        if key == "MODEL.OVRCOAT.CLIP_TRUST_WEIGHT":  # has one form, for all outputs
+            own["MODEL.FC_CLIP.CLIP_TRUST_SCOPE"] = "all"
+            own["MODEL.FC_CLIP.CLIP_TRUST_HEADS"] = ["panoptic", "semantic", "instances"]
+    return own
+
+
 def keys_without_effect(path: str | Path) -> dict[str, str]:
     """The keys that a YAML file (with its bases) sets although nothing reads them, each with the reason."""
-    keys = flatten(_read(find_config(path), chain=()))
+    keys = own_keys(flatten(_read(find_config(path), chain=())))
     return {key: reason for key in keys if (reason := why_without_effect(key))}
 
 
@@ -121,7 +144,6 @@ def _parse(text: str) -> Any:
 
 
 def _assign(cfg: CfgNode, key: str, value: Any, *, where: str) -> None:
-    key = key.replace("MODEL.FROZEN_SEG.", "MODEL.FC_CLIP.")  # as files of FrozenSeg call the same keys
     *parents, name = key.split(".")
     node = cfg
     for parent in parents:

@@ -14,7 +14,7 @@ from fcclip.errors import InputError
 from fcclip.evaluation.results import copypaste_lines, format_table, unmet_expectations
 from fcclip.evaluation.runner import evaluate, evaluate_augmented
 from fcclip.files import write_json
-from fcclip.modeling import build_variants, test_modes
+from fcclip.modeling import build_variants, options_of, test_modes
 
 __all__ = ["Results", "check_evaluation", "check_expectations", "evaluate_all", "evaluate_plainly", "scalars"]
 
@@ -83,6 +83,7 @@ def _evaluate_all(model: nn.Module, cfg: CfgNode, folder: Path, *, augmented: bo
             "vocabulary": vocabulary.name,
             "sha256": vocabulary.hash,
             "published_vocabulary": vocabulary.is_published,
+            "options": options_of(cfg),
             "results": modes,
         }
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -90,7 +91,7 @@ def _evaluate_all(model: nn.Module, cfg: CfgNode, folder: Path, *, augmented: bo
         for line in copypaste_lines(modes[cfg.TEST.MODE]):
             logger.info("%s %s", name, line)
     if results:
-        title = "test-time augmentation" if augmented else "results"
+        title = ", ".join(["test-time augmentation" if augmented else "results", *options_of(cfg)])
         logger.info("%s in percent, files in %s\n%s", title, folder, format_table(_without_suffix(results)))
     return results
 

@@ -36,6 +36,7 @@ from fcclip.evaluation.ground_truth import Evaluator, GroundTruth, in_order
 from fcclip.evaluation.histograms import as_array
 from fcclip.evaluation.instances import encode_masks
 from fcclip.files import listed, read_json, write_atomically, write_json
+from fcclip.modeling.architecture import Ensemble
 from fcclip.modeling.augmentation import AugmentedModel
 from fcclip.structures import Instances
 from fcclip.vocabulary import Vocabulary
@@ -269,7 +270,7 @@ def prediction_header(
     dataset: str,
     vocabulary: Vocabulary,
     mode: str,
-    ensemble: Sequence[float] | None,
+    ensemble: Ensemble | tuple[float, float] | None,
     oracle: str | None = None,
 ) -> dict[str, Any]:
     """What predictions depend on, as JSON values.
@@ -280,16 +281,18 @@ def prediction_header(
         dataset: its name.
         vocabulary: the classes to look for.
         mode: its name.
-        ensemble: (alpha, beta); None: as the config says.
+        ensemble: of the classifiers; None: as the config says.
         oracle: its name; None: nothing is true instead of predicted.
     """
     module = model.model if isinstance(model, AugmentedModel) else model
+    own = None if ensemble is None else Ensemble.of(ensemble)
     seen = getattr(module, "seen_vocabulary", None)  # decides where alpha counts, and where beta
     return {
         "format": FORMAT,
         "data_set": dataset,
         "mode": mode,
-        "alpha_and_beta": None if ensemble is None else list(ensemble),
+        "alpha_and_beta": None if own is None else [own.alpha, own.beta],
+        "void_trust": str(own) if own is not None and own.trust else None,
         "oracle": oracle,
         "vocabulary": vocabulary.name,
         "vocabulary_sha256": vocabulary.hash,

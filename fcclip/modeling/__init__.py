@@ -17,6 +17,8 @@ mask_decoder.py   masked transformer decoder with the in-vocabulary classifier
 head.py           FCCLIPHead: both decoders
 classifier.py     mask pooling, similarity to class names, the geometric ensemble
 out_of_vocabulary.py  OUT_OF_VOCABULARY_CLASSIFIERS: region embeddings by the frozen CLIP
+mask_adapter.py   MaskAdapter, a classifier that trains, and its losses
+maft.py           MAFTPlus: texts move towards the image
 outputs.py        semantic, panoptic and instance inference
 output_masks.py   masks at the output size, a few queries or a few rows at a time
 unknown.py        UnknownMasks: names that nobody asked for, scored beside the asked ones
@@ -27,7 +29,7 @@ position.py       sine position embedding
 from fcclip.modeling.architecture import Architecture, Ensemble, ScoredMasks
 from fcclip.modeling.augmentation import AugmentedModel, build_augmented, build_variants
 from fcclip.modeling.backbones.clip import CLIPBackbone, build_clip
-from fcclip.modeling.build import build_model, enabled_heads, test_modes
+from fcclip.modeling.build import build_model, enabled_heads, options_of, test_modes
 from fcclip.modeling.fcclip import FCCLIP
 from fcclip.modeling.frozenseg import FrozenSeg
 from fcclip.modeling.outputs import HEADS
@@ -46,5 +48,6 @@ __all__ = [
     "build_model",
     "build_variants",
     "enabled_heads",
+    "options_of",
     "test_modes",
 ]

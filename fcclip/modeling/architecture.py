@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,39 @@ from fcclip.structures import Features, TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 
 
-class Ensemble(NamedTuple):
-    """Weights of the frozen CLIP in the geometric ensemble, 0..1: `alpha` for seen classes, `beta` for unseen ones."""
+@dataclass(frozen=True)
+class Ensemble:
+    """How the opinions of both classifiers are joined; see `geometric_ensemble`.
+
+    Args:
+        alpha, beta: weights of the frozen CLIP for seen and for unseen classes, 0..1.
+        trust, trust_unseen_only: how far the frozen CLIP may overrule the decoder where that says void.
+        trust_heads: outputs that this is for, of `HEADS`.
+
+    Example:
+        >>> print(Ensemble.of((0.4, 0.8)), "|", Ensemble(0.4, 0.8, trust=0.5))
+        alpha 0.4, beta 0.8 | alpha 0.4, beta 0.8, void trust 0.5 (unseen; panoptic)
+    """
 
     alpha: float
     beta: float
+    trust: float = 0.0
+    trust_unseen_only: bool = True
+    trust_heads: tuple[str, ...] = ("panoptic",)
+
+    @classmethod
+    def of(cls, given: Ensemble | tuple[float, float]) -> Ensemble:
+        """The same, or that of a pair (alpha, beta)."""
+        return given if isinstance(given, Ensemble) else cls(*given)
+
+    def of_head(self, head: str) -> Ensemble:
+        """What one output takes."""
+        return self if head in self.trust_heads else replace(self, trust=0.0)
+
+    def __str__(self) -> str:
+        heads = ", ".join(self.trust_heads)
+        trust = f", void trust {self.trust:g} ({'unseen' if self.trust_unseen_only else 'all'}; {heads})"
+        return f"alpha {self.alpha:g}, beta {self.beta:g}" + (trust if self.trust else "")
 
 
 @dataclass(frozen=True)
@@ -56,8 +84,23 @@ class ScoredMasks:
     @torch.no_grad()
     def class_logits(self, ensemble: Ensemble | tuple[float, float]) -> Tensor:
         """(Q, K + 1) log-probabilities: both opinions joined; see `geometric_ensemble`."""
-        alpha, beta = ensemble
-        return geometric_ensemble(self.in_logits, self.out_logits, self.seen, alpha=alpha, beta=beta, valid=self.valid)
+        ensemble = Ensemble.of(ensemble)
+        return geometric_ensemble(
+            self.in_logits,
+            self.out_logits,
+            self.seen,
+            alpha=ensemble.alpha,
+            beta=ensemble.beta,
+            valid=self.valid,
+            trust=ensemble.trust,
+            trust_unseen_only=ensemble.trust_unseen_only,
+        )
+
+    def logits_of_heads(self, ensemble: Ensemble | tuple[float, float], heads: Sequence[str]) -> dict[str, Tensor]:
+        """Output -> what `class_logits` gives for it; computed once for those that take the same."""
+        own = {head: Ensemble.of(ensemble).of_head(head) for head in heads}
+        joined = {each: self.class_logits(each) for each in set(own.values())}
+        return {head: joined[each] for head, each in own.items()}
 
 
 class ExtraLosses(Protocol):
@@ -148,7 +191,7 @@ class BaseArchitecture(nn.Module):
         pixel_mean, pixel_std: three numbers each, 0..255, in the channel order of the images.
         size_divisibility: network inputs are padded to multiples of it; below 1 only to the largest of the batch.
         heads: outputs of a call that does not say, of `HEADS`.
-        ensemble: weights of the geometric ensemble for a call that does not say.
+        ensemble: how both classifiers are joined in a call that does not say.
         output_settings: how outputs are made.
         train_vocabulary: classes of the training labels; they count as seen.
         test_vocabulary: classes to use when a call brings none.
@@ -230,11 +273,12 @@ class BaseArchitecture(nn.Module):
         settings: OutputSettings | None = None,
     ) -> dict[str, Any]:
         """See `Architecture`."""
+        heads = self.heads if heads is None else heads
         return make_outputs(
-            scored.class_logits(self.ensemble if ensemble is None else ensemble),
+            scored.logits_of_heads(self.ensemble if ensemble is None else ensemble, heads),
             scored.masks,
             scored.vocabulary.thing_classes,
-            heads=self.heads if heads is None else heads,
+            heads=heads,
             settings=settings or self.output_settings,
             semantic=semantic,
         )

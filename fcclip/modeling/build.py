@@ -17,7 +17,7 @@ from fcclip.errors import InputError
 from fcclip.losses import SetCriterion
 from fcclip.modeling.architecture import Architecture, Ensemble
 from fcclip.modeling.backbones.bert import Bert, BertTextEncoder
-from fcclip.modeling.backbones.clip import FAMILIES, CLIPBackbone, build_clip
+from fcclip.modeling.backbones.clip import FAMILIES, CLIPBackbone, ConvNeXtCLIP, build_clip
 from fcclip.modeling.backbones.sam import SamImageEncoder, build_sam
 from fcclip.modeling.backbones.vit import TimmViT, ViTCLIP
 from fcclip.modeling.fcclip import FCCLIP
@@ -25,10 +25,12 @@ from fcclip.modeling.frozenseg import FrozenSeg, FrozenSegDecoder, FrozenSegHead
 from fcclip.modeling.fusion import ConvDecoder, Fusion
 from fcclip.modeling.fusioner import Fusioner
 from fcclip.modeling.head import FCCLIPHead
+from fcclip.modeling.maft import FORMS, MAFTPlus, TextTransfer
+from fcclip.modeling.mask_adapter import MaskAdapter, MaskAdapterLoss
 from fcclip.modeling.mask_decoder import MultiScaleMaskedTransformerDecoder
 from fcclip.modeling.openseg import OpenSegEnsemble
 from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS, RegionClassifier
-from fcclip.modeling.outputs import OutputSettings
+from fcclip.modeling.outputs import HEADS, OutputSettings
 from fcclip.modeling.pixel_decoder import NUM_POINTS, MSDeformAttnPixelDecoder
 from fcclip.modeling.sam_pixel_decoder import FrozenSegPixelDecoder
 from fcclip.modeling.text import TextEncoder
@@ -60,6 +62,14 @@ def build_model(
         test_vocabulary = dataset_vocabulary(cfg.DATASETS.TEST[0], folder)
     architecture, parts = lookup("MODEL.META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE, META_ARCHITECTURES)
     model = architecture(**parts(cfg), train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary)
+    if stage := cfg.MODEL.MASK_ADAPTER.TRAIN:
+        mixed = lookup("MODEL.MASK_ADAPTER.TRAIN", stage, {"warmup": False, "mixed": True})
+        if not isinstance(getattr(model, "classifier", None), MaskAdapter):
+            raise InputError(
+                f"MODEL.MASK_ADAPTER.TRAIN is {stage}, but the model has no adapter: set "
+                "MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER mask_adapter"
+            )
+        model.extra_losses.append(MaskAdapterLoss(model, mixed=mixed))
     compile_parts(model, cfg.MODEL.COMPILE)
     return model.to(resolve_device(cfg.MODEL.DEVICE)).eval()
 
@@ -82,15 +92,40 @@ def compile_parts(model: FCCLIP, names: str) -> None:
 
 def test_modes(cfg: CfgNode) -> dict[str, Ensemble]:
     """The ensembles of the three values of TEST.MODE; `ensemble` has the config's weights."""
-    fc_clip = cfg.MODEL.FC_CLIP
     return {
-        "ensemble": Ensemble(fc_clip.GEOMETRIC_ENSEMBLE_ALPHA, fc_clip.GEOMETRIC_ENSEMBLE_BETA),
+        "ensemble": build_ensemble(cfg),
         "in_vocabulary": Ensemble(0.0, 0.0),
         "out_of_vocabulary": Ensemble(1.0, 1.0),
     }
 
 
 test_modes.__test__ = False  # pytest takes it for a test otherwise
+
+
+def build_ensemble(cfg: CfgNode) -> Ensemble:
+    """How MODEL.FC_CLIP joins both classifiers."""
+    fc_clip = cfg.MODEL.FC_CLIP
+    for head in fc_clip.CLIP_TRUST_HEADS:
+        lookup("output in MODEL.FC_CLIP.CLIP_TRUST_HEADS", head, dict.fromkeys(HEADS[:3]))
+    scopes = {"unseen": True, "all": False}
+    shares = (fc_clip.GEOMETRIC_ENSEMBLE_ALPHA, fc_clip.GEOMETRIC_ENSEMBLE_BETA)
+    return Ensemble(
+        *(1.0 if share == -1 else share for share in shares),  # as files of MAFT+ say "CLIP alone"
+        trust=fc_clip.CLIP_TRUST_WEIGHT,
+        trust_unseen_only=lookup("MODEL.FC_CLIP.CLIP_TRUST_SCOPE", fc_clip.CLIP_TRUST_SCOPE, scopes),
+        trust_heads=tuple(fc_clip.CLIP_TRUST_HEADS),
+    )
+
+
+def options_of(cfg: CfgNode) -> tuple[str, ...]:
+    """What a config turns on beyond the published architecture; results carry these names."""
+    trust, part = build_ensemble(cfg).trust, cfg.MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER
+    names = {
+        f"void trust {trust:g}": trust and cfg.TEST.MODE == "ensemble",
+        "MAFT+": cfg.MODEL.META_ARCHITECTURE == "MAFT_Plus",
+        "Mask-Adapter": part == "mask_adapter",
+    }
+    return tuple(name for name, is_on in names.items() if is_on)
 
 
 def enabled_heads(cfg: CfgNode) -> tuple[str, ...]:
@@ -119,6 +154,16 @@ def fcclip_parts(cfg: CfgNode) -> dict[str, Any]:
     check_embed_dim(cfg, backbone)
     head = lookup("MODEL.SEM_SEG_HEAD.NAME", cfg.MODEL.SEM_SEG_HEAD.NAME, SEM_SEG_HEADS)(cfg, backbone)
     return {"backbone": backbone, "sem_seg_head": head, **fcclip_arguments(cfg, backbone)}
+
+
+def maft_parts(cfg: CfgNode) -> dict[str, Any]:
+    """What `MAFTPlus` takes besides its vocabularies."""
+    parts, key = fcclip_parts(cfg), "MODEL.FC_CLIP.CDT_FORM"
+    if not isinstance(parts["backbone"], ConvNeXtCLIP):
+        raise InputError(f"MAFT+ is for ConvNeXt CLIPs, not '{cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
+    form = cfg.MODEL.FC_CLIP.CDT_FORM or ("panoptic" if cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON else "semantic")
+    lookup(key, form, dict.fromkeys(FORMS))
+    return {**parts, "transfer": TextTransfer(dim=parts["backbone"].embed_dim, form=form)}
 
 
 def check_embed_dim(cfg: CfgNode, backbone: CLIPBackbone) -> None:
@@ -210,7 +255,15 @@ def build_classifier(cfg: CfgNode, backbone: CLIPBackbone) -> RegionClassifier:
     """The out-of-vocabulary classifier that the config names, by default the one published for the CLIP's family."""
     key = "MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER"
     name = cfg.MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER or backbone.region_classifier
-    return lookup(key, name, OUT_OF_VOCABULARY_CLASSIFIERS)(backbone)
+    adapter = cfg.MODEL.MASK_ADAPTER
+    return lookup(key, name, OUT_OF_VOCABULARY_CLASSIFIERS)(
+        backbone,
+        width=adapter.NUM_CHANNELS,
+        mask_channels=adapter.MASK_IN_CHANNELS,
+        num_maps=adapter.NUM_OUTPUT_MAPS,
+        threshold=adapter.MASK_THRESHOLD,
+        query_chunk=adapter.QUERY_CHUNK,
+    )
 
 
 def build_output_settings(cfg: CfgNode) -> OutputSettings:
@@ -414,6 +467,7 @@ COMPILABLE = {  # name in MODEL.COMPILE -> submodule
 META_ARCHITECTURES: dict[str, tuple[type[Architecture], Callable[[CfgNode], dict[str, Any]]]] = {
     "FCCLIP": (FCCLIP, fcclip_parts),
     "FrozenSeg": (FrozenSeg, frozenseg_parts),
+    "MAFT_Plus": (MAFTPlus, maft_parts),
     "Fusioner": (Fusioner, fusioner_parts),
 }
 BACKBONES = {"CLIP": build_clip_backbone}

@@ -121,11 +121,14 @@ def geometric_ensemble(
     alpha: float,
     beta: float,
     valid: Tensor | None = None,
+    trust: float = 0.0,
+    trust_unseen_only: bool = True,
 ) -> Tensor:
     """Joins the two classifiers by a weighted geometric mean (FC-CLIP, equation 8), in log space, so nothing underflows
     to NaN.
 
-    Void always comes from the decoder.
+    Void comes from the decoder. With `trust` it is less the surer the frozen CLIP is of a class (OVRCOAT, CVPR 2026):
+    void * (1 - trust * m), m being CLIP's highest probability. What a mask is, if it is something, stays the same.
 
     Args:
         in_logits: (B, Q, K + 1) of the decoder, void last.
@@ -133,20 +136,36 @@ def geometric_ensemble(
         seen: (K,) bool, classes of the training vocabulary.
         alpha, beta: weight of the frozen CLIP for seen and for unseen classes, 0..1.
         valid: (B, Q) bool, queries to which the ensemble applies; the others keep the decoder's opinion. None: all.
+        trust: the most that void loses, 0..1; 0: nothing (FC-CLIP). Published: 0.5.
+        trust_unseen_only: only where the best of the joined classes is unseen; False: everywhere (published).
 
     Returns:
         (B, Q, K + 1) float32, logarithms of probabilities (plus 1e-8) that sum to 1.
 
     Raises:
-        ValueError: a weight outside 0..1.
+        ValueError: a weight outside 0..1; trust with one class, of which CLIP is always sure.
     """
     if not (0 <= alpha <= 1 and 0 <= beta <= 1):
         raise InputError(f"the ensemble's alpha and beta must lie in 0..1, got {alpha} and {beta}")
+    if not 0 <= trust <= 1:
+        raise InputError(f"the ensemble's void trust must lie in 0..1, got {trust}")
     log_in = in_logits[..., :-1].float().log_softmax(-1)
     weight = torch.where(seen.to(log_in.device), alpha, beta).to(log_in.dtype)
     joined = (1 - weight) * log_in + weight * out_logits.float().log_softmax(-1)
     if valid is not None:
         joined = torch.where(valid[..., None], joined, log_in)
     void = in_logits.float().softmax(-1)[..., -1:]
-    probabilities = torch.cat([joined.softmax(-1) * (1 - void), void], dim=-1)
+    shares = joined.softmax(-1)
+    if trust:
+        if len(seen) < 2:
+            raise InputError(
+                "void trust needs two or more classes, since the frozen CLIP is always sure of an only one: name more, "
+                "or set MODEL.FC_CLIP.CLIP_TRUST_WEIGHT 0"
+            )
+        sureness = out_logits.float().softmax(-1).amax(-1, keepdim=True)  # (B, Q, 1)
+        trusted = torch.ones_like(void, dtype=torch.bool) if valid is None else valid[..., None]
+        if trust_unseen_only:
+            trusted = trusted & ~seen.to(void.device)[shares.argmax(-1, keepdim=True)]
+        void = torch.where(trusted, void * (1 - trust * sureness), void)
+    probabilities = torch.cat([shares * (1 - void), void], dim=-1)
     return (probabilities + 1e-8).log()

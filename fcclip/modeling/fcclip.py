@@ -107,7 +107,7 @@ class FCCLIP(BaseArchitecture):
             rows = slice(None) if len(groups) == 1 else indices
             in_logits = cut_classes(class_logits[rows], classes.start, classes.stop)
             regions, valid = self.pool(features.dense[rows], mask_logits[rows])
-            out_logits = text_logits(regions, text, self.backbone.logit_scale)
+            out_logits = self.name_regions(regions, features.dense[rows], text)
             for row, index in enumerate(indices):
                 records[index] = ScoredMasks(
                     in_logits=in_logits[row],
@@ -136,7 +136,7 @@ class FCCLIP(BaseArchitecture):
         return replace(
             scored,
             in_logits=text_logits(scored.class_embeddings, named, scale),
-            out_logits=text_logits(scored.region_embeddings, text, self.backbone.logit_scale),
+            out_logits=self.name_regions(scored.region_embeddings[None], scored.dense[None], text)[0],
             seen=vocabulary.seen_by(self.seen_vocabulary),
             vocabulary=vocabulary,
         )
@@ -144,8 +144,18 @@ class FCCLIP(BaseArchitecture):
     @torch.no_grad()
     def embed_regions(self, scored: ScoredMasks, masks: Tensor) -> Tensor:
         """See `Architecture`."""
-        inside = scored.masks.cells_of(masks, tuple(scored.dense.shape[-2:]))
+        inside = scored.masks.cells_of(masks, self.mask_grid(scored))
         return F.normalize(self.classifier(scored.dense[None], inside[None])[0].float(), dim=-1)
+
+    def mask_grid(self, scored: ScoredMasks) -> tuple[int, int]:
+        """The size at which the out-of-vocabulary classifier reads masks of an image."""
+        is_fine = getattr(self.classifier, "needs_fine_masks", False)
+        return tuple((scored.masks.mask_logits if is_fine else scored.dense).shape[-2:])
+
+    @property
+    def added_parts(self) -> tuple[str, ...]:
+        """Beginnings of the names of trained weights that a file of FC-CLIP does not have."""
+        return ("classifier.",) if isinstance(self.classifier, nn.Module) else ()
 
     @torch.no_grad()
     def score_masks(self, scored: ScoredMasks, queries: Tensor, mask_logits: Tensor) -> ScoredMasks:
@@ -154,14 +164,14 @@ class FCCLIP(BaseArchitecture):
         Args:
             scored: the image.
             queries: (n,) int64, whose in-vocabulary opinion each mask takes.
-            mask_logits: (n, h, w) at the size of the dense features.
+            mask_logits: (n, h, w) at the size of `mask_grid`.
         """
         text = self.text_encoder.encode(scored.vocabulary)
         regions, valid = self.pool(scored.dense[None], mask_logits[None])
         return replace(
             scored,
             in_logits=scored.in_logits[queries],
-            out_logits=text_logits(regions, text, self.backbone.logit_scale)[0],
+            out_logits=self.name_regions(regions, scored.dense[None], text)[0],
             valid=None if valid is None else valid[0],
             masks=replace(scored.masks, mask_logits=mask_logits),
             class_embeddings=scored.class_embeddings[queries],
@@ -181,5 +191,11 @@ class FCCLIP(BaseArchitecture):
     def pool(self, dense: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the out-of-vocabulary classifier names: dense features (B, C, h, w) and mask logits (B, Q, ·, ·) ->
         region embeddings (B, Q, D), and (B, Q) bool, queries to which the ensemble applies; None: all."""
-        small = resize_masks(mask_logits, dense.shape[-2:])
-        return self.classifier(dense, small), (small > 0).flatten(2).any(-1) if self.ensemble_on_valid_mask else None
+        regions = self.classifier(dense, mask_logits)
+        if not self.ensemble_on_valid_mask:
+            return regions, None
+        return regions, (resize_masks(mask_logits, dense.shape[-2:]) > 0).flatten(2).any(-1)
+
+    def name_regions(self, regions: Tensor, dense: Tensor, text: TextEmbeddings) -> Tensor:
+        """The out-of-vocabulary opinion: region embeddings (B, Q, D) of dense features (B, C, h, w) -> (B, Q, K)."""
+        return text_logits(regions, text, self.backbone.logit_scale)

@@ -91,7 +91,7 @@ class FrozenSeg(FCCLIP):
         if len(logits) and "semantic" in heads:
             seen = scored.seen.to(self.device)
             outputs["sem_seg"] = ensembled_semantic(
-                scored.class_logits(self.ensemble if ensemble is None else ensemble),
+                scored.class_logits(Ensemble.of(ensemble or self.ensemble).of_head("semantic")),
                 masks,
                 sam_logits=logits,
                 sam_shares=unseen_shares(self.name_masks(scored, logits), seen),

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.modeling.classifier import mask_pool, resize_masks
+from fcclip.modeling.mask_adapter import MaskAdapter
 
 
 class RegionClassifier(Protocol):
@@ -76,8 +77,12 @@ class MaskedAttentionPool:
         return pool.c_proj(attended.transpose(1, 2).flatten(2))
 
 
-# Names of MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER: from the frozen CLIP to the part.
-OUT_OF_VOCABULARY_CLASSIFIERS: dict[str, Callable[[nn.Module], RegionClassifier]] = {
-    "mask_pool": lambda backbone: MaskPool(backbone.clip_model.visual),
-    "masked_attention_pool": lambda backbone: MaskedAttentionPool(backbone.clip_model.visual),
+# Names of MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER: from the frozen CLIP, and the values of MODEL.MASK_ADAPTER for a
+# part that trains, to the part.
+OUT_OF_VOCABULARY_CLASSIFIERS: dict[str, Callable[..., RegionClassifier]] = {
+    "mask_pool": lambda backbone, **_: MaskPool(backbone.clip_model.visual),
+    "masked_attention_pool": lambda backbone, **_: MaskedAttentionPool(backbone.clip_model.visual),
+    "mask_adapter": lambda backbone, **options: MaskAdapter(
+        backbone.clip_model.visual, embed_dim=backbone.embed_dim, **options
+    ),
 }

@@ -261,7 +261,7 @@ class _Instances:
 
 
 def make_outputs(
-    class_logits: Tensor,
+    class_logits: Tensor | Mapping[str, Tensor],
     masks: OutputMasks,
     thing_classes: Sequence[int],
     *,
@@ -273,7 +273,7 @@ def make_outputs(
     far as `heads` ask for them.
 
     Args:
-        class_logits, masks, thing_classes: as for the functions above.
+        class_logits, masks, thing_classes: as for the functions above; class logits may be given for each head.
         heads: of `HEADS`.
         settings: their arguments.
         semantic: "scores" for (K, h, w) float, "labels" for (h, w) int64.
@@ -286,19 +286,21 @@ def make_outputs(
         raise InputError(f"heads must be of {', '.join(HEADS)}, got {', '.join(sorted(unknown))}")
     if semantic not in ("scores", "labels"):
         raise InputError(f"semantic must be 'scores' or 'labels', got {semantic!r}")
+    of_head = class_logits if isinstance(class_logits, Mapping) else dict.fromkeys(heads, class_logits)
     made: dict[str, _Head] = {}
     if "semantic" in heads:
-        made["sem_seg"] = _Semantic(class_logits, masks, masks_first=settings.masks_first, labels=semantic == "labels")
+        labels = semantic == "labels"
+        made["sem_seg"] = _Semantic(of_head["semantic"], masks, masks_first=settings.masks_first, labels=labels)
     if "panoptic" in heads:
         made["panoptic_seg"] = _Panoptic(
-            class_logits,
+            of_head["panoptic"],
             masks,
             thing_classes=thing_classes,
             object_mask_threshold=settings.object_mask_threshold,
             overlap_threshold=settings.overlap_threshold,
         )
     if "instances" in heads:
-        made["instances"] = _Instances(class_logits, masks, thing_classes=thing_classes, topk=settings.topk)
+        made["instances"] = _Instances(of_head["instances"], masks, thing_classes=thing_classes, topk=settings.topk)
     outputs = _run(masks, made)
     if "recall" in heads:
         outputs["recall_seg"] = [masks]

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -48,6 +48,7 @@ class TextEncoder:
         self.model = model
         self.cache_dir = cache_dir
         self.templates = tuple(templates)
+        self.shown: Mapping[str, Tensor] = {}  # names with a vector (D,) of their own, which are not read as text
         self._memory: OrderedDict[tuple, TextEmbeddings] = OrderedDict()
         self._weights: tuple[tuple, str] | None = None
 
@@ -78,12 +79,15 @@ class TextEncoder:
         """One unit vector a synonym: the mean of its unit-length prompt embeddings, normalised; fp32, no gradient."""
         names = tuple(name for synonyms in vocabulary.synonyms for name in synonyms)
         counts = tuple(len(synonyms) for synonyms in vocabulary.synonyms)
-        key = (self._version(), names, counts)
+        shown = {name: vector for name, vector in self.shown.items() if name in names}
+        key = (self._version(), names, counts, *(vector.numpy().tobytes() for vector in shown.values()))
         embeddings = self._memory.get(key)
         if embeddings is None:
-            unique = list(dict.fromkeys(names))
+            unique = list(dict.fromkeys(name for name in names if name not in shown))
             warn_of_cut_names(unique, self.context_length)
-            rows = self._encode_or_read(unique)
+            rows = self._encode_or_read(unique) if unique else torch.zeros(0, self.dim)
+            if shown:
+                unique, rows = [*unique, *shown], torch.cat([rows, torch.stack(list(shown.values()))])
             position = {name: index for index, name in enumerate(unique)}
             device = self.weights()[0][1].device
             vectors = rows[[position[name] for name in names]].to(device)

@@ -1,4 +1,4 @@
-"""What would be if half of the model were perfect: true masks with predicted classes, or the other way round.
+"""What would be if a part of the model were perfect: its masks, its classes, or what it takes for nothing.
 
 `masks`: every ground-truth segment is classified as the model classifies its own masks. The frozen CLIP pools its
 features inside the true mask; the decoder's opinion is that of the query whose mask overlaps it most. What remains
@@ -8,12 +8,17 @@ wrong is classification.
 intersection over union is more than 0.5; else it keeps its own. Segments are those of the panoptic map, or in a
 semantic map the pixels of one class. What remains wrong is segmentation.
 
-Both give panoptic and semantic maps; instances have no oracle.
+`void`: the predicted mask that overlaps a ground-truth segment most, by an intersection over union of more than 0.5, is
+something, and every other mask is void. What remains wrong are masks and names.
+
+All give panoptic and semantic maps; instances have no oracle. `EveryOracle` gives those of all from one pass.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -172,9 +177,9 @@ class TrueMaskModel:
             masks, device = own.masks, own.dense.device
             sizes = masks.image_size, masks.padded_size
             at_masks = coverage(id_map, ids, *sizes, tuple(masks.mask_logits.shape[-2:])).to(device)
-            at_dense = coverage(id_map, ids, *sizes, tuple(own.dense.shape[-2:])).to(device)
+            at_grid = coverage(id_map, ids, *sizes, self.source.mask_grid(own)).to(device)
             queries = best_queries(masks.mask_logits > 0, inside(at_masks))
-            scored = self.source.score_masks(own, queries, torch.where(inside(at_dense), 20.0, -20.0))
+            scored = self.source.score_masks(own, queries, torch.where(inside(at_grid), 20.0, -20.0))
         return ScoredSegments(id_map, ids, scored, own.vocabulary)
 
     def _segments(self, ground_truth: GroundTruth) -> tuple[np.ndarray, list[int]]:
@@ -254,11 +259,13 @@ def inside(covered: Tensor) -> Tensor:
     return (covered >= most.clamp(max=0.5)) & (covered > 0)
 
 
-def best_queries(own_masks: Tensor, truth: Tensor) -> Tensor:
-    """(Q, h, w) and (n, h, w) bool -> (n,) int64: the query whose mask overlaps each true one most, by IoU."""
+def best_queries(own_masks: Tensor, truth: Tensor, *, min_iou: float = -1.0) -> Tensor:
+    """(Q, h, w) and (n, h, w) bool -> (n,) int64: the query whose mask overlaps each true one most, by IoU; those above
+    `min_iou` alone."""
     own, truth = own_masks.flatten(1).float(), truth.flatten(1).float()
     common = truth @ own.T
-    return (common / (truth.sum(1)[:, None] + own.sum(1)[None] - common).clamp(min=1)).argmax(1)
+    iou, queries = (common / (truth.sum(1)[:, None] + own.sum(1)[None] - common).clamp(min=1)).max(1)
+    return queries[iou > min_iou]
 
 
 def _nearest(id_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -267,4 +274,117 @@ def _nearest(id_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return id_map[rows[:, None], columns[None]]
 
 
-ORACLES = {oracle.name: oracle for oracle in (TrueMaskModel, TrueClassModel)}
+# ---- true void ----
+
+
+class TrueVoidModel:
+    """A model that knows which of its masks are void; has `score` and `outputs` like the model.
+
+    Args:
+        model: is used, not copied.
+        ground_truth_of: image id -> ground truth.
+        dataset: says which label is ignored.
+    """
+
+    name = "void"
+
+    def __init__(self, model: FCCLIP, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> None:
+        self.source, self.truth = model, TrueMaskModel(model, ground_truth_of, dataset)
+
+    @torch.no_grad()
+    def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary) -> list[ScoredMasks]:
+        """As the model's; void is sure or impossible."""
+        records = []
+        for sample, own in zip(inputs, self.source.score(inputs, vocabulary)):
+            id_map, ids = self.truth._segments(self.truth.ground_truth_of(sample["image_id"]))
+            in_logits, masks = own.in_logits.clone(), own.masks
+            in_logits[:, -1] = 1e4
+            if ids:
+                sizes = masks.image_size, masks.padded_size, tuple(masks.mask_logits.shape[-2:])
+                truth = inside(coverage(id_map, ids, *sizes)).to(masks.mask_logits.device)
+                in_logits[best_queries(masks.mask_logits > 0, truth, min_iou=MIN_IOU), -1] = -1e4
+            records.append(replace(own, in_logits=in_logits))
+        return records
+
+    def outputs(self, scored: ScoredMasks, **options: Any) -> dict[str, Any]:
+        """As the model's."""
+        return self.source.outputs(scored, **options)
+
+
+ORACLES = {oracle.name: oracle for oracle in (TrueMaskModel, TrueClassModel, TrueVoidModel)}
+
+
+# ---- all of them ----
+
+
+class EveryOracle:
+    """All oracles beside the model from one pass; the ensemble of a mode is a pair (name of the oracle, ensemble).
+
+    Args:
+        model: is used, not copied.
+        ground_truth_of, dataset: as for the oracles.
+    """
+
+    name = "every"
+
+    def __init__(self, model: FCCLIP, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> None:
+        once = _Once(model)
+        oracles = {name: oracle(once, ground_truth_of, dataset) for name, oracle in ORACLES.items()}
+        self.parts = {"": once, **oracles}
+
+    def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary) -> list[dict[str, Any]]:
+        """Name of the oracle -> what it scored, an image each."""
+        scored = {name: part.score(inputs, vocabulary) for name, part in self.parts.items()}
+        return [dict(zip(scored, records)) for records in zip(*scored.values())]
+
+    def outputs(self, scored: Mapping[str, Any], *, ensemble: tuple[str, Ensemble], **options: Any) -> dict[str, Any]:
+        """Those of one oracle."""
+        name, own = ensemble
+        return self.parts[name].outputs(scored[name], ensemble=own, **options)
+
+
+class _Once:
+    """A model that scores the same samples once; everything else is the model's."""
+
+    def __init__(self, model: FCCLIP) -> None:
+        self.model, self._last = model, (None, None)
+
+    def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary) -> list[ScoredMasks]:
+        if self._last[0] is not inputs:
+            self._last = inputs, self.model.score(inputs, vocabulary)
+        return self._last[1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def oracle_modes(modes: Mapping[str, Ensemble]) -> dict[str, tuple[str, Ensemble]]:
+    """Rows of the table of `EveryOracle`: each classifier on predicted and on true masks; true classes, true void.
+
+    Args:
+        modes: of TEST.MODE; the first is the model's.
+    """
+    first = next(iter(modes.values()))
+    return {
+        **{f"predicted, {mode}": ("", ensemble) for mode, ensemble in modes.items()},
+        "true void": ("void", first),
+        "true classes": ("classes", first),
+        **{f"true masks, {mode}": ("masks", ensemble) for mode, ensemble in modes.items()},
+    }
+
+
+def oracle_table(results: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """Lines of text: PQ and what it is made of for each row, and how far it is from the first.
+
+    Args:
+        results: row -> task -> metric -> percent.
+    """
+    metrics = ("PQ", "SQ", "RQ", "PQ_seen", "PQ_unseen")
+    task = "panoptic_seg" if "panoptic_seg" in next(iter(results.values())) else "sem_seg"
+    metrics = metrics if task == "panoptic_seg" else ("mIoU", "mIoU_seen", "mIoU_unseen")
+    width, first = max(map(len, results)), next(iter(results.values()))[task][metrics[0]]
+    lines = [f"{'':{width}}" + "".join(f"{name:>13}" for name in (*metrics, "gain"))]
+    for row, tasks in results.items():
+        values = [tasks[task].get(name, math.nan) for name in metrics]
+        lines.append(f"{row:{width}}" + "".join(f"{value:13.1f}" for value in (*values, values[0] - first)))
+    return "\n".join(lines).replace("nan", "  -")

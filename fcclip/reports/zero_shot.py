@@ -23,6 +23,7 @@ from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.predictions import deciding_settings
 from fcclip.evaluation.results import HEADLINES, format_value
 from fcclip.files import listed, read_json, without_nan
+from fcclip.modeling import options_of
 from fcclip.vocabulary import Vocabulary
 
 WIDTH = 100  # columns of text
@@ -315,6 +316,7 @@ class Report:
     missing: Mapping[str, str]  # data set -> where it was looked for
     notes: Mapping[str, str]  # name -> text, what was evaluated and with what
     backbone: str  # that the published figures beside are of; "": of none
+    options: Sequence[str] = ()  # what was turned on beyond the published model
     sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # data set -> what results.json says of it
 
     @property
@@ -328,7 +330,7 @@ class Report:
         modes = list(dict.fromkeys(mode for cell in self.cells for mode in cell.values))
         rows = [
             (
-                "here" if len(modes) == 1 else mode.replace("_", " "),
+                ", ".join(["here" if len(modes) == 1 else mode.replace("_", " "), *self.options]),
                 [format_value(cell.values.get(mode, math.nan)) for cell in self.cells],
             )
             for mode in modes
@@ -395,6 +397,7 @@ class Report:
                 "schema": 1,
                 "verdict": self.verdict,
                 "backbone": self.backbone,
+                "options": self.options,
                 "row": [asdict(cell) | {"difference": cell.difference} for cell in self.cells],
                 "sets": self.sets,
                 "not_comparable": {name: why for name, why in self.reasons.items() if why},
@@ -448,6 +451,7 @@ def report_of(
         missing=missing,
         notes={**notes, "vocabulary": vocabulary_note},
         backbone=backbone["name"] if backbone else "",
+        options=options_of(cfg),
         sets=sets,
     )
 

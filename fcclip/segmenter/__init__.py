@@ -3,6 +3,7 @@
 segmenter.py   Segmenter: a model without a vocabulary, called with images and class names
 images.py      read_image_input: a path, bytes, a PIL image, an array or a tensor as pixels
 naming.py      Naming: which class names, and how masks get theirs; read_vocabulary
+examples.py    ExampleBank: classes that are shown by regions of images
 result.py      Segmentation: what was found in an image, made when asked for, named anew, drawn, written
 segments.py    NamedSegment, and masks as run lengths
 tiles.py       large images: where tiles lie, and their segments joined across seams

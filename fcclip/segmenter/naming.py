@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fcclip.errors import InputError
-from fcclip.modeling import Architecture
+from fcclip.modeling import Architecture, Ensemble
 from fcclip.modeling.unknown import other_names
 from fcclip.vocabulary import Vocabulary, builtin_names
 
@@ -23,10 +24,12 @@ class Naming:
     Args:
         vocabulary: the classes that can be found.
         min_score: things with a lower score are left out, 0..1.
-        ensemble: weights (alpha, beta) of the frozen CLIP for seen and for unseen classes; None: the model's.
+        ensemble: weights (alpha, beta) of the frozen CLIP for seen and for unseen classes, or a whole `Ensemble`; None:
+            the model's.
         distractors: names some of which nobody asked for; what these fit better is unknown. None: everything gets a
             name.
         void_threshold: with distractors, a mask is unknown too where void has this probability.
+        distractors_are_void: what the distractors fit is not called unknown, but left out.
 
     Raises:
         ValueError: a number outside 0..1, or no distractor that was not asked for.
@@ -34,13 +37,14 @@ class Naming:
 
     vocabulary: Vocabulary
     min_score: float = 0.0
-    ensemble: tuple[float, float] | None = None
+    ensemble: Ensemble | tuple[float, float] | None = None
     distractors: Vocabulary | None = None
     void_threshold: float = VOID_THRESHOLD
+    distractors_are_void: bool = False
 
     def __post_init__(self) -> None:
-        alpha, beta = self.ensemble or (0, 0)
-        for name, value in (("min_score", self.min_score), ("alpha", alpha), ("beta", beta)):
+        ensemble = Ensemble.of(self.ensemble or (0, 0))
+        for name, value in (("min_score", self.min_score), ("alpha", ensemble.alpha), ("beta", ensemble.beta)):
             if not 0 <= value <= 1:
                 raise InputError(f"{name} must be in 0..1, got {value}")
         _ = self.others
@@ -76,14 +80,21 @@ def read_vocabulary(given: VocabularyInput) -> Vocabulary:
     return functools.reduce(Vocabulary.joined, [*parts, *map(Vocabulary.builtin, dict.fromkeys(whole))])
 
 
-def read_distractors(unknown: bool | VocabularyInput, model: Architecture) -> Vocabulary | None:
-    """The names to tell unknown things by: True are those that the model was trained with, False none."""
-    if unknown is False:
-        return None
-    distractors = model.seen_vocabulary if unknown is True else read_vocabulary(unknown)
-    if distractors is None:
+def read_distractors(
+    unknown: bool | VocabularyInput, others: bool | VocabularyInput, model: Architecture
+) -> dict[str, Any]:
+    """The names to tell unknown things by, and whether they count as void, as arguments of `Naming`.
+
+    Args:
+        unknown, others: as for a call of the segmenter; True are the names that the model was trained with, False none.
+    """
+    if unknown is not False and others is not False:
+        raise InputError("what fits none of your names is called unknown (`unknown`) or left out (`others`): give one")
+    given, key = (unknown, "unknown") if others is False else (others, "others")
+    distractors = None if given is False else model.seen_vocabulary if given is True else read_vocabulary(given)
+    if distractors is None and given is True:
         raise InputError(
-            "unknown=True tells unknown things by the names that the model was trained with, and this one does not "
-            'know them; give names, e.g. unknown="coco_panoptic"'
+            f"{key}=True tells unknown things by the names that the model was trained with, and this one does not "
+            f'know them; give names, e.g. {key}="coco_panoptic"'
         )
-    return distractors
+    return {"distractors": distractors, "distractors_are_void": key == "others"}

@@ -18,8 +18,8 @@ from PIL import Image
 from fcclip.config import lookup
 from fcclip.errors import InputError
 from fcclip.files import write_atomically
-from fcclip.modeling import Architecture, ScoredMasks
-from fcclip.modeling.unknown import UnknownMasks
+from fcclip.modeling import Architecture, Ensemble, ScoredMasks
+from fcclip.modeling.unknown import AskedMasks, UnknownMasks
 from fcclip.segmenter.naming import Naming, VocabularyInput, read_distractors, read_vocabulary
 from fcclip.segmenter.segments import NamedSegment, named_segments, run_lengths
 from fcclip.visualization import draw_instances, draw_labels, draw_panoptic
@@ -53,13 +53,16 @@ class Scored:
         self.model, self.scored, self.naming, self.named = model, scored, naming, scored
         if naming.others is not None:
             others = model.rescore(scored, naming.others)
-            self.named = UnknownMasks.of(scored, others, void_threshold=naming.void_threshold)
+            if naming.distractors_are_void:
+                self.named = AskedMasks.of(scored, others)
+            else:
+                self.named = UnknownMasks.of(scored, others, void_threshold=naming.void_threshold)
         self.vocabulary = self.named.vocabulary
 
     def renamed(self, naming: Naming) -> Scored:
         """The same masks, named in another way."""
         scored = self.scored
-        if naming.vocabulary is not self.naming.vocabulary:
+        if naming.vocabulary is not self.naming.vocabulary or self.model.text_encoder.shown:
             scored = self.model.rescore(scored, naming.vocabulary)
         return Scored(self.model, scored, naming)
 
@@ -70,8 +73,8 @@ class Scored:
 
     @functools.cached_property
     def scores(self) -> np.ndarray:
-        """(Q, K + 1) float32, the probabilities of all masks, void last."""
-        ensemble = self.naming.ensemble or self.model.ensemble
+        """(Q, K + 1) float32, the probabilities of all masks in the panoptic map, void last."""
+        ensemble = Ensemble.of(self.naming.ensemble or self.model.ensemble).of_head("panoptic")
         return self.named.class_logits(ensemble).softmax(-1).cpu().numpy()
 
     @functools.cached_property
@@ -218,13 +221,15 @@ class Segmentation:
         vocabulary: VocabularyInput | None = None,
         *,
         min_score: float | None = None,
-        ensemble: tuple[float, float] | None = None,
+        ensemble: Ensemble | tuple[float, float] | None = None,
         unknown: bool | VocabularyInput | None = None,
+        others: bool | VocabularyInput | None = None,
     ) -> Segmentation:
         """The same image with other class names, without looking at it again: what a fresh call gives.
 
         Args:
-            vocabulary, min_score, ensemble, unknown: as for a call of the segmenter; None: as this result has it.
+            vocabulary, min_score, ensemble: as for a call of the segmenter; None: as this result has it.
+            unknown, others: the same; one that is given ends the other.
 
         Raises:
             ValueError: as a call; the result of a tiled image, or a frame of a video.
@@ -233,8 +238,8 @@ class Segmentation:
         changes = {"min_score": min_score, "ensemble": ensemble}
         changes["vocabulary"] = None if vocabulary is None else read_vocabulary(vocabulary)
         changes = {name: value for name, value in changes.items() if value is not None}
-        if unknown is not None:
-            changes["distractors"] = read_distractors(unknown, scored.model)
+        if unknown is not None or others is not None:
+            changes |= read_distractors(unknown or False, others or False, scored.model)
         return replace(self, outputs=scored.renamed(replace(scored.naming, **changes)))
 
     def _kept(self, what: str) -> Scored:

@@ -14,9 +14,10 @@ from fvcore.common.config import CfgNode
 from fcclip.config import resolve_device, resolve_file
 from fcclip.data import build_test_mapper, resize_image
 from fcclip.errors import InputError
-from fcclip.modeling import ScoredMasks, build_model
+from fcclip.modeling import Ensemble, ScoredMasks, build_model
 from fcclip.modeling.inputs import padded_size
 from fcclip.segmenter import pretrained
+from fcclip.segmenter.examples import ExampleBank, example_of, usual_names
 from fcclip.segmenter.images import ImageInput, read_image_input
 from fcclip.segmenter.naming import Naming, VocabularyInput, read_distractors, read_vocabulary
 from fcclip.segmenter.result import Computed, Scored, Segmentation
@@ -71,6 +72,7 @@ class Segmenter:
         self.model = build_model(cfg, train_vocabulary=train_vocabulary, test_vocabulary=test_vocabulary).eval()
         if path is not None:
             load_weights(self.model, path)
+        self.examples = ExampleBank(self.model)
 
     @classmethod
     def from_pretrained(
@@ -145,8 +147,9 @@ class Segmenter:
         vocabulary: VocabularyInput | None = None,
         *,
         min_score: float = 0.0,
-        ensemble: tuple[float, float] | None = None,
+        ensemble: Ensemble | tuple[float, float] | None = None,
         unknown: bool | VocabularyInput = False,
+        others: bool | VocabularyInput = False,
         tile: int = 0,
         channel_order: str = "RGB",
         batch_size: int = BATCH,
@@ -162,10 +165,11 @@ class Segmenter:
                 (unmarked: many). A list has one string a class. The name of a built-in vocabulary stands for all of
                 its classes. None: the vocabulary that the weights bring.
             min_score: things with a lower score are left out (their pixels become 0); stuff always stays.
-            ensemble: (alpha, beta), how much the frozen CLIP decides for classes that training knew and for others;
-                None: the config's.
+            ensemble: (alpha, beta), how much the frozen CLIP decides for classes that training knew and for others, or
+                an `Ensemble`, which has void trust too; None: the config's.
             unknown: True: what a class of the training vocabulary fits better than any of yours, or where void is
                 likely, is called "unknown"; or a vocabulary to take instead of that of the training.
+            others: the same names, but what fits them better is left out: their probability counts as void.
             tile: the image is cut into overlapping tiles of that many pixels, which are seen one by one; 0: it is seen
                 whole, scaled down to the size of the test images.
             channel_order: "RGB" or "BGR" (OpenCV's), of arrays and tensors.
@@ -183,7 +187,7 @@ class Segmenter:
             self._vocabulary(vocabulary),
             min_score=min_score,
             ensemble=ensemble,
-            distractors=read_distractors(unknown, self.model),
+            **read_distractors(unknown, others, self.model),
         )
         is_list = isinstance(image, (list, tuple))
         sources = image if is_list else [image]
@@ -198,6 +202,27 @@ class Segmenter:
             for pixels, parts, source in zip(images, outputs, sources)
         ]
         return results if is_list else results[0]
+
+    @torch.no_grad()
+    def teach(self, name: str, image: ImageInput | Segmentation, mask: np.ndarray) -> None:
+        """Shows what a class name means, from when on calls and `relabel` know it: few-shot, and without training.
+
+        Call it again with other images: five are much better than one. `segmenter.examples` has `save` and `load`.
+
+        Args:
+            name: as it will stand in a vocabulary, a class or a synonym; any word.
+            image: as for a call; or a result, which is not looked at again.
+            mask: (h, w) bool, the pixels of the image that show the class.
+
+        Raises:
+            FileNotFoundError, ValueError: as a call; a mask of another size or without a pixel.
+        """
+        names = usual_names(self.model)
+        if isinstance(image, Segmentation):
+            scored = self.model.rescore(image._kept("teach").scored, names)
+        else:
+            [scored] = self._score([read_image_input(image)], names)
+        self.examples.add(name.strip(), example_of(self.model, scored, mask))
 
     def video(
         self,

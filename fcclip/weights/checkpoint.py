@@ -33,6 +33,8 @@ _IGNORED = {"pixel_mean", "pixel_std", "criterion.empty_weight"}
 FORMER = "former_vocabulary"  # note of a fine-tuned file
 # Prefixes of the two towers in files of the published Fusioner, and here.
 _FUSIONER_TOWERS = {"img_model.": "backbone.clip_model.visual.", "text_model.": "backbone.clip_model."}
+# Beginnings of names of others' files for what is not the model's: CLIPs that taught OVRCOAT's and MAFT+'s.
+_TEACHERS = ("frozen_backbone.", "backbone_t.")
 _COUNTER = ".num_batches_tracked"  # of batch normalisation; nothing reads it in evaluation mode
 
 
@@ -76,10 +78,15 @@ def load_weights(model: nn.Module, path: str | Path, *, initialise: bool = False
 
 
 def own_names(file: WeightFile) -> WeightFile:
-    """A file of the published Fusioner under the names of this package; any other file as it is.
+    """A published file under the names of this package; any other as it is.
 
-    Both towers of its CLIP are in it, and they are OpenAI's, with QuickGELU.
+    Files of OVRCOAT and MAFT+ lose the frozen CLIP that taught theirs; Mask-Adapters are classifiers. In Fusioner's are
+    both towers of its CLIP, which are OpenAI's, with QuickGELU.
     """
+    file = replace(file, tensors={_renamed(key): value for key, value in file.tensors.items()})
+    if taught := [key for key in file.tensors if key.startswith(_TEACHERS)]:
+        logger.info("%d tensors of a CLIP that only taught are left out (%s)", len(taught), listed(taught, 2))
+        file = replace(file, tensors={key: value for key, value in file.tensors.items() if key not in set(taught)})
     if not any(key.startswith("img_model.") for key in file.tensors):
         return file
     tensors = {}
@@ -87,6 +94,10 @@ def own_names(file: WeightFile) -> WeightFile:
         prefix = next((prefix for prefix in _FUSIONER_TOWERS if key.startswith(prefix)), "")
         tensors[_FUSIONER_TOWERS.get(prefix, "") + key.removeprefix(prefix)] = value
     return replace(file, tensors=tensors, rest={"clip": {"quick_gelu": True}, **file.rest})
+
+
+def _renamed(key: str) -> str:
+    return "classifier." + key.removeprefix("mask_adapter.") if key.startswith("mask_adapter.") else key
 
 
 def vocabulary_note(vocabulary: Vocabulary) -> dict[str, Any]:
@@ -158,6 +169,8 @@ def load_state(
         InputError: weights of another model, or on another frozen part; the model is as it was.
     """
     model = unwrap(model)
+    if hasattr(model, "check_file"):
+        model.check_file(weights, source=source)
     parts = frozen_parts(model)
     ignored = _IGNORED | {prefix + name for prefix, part in parts.items() for name in part.constants}
     groups = tuple(name for name in ignored if name.endswith("."))
@@ -419,6 +432,19 @@ def _likely_cause(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
         )
     if injectors == [True, False]:
         return "weights of FrozenSeg: use its YAML (MODEL.META_ARCHITECTURE)."
+    adapters = [any(key.startswith("classifier.") for key in keys) for keys in (weights, expected)]
+    if adapters == [True, False]:
+        return "weights with a Mask-Adapter: set MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER mask_adapter."
+    if adapters == [False, True]:
+        return (
+            "weights without a Mask-Adapter, which the config asks for (MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER). "
+            "They can be the start of its training (MODEL.MASK_ADAPTER.TRAIN warmup), not more."
+        )
+    transfers = [any(key.startswith("cdt.") for key in keys) for keys in (weights, expected)]
+    if transfers == [True, False]:
+        return "weights of MAFT+: use its YAML (MODEL.META_ARCHITECTURE MAFT_Plus)."
+    if transfers == [False, True]:
+        return "weights of FC-CLIP, which lacks the text transfer of MAFT+: use the YAML it was trained with."
     queries = PREDICTOR + "query_feat.weight"
     if pair := sizes(queries, 1):
         return f"the file was trained with MODEL.MASK_FORMER.HIDDEN_DIM (CONVS_DIM, MASK_DIM) {pair[0]}, not {pair[1]}."

@@ -75,6 +75,15 @@ def test_files_may_call_fcclips_keys_frozensegs(tmp_path):
         load_config(write(tmp_path, "own.yaml", text), ["MODEL.FROZEN_SEG.EMBED_DIMS", 3])
 
 
+def test_a_file_of_ovrcoat_asks_for_its_form_of_void_trust(tmp_path):
+    text = "MODEL:\n  OVRCOAT:\n    CLIP_TRUST_WEIGHT: 0.5\n    EMBED_DIM: 640\n    DIST_WEIGHT: 0.0\n"
+    path = write(tmp_path, "own.yaml", text)
+    fc_clip = load_config(path).MODEL.FC_CLIP
+    assert (fc_clip.CLIP_TRUST_WEIGHT, fc_clip.CLIP_TRUST_SCOPE, fc_clip.EMBED_DIM) == (0.5, "all", 640)
+    assert fc_clip.CLIP_TRUST_HEADS == ("panoptic", "semantic", "instances")
+    assert keys_without_effect(path) == {"MODEL.OVRCOAT.DIST_WEIGHT": "of another model"}
+
+
 @pytest.mark.parametrize("suffix", TEST_SETS)
 def test_evaluation_files_set_what_the_published_ones_set(suffix):
     cfg = load_config(f"{FOLDER}{suffix}.yaml")

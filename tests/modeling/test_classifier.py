@@ -121,3 +121,51 @@ def test_weights_outside_0_to_1_are_refused():
         geometric_ensemble(
             torch.zeros(1, 1, 3), torch.zeros(1, 1, 2), torch.ones(2, dtype=torch.bool), alpha=1.5, beta=0.5
         )
+
+
+def test_void_trust_by_hand():
+    """Two queries, two classes, of which the first is seen. For the decoder both are void to 3/5; the frozen CLIP is
+    sure of a class to 3/4, of the seen one for the first query and of the unseen one for the second."""
+    in_logits = torch.tensor([[[1.0, 1.0, 3.0], [1.0, 1.0, 3.0]]]).log()
+    out_logits = torch.tensor([[[3.0, 1.0], [1.0, 3.0]]]).log()
+    seen = torch.tensor([True, False])
+
+    def void(**options):
+        joined = geometric_ensemble(in_logits, out_logits, seen, alpha=1.0, beta=1.0, **options).exp()
+        torch.testing.assert_close(joined.sum(-1), torch.ones(1, 2), atol=1e-6, rtol=0)
+        if "valid" not in options:  # what a mask is, if it is something, stays the same
+            torch.testing.assert_close(joined[..., 0] / (1 - joined[..., 2]), torch.tensor([[0.75, 0.25]]))
+        return joined[0, :, 2].tolist()
+
+    assert void() == pytest.approx([0.6, 0.6])
+    assert void(trust=0.5, trust_unseen_only=False) == pytest.approx([0.375, 0.375])  # 0.6 * (1 - 0.5 * 0.75)
+    assert void(trust=0.5) == pytest.approx([0.6, 0.375])
+    assert void(trust=0.5, valid=torch.tensor([[True, False]])) == pytest.approx([0.6, 0.6])
+
+
+def test_void_trust_only_takes_from_void_and_none_of_it_changes_nothing():
+    in_logits, out_logits = torch.randn(2, 40, 6, generator=RNG) * 3, torch.randn(2, 40, 5, generator=RNG) * 3
+    seen = torch.tensor([True, False, True, False, True])
+    plain = geometric_ensemble(in_logits, out_logits, seen, alpha=0.4, beta=0.8)
+    assert torch.equal(geometric_ensemble(in_logits, out_logits, seen, alpha=0.4, beta=0.8, trust=0.0), plain)
+    for unseen_only in (True, False):
+        options = {"trust": 0.7, "trust_unseen_only": unseen_only}
+        trusted = geometric_ensemble(in_logits, out_logits, seen, alpha=0.4, beta=0.8, **options)
+        lower = trusted[..., -1] < plain[..., -1]
+        best_is_seen = seen[plain[..., :-1].argmax(-1)]
+        assert torch.equal(lower, ~best_is_seen if unseen_only else torch.ones_like(lower))
+        assert torch.equal(trusted[~lower], plain[~lower])
+    unknown = torch.zeros(5, dtype=torch.bool)  # no training vocabulary: both forms are the same
+    forms = [
+        geometric_ensemble(in_logits, out_logits, unknown, alpha=0.4, beta=0.8, trust=0.5, trust_unseen_only=only)
+        for only in (True, False)
+    ]
+    assert torch.equal(*forms)
+
+
+def test_void_trust_of_one_class_or_outside_0_to_1_is_refused():
+    seen = torch.ones(1, dtype=torch.bool)
+    with pytest.raises(ValueError, match="void trust needs two or more classes"):
+        geometric_ensemble(torch.zeros(1, 1, 2), torch.zeros(1, 1, 1), seen, alpha=0.4, beta=0.8, trust=0.5)
+    with pytest.raises(ValueError, match="void trust must lie in 0..1, got 2"):
+        geometric_ensemble(torch.zeros(1, 1, 2), torch.zeros(1, 1, 1), seen, alpha=0.4, beta=0.8, trust=2)

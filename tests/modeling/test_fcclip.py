@@ -2,12 +2,13 @@
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fcclip.modeling import build_model, test_modes
+from fcclip.modeling import HEADS, build_model, options_of, test_modes
 from fcclip.modeling.classifier import resize_masks
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
@@ -53,6 +54,31 @@ def test_outputs_have_the_contracted_form(tiny_model):
 def weighed(model, scored, modes):
     """Mode -> outputs of each image."""
     return {name: [model.outputs(image, ensemble=ensemble) for image in scored] for name, ensemble in modes.items()}
+
+
+def test_void_trust_reaches_only_the_outputs_that_it_is_for(tiny_model, tiny_cfg):
+    tiny_cfg.MODEL.FC_CLIP.CLIP_TRUST_WEIGHT = 0.9
+    model = tiny_model(cfg=tiny_cfg)
+    [scored] = model.score([sample_image()])
+    plain, own = scored.logits_of_heads((0.4, 0.8), HEADS), scored.logits_of_heads(model.ensemble, HEADS)
+    changed = [head for head in HEADS if not torch.equal(plain[head], own[head])]
+    assert changed == ["panoptic"]
+    outputs, before = model.outputs(scored), model.outputs(scored, ensemble=(0.4, 0.8))
+    assert torch.equal(outputs["sem_seg"], before["sem_seg"])
+    assert torch.equal(outputs["instances"].scores, before["instances"].scores)
+    trusting = replace(model.ensemble, trust_heads=("semantic",))
+    assert not torch.equal(model.outputs(scored, ensemble=trusting)["sem_seg"], before["sem_seg"])
+    assert all(each.trust == 0 for name, each in test_modes(tiny_cfg).items() if name != "ensemble")
+    assert options_of(tiny_cfg) == ("void trust 0.9",)
+
+
+def test_a_wrong_void_trust_is_refused_by_its_key(tiny_model, tiny_cfg):
+    tiny_cfg.MODEL.FC_CLIP.CLIP_TRUST_SCOPE = "seen"
+    with pytest.raises(ValueError, match="unknown MODEL.FC_CLIP.CLIP_TRUST_SCOPE 'seen'"):
+        tiny_model(cfg=tiny_cfg)
+    tiny_cfg.MODEL.FC_CLIP.CLIP_TRUST_SCOPE, tiny_cfg.MODEL.FC_CLIP.CLIP_TRUST_HEADS = "all", ("instance",)
+    with pytest.raises(ValueError, match="CLIP_TRUST_HEADS 'instance'. Did you mean 'instances'"):
+        tiny_model(cfg=tiny_cfg)
 
 
 def test_any_vocabulary_can_be_used_at_any_call(tiny_model):

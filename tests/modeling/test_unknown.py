@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fcclip.modeling.unknown import UNKNOWN, UnknownMasks, other_names
+from fcclip.modeling.unknown import UNKNOWN, AskedMasks, UnknownMasks, other_names
 from fcclip.vocabulary import Vocabulary
 from tests.modeling.test_fcclip import sample_image
 
@@ -64,6 +64,14 @@ def test_a_mask_is_unknown_too_where_void_reaches_the_threshold(both):
     assert (after[doubtful, :2] < 1e-7).all()
     torch.testing.assert_close(after[doubtful, 2], before[doubtful, :3].sum(-1))
     torch.testing.assert_close(after[:, -1], before[:, -1])  # what is dropped stays dropped
+
+
+def test_the_probability_of_other_names_counts_as_void(both):
+    model, asked, others, whole = both
+    shares = AskedMasks.of(asked, others).class_logits(model.ensemble).exp()
+    expected = whole.class_logits(model.ensemble).exp()
+    torch.testing.assert_close(shares[:, :2], expected[:, :2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(shares[:, 2], expected[:, 2:].sum(-1), atol=1e-6, rtol=0)
 
 
 def test_every_head_can_answer_unknown(both):

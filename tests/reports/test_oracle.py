@@ -8,10 +8,24 @@ import pytest
 import torch
 
 from fcclip.data import get_dataset
-from fcclip.reports.oracle import ORACLES, TrueMaskModel, best_queries, coverage, inside, true_labels, true_panoptic
+from fcclip.evaluation.ground_truth import GroundTruth
+from fcclip.modeling import test_modes
+from fcclip.reports.oracle import (
+    ORACLES,
+    EveryOracle,
+    TrueMaskModel,
+    best_queries,
+    coverage,
+    inside,
+    oracle_modes,
+    oracle_table,
+    true_labels,
+    true_panoptic,
+)
 from fcclip.reports.zero_shot import set_config
 from tests.data.published_trees import write_tree
 from tests.evaluation import tiny_world
+from tests.modeling.test_fcclip import sample_image
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +134,42 @@ def test_a_network_that_knows_every_class_is_perfect_with_true_masks(folder, tin
     ).values()
     for task, metric in (("panoptic_seg", "PQ"), ("sem_seg", "mIoU")):
         assert results[task][metric] == pytest.approx(100), task
+
+
+def test_with_true_void_the_best_mask_of_each_segment_is_something_and_nothing_else(folder, tiny_model, small_cfg):
+    model, dataset = tiny_model(cfg=small_cfg), tiny_world.dataset(folder)
+    record = dataset.records()[0]
+    truth = GroundTruth(record, 255)
+    [own] = model.score([sample_image()], tiny_world.VOCABULARY)
+    ids = [segment["id"] for segment in truth.segments]
+    size = tuple(own.masks.mask_logits.shape[-2:])
+    covered = inside(coverage(truth.id_map, ids, own.masks.image_size, own.masks.padded_size, size))
+    logits = own.masks.mask_logits.clone()
+    logits[3] = torch.where(covered[0], 5.0, -5.0)  # one mask is right
+    logits[[0, 1, 2, 4, 5, 6, 7]] = -5.0
+    own = dataclasses.replace(own, masks=dataclasses.replace(own.masks, mask_logits=logits))
+    model.score = lambda *_: [own]
+    oracle = ORACLES["void"](model, lambda _: truth, dataset)
+    [scored] = oracle.score([{"image_id": record["image_id"]}], tiny_world.VOCABULARY)
+    void = scored.class_logits((0.4, 0.8)).softmax(-1)[:, -1]
+    assert void[3] < 1e-6 and (torch.cat([void[:3], void[4:]]) > 1 - 1e-6).all()
+    assert torch.equal(scored.out_logits, own.out_logits)
+
+
+def test_one_pass_gives_what_each_oracle_gives_alone(folder, tiny_model, small_cfg, monkeypatch):
+    options = {"vocabulary": tiny_world.VOCABULARY, "progress": False}
+    model, dataset = tiny_model(cfg=small_cfg), tiny_world.dataset(folder)
+    modes = oracle_modes(test_modes(small_cfg))
+    together = tiny_world.evaluate(model, small_cfg, dataset, modes=modes, oracle=EveryOracle, **options)
+    assert next(iter(together)) == "predicted, ensemble" and list(together)[-1] == "true masks, out_of_vocabulary"
+    for name, (oracle, ensemble) in modes.items():
+        alone = tiny_world.evaluate(
+            model, small_cfg, dataset, modes={name: ensemble}, oracle=ORACLES.get(oracle), **options
+        )
+        for task, metrics in together[name].items():
+            assert metrics == pytest.approx(alone[name][task], nan_ok=True), (name, task)
+    lines = oracle_table(together).splitlines()
+    assert len(lines) == 1 + len(modes) and lines[0].split()[:3] == ["PQ", "SQ", "RQ"] and lines[1].endswith(" 0.0")
 
 
 def test_saved_predictions_of_true_masks_are_not_mixed_with_the_models_own(folder, tmp_path, tiny_model, small_cfg):

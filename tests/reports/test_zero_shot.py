@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -191,6 +192,12 @@ def test_the_row_is_that_of_the_model_zoo():
     text = report.text()
     assert max(map(len, text.splitlines())) <= 100
     assert "16 of 16 comparable figures are those of ConvNeXt-Large within tolerance" in text
+
+
+def test_a_row_names_what_was_turned_on_beyond_the_published_model():
+    results = {name: modes for name, modes in logged_results().items() if "ade20k_panoptic" in name}
+    report = replace(report_of(results), options=("void trust 0.5",))
+    assert report.rows()[0][0] == "here, void trust 0.5" and report.as_dict()["options"] == ["void trust 0.5"]
 
 
 @pytest.mark.parametrize("shift", [0.0, -123.4])

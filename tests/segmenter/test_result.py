@@ -30,6 +30,7 @@ def same(one, other):
         {"ensemble": (0.2, 1.0), "min_score": 0.5},
         {"unknown": True},
         {"unknown": "green cross; blue star; water"},
+        {"others": True},
     ],
     ids=str,
 )
@@ -41,6 +42,16 @@ def test_what_is_not_said_stays_as_it_was(segmenter, image):
     first = segmenter(image, NAMES, unknown=True, min_score=0.3, ensemble=(0.5, 0.5))
     same(first.relabel(OTHERS), segmenter(image, OTHERS, unknown=True, min_score=0.3, ensemble=(0.5, 0.5)))
     same(first.relabel(unknown=False), segmenter(image, NAMES, min_score=0.3, ensemble=(0.5, 0.5)))
+
+
+def test_what_other_names_fit_better_is_left_out(segmenter, image, result):
+    found = segmenter(image, "green circle; blue star", others="shapes")
+    assert found.class_names == ("green circle", "blue star")
+    assert {segment.name for segment in found.segments} == {"blue star"}
+    assert {segment.name for segment in found.relabel(others=False).segments} == {"green circle", "blue star"}
+    assert found.relabel(unknown=True).class_names == ("green circle", "blue star", "unknown")
+    with pytest.raises(ValueError, match="is called unknown .* or left out .*: give one"):
+        segmenter(image, "green circle", others=True, unknown=True)
 
 
 def test_naming_anew_looks_at_no_image_and_the_second_time_at_no_text(segmenter, result, monkeypatch):

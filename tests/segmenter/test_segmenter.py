@@ -132,7 +132,7 @@ def test_a_number_outside_its_range_is_refused(segmenter, image, options):
 
 def test_the_weights_of_the_ensemble_are_those_of_the_call(segmenter, image):
     fixed = segmenter(image, "red circle; orange circle; sand:stuff")
-    own = segmenter(image, "red circle; orange circle; sand:stuff", ensemble=tuple(segmenter.model.ensemble))
+    own = segmenter(image, "red circle; orange circle; sand:stuff", ensemble=segmenter.model.ensemble)
     other = segmenter(image, "red circle; orange circle; sand:stuff", ensemble=(1.0, 1.0))
     np.testing.assert_array_equal(own.outputs.scores, fixed.outputs.scores)
     assert np.abs(other.outputs.scores - fixed.outputs.scores).max() > 1e-3

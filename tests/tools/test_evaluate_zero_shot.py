@@ -171,6 +171,9 @@ def test_a_page_shows_images_and_oracles_are_told_apart(tiny, trees, tmp_path, m
         name: [cell["values"]["ensemble"] for cell in results["row"]] for name, results in (*found.items(), ("", plain))
     }
     assert values[""] != values["masks"]
+    code, printed, _ = run(tiny, tmp_path / "all", "--oracles", *some, *SMALL)
+    assert code == 0 and "true void" in printed and "true masks, in_vocabulary" in printed
+    assert len(json.loads((tmp_path / "all" / "oracles.json").read_text())[some[1]]) == 8
     code, printed, _ = run(tiny, tmp_path / "out", "--resume", "--oracle", "masks", *some, *SMALL)
     assert code == 1 and "oracle was None, now 'masks'" in printed
 

@@ -1,4 +1,4 @@
-"""alpha and beta from one pass of the network, on any data set."""
+"""alpha, beta and void trust from one pass of the network, on any data set."""
 
 import importlib.util
 from pathlib import Path
@@ -30,21 +30,25 @@ def run(tiny, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("name", "metric", "warned"),
+    ("name", "metric", "is_reported"),
     [
         ("openvocab_ade20k_panoptic_val", "PQ", True),
         ("openvocab_pascal20_sem_seg_val", "mIoU", True),
         ("openvocab_coco_2017_val", "AP", False),
     ],
 )
-def test_every_kind_of_data_set_is_swept_by_its_metric(tiny, name, metric, warned, tmp_path, monkeypatch, capsys):
+def test_every_kind_of_data_set_is_swept_by_its_metric_and_a_reported_one_recommends_nothing(
+    tiny, name, metric, is_reported, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     write_tree(name, tmp_path)
-    assert run(tiny, "--dataset", name, "--alphas", "0", "1", "--betas", "0.5", "--first", "2") == 0
+    options = ["--alphas", "0", "1", "--betas", "0.5", "--trusts", "0", "0.5", "--scopes", "unseen", "all"]
+    assert run(tiny, "--dataset", name, *options, "--first", "2") == 0
     printed = capsys.readouterr().out
-    assert f"{metric} on {name}, percent" in printed and f"best {metric} " in printed
-    assert "GEOMETRIC_ENSEMBLE_BETA 0.5" in printed
-    assert ("is reported in the model zoo" in printed) == warned
+    assert f"{metric} on {name}, percent" in printed
+    assert printed.count("void trust 0.5") == 2 and printed.count("alpha \\ beta") == 3
+    assert (f"best {metric} " in printed and "GEOMETRIC_ENSEMBLE_BETA 0.5" in printed) != is_reported
+    assert ("is reported: nothing is recommended by it" in printed) == is_reported
 
 
 def test_a_metric_that_the_data_set_does_not_have_is_refused(tiny):

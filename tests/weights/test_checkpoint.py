@@ -362,3 +362,17 @@ def test_a_start_of_which_nothing_fits_is_refused(tiny_model, tmp_path):
     }
     with pytest.raises(ValueError, match=r"no weights of .* fit the model[^!]*of another shape \(1\)"):
         load_weights(tiny_model(), save(weights, tmp_path / "a.pth"), initialise=True)
+
+
+def test_a_file_of_ovrcoat_brings_its_tuned_clip_and_leaves_the_frozen_one(tiny_model, tmp_path, caplog):
+    model = tiny_model()
+    tuned = {key: value + 0.01 if "visual." in key else value for key, value in model.state_dict().items()}
+    tuned["backbone.clip_model.logit_scale"] = torch.tensor(3.5)
+    frozen = {f"frozen_{key}": value for key, value in model.state_dict().items() if key.startswith("backbone.")}
+    torch.save({"model": {**tuned, **frozen, "criterion.empty_weight": torch.ones(134)}}, tmp_path / "ovrcoat.pth")
+    with caplog.at_level("INFO"):
+        load_weights(model, tmp_path / "ovrcoat.pth")
+    assert f"{len(frozen)} tensors of a CLIP that only taught are left out" in caplog.text
+    assert model.backbone.logit_scale == 3.5
+    key = next(key for key in tuned if "visual." in key and tuned[key].is_floating_point())
+    assert torch.equal(model.state_dict()[key], tuned[key])
