@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fcclip.modeling import build_model
+from fcclip.modeling import build_model, text
 from fcclip.modeling.fusion import binary_loss, cosine_logits, upsampled_conv
 from fcclip.modeling.windows import Windows
 from fcclip.structures import Targets
@@ -132,9 +132,8 @@ def test_the_encoders_have_no_gradient_and_stay_in_evaluation_mode(build):
 
 
 def test_a_class_is_encoded_once(build, monkeypatch):
-    model, calls = build().train(), []
-    encode = model.backbone.clip_model.encode_text
-    monkeypatch.setattr(model.backbone.clip_model, "encode_text", lambda *words: calls.append(1) or encode(*words))
+    model, calls, encode = build().train(), [], text.encode_class_names
+    monkeypatch.setattr(text, "encode_class_names", lambda *words: calls.append(1) or encode(*words))
     for _ in range(3):
         model([pair("a name that nothing has", 0), pair("a name that nothing has", 1)])
     assert len(calls) == 1
