@@ -228,7 +228,7 @@ def fitting(vocabulary: str | Path | VocabularyFile | None, metadata: Metadata) 
         raise InputError(
             f"the vocabulary ({', '.join(own.class_names[:3])}, …) was made for another model: its fingerprint is "
             f"{str(own.fingerprint)[:12]}, that of the graph {metadata.fingerprint[:12]} "
-            f"({metadata.clip.get('architecture', 'CLIP')}). Make it again with tools/export.py and the weights of this graph"
+            f"({metadata.clip.get('architecture', 'CLIP')}). Make it again: tools/export.py with its weights"
         )
     return own
 

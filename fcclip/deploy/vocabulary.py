@@ -42,7 +42,10 @@ class VocabularyFile:
 
     def __post_init__(self) -> None:
         sizes = {name: np.shape(value) for name, value in vars(self).items()}
-        (num_names, dim), num_classes = sizes["vectors"] if len(sizes["vectors"]) == 2 else (0, 0), self.class_names.size
+        (num_names, dim), num_classes = (
+            sizes["vectors"] if len(sizes["vectors"]) == 2 else (0, 0),
+            self.class_names.size,
+        )
         wanted = {"class_of_vector": (num_names,), "synonyms": (num_names,), "things": (num_classes,)}
         wanted |= {"seen": (num_classes,), "void": (dim,), "class_names": (num_classes,)}
         wrong = [f"{name} {sizes[name]} instead of {size}" for name, size in wanted.items() if sizes[name] != size]

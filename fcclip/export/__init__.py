@@ -6,6 +6,16 @@ parity.py  what a graph gives beside what the model gives: a record a case, limi
 """
 
 from fcclip.export.folder import EXTRAS, export_folder, vocabulary_file
-from fcclip.export.parity import Case, Limits, made_up_images, measure
+from fcclip.export.parity import Case, Limits, as_record, as_table, made_up_images, measure
 
-__all__ = ["EXTRAS", "Case", "Limits", "export_folder", "made_up_images", "measure", "vocabulary_file"]
+__all__ = [
+    "EXTRAS",
+    "Case",
+    "Limits",
+    "as_record",
+    "as_table",
+    "export_folder",
+    "made_up_images",
+    "measure",
+    "vocabulary_file",
+]
