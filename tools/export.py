@@ -17,12 +17,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import onnxruntime
 from rich.console import Console
 
 from fcclip import Segmenter
 from fcclip.data import read_image
 from fcclip.deploy import Runner
+from fcclip.deploy.runner import runtime
 from fcclip.errors import InputError, run_program
 from fcclip.export import (
     EXTRAS,
@@ -68,9 +68,7 @@ def image_size(text: str) -> tuple[int, int]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    if missing := set(args.providers) - set(onnxruntime.get_available_providers()):
-        known = ", ".join(onnxruntime.get_available_providers())
-        raise InputError(f"this onnxruntime has no {', '.join(sorted(missing))}; it has {known}")
+    runtime(args.providers)  # before minutes are spent
     images = {path: read_image(path) for path in args.verify} or made_up_images()
     segmenter = Segmenter.from_pretrained(args.weights, args.config_file, device="cpu")
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else segmenter.model.test_vocabulary

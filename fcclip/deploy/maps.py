@@ -84,7 +84,8 @@ def interpolation(size: int, resized: int) -> np.ndarray:
     `interpolate` (align_corners=False), whose weights have single precision."""
     if size == resized:
         return np.eye(size)
-    centre = (np.arange(resized, dtype=np.float32) + np.float32(0.5)) * np.float32(size / resized) - np.float32(0.5)
+    # torch multiplies and subtracts with one rounding to single precision
+    centre = ((np.arange(resized) + 0.5) * float(np.float32(size / resized)) - 0.5).astype(np.float32)
     centre = np.maximum(centre, np.float32(0))
     low = np.minimum(centre.astype(np.int64), size - 1)
     share, place, matrix = centre - low, np.arange(resized), np.zeros((resized, size))

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -102,7 +103,8 @@ class Runner:
     Raises:
         ImportError: onnxruntime is not installed.
         FileNotFoundError: the folder holds no graph.
-        ValueError: the graph was not written by tools/export.py, or the vocabulary is another model's.
+        ValueError: the graph was not written by tools/export.py, the vocabulary is another model's, or this onnxruntime
+            does not have the providers.
     """
 
     def __init__(
@@ -116,10 +118,7 @@ class Runner:
         path = Path(folder).expanduser() / GRAPH
         if not path.is_file():
             raise MissingFileError(f"'{path}' does not exist (looked at {path.absolute()}); tools/export.py writes it")
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise NotInstalledError(f"running a graph needs onnxruntime ({error}): pip install onnxruntime") from error
+        onnxruntime = runtime(providers)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         try:
@@ -212,6 +211,23 @@ class Runner:
             )
         outputs = self.session.run(None, {"image": images})
         return dict(zip((output.name for output in self.session.get_outputs()), outputs))
+
+
+def runtime(providers: Sequence[str]) -> ModuleType:
+    """onnxruntime, which would pass over a provider that it does not have in silence.
+
+    Raises:
+        ImportError: it is not installed.
+        ValueError: it has not all of these providers.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise NotInstalledError(f"running a graph needs onnxruntime ({error}): pip install onnxruntime") from error
+    known = onnxruntime.get_available_providers()
+    if missing := sorted(set(providers) - set(known)):
+        raise InputError(f"this onnxruntime has no {', '.join(missing)}; it has {', '.join(known)}")
+    return onnxruntime
 
 
 def fitting(vocabulary: str | Path | VocabularyFile | None, metadata: Metadata) -> VocabularyFile:

@@ -124,9 +124,9 @@ def whole_graph(model: FCCLIP, *, size: tuple[int, int] | None = None) -> Graph:
     names, classes = torch.tensor([0, 0, 1, 2, 2]), torch.zeros(3)
     vectors = torch.nn.functional.normalize(torch.ones(len(names), model.backbone.embed_dim), dim=-1)
     inputs = {"image": _image(model, size), "vectors": vectors, "class_of_vector": names, "clip_weight": classes}
-    count = Dim("names", min=2, max=65536)
+    count = Dim("names", min=1, max=65536)
     dims = {"image": _image_dims(size), "vectors": {0: count}, "class_of_vector": {0: count}}
-    return Graph(Whole(model).eval(), inputs, dims | {"clip_weight": {0: Dim("classes", min=2, max=65536)}})
+    return Graph(Whole(model).eval(), inputs, dims | {"clip_weight": {0: Dim("classes", min=1, max=65536)}})
 
 
 def text_graph(model: FCCLIP) -> Graph:
@@ -151,22 +151,25 @@ def _image_dims(size: tuple[int, int] | None) -> Mapping[int, Any]:
 @torch.no_grad()
 def traced(graph: Graph, *, engine: str) -> ExportedProgram:
     """torch's program of a graph, with an engine of deformable attention that is plain operations."""
-    with _engine(graph.module, engine):
+    with _plain(graph.module, engine):
         dynamic = {name: dict(graph.dynamic.get(name, {})) or None for name in graph.inputs}
         return torch.export.export(graph.module, tuple(graph.inputs.values()), dynamic_shapes=dynamic, strict=False)
 
 
 @contextlib.contextmanager
-def _engine(module: nn.Module, name: str) -> Iterator[None]:
-    parts = [part for part in module.modules() if isinstance(part, MSDeformAttn)]
-    before = [part.engine for part in parts]
+def _plain(module: nn.Module, engine: str) -> Iterator[None]:
+    """Deformable attention with an engine, and timm's attention (of SAM) as products and a softmax: the exporter knows
+    its fused form for four axes alone, SAM's has three."""
+    settings = [(part, "engine", engine) for part in module.modules() if isinstance(part, MSDeformAttn)]
+    settings += [(part, "fused_attn", False) for part in module.modules() if hasattr(part, "fused_attn")]
+    before = [(part, name, getattr(part, name)) for part, name, _ in settings]
     try:
-        for part in parts:
-            part.engine = name
+        for part, name, value in settings:
+            setattr(part, name, value)
         yield
     finally:
-        for part, own in zip(parts, before):
-            part.engine = own
+        for part, name, value in before:
+            setattr(part, name, value)
 
 
 def write_onnx(program: ExportedProgram, graph: Graph, path: Path, *, opset: int, notes: Mapping[str, str]) -> None:
