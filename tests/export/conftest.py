@@ -32,8 +32,10 @@ def with_weights(cfg, folder: Path) -> Segmenter:
     """A seeded model whose frozen parts come from a file, as an export wants them."""
     torch.manual_seed(0)
     random = Segmenter(cfg, weights="random", train_vocabulary=TRAIN, test_vocabulary=NAMES)
-    with torch.no_grad():  # some masks are empty, as on ordinary images
-        random.model.sem_seg_head.predictor.query_feat.weight.mul_(3)
+    head = random.model.sem_seg_head
+    with torch.no_grad():  # queries differ and some masks are empty, as on ordinary images
+        head.predictor.query_feat.weight.mul_(30)
+        head.pixel_decoder.mask_features.bias[0] = -10
     return Segmenter.from_pretrained(random.save_pretrained(folder), device="cpu")
 
 

@@ -170,3 +170,11 @@ def test_an_export_that_is_killed_leaves_nothing_under_the_final_names(quick, se
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert all(path.name.startswith(".exporting-") for path in tmp_path.iterdir())
+
+
+def test_the_folder_of_save_pretrained_takes_an_export_and_is_read_as_before(quick, segmenter, tmp_path):
+    export_folder(segmenter, segmenter.save_pretrained(tmp_path), vocabulary=NAMES)
+    read = type(segmenter).from_pretrained(tmp_path, device="cpu")
+    assert read.model.test_vocabulary.class_names == ("cat", "dog", "grass")
+    file = VocabularyFile.load(tmp_path / "vocabulary.npz")
+    assert str(file.fingerprint) == str(vocabulary_file(read.model, NAMES).fingerprint)
