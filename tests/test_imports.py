@@ -12,9 +12,10 @@ import pytest
 import fcclip
 
 ARROW = (
-    "version", "allocator", "errors", "files", "comm", "structures", "config", "vocabulary", "data", "preparation",
+    "version", "allocator", "errors", "files", "deploy", "comm", "structures", "config", "vocabulary", "data",
+    "preparation",
     "visualization", "ops", "losses", "weights", "modeling", "engine", "evaluation", "reports", "finetuning",
-    "checks", "segmenter", "integrations",
+    "checks", "segmenter", "export", "integrations",
 )  # fmt: skip
 PACKAGE = Path(__file__).resolve().parents[1] / "fcclip"
 

@@ -33,6 +33,7 @@ PARSED = (
     "tools/analyze_model.py",
     "tools/check.py",
     "tools/convert_checkpoint.py",
+    "tools/export.py",
 )
 
 

@@ -29,7 +29,8 @@ def mask_pool(features: Tensor, mask_logits: Tensor) -> Tensor:
         (B, Q, C) float; zeros for an empty mask.
     """
     inside = (resize_masks(mask_logits.detach(), features.shape[-2:]) > 0).to(features.dtype).flatten(2)  # (B, Q, hw)
-    share = inside / (inside.sum(-1, keepdim=True, dtype=torch.float32) + 1e-8).to(features.dtype)
+    # an exporter deletes the published + 1e-8 as if it were + 0; a count of at least 1 does not feel it
+    share = inside / inside.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1).to(features.dtype)
     return share @ features.flatten(2).transpose(1, 2)
 
 
@@ -149,13 +150,8 @@ def geometric_ensemble(
         raise InputError(f"the ensemble's alpha and beta must lie in 0..1, got {alpha} and {beta}")
     if not 0 <= trust <= 1:
         raise InputError(f"the ensemble's void trust must lie in 0..1, got {trust}")
-    log_in = in_logits[..., :-1].float().log_softmax(-1)
-    weight = torch.where(seen.to(log_in.device), alpha, beta).to(log_in.dtype)
-    joined = (1 - weight) * log_in + weight * out_logits.float().log_softmax(-1)
-    if valid is not None:
-        joined = torch.where(valid[..., None], joined, log_in)
-    void = in_logits.float().softmax(-1)[..., -1:]
-    shares = joined.softmax(-1)
+    weight = torch.where(seen.to(in_logits.device), alpha, beta).float()
+    shares, void = _shares_and_void(in_logits, out_logits, weight, valid)
     if trust:
         if len(seen) < 2:
             raise InputError(
@@ -167,5 +163,23 @@ def geometric_ensemble(
         if trust_unseen_only:
             trusted = trusted & ~seen.to(void.device)[shares.argmax(-1, keepdim=True)]
         void = torch.where(trusted, void * (1 - trust * sureness), void)
-    probabilities = torch.cat([shares * (1 - void), void], dim=-1)
-    return (probabilities + 1e-8).log()
+    return (torch.cat([shares * (1 - void), void], dim=-1) + 1e-8).log()
+
+
+def ensemble_probabilities(
+    in_logits: Tensor, out_logits: Tensor, weight: Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """(B, Q, K + 1) float32, what `geometric_ensemble` without trust takes the logarithm of; `weight` (K,) is that of
+    the frozen CLIP for each class."""
+    shares, void = _shares_and_void(in_logits, out_logits, weight, valid)
+    return torch.cat([shares * (1 - void), void], dim=-1)
+
+
+def _shares_and_void(
+    in_logits: Tensor, out_logits: Tensor, weight: Tensor, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    log_in = in_logits[..., :-1].float().log_softmax(-1)
+    joined = (1 - weight) * log_in + weight * out_logits.float().log_softmax(-1)
+    if valid is not None:
+        joined = torch.where(valid[..., None], joined, log_in)
+    return joined.softmax(-1), in_logits.float().softmax(-1)[..., -1:]

@@ -60,11 +60,13 @@ class FrozenSeg(FCCLIP):
 
     def see(self, images: Tensor, inputs: Samples) -> Features:
         """CLIP's features, and SAM's as one more level."""
-        features = super().see(images, inputs)
-        if self.sam is None:
-            return features
-        sam = self.sam(inputs, divisibility=self.size_divisibility)
-        return Features({**features.levels, SAM_LEVEL: sam}, dense=features.dense)
+        sam = None if self.sam is None else self.sam(inputs, divisibility=self.size_divisibility)
+        return self.with_sam(super().see(images, inputs), sam)
+
+    @staticmethod
+    def with_sam(features: Features, sam: Tensor | None) -> Features:
+        """CLIP's features with SAM's (B, C, h, w) as one more level; None: there are none."""
+        return features if sam is None else Features({**features.levels, SAM_LEVEL: sam}, dense=features.dense)
 
     @torch.no_grad()
     def outputs(

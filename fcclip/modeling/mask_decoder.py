@@ -262,7 +262,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             # resizing commutes with the product, so the masks of a level come from features resized once
             sized_features.append(resize_masks(mask_features.detach(), level.shape[-2:]))
 
-        x = self.query_feat.weight[None].expand(len(mask_features), -1, -1)
+        x = self.query_feat.weight[None].expand(mask_features.shape[0], -1, -1)  # len() would fix the size in an export
         query_position = self.query_embed.weight
         num_layers = len(self.transformer_cross_attention_layers)
         class_logits, mask_embeddings, class_embeddings = [], [], []

@@ -7,6 +7,7 @@ torch_engine.py     plain PyTorch, the truth that every other engine is tested a
 cpp_engine.py       C++ for the CPU, from csrc/ms_deform_attn_cpu.cpp
 output_maps.py      what outputs are made of, in C++ (csrc/output_maps_cpu.cpp) where that engine is built
 cuda_engine.py      CUDA, from csrc/ms_deform_attn.cu
+gather_engine.py    plain PyTorch without grid_sample, for exports to runtimes that have none
 triton_engine.py    Triton, for GPUs without nvcc; its kernels are in triton_kernels.py
 availability.py     Availability: whether an engine can run on a device
 builder.py          builds compiled engines into the user's cache folder and loads them

@@ -12,7 +12,7 @@ import torch
 
 from fcclip.config import lookup
 from fcclip.errors import InputError
-from fcclip.ops import cpp_engine, cuda_engine, torch_engine, triton_engine
+from fcclip.ops import cpp_engine, cuda_engine, gather_engine, torch_engine, triton_engine
 from fcclip.ops.builder import COMMAND, BuildError
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,9 @@ ENGINES: dict[str, ModuleType] = {
     "cpp": cpp_engine,
     "cuda": cuda_engine,
     "triton": triton_engine,
+    "gather": gather_engine,
 }
+PLAIN = ("torch", "gather")  # plain operations, which exports show and autograd differentiates
 AUTO = ("cpp", "cuda", "triton", "torch")  # fastest first; those that have no business on a device say so
 
 

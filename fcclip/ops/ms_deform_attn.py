@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fcclip.errors import InputError
-from fcclip.ops import library, torch_engine  # library: registers torch.ops.fcclip
-from fcclip.ops.engines import automatic_engine
+from fcclip.ops import library  # registers torch.ops.fcclip
+from fcclip.ops.engines import ENGINES, PLAIN, automatic_engine
 
 
 def ms_deform_attn(
@@ -83,7 +83,7 @@ def _run(
     form = "ms_deform_attn_fused" if fused else "ms_deform_attn"
     if engine == "auto":
         engine = automatic_engine(value.device.type)
-    if engine != "torch":
+    if engine not in PLAIN:
         return getattr(torch.ops.fcclip, form)(value, flat, points, weights, engine)
     # Plain operations instead of the operator: exports show GridSample, compilers look inside, and autograd keeps what
     # the operator's backward would compute a second time.
@@ -94,4 +94,4 @@ def _run(
         with torch.autocast(kind, enabled=False):
             return _run(fused, value, spatial_shapes, points, weights, engine)
     library.check_tensors(form, value, flat, points, weights)
-    return torch_engine.forward(fused, value, library.pairs(flat), points, weights)
+    return ENGINES[engine].forward(fused, value, library.pairs(flat), points, weights)

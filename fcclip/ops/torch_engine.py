@@ -29,23 +29,38 @@ def available(device: torch.device) -> Availability:
     return Availability()
 
 
-def forward(fused: bool, value: Tensor, shapes: Shapes, points: Tensor, weights: Tensor) -> Tensor:
+def sample(maps: Tensor, grid: Tensor) -> Tensor:
+    """(B*M, D, H, W) at (B*M, P, N, 2) -> (B*M, D, P, N)."""
+    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def forward(
+    fused: bool,
+    value: Tensor,
+    shapes: Shapes,
+    points: Tensor,
+    weights: Tensor,
+    *,
+    sample: Callable[[Tensor, Tensor], Tensor] = sample,
+) -> Tensor:
     """One `grid_sample` per level.
 
     Args:
         fused: `points` are offsets from the cells' centres and `weights` logits, as in
             `fcclip.ops.ms_deform_attn_fused`; else locations and weights, as in `fcclip.ops.ms_deform_attn`.
         value, shapes, points, weights: as there.
+        sample: what takes the place of `grid_sample`.
     """
     if value.dtype in _HALVES:
-        return forward(fused, value.float(), shapes, points.float(), weights.float()).to(value.dtype)
+        floats = value.float(), shapes, points.float(), weights.float()
+        return forward(fused, *floats, sample=sample).to(value.dtype)
     if fused:
         points, weights = _locations(shapes, points), _softmax(weights)
     batch, _, heads, channels = value.shape
     queries = points.shape[1]
     output = value.new_zeros(batch * heads, channels, queries)
     for maps, grid, weight in zip(_maps(value, shapes), _grids(points), _per_level(weights)):
-        output = output + (_sample(maps, grid) * weight[:, None]).sum(2)  # (B*M, D, P, N) -> (B*M, D, N)
+        output = output + (sample(maps, grid) * weight[:, None]).sum(2)  # (B*M, D, P, N) -> (B*M, D, N)
     return output.view(batch, heads * channels, queries).transpose(1, 2)
 
 
@@ -72,7 +87,7 @@ def _backward(
     grad_output = grad_output.view(batch, queries, heads, -1).permute(0, 2, 3, 1).flatten(0, 1)[:, :, None]
     per_level = []
     for maps, grid, weight in zip(_maps(value, shapes), _grids(locations), _per_level(weights)):
-        grad_weight = (grad_output * _sample(maps, grid)).sum(1)  # (B*M, D, P, N) -> (B*M, P, N)
+        grad_weight = (grad_output * sample(maps, grid)).sum(1)  # (B*M, D, P, N) -> (B*M, P, N)
         grad_sampled = grad_output * weight[:, None]
         grad_maps, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
             grad_sampled, maps, grid, 0, 0, False, [True, True]
@@ -115,11 +130,6 @@ def agrees(
         pairs.append((engine_forward(fused, *inputs), forward(fused, *inputs)))
         pairs += zip(engine_backward(fused, grad_output, *inputs), backward(fused, grad_output, *inputs))
     return all(torch.allclose(ours, expected, rtol=tolerance, atol=tolerance) for ours, expected in pairs)
-
-
-def _sample(maps: Tensor, grid: Tensor) -> Tensor:
-    """(B*M, D, H, W) at (B*M, P, N, 2) -> (B*M, D, P, N)."""
-    return F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
 def _maps(value: Tensor, shapes: Shapes) -> list[Tensor]:

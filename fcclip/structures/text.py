@@ -27,7 +27,7 @@ class TextEmbeddings:
     num_classes: int
 
     def __post_init__(self) -> None:
-        if len(self.vectors) != len(self.class_of_vector):
+        if self.vectors.shape[0] != self.class_of_vector.shape[0]:  # len() would fix the number in an export
             raise InputError(f"{len(self.vectors)} vectors for {len(self.class_of_vector)} synonyms")
 
     @staticmethod

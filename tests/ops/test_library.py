@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fcclip.ops import ENGINES, ms_deform_attn, ms_deform_attn_fused
+from fcclip.ops.engines import PLAIN
 from tests.ops.test_ms_deform_attn import FORMS, inputs
 
 SHAPES = [(4, 6), (2, 3)]
@@ -45,6 +46,8 @@ def test_the_operator_and_the_function_give_the_same(engine, form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed sizes", "changing sizes"])
 def test_torch_compile_takes_it_as_one_graph(engine, form, dynamic):
+    if engine.name == "gather":
+        pytest.skip("the engine gather is for exports; compilers have better ones")
     torch._dynamo.reset()
     function = partial(FORMS[form][0], engine=engine.name)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -82,8 +85,9 @@ def test_torch_export_keeps_it_and_its_numbers(engine, form, strict):
     torch.testing.assert_close(program.module()(*tensors), expected)
     torch.testing.assert_close(module(*tensors), expected)  # nothing of the tracer stayed behind
     operations = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    if engine.name == "torch":
-        assert any("grid_sampler" in name for name in operations) and not any("fcclip" in name for name in operations)
+    if engine.name in PLAIN:
+        assert any("grid_sampler" in name for name in operations) == (engine.name == "torch")
+        assert not any("fcclip" in name for name in operations)
     else:
         assert operations == {f"{OPERATORS[form]}.default".removeprefix("torch.ops.")}
 
