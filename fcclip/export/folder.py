@@ -13,12 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from fcclip.deploy import Metadata, VocabularyFile
 from fcclip.deploy.runner import GRAPH, VOCABULARY
 from fcclip.errors import InputError
 from fcclip.export.graphs import Graph, halve, image_graph, text_graph, traced, whole_graph, write_onnx
 from fcclip.modeling import FCCLIP
+from fcclip.modeling.maft import MAFTPlus
 from fcclip.ops.engines import PLAIN
 from fcclip.segmenter import Segmenter
 from fcclip.version import __version__
@@ -163,11 +165,17 @@ def check_exportable(
     model: FCCLIP, *, size: tuple[int, int] | None = None, extras: Sequence[str] = (), engine: str = "torch"
 ) -> None:
     """Refuses what cannot be exported; see `export_folder`."""
-    if not isinstance(model, FCCLIP):
+    if not isinstance(model, FCCLIP) or isinstance(model, MAFTPlus):
         raise InputError(
             f"{type(model).__name__} cannot be exported: its class names go through the network with the image. Models "
             "that can are FCCLIP and FrozenSeg"
         )
+    beyond = {
+        "void trust (MODEL.FC_CLIP.CLIP_TRUST_WEIGHT)": model.ensemble.trust,
+        "a Mask-Adapter (MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER)": isinstance(model.classifier, nn.Module),
+    }
+    if used := [name for name, is_used in beyond.items() if is_used]:
+        raise InputError(f"the runner does not know {' and '.join(used)}: turn it off to export the model without it")
     random = [part.notes_key.upper() for part in frozen_parts(model).values() if part.has_random_weights]
     if random:
         raise InputError(

@@ -145,6 +145,10 @@ def test_what_cannot_be_exported_is_refused(shallow, segmenter, tmp_path):
     fusioner = type(segmenter)(tiny_fusioner(), weights="random", train_vocabulary=NAMES)
     with pytest.raises(InputError, match="Fusioner cannot be exported: its class names go through the network"):
         export_folder(fusioner, tmp_path / "never")
+    trusting = shallow.clone()
+    trusting.MODEL.FC_CLIP.CLIP_TRUST_WEIGHT = 0.5
+    with pytest.raises(InputError, match="void trust"):
+        export_folder(type(segmenter)(trusting, weights="random"), tmp_path / "never")
     assert not (tmp_path / "never").exists()
 
 
