@@ -260,11 +260,11 @@ def embeddings(vit: nn.Module, views: Sequence[tuple[Tensor, Tensor]], mean: Ten
 
 
 def format_table(results: Mapping[str, Mapping[str, float]]) -> str:
-    """A Markdown table: a column a fold, and their mean."""
+    """A Markdown table: a column a fold, and the mean of all four."""
     lines = ["| vision | prompt | fold 0 | fold 1 | fold 2 | fold 3 | mean |", "|---|---|---|---|---|---|---|"]
     for encoder, row in ((encoder, row) for encoder in NAMES for row in ROWS):
         values = [results.get(f"{encoder} {fold}", {}).get(row, math.nan) for fold in range(NUM_FOLDS)]
-        cells = " | ".join(f"{value:.1f}" for value in [*values, float(np.mean(values))])
+        cells = " | ".join("–" if math.isnan(value) else f"{value:.1f}" for value in [*values, float(np.mean(values))])
         lines.append(f"| {NAMES[encoder]} | {row} | {cells} |")
     return "\n".join(lines) + "\n"
 

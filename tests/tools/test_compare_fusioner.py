@@ -44,4 +44,4 @@ def test_a_table_has_a_mean_only_of_four_folds():
     results = {f"CLIP {fold}": dict.fromkeys(tool.ROWS, 10.0 * fold) for fold in range(4)}
     rows = tool.format_table(results).splitlines()
     assert rows[2] == "| CLIP (convolutional) | novel | 0.0 | 10.0 | 20.0 | 30.0 | 15.0 |"
-    assert rows[-1].endswith("| nan | nan | nan | nan | nan |")
+    assert rows[-1].endswith("| – | – | – | – | – |")
