@@ -16,12 +16,17 @@ from fcclip.config import (
     resolve_device,
     resolve_file,
 )
-from fcclip.modeling import build_model
+from fcclip.modeling import build_model, options_of
 from fcclip.vocabulary import Vocabulary
 
 FOLDER = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_"
 FROZENSEG = sorted((configs_dir() / "coco/frozenseg").glob("[!B]*.yaml"))
 RUNNABLE = sorted((configs_dir() / "coco/panoptic-segmentation/fcclip").glob("*.yaml"))
+BEYOND = sorted(
+    path
+    for folder in ("ovrcoat", "maft_plus", "mask_adapter")
+    for path in (configs_dir() / "coco/panoptic-segmentation" / folder).glob("*.yaml")
+)
 TEST_SETS = {
     "ade20k": "openvocab_ade20k_panoptic_val",
     "coco": "openvocab_coco_2017_val_panoptic_with_sem_seg",
@@ -53,6 +58,16 @@ def test_every_published_file_builds(path):
     assert model.sem_seg_head.predictor.query_feat.weight.shape == (250, 256)
     assert model.backbone.embed_dim == cfg.MODEL.FC_CLIP.EMBED_DIM
     assert len(model.train_vocabulary) == 133
+
+
+@pytest.mark.parametrize("path", BEYOND, ids=lambda path: path.stem)
+def test_every_file_of_what_goes_beyond_builds_and_names_it(path):
+    cfg = load_config(path, ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        model = build_model(cfg)
+    own = {"ovrcoat": "void trust 0.5", "maft_plus": "MAFT+", "mask_adapter": "Mask-Adapter"}
+    assert options_of(cfg) == (own[path.parent.name],)
+    assert len(model.extra_losses) == bool(cfg.MODEL.MASK_ADAPTER.TRAIN)
 
 
 @pytest.mark.parametrize("path", FROZENSEG, ids=lambda path: path.stem)
