@@ -49,6 +49,11 @@ MAX_PIXELS = 50_000_000  # of an image, asked before it is decoded
 MAX_SIDE = 2048  # pixels; larger images are scaled down
 MAX_NAMES = 1000  # with synonyms
 SESSIONS, MINUTES = 16, 30  # results that are kept, and for how long; one of a photograph takes about 60 MB
+RESTS = {  # what becomes of masks that other names fit better -> arguments of the segmenter
+    "nearest of your names": {"unknown": False, "others": False},
+    "unknown": {"unknown": True, "others": False},
+    "left out": {"unknown": False, "others": True},
+}
 EXAMPLES = {  # of demo/images
     "shapes_1.jpg": "red circle; blue star, azure star; sand:stuff",
     "shapes_3.jpg": "heart; star; cross; square; triangle; hay:stuff",
@@ -181,23 +186,26 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
         return [result, f"{time.perf_counter() - start:.2f} s, {how}", *views]
 
     @told
-    def look(event: gr.EventData, names: str, score: float, alpha: float, beta: float, kind: str) -> list[Any]:
+    def look(
+        event: gr.EventData, names: str, score: float, alpha: float, beta: float, rest: str, kind: str
+    ) -> list[Any]:
         start = time.perf_counter()
         image = read_upload(str(event.image))
         names = str(event.names or names)
         ensemble = replace(own, alpha=alpha, beta=beta)
-        result = segmenter(image, check_names(names), min_score=score, ensemble=ensemble)
+        result = segmenter(image, check_names(names), min_score=score, ensemble=ensemble, **RESTS[rest])
         return [names, *shown(result, kind, start, f"{image.shape[1]} x {image.shape[0]} pixels")]
 
     @told
     def relabel(
-        result: Segmentation | None, names: str, score: float, alpha: float, beta: float, kind: str
+        result: Segmentation | None, names: str, score: float, alpha: float, beta: float, rest: str, kind: str
     ) -> list[Any]:
         start = time.perf_counter()
         check_names(names)
         if result is None:
             return [None, NOTHING, *[""] * len(KINDS)]
-        result = result.relabel(names, min_score=score, ensemble=replace(own, alpha=alpha, beta=beta))
+        ensemble = replace(own, alpha=alpha, beta=beta)
+        result = result.relabel(names, min_score=score, ensemble=ensemble, **RESTS[rest])
         return shown(result, kind, start, "named anew without the network")
 
     def forget(result: Segmentation | None) -> None:
@@ -222,6 +230,14 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
                     max_lines=6,
                     elem_id="names",
                 )
+                rests = gr.Radio(
+                    list(RESTS),
+                    value=next(iter(RESTS)),
+                    label="What fits none of your names",
+                    info="as far as the names of the training tell",
+                    visible=segmenter.model.seen_vocabulary is not None,
+                    elem_id="rest",
+                )
                 apply = gr.Button("Use these names", variant="primary", elem_id="apply")
             with gr.Column(scale=5, min_width=320):
                 with gr.Tabs():
@@ -236,9 +252,9 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
                     alphas = _slider("Alpha", own.alpha, "CLIP's share, trained classes")
                     betas = _slider("Beta", own.beta, "CLIP's share, other classes")
         options = {"concurrency_id": "model", "api_visibility": "private", "trigger_mode": "always_last"}
-        settings, outputs = [names, score, alphas, betas, kind], [kept, status, *views]
+        settings, outputs = [names, score, alphas, betas, rests, kind], [kept, status, *views]
         upload.upload(look, settings, [names, *outputs], **options)
-        changes = [names.submit, apply.click, score.change, alphas.change, betas.change]
+        changes = [names.submit, apply.click, score.change, alphas.change, betas.change, rests.change]
         gr.on(changes, relabel, [kept, *settings], outputs, **options)
         for name, tab in tabs.items():
             chosen = tab.select(None, None, kind, js=f"() => '{name}'")

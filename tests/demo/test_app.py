@@ -206,6 +206,20 @@ def test_names_and_sliders_are_changed_without_the_network(server, visit):
     assert server.looks == looks
 
 
+def test_what_fits_no_name_is_called_unknown_or_left_out(server, visit):
+    visitor = visit()
+    visitor.fill("#names textarea", "red circle; sand:stuff")
+    upload(visitor)
+    assert "red circle" in labels(visitor, "red circle")
+    looks = server.looks
+    visitor.get_by_label("unknown").check()
+    assert sorted(set(labels(visitor, "unknown"))) == ["red circle", "sand", "unknown"]
+    visitor.get_by_label("left out").check()
+    visitor.locator(CHIPS, has_text="unknown").wait_for(state="detached")
+    assert sorted(labels(visitor, "sand")) == ["red circle", "sand"]
+    assert server.looks == looks
+
+
 def test_a_region_says_its_name_and_score_under_the_pointer(visit):
     visitor = visit()
     upload(visitor)
