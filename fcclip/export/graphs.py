@@ -206,9 +206,12 @@ def halve(path: Path) -> None:
     sampling coordinates, and all that is no product of matrices or convolution."""
     import onnx
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = onnx.load(str(path))
     full = sorted({node.op_type for node in model.graph.node} - {"Conv", "MatMul", "Gemm"})
-    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=full, disable_shape_infer=True)
+    half = convert_float_to_float16(model, keep_io_types=True, op_block_list=full)
+    OnnxModel.graph_topological_sort(half.graph)  # the converter puts casts of inputs last
+    path.with_name(f"{path.name}.data").unlink()  # onnx would append
     onnx.save(half, str(path), save_as_external_data=True, location=f"{path.name}.data")
     onnx.checker.check_model(str(path))

@@ -117,9 +117,10 @@ def measure(
     cases = []
     for provider in providers:
         runner = Runner(folder, providers=[provider], threads=torch.get_num_threads())
-        for (name, image), scale in itertools.product(images.items(), SCALES):
+        fixed = fixed_size(runner)
+        for (name, image), scale in itertools.product(images.items(), SCALES[: 1 if fixed else None]):
             size = [max(1, round(side * scale)) for side in runner.resized(*image.shape[:2])]
-            pixels = np.ascontiguousarray(resize_image(image, *fixed_size(runner) or size))  # both see these
+            pixels = np.ascontiguousarray(resize_image(image, *fixed or size))  # both see these
             for vocabulary, file in files.items():
                 times = [time.perf_counter()]
                 result = runner.look(pixels, file, output_size=image.shape[:2])
