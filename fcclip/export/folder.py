@@ -19,7 +19,7 @@ from fcclip.deploy import Metadata, VocabularyFile
 from fcclip.deploy.runner import GRAPH, VOCABULARY
 from fcclip.errors import InputError
 from fcclip.export.graphs import Graph, halve, image_graph, text_graph, traced, whole_graph, write_onnx
-from fcclip.modeling import FCCLIP
+from fcclip.modeling import FCCLIP, FrozenSeg
 from fcclip.modeling.maft import MAFTPlus
 from fcclip.ops.engines import PLAIN
 from fcclip.segmenter import Segmenter
@@ -189,5 +189,9 @@ def check_exportable(
     step = max(32, model.size_divisibility)
     if size is not None and any(side % step or side < 64 for side in size):
         raise InputError(f"a side of the input is a multiple of {step} and at least 64 pixels, got {size[0]}x{size[1]}")
+    if size is None and isinstance(model, FrozenSeg) and model.sam is not None and model.sam.resize == "pad":
+        raise InputError(
+            "MODEL.SAM_RESIZE 'pad' fills as many cells as an image has, which a graph of any size cannot: give a size"
+        )
     if model.device.type != "cpu":
         raise InputError(f"exports are made on the CPU, and the model is on {model.device}: pass device='cpu'")

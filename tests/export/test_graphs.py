@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from fcclip.errors import InputError
-from fcclip.export.graphs import Graph, halve, traced, write_onnx
-from tests.export.conftest import needs_onnx
+from fcclip.export.graphs import Graph, Images, Whole, halve, traced, write_onnx
+from fcclip.modeling import build_model
+from tests.conftest import tiny_config, tiny_frozenseg
+from tests.export.conftest import NAMES, TRAIN, needs_onnx, random_image
 
 
 class Small(nn.Module):
@@ -48,3 +50,24 @@ def test_an_opset_that_is_too_low_is_refused(small, tmp_path):
     with pytest.raises(InputError, match="opset must be at least 18, .* got 17"):
         write_onnx(None, small, tmp_path / "small.onnx", opset=17, notes={})
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("config", [tiny_config, tiny_frozenseg])
+def test_the_modules_of_the_graphs_give_what_the_model_gives_of_an_image_with_padding(config):
+    torch.manual_seed(0)
+    model = build_model(config(), train_vocabulary=TRAIN, test_vocabulary=NAMES)
+    image = torch.from_numpy(random_image(50, 70)).permute(2, 0, 1)
+    [scored] = model.score([{"image": image}])
+    padded = model.pixel_mean.expand(1, 3, 64, 96).clone()
+    padded[..., :50, :70] = image
+    text = model.text_encoder.encode(NAMES)
+    weight = torch.where(scored.seen, *model.ensemble)
+    with torch.no_grad():
+        mask_logits, classes, regions, _, not_empty = Images(model)(padded)
+        probabilities, _ = Whole(model)(padded, text.vectors, text.class_of_vector, weight)
+    # padding is zero after normalisation, so all is equal but for the order of sums
+    torch.testing.assert_close(mask_logits[0], scored.masks.mask_logits)
+    torch.testing.assert_close(classes[0], scored.class_embeddings)
+    torch.testing.assert_close(regions[0], scored.region_embeddings)
+    torch.testing.assert_close(probabilities[0], scored.class_logits(model.ensemble).softmax(-1), atol=1e-5, rtol=1e-4)
+    assert not_empty.shape == (1, 8)
