@@ -173,7 +173,9 @@ def test_images_are_seen_in_batches_and_options_are_passed_on(demo, images, tmp_
     run(demo, "--input", images, "--output", tmp_path / "out", *arguments)
     device, *calls = OneSegment.calls
     assert device == "cpu"
-    assert calls == [(number, {"min_score": 0.3, "unknown": "cat; dog", "batch_size": 2}) for number in (2, 1)]
+    assert calls == [
+        (number, {"min_score": 0.3, "unknown": "cat; dog", "others": False, "batch_size": 2}) for number in (2, 1)
+    ]
     run(demo, "--input", images, "--output", tmp_path / "out", "--unknown")
     assert OneSegment.calls[1][1]["unknown"] is True
 

@@ -11,6 +11,7 @@ from fcclip.deploy import Metadata, Runner, VocabularyFile
 from fcclip.errors import InputError
 from fcclip.export import export_folder, folder, vocabulary_file
 from fcclip.export.graphs import Images
+from fcclip.modeling import Ensemble
 from fcclip.vocabulary import Vocabulary
 from tests.conftest import tiny_fusioner
 from tests.export.conftest import NAMES, needs_onnx, random_image, with_weights
@@ -81,7 +82,7 @@ def test_a_batch_of_any_size_gives_what_the_model_gives_and_nothing_undefined(ex
 def test_the_file_says_what_the_model_is(exported):
     model, metadata = exported.segmenter.model, Runner(exported.folder).metadata
     assert Metadata.of(metadata.strings(), source="x") == metadata
-    assert (metadata.alpha, metadata.beta) == model.ensemble and metadata.num_queries == 8
+    assert Ensemble(metadata.alpha, metadata.beta) == model.ensemble and metadata.num_queries == 8
     assert metadata.training_vocabulary == model.seen_vocabulary.synonyms
     assert metadata.clip["weights"] == model.backbone.fingerprint()["weights"]
     assert {path.name for path in exported.folder.iterdir()} == {

@@ -61,7 +61,7 @@ def test_the_modules_of_the_graphs_give_what_the_model_gives_of_an_image_with_pa
     padded = model.pixel_mean.expand(1, 3, 64, 96).clone()
     padded[..., :50, :70] = image
     text = model.text_encoder.encode(NAMES)
-    weight = torch.where(scored.seen, *model.ensemble)
+    weight = torch.where(scored.seen, model.ensemble.alpha, model.ensemble.beta)
     with torch.no_grad():
         mask_logits, classes, regions, _, not_empty = Images(model)(padded)
         probabilities, _ = Whole(model)(padded, text.vectors, text.class_of_vector, weight)

@@ -42,7 +42,7 @@ def test_every_engine_is_measured_in_both_forms_and_directions(benchmark, built,
         for batch in (1, 2)
         for form in ("locations", "fused")
         for direction in ("forward", "backward")
-        for engine in ("torch", "cpp")
+        for engine in ("torch", "gather", "cpp")
     }
     for row in rows:
         assert row["lowest_ratio"] <= row["ratio"] <= row["highest_ratio"] and row["fastest_seconds"] <= row["seconds"]
