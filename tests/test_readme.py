@@ -85,6 +85,8 @@ def test_commands_name_scripts_and_flags_that_exist(document):
         sources = [REPOSITORY / ("train_net.py" if script.endswith(".sh") else script)]
         if script.startswith("datasets/"):  # which share their command line
             sources += sorted((REPOSITORY / "fcclip" / "preparation").glob("*.py"))
+        if script == "tools/benchmark.py":  # its parts are files beside it
+            sources += sorted((REPOSITORY / "tools").glob("benchmark_*.py"))
         source = "\n".join(text_of(path) for path in sources)
         for flag in (word for word in words if word.startswith("--")):
             assert f'"{flag}"' in source, f"{script} {flag}"
