@@ -5,6 +5,7 @@
     python tools/benchmark.py evaluation [--images 8] [--rounds 5] [--size 640 960] [--classes 150]
     python tools/benchmark.py inference [--models RN50 ConvNeXt-L] [--size 640 960] [--kept 0] [--memory]
     python tools/benchmark.py text [--model RN50] [--names 0]
+    python tools/benchmark.py train [--models RN50] [--size 512] [--batch 2] [--segments 10] [--memory]
     python tools/benchmark.py ops [--device auto] [--sizes 640x960 ...] [--batch 1 ...] [--dtypes float32 ...]
 
 training-step: one step of training on made-up images (random pixels, `--segments` segments each, CLIP with random
@@ -19,6 +20,9 @@ steps (benchmarks/peers/published_evaluation.py), which must give the same numbe
 inference, text: an image, and the names of ADE20K-150 from cold, beside the published steps on the same weights
 (benchmarks/peers/published_inference.py), which must give the same, in turns (benchmark_inference.py); --check FILE
 fails where a ratio is 20 % below the recorded one.
+
+train: losses and gradients of a batch, beside the published steps on the same weights and points
+(benchmarks/peers/published_training.py), which must give the same, in turns (benchmark_train.py).
 
 ops: multi-scale deformable attention at the sizes of FC-CLIP, forward and backward, both forms, every engine that can
 run here, in turns (benchmark_ops.py). The default ends in about a minute on a CPU and covers all sizes on a GPU.
@@ -45,6 +49,7 @@ import numpy as np
 import torch
 from benchmark_inference import add_inference_arguments, add_text_arguments
 from benchmark_ops import add_arguments, load_peer
+from benchmark_train import add_train_arguments, made_up_sample
 from fvcore.common.config import CfgNode
 from PIL import Image
 from rich.console import Console
@@ -66,7 +71,7 @@ from fcclip.files import write_json
 from fcclip.modeling import build_model
 from fcclip.modeling.output_masks import OutputMasks
 from fcclip.modeling.outputs import semantic_inference, semantic_labels
-from fcclip.structures import Instances, Targets, boxes_of_masks
+from fcclip.structures import Instances, boxes_of_masks
 from fcclip.vocabulary import Vocabulary
 
 WARM_UP = 3  # steps that are not counted: caches fill, cuDNN chooses, the frozen copy is made
@@ -129,6 +134,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     command("evaluation", benchmark_evaluation, "evaluators beside the published steps", numbers)
     add_inference_arguments(commands.add_parser("inference", help="an image beside the published steps"))
     add_text_arguments(commands.add_parser("text", help="class names beside the published steps"))
+    add_train_arguments(commands.add_parser("train", help="losses and gradients beside the published steps"))
     add_arguments(commands.add_parser("ops", help="multi-scale deformable attention, all engines in turns"))
     return parser.parse_args(arguments)
 
@@ -197,21 +203,6 @@ def measure_step(cfg: CfgNode, batch: int, options: argparse.Namespace) -> dict[
         "images_per_second": batch / spent,
         "peak_memory_mib": peak_memory_mb(device),
         "steps": options.steps,
-    }
-
-
-def made_up_sample(index: int, size: int, segments: int, num_classes: int) -> dict[str, Any]:
-    """A training sample of random pixels, its segments blocks of an 8 x 8 grid."""
-    generator = torch.Generator().manual_seed(index)
-    blocks = torch.randint(1, max(segments, 1) + 1, (8, 8), generator=generator)
-    id_map = blocks.repeat_interleave(-(-size // 8), 0).repeat_interleave(-(-size // 8), 1)[:size, :size]
-    ids = torch.arange(1, segments + 1)
-    labels = torch.randint(0, num_classes, (segments,), generator=generator)
-    return {
-        "image": torch.randint(0, 256, (3, size, size), generator=generator, dtype=torch.uint8),
-        "targets": Targets(labels=labels, id_map=id_map.to(torch.int32).contiguous(), ids=ids),
-        "point_seed": index,
-        "file_name": f"made up {index}",
     }
 
 

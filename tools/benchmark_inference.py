@@ -48,7 +48,7 @@ def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=int, nargs=2, default=[640, 960], metavar="N", help="height and width (default 640 960)")
     add("--kept", type=int, default=0, metavar="N", help="queries that have a class; 0: what random weights give")
     add("--rounds", type=int, default=3, metavar="N", help="(default 3)")
-    _add_common(parser, benchmark_inference)
+    add_common(parser, benchmark_inference)
     add("--memory", action="store_true", help="the most memory above the model, too (Linux)")
     add("--memory-of", choices=["ours", "published"], help=argparse.SUPPRESS)  # in a process of its own
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys")
@@ -58,10 +58,10 @@ def add_text_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="RN50", metavar="NAME", help="as for inference (default RN50)")
     parser.add_argument("--names", type=int, default=0, metavar="N", help="the first N alone; 0: all")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="(default 1)")
-    _add_common(parser, benchmark_text)
+    add_common(parser, benchmark_text)
 
 
-def _add_common(parser: argparse.ArgumentParser, run: Callable) -> None:
+def add_common(parser: argparse.ArgumentParser, run: Callable) -> None:
     parser.set_defaults(run=run)
     parser.add_argument("--output", metavar="FILE", help="JSON file for the results")
     parser.add_argument(
@@ -78,7 +78,9 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
     if min(*options.size, options.rounds) < 1 or options.kept < 0:
         raise InputError("--size and --rounds must be at least 1, --kept 0 or more")
     if options.memory_of:
-        print(json.dumps(_memory(options)))
+        model, _, vocabulary, runs = _both(options.models[0], options)
+        model.text_encoder.encode(vocabulary)
+        print(json.dumps(memory_above(runs[options.memory_of])))
         return {}
     rows = []
     for name in options.models:
@@ -88,7 +90,8 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
         row = {"model": name, "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}
         row["parts"] = _parts(model, sample, vocabulary)
         if options.memory:
-            row["memory_mib"] = {kind: _memory_of_a_process(name, kind, options) for kind in runs}
+            arguments = ["inference", "--models", name, "--size", *options.size, "--kept", options.kept]
+            row["memory_mib"] = {kind: memory_of_a_process(name, kind, arguments, options.opts) for kind in runs}
         rows.append(row)
     report = {"benchmark": "inference", "image": list(options.size), "kept": options.kept, **machine(), "rows": rows}
     title = f"{options.size[0]} x {options.size[1]}, {VOCABULARY}, " + (f"{options.kept} kept" if options.kept else "")
@@ -272,19 +275,17 @@ def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, flo
     return spent
 
 
-def _memory_of_a_process(name: str, kind: str, options: argparse.Namespace) -> float:
-    command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), "inference", "--models", name]
-    command += ["--size", *map(str, options.size), "--kept", str(options.kept), "--memory-of", kind, *options.opts]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def memory_of_a_process(name: str, kind: str, arguments: Sequence, opts: Sequence[str]) -> float:
+    """MiB above the model of one of both, measured in a process of its own."""
+    command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *map(str, arguments)]
+    done = subprocess.run([*command, "--memory-of", kind, *opts], capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(f"{name}: the memory of {kind} could not be measured: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _memory(options: argparse.Namespace) -> float:
-    """MiB above the model, whose text is encoded already."""
-    model, _, vocabulary, runs = _both(options.models[0], options)
-    model.text_encoder.encode(vocabulary)
+def memory_above(run: Callable[[], Any]) -> float:
+    """MiB that one run takes at its peak above what the process has before."""
 
     def resident(name: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -292,5 +293,5 @@ def _memory(options: argparse.Namespace) -> float:
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
-    runs[options.memory_of]()
+    run()
     return resident("VmHWM") - before

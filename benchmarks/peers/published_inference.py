@@ -98,6 +98,13 @@ def decode(
     decoder: nn.Module, pyramid: Sequence[Tensor], mask_features: Tensor, text: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Every layer predicts classes and whole masks, of which the last are used -> (1, Q, K + 1), (1, Q, H/4, W/4)."""
+    return decode_all(decoder, pyramid, mask_features, text, counts)[-1]
+
+
+def decode_all(
+    decoder: nn.Module, pyramid: Sequence[Tensor], mask_features: Tensor, text: Tensor, counts: list[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """(B, Q, K + 1) and (B, Q, H/4, W/4) before the first layer and after each."""
     memories = [
         project(level).flatten(2).transpose(1, 2) + embed
         for project, level, embed in zip(decoder.input_proj, pyramid, decoder.level_embed.weight)
@@ -108,21 +115,22 @@ def decode(
         decoder.transformer_self_attention_layers,
         decoder.transformer_ffn_layers,
     )
-    x, query = decoder.query_feat.weight[None], decoder.query_embed.weight
+    x = decoder.query_feat.weight.expand(len(mask_features), -1, -1)
+    query, sets = decoder.query_embed.weight, []
     for step in range(len(layers[0]) + 1):
         normed = decoder.decoder_norm(x)
         masks = torch.einsum("bqc,bchw->bqhw", decoder.mask_embed(normed), mask_features)
-        pooled = decoder._mask_pooling_proj(pool(mask_features, masks))
-        scores = similarities(decoder.class_embed(pooled + normed), text, counts, decoder.logit_scale)
+        pooled = decoder._mask_pooling_proj(pool(mask_features, masks.detach()))
+        sets.append((similarities(decoder.class_embed(pooled + normed), text, counts, decoder.logit_scale), masks))
         if step == len(layers[0]):
-            return scores, masks
+            break
         level = step % len(pyramid)
         resized = F.interpolate(masks, size=pyramid[level].shape[-2:], mode="bilinear", align_corners=False)
-        blocked = resized.sigmoid().flatten(2) < 0.5
+        blocked = resized.detach().sigmoid().flatten(2) < 0.5
         blocked[blocked.all(-1)] = False
         cross, attend, feed = (kind[step] for kind in layers)
         x = feed(attend(cross(x, query, memories[level], positions[level], blocked), query))
-    raise AssertionError("the loop returns")
+    return sets
 
 
 def sine_positions(level: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fcclip.errors import InputError
 from fcclip.losses.matching import match, match_costs
-from fcclip.losses.points import point_sources, sample_maps, sample_targets, uncertain_points
+from fcclip.losses.points import point_sources, sample_cells, sample_maps, sample_targets, uncertain_points
 from fcclip.structures import Targets
 
 
@@ -123,26 +123,24 @@ class SetCriterion(nn.Module):
         """[image][set] -> (queries, segments); each set is matched on fresh points, shared by the queries of a
         image.
         """
-        num_sets, costs = len(class_logits), []
+        costs = []
         for index, target in enumerate(targets):
-            points = sources[index](num_sets, self.num_points)  # (S, P, 2)
-            flat = points.flatten(0, 1)[None]  # (1, S * P, 2)
-            sampled = (
-                sample_maps(features[index][None], flat)[0].unflatten(1, (num_sets, -1)).transpose(0, 1)
-            )  # (S, D, P)
+            points = sources[index](len(class_logits), self.num_points)  # (S, P, 2)
+            cells = features[index].flatten(1).T.contiguous()  # (h * w, D)
             segments = torch.arange(len(target), device=features.device)
-            masks = sample_targets(target, segments, flat, padded_size).unflatten(1, (num_sets, -1)).transpose(0, 1)
-            costs.append(
+            per_set = [
                 match_costs(
-                    class_logits[:, index],
-                    embeddings[:, index] @ sampled,
+                    logits,
+                    embedding @ sample_cells(cells, features.shape[-2:], places).T,
                     target.labels,
-                    masks,
+                    sample_targets(target, segments, places[None], padded_size),
                     class_weight=self.weights["loss_ce"],
                     mask_weight=self.weights["loss_mask"],
                     dice_weight=self.weights["loss_dice"],
                 )
-            )
+                for logits, embedding, places in zip(class_logits[:, index], embeddings[:, index], points)
+            ]
+            costs.append(torch.stack(per_set))
         return match(costs)
 
     def _class_losses(self, class_logits: Tensor, targets: Sequence[Targets], assignments, counts) -> Tensor:

@@ -19,22 +19,23 @@ def match_costs(
     mask_weight: float,
     dice_weight: float,
 ) -> Tensor:
-    """What it costs to give segment m to query q, for S prediction sets at once.
+    """What it costs to give segment m to query q, for one prediction set or, with one more dimension in front, several.
 
     Args:
-        class_logits: (S, Q, K + 1) float.
-        mask_logits: (S, Q, P) float, at the sampled points.
+        class_logits: (Q, K + 1) float.
+        mask_logits: (Q, P) float, at the sampled points.
         labels: (n,) int64.
-        masks: (S, n, P) float, 0..1, at the same points.
+        masks: (n, P) float, 0..1, at the same points.
 
     Returns:
-        (S, Q, n) float32.
+        (Q, n) float32.
     """
     class_cost = -class_logits.float().softmax(-1)[..., labels]
-    x, t = mask_logits.float(), masks.float().transpose(1, 2)  # (S, Q, P), (S, P, n)
-    mask_cost = (F.softplus(-x) @ t + F.softplus(x) @ (1 - t)) / x.shape[-1]
+    x, t = mask_logits.float(), masks.float().mT  # (Q, P), (P, n)
+    # softplus(-x) where the mask is and softplus(x) where it is not differ by x
+    mask_cost = (F.softplus(x).sum(-1)[..., None] - x @ t) / x.shape[-1]
     probability = x.sigmoid()
-    dice_cost = 1 - (2 * probability @ t + 1) / (probability.sum(-1)[..., None] + t.sum(1)[:, None] + 1)
+    dice_cost = 1 - (2 * probability @ t + 1) / (probability.sum(-1)[..., None] + t.sum(-2)[..., None, :] + 1)
     return class_weight * class_cost + mask_weight * mask_cost + dice_weight * dice_cost
 
 

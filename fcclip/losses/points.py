@@ -6,7 +6,7 @@ Points are (x, y), 0..1 over the padded network input, so one set of points serv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,41 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(maps, grid.to(maps.dtype), mode="bilinear", padding_mode="zeros", align_corners=False)[:, :, 0]
 
 
+@torch.no_grad()
+def sample_cells(cells: Tensor, size: tuple[int, int], points: Tensor) -> Tensor:
+    """What `sample_maps` gives for one map whose channels lie together, many times as fast; no gradients.
+
+    Args:
+        cells: (h * w, C) float, row after row.
+        size: (h, w).
+        points: (P, 2) float, (x, y), 0..1.
+
+    Returns:
+        (P, C) float.
+    """
+    index, shares = zip(*_corners(points, size, size))
+    return F.embedding_bag(
+        torch.stack(index, -1), cells, mode="sum", per_sample_weights=torch.stack(shares, -1).to(cells)
+    )
+
+
+def _corners(points: Tensor, size: tuple[int, int], scale: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The four neighbours of each point, by the index of a cell and its share, which is 0 for those outside.
+
+    `scale`: cells that 0..1 of the points is high and wide, which may be more than the `size` of the map.
+    """
+    height, width = size
+    x, y = points[..., 0].float() * scale[1] - 0.5, points[..., 1].float() * scale[0] - 0.5
+    left, top = x.floor(), y.floor()
+    right_share, bottom_share = x - left, y - top
+    left, top = left.long(), top.long()
+    for dy, row_share in ((0, 1 - bottom_share), (1, bottom_share)):
+        for dx, column_share in ((0, 1 - right_share), (1, right_share)):
+            row, column = top + dy, left + dx
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            yield row.clamp(0, height - 1) * width + column.clamp(0, width - 1), inside * row_share * column_share
+
+
 def sample_targets(targets: Targets, segments: Tensor, points: Tensor, padded_size: tuple[int, int]) -> Tensor:
     """Bilinear values of segment masks at points, read off the id map: no mask is ever expanded.
 
@@ -44,23 +79,13 @@ def sample_targets(targets: Targets, segments: Tensor, points: Tensor, padded_si
     Returns:
         (n, P) float32, 0..1; equal to sampling the zero-padded 0/1 mask.
     """
-    height, width = targets.image_size
-    x = points[..., 0].float() * padded_size[1] - 0.5
-    y = points[..., 1].float() * padded_size[0] - 0.5
-    left, top = x.floor(), y.floor()
-    right_share, bottom_share = x - left, y - top
-    left, top = left.long(), top.long()
     values = torch.zeros(len(segments), points.shape[1], device=points.device)
-    for dy, row_share in ((0, 1 - bottom_share), (1, bottom_share)):
-        for dx, column_share in ((0, 1 - right_share), (1, right_share)):
-            row, column = top + dy, left + dx
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            index = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)  # (n or 1, P)
-            if targets.masks is None:
-                hit = targets.id_map.flatten()[index] == targets.ids.to(targets.id_map.dtype)[segments][:, None]
-            else:
-                hit = targets.masks.flatten(1)[segments].gather(1, index.expand(len(segments), -1)) > 0
-            values = values + (hit & inside) * row_share * column_share
+    for index, share in _corners(points, targets.image_size, padded_size):  # (n or 1, P)
+        if targets.masks is None:
+            hit = targets.id_map.flatten()[index] == targets.ids.to(targets.id_map.dtype)[segments][:, None]
+        else:
+            hit = targets.masks.flatten(1)[segments].gather(1, index.expand(len(segments), -1)) > 0
+        values = values + hit * share
     return values
 
 

@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fcclip.errors import InputError
-from fcclip.modeling.classifier import mask_pool, resize_masks, text_logits
+from fcclip.modeling.classifier import resize_masks, text_logits
 from fcclip.modeling.position import sine_positions
 from fcclip.structures import TextEmbeddings
 
@@ -45,6 +46,43 @@ class MaskProposals:
 def mask_product(embeddings: Tensor, features: Tensor) -> Tensor:
     """(B, Q, C) and (B, C, h, w) -> mask logits (B, Q, h, w)."""
     return (embeddings @ features.flatten(2)).unflatten(-1, features.shape[-2:])
+
+
+class MeansInsideMasks(torch.autograd.Function):
+    """`mask_pool` of masks that are products of embeddings and the features themselves, with gradients to the features.
+
+    Takes features (B, C, h, w), embeddings (B, N, C) and how many masks to make at once; gives (B, N, C). Of a mask a
+    byte a cell is kept for the gradient, and the gradients of all masks are summed in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, embeddings: Tensor, at_once: int) -> Tensor:
+        kind, pooled, masks, counts = features.device.type, [], [], []
+        ctx.features, ctx.at_once = (features.shape, features.dtype), at_once
+        cells = features.flatten(2)
+        if torch.is_autocast_enabled(kind):
+            cells = cells.to(torch.get_autocast_dtype(kind))
+        for some in embeddings.split(at_once, dim=1):
+            logits = some @ cells
+            masks.append(logits > 0)
+            share = logits.copy_(masks[-1])
+            counts.append(share.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1).to(share.dtype))
+            pooled.append(share.div_(counts[-1]) @ cells.transpose(1, 2))
+        ctx.save_for_backward(*masks, *counts)
+        return torch.cat(pooled, dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        shape, dtype = ctx.features
+        masks, counts = (
+            ctx.saved_tensors[: len(ctx.saved_tensors) // 2],
+            ctx.saved_tensors[len(ctx.saved_tensors) // 2 :],
+        )
+        total = gradient.new_zeros(shape, dtype=dtype).flatten(2)
+        for some, mask, count in zip(gradient.split(ctx.at_once, dim=1), masks, counts):
+            factors = (some / count).transpose(1, 2), mask.to(some.dtype)
+            total = total.baddbmm_(*factors) if some.dtype == dtype else total.add_(factors[0] @ factors[1])
+        return total.view(shape), None, None
 
 
 class Attention(nn.Module):
@@ -265,13 +303,12 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         x = self.query_feat.weight[None].expand(mask_features.shape[0], -1, -1)  # len() would fix the size in an export
         query_position = self.query_embed.weight
         num_layers = len(self.transformer_cross_attention_layers)
-        class_logits, mask_embeddings, class_embeddings = [], [], []
+        queries, mask_embeddings = [], []  # of the prediction sets
         for step in range(num_layers + 1):
             normed = self.decoder_norm(x)
             embedding = self.mask_embed(normed)
             if all_sets or step == num_layers:
-                class_embeddings.append(self.embed_classes(normed, embedding, mask_features))
-                class_logits.append(text_logits(class_embeddings[-1], text, self.logit_scale))
+                queries.append(normed)
                 mask_embeddings.append(embedding)
             if step == num_layers:
                 break
@@ -282,15 +319,16 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             x = self.transformer_cross_attention_layers[step](x, query_position, memory, position, blocked)
             x = self.transformer_self_attention_layers[step](x, query_position)
             x = self.transformer_ffn_layers[step](x)
+        classes = self.embed_classes(torch.cat(queries, dim=1), torch.cat(mask_embeddings, dim=1), mask_features)
+        class_embeddings = classes.chunk(len(queries), dim=1)
+        class_logits = [text_logits(each, text, self.logit_scale) for each in class_embeddings]
         return MaskProposals(class_logits, mask_embeddings, mask_features, class_embeddings)
 
     def embed_classes(self, normed: Tensor, embedding: Tensor, mask_features: Tensor) -> Tensor:
-        """The in-vocabulary classifier before it meets any class: normed queries (B, Q, d), mask embeddings ->
-        (B, Q, D), of any length."""
-        with torch.no_grad():
-            mask_logits = mask_product(embedding, mask_features)
-        pooled = self._mask_pooling_proj(mask_pool(mask_features, mask_logits))
-        return self.class_embed(pooled + normed)
+        """The in-vocabulary classifier before it meets any class: normed queries (B, N, d), mask embeddings ->
+        (B, N, D), of any length; N are the queries of one prediction set or of several."""
+        pooled = MeansInsideMasks.apply(mask_features, embedding.detach(), self.query_feat.num_embeddings)
+        return self.class_embed(self._mask_pooling_proj(pooled) + normed)
 
 
 @torch.no_grad()

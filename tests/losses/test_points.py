@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fcclip.losses import sample_maps, sample_targets, uncertain_points
+from fcclip.losses.points import sample_cells
 from fcclip.structures import Targets
 
 
@@ -42,6 +43,14 @@ def test_maps_are_sampled_at_pixel_centres_exactly():
     maps = torch.arange(12.0).view(1, 1, 3, 4)
     points = torch.tensor([[[0.5 / 4, 0.5 / 3], [3.5 / 4, 2.5 / 3], [2 / 4, 1.5 / 3], [2.0, 2.0]]])
     torch.testing.assert_close(sample_maps(maps, points)[0, 0], torch.tensor([0.0, 11.0, 5.5, 0.0]))
+
+
+def test_cells_with_their_channels_together_are_sampled_like_maps_also_beyond_the_border():
+    generator = torch.Generator().manual_seed(2)
+    maps = torch.randn(1, 5, 3, 4, generator=generator)
+    points = torch.rand(1, 200, 2, generator=generator) * 1.6 - 0.3
+    sampled = sample_cells(maps[0].flatten(1).T.contiguous(), (3, 4), points[0])
+    torch.testing.assert_close(sampled.T, sample_maps(maps, points)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_most_points_lie_where_the_prediction_is_uncertain():

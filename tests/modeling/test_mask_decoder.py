@@ -5,7 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fcclip.modeling.mask_decoder import Attention, MultiScaleMaskedTransformerDecoder, attention_mask
+from fcclip.modeling.classifier import mask_pool
+from fcclip.modeling.mask_decoder import (
+    Attention,
+    MeansInsideMasks,
+    MultiScaleMaskedTransformerDecoder,
+    attention_mask,
+    mask_product,
+)
 from fcclip.structures import TextEmbeddings
 
 
@@ -45,6 +52,29 @@ def test_the_last_set_is_the_same_when_the_others_are_left_out():
     assert len(last.class_logits) == 1
     assert torch.equal(every.class_logits[-1], last.class_logits[0])
     assert torch.equal(every.mask_logits(), last.mask_logits())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_means_of_masks_that_are_products_and_their_gradients_are_those_of_whole_masks(dtype):
+    generator = torch.Generator().manual_seed(4)
+    draw = [torch.randn(size, generator=generator) for size in ((2, 8, 5, 7), (2, 12, 8), (2, 12, 8))]
+    features, embeddings, weights = draw[0].requires_grad_(), *draw[1:]
+    embeddings[0, 0] = 0  # an empty mask
+
+    def run(pool):
+        features.grad = None
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            pooled = pool()
+        (pooled.float() * weights).sum().backward()
+        return pooled, features.grad
+
+    whole = run(lambda: mask_pool(features, mask_product(embeddings, features).detach()))
+    parts = run(lambda: MeansInsideMasks.apply(features, embeddings, 4))
+    assert parts[0][0, 0].abs().max() == 0
+    precision = {"rtol": 1e-5, "atol": 1e-6} if dtype is None else {"rtol": 2e-2, "atol": 2e-2}
+    for one, other in zip(parts, whole):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, **precision)
 
 
 def test_a_gradient_reaches_every_parameter():

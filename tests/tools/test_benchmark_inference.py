@@ -1,4 +1,4 @@
-"""tools/benchmark.py inference and text: that the published steps give what ours give, and what --check refuses."""
+"""tools/benchmark.py inference, text and train: the published steps give what ours give, and what --check refuses."""
 
 import importlib
 import json
@@ -50,6 +50,24 @@ def test_both_agree_and_are_recorded_and_a_lost_ratio_is_refused(benchmark, conf
 def test_text_vectors_agree_with_the_published_steps(benchmark, config, capsys):
     assert benchmark.main(["text", "--model", config, "--names", "5"]) == 0
     assert "published" in capsys.readouterr().out
+
+
+def test_losses_and_gradients_agree_with_the_published_steps(benchmark, config, tmp_path):
+    output = tmp_path / "train.json"
+    arguments = ["train", "--models", config, "--size", "64", "--segments", "3", "--rounds", "1", "--memory"]
+    assert benchmark.main([*arguments, "--output", str(output)]) == 0
+    [row] = json.loads(output.read_text())["rows"]
+    assert row["differences"]["losses"] < 1e-5 and row["differences"]["gradients"] < 1e-3
+    assert {"backbone", "pixel decoder", "masked decoder", "criterion"} < row["parts"].keys()
+    assert min(row["memory_mib"].values()) > 0
+
+
+def test_losses_that_differ_are_not_compared(benchmark, config, monkeypatch, capsys):
+    peer = importlib.import_module("benchmark_train")
+    monkeypatch.setattr(peer, "LOSSES", -1.0)
+    arguments = ["train", "--models", config, "--size", "64", "--segments", "3", "--rounds", "1"]
+    assert run_program(partial(benchmark.main, arguments)) == 1
+    assert "ours and the published steps differ" in capsys.readouterr().err
 
 
 def test_outputs_that_differ_are_not_compared(inference):
