@@ -1,6 +1,5 @@
 """tools/convert_checkpoint.py: nothing is lost, or it is said by name."""
 
-import importlib.util
 import pickle
 import re
 import subprocess
@@ -18,16 +17,14 @@ from fcclip.errors import run_program
 from fcclip.modeling.backbones.clip import build_clip
 from fcclip.weights import load_weights, model_weights
 from fcclip.weights.files import read_weight_file
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CLIP = "backbone.clip_model."
 
 
 @pytest.fixture
 def tool():
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", REPOSITORY / "tools" / "convert_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_program(REPOSITORY / "tools" / "convert_checkpoint.py")
     main, module.main = module.main, lambda argv: run_program(lambda: main(argv))
     return module
 

@@ -1,7 +1,5 @@
 """The program that shows forgetting on the shapes world; its trainings take minutes and are not run here."""
 
-import importlib
-import importlib.util
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,26 +10,20 @@ from fcclip.config import load_config
 from fcclip.data import dataset_vocabulary, get_dataset, read_id_map
 from fcclip.finetuning.start import METHODS, check_finetuning
 from fcclip.vocabulary import Vocabulary
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.tools.conftest import REPOSITORY, load_program
 
 
 @pytest.fixture
 def program():
-    spec = importlib.util.spec_from_file_location("finetune_shapes", REPOSITORY / "tools" / "finetune_shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(REPOSITORY / "tools" / "finetune_shapes.py")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A folder of data sets with six images in each set but the training set, which has one."""
     folder = tmp_path_factory.mktemp("datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPOSITORY / "datasets")
-        prepare = importlib.import_module("prepare_shapes").prepare
-        prepare(out=folder, seed=3, num_images=1, num_workers=1, num_evaluation=6)
+    prepare = load_program(REPOSITORY / "datasets" / "prepare_shapes.py").prepare
+    prepare(out=folder, seed=3, num_images=1, num_workers=1, num_evaluation=6)
     return folder
 
 

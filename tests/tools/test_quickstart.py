@@ -1,6 +1,3 @@
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,16 +7,12 @@ from fcclip.data import DATASETS
 from fcclip.errors import UserError
 from fcclip.segmenter import Computed, Segmentation
 from fcclip.vocabulary import Vocabulary
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.tools.conftest import REPOSITORY, load_program
 
 
 @pytest.fixture
 def quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart", REPOSITORY / "tools" / "quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(REPOSITORY / "tools" / "quickstart.py")
 
 
 def test_a_failing_script_ends_the_quickstart_and_the_stage_is_named(quickstart, tmp_path):
