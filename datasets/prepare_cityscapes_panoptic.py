@@ -42,6 +42,8 @@ from fcclip.vocabulary import Vocabulary
 IGNORE_LABEL = 255
 INSTANCES = 1000  # instance ids from here on are label * INSTANCES + number; smaller ones are labels
 CLASSES = {entry.id: (index, entry.thing) for index, entry in enumerate(Vocabulary.builtin("cityscapes").classes)}
+TRAIN_IDS = np.full(256, IGNORE_LABEL, np.uint8)  # from the label id to the class
+TRAIN_IDS[list(CLASSES)] = [index for index, _ in CLASSES.values()]
 CATEGORIES = (  # label id, official name, group, colour
     (7, "road", "flat", (128, 64, 128)),
     (8, "sidewalk", "flat", (244, 35, 232)),
@@ -92,17 +94,6 @@ def plan(root: Path, split: str) -> list[Task]:
                 )
             )
     return tasks
-
-
-def _train_ids() -> np.ndarray:
-    """(256,) uint8: from the label id to the class."""
-    table = np.full(256, IGNORE_LABEL, np.uint8)
-    for label, (index, _) in CLASSES.items():
-        table[label] = index
-    return table
-
-
-TRAIN_IDS = _train_ids()
 
 
 def make(task: Task) -> dict[str, Any]:

@@ -28,6 +28,9 @@ from fcclip.vocabulary import Vocabulary
 
 IGNORE_LABEL = 255
 NO_CLASS = 254  # in TABLE, of values that should not occur
+TABLE = np.full(256, NO_CLASS, np.uint8)  # from the value of an official label map to the class
+TABLE[IGNORE_LABEL] = IGNORE_LABEL
+TABLE[[entry.id - 1 for entry in Vocabulary.builtin("coco_stuff_171").classes]] = range(171)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,18 +48,6 @@ def plan(root: Path, split: str) -> list[Task]:
     maps = files_by_stem(root / "coco" / "stuffthingmaps" / f"{split}2017", ".png")
     target = root / "coco" / "stuffthingmaps_detectron2" / f"{split}2017"
     return [Task(name, (path,), (target / path.name,)) for name, path in maps.items()]
-
-
-def _table() -> np.ndarray:
-    """(256,) uint8: from the value of an official label map to the class."""
-    table = np.full(256, NO_CLASS, np.uint8)
-    table[IGNORE_LABEL] = IGNORE_LABEL
-    for index, entry in enumerate(Vocabulary.builtin("coco_stuff_171").classes):
-        table[entry.id - 1] = index
-    return table
-
-
-TABLE = _table()
 
 
 def make(task: Task) -> None:

@@ -32,13 +32,6 @@ PROGRAM = Path(__file__).with_name("tiny_world.py")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny_world")
-    tiny_world.write(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def two_processes(folder, tmp_path_factory):
     """Path stem of the files that two processes wrote, which evaluated the images and then a broken copy of them."""
     broken, output = tmp_path_factory.mktemp("broken_world"), tmp_path_factory.mktemp("two") / "process"
