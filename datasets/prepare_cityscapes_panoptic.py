@@ -28,15 +28,7 @@ import numpy as np
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import box_and_area, check_size, id_colours, read_pixels, write_image
-from fcclip.preparation.programs import (
-    AnnotationFile,
-    Download,
-    Preparation,
-    Task,
-    build_parser,
-    panoptic_content,
-    run,
-)
+from fcclip.preparation.programs import AnnotationFile, Download, Preparation, Task, main_of, panoptic_content
 from fcclip.vocabulary import Vocabulary
 
 IGNORE_LABEL = 255
@@ -65,10 +57,6 @@ CATEGORIES = (  # label id, official name, group, colour
     (32, "motorcycle", "vehicle", (0, 0, 230)),
     (33, "bicycle", "vehicle", (119, 11, 32)),
 )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -145,6 +133,7 @@ PREPARATION = Preparation(
         assemble=partial(panoptic_content, categories=categories()),
     ),
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -23,7 +23,7 @@ import numpy as np
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import run_program
 from fcclip.preparation.files import read_pixels, remap, write_image
-from fcclip.preparation.programs import Download, Preparation, Task, build_parser, run
+from fcclip.preparation.programs import Download, Preparation, Task, main_of
 from fcclip.vocabulary import Vocabulary
 
 IGNORE_LABEL = 255
@@ -31,10 +31,6 @@ NO_CLASS = 254  # in TABLE, of values that should not occur
 TABLE = np.full(256, NO_CLASS, np.uint8)  # from the value of an official label map to the class
 TABLE[IGNORE_LABEL] = IGNORE_LABEL
 TABLE[[entry.id - 1 for entry in Vocabulary.builtin("coco_stuff_171").classes]] = range(171)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -62,6 +58,7 @@ PREPARATION = Preparation(
     plan=plan,
     make=make,
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

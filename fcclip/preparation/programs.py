@@ -126,6 +126,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def main_of(preparation: Preparation, description: str) -> Callable[..., int]:
+    """The `main` of a program that prepares one thing; `description` is its docstring."""
+    return lambda arguments=None: run(preparation, build_parser(description).parse_args(arguments))
+
+
 def default_processes() -> int:
     """One a core that this process may use."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
