@@ -80,8 +80,7 @@ class TestLoader:
         records: of the data set.
         mapper: record -> sample.
         batches: record indices of each batch.
-        num_workers: processes; 0 loads here.
-        pin_memory: batches in page-locked memory.
+        num_workers, pin_memory: as for `TrainLoader`.
     """
 
     __test__ = False  # not a test class, whatever pytest thinks of the name

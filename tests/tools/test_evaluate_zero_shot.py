@@ -267,6 +267,7 @@ def lines_in(output):
     return sum(path.read_bytes().count(b"\n") for path in output.glob("**/images.*.jsonl"))
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_resumes_to_the_same_row_with_two_processes_too(tiny, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     code, printed, whole = run(tiny, tmp_path / "whole")

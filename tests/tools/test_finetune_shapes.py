@@ -12,10 +12,7 @@ from fcclip.finetuning.start import METHODS, check_finetuning
 from fcclip.vocabulary import Vocabulary
 from tests.tools.conftest import REPOSITORY, load_program
 
-
-@pytest.fixture
-def program():
-    return load_program(REPOSITORY / "tools" / "finetune_shapes.py")
+program = load_program(REPOSITORY / "tools" / "finetune_shapes.py")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +24,7 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_own_classes_are_unseen_ones(program):
+def test_the_own_classes_are_unseen_ones():
     unseen = ~Vocabulary.builtin("shapes").seen_by(Vocabulary.builtin("shapes_seen"))
     names = [name for name, new in zip(Vocabulary.builtin("shapes").class_names, unseen) if new]
     assert set(program.OWN) <= set(names)
@@ -36,7 +33,7 @@ def test_the_own_classes_are_unseen_ones(program):
     assert set(program.METHODS) == set(METHODS) - {""}
 
 
-def test_own_data_are_the_images_of_orange_shapes_with_nothing_else_labelled(program, world, tmp_path):
+def test_own_data_are_the_images_of_orange_shapes_with_nothing_else_labelled(world, tmp_path):
     path = program.write_own_data(tmp_path / "own" / "test", world, ("val", "val_unseen"))
     dataset = get_dataset(str(path))
     assert dataset.name == "orange_test" and dataset.own_vocabulary().class_names == program.OWN
@@ -57,7 +54,7 @@ def test_own_data_are_the_images_of_orange_shapes_with_nothing_else_labelled(pro
         assert set(np.unique(read_id_map(record["pan_seg_file_name"]))) == ids | {0}
 
 
-def test_every_method_has_a_command_line_that_can_start(program, world, tmp_path, monkeypatch):
+def test_every_method_has_a_command_line_that_can_start(world, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(world))
     args = Namespace(iterations=60, opts=["SEED", "1"])
     for method in program.METHODS:
@@ -67,7 +64,7 @@ def test_every_method_has_a_command_line_that_can_start(program, world, tmp_path
         check_finetuning(cfg, world_size=1)
 
 
-def test_the_figure_has_a_bar_for_each_method_and_group(program, tmp_path):
+def test_the_figure_has_a_bar_for_each_method_and_group(tmp_path):
     def figures(value):
         groups = {"all": value, "seen": value, "own": value + 5, "unseen": None}
         return {"shapes_val": {metric: dict(groups) for metric in ("PQ", "AP", "mIoU")}}
