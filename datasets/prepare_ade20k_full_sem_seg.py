@@ -28,7 +28,7 @@ from ade20k_tables import FULL_IDS
 
 from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import COLOUR_MODES, check_size, read_pixels, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, main_of
 
 SHORT_SIDE = 512  # pixels, at most
 JPEG_QUALITY = 75
@@ -37,10 +37,6 @@ IGNORE_LABEL = 65535
 TABLE = np.full(1 << 16, IGNORE_LABEL, np.uint16)  # from ADE20K's number of an object to the class
 TABLE[list(FULL_IDS)] = range(len(FULL_IDS))
 IMAGE_MODES = (*COLOUR_MODES, "L", "CMYK", "P")
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -123,6 +119,7 @@ PREPARATION = Preparation(
     plan=plan,
     make=make,
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

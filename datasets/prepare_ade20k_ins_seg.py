@@ -24,22 +24,12 @@ from pycocotools import mask as coco_mask
 
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import InputError, run_program
-from fcclip.preparation.files import (
-    COLOUR_MODES,
-    box_and_area,
-    check_size,
-    pair_by_stem,
-    read_pixels,
-)
-from fcclip.preparation.programs import FOLDERS, AnnotationFile, Download, Preparation, Task, build_parser, run
+from fcclip.preparation.files import COLOUR_MODES, box_and_area, check_size, pair_by_stem, read_pixels
+from fcclip.preparation.programs import FOLDERS, AnnotationFile, Download, Preparation, Task, main_of
 from fcclip.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.builtin("ade20k_150")
 THINGS = VOCABULARY.thing_classes  # the k-th thing of the instance annotations, counted from 1, is the k-th of these
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -121,6 +111,7 @@ PREPARATION = Preparation(
         assemble=assemble,
     ),
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

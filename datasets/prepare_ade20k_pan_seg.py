@@ -38,15 +38,7 @@ from prepare_ade20k_sem_seg import downloads as semantic_downloads
 
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import run_program
-from fcclip.preparation.files import (
-    box_and_area,
-    check_size,
-    id_colours,
-    pair_by_stem,
-    read_pixels,
-    remap,
-    write_image,
-)
+from fcclip.preparation.files import box_and_area, check_size, id_colours, pair_by_stem, read_pixels, remap, write_image
 from fcclip.preparation.programs import (
     FOLDERS,
     AnnotationFile,

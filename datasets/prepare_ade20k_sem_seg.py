@@ -20,17 +20,13 @@ import numpy as np
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import run_program
 from fcclip.preparation.files import read_pixels, remap, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, main_of
 
 NUM_CLASSES = 150
 IGNORE_LABEL = 255
 NO_CLASS = 254  # in TABLE, of values that should not occur
 TABLE = np.full(256, NO_CLASS, np.uint8)  # from a value of the download to the class
 TABLE[: NUM_CLASSES + 1] = [IGNORE_LABEL, *range(NUM_CLASSES)]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -57,6 +53,7 @@ PREPARATION = Preparation(
     plan=plan,
     make=make,
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -25,24 +25,12 @@ import numpy as np
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import box_and_area, check_size, id_colours, pair_by_stem, read_pixels, write_image
-from fcclip.preparation.programs import (
-    AnnotationFile,
-    Download,
-    Preparation,
-    Task,
-    build_parser,
-    panoptic_content,
-    run,
-)
+from fcclip.preparation.programs import AnnotationFile, Download, Preparation, Task, main_of, panoptic_content
 from fcclip.vocabulary import Vocabulary
 
 CLASSES = {entry.id: entry for entry in Vocabulary.builtin("bdd100k_40").classes}
 IGNORE, CROWD = 1, 2  # bits of green
 IMAGES, BITMASKS = "bdd100k/images/10k/{}", "bdd100k/labels/pan_seg/bitmasks/{}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -97,6 +85,7 @@ PREPARATION = Preparation(
         assemble=partial(panoptic_content, categories=categories()),
     ),
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -28,20 +28,14 @@ import numpy as np
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import box_and_area, check_size, id_colours, read_pixels, write_image
-from fcclip.preparation.programs import (
-    AnnotationFile,
-    Download,
-    Preparation,
-    Task,
-    build_parser,
-    panoptic_content,
-    run,
-)
+from fcclip.preparation.programs import AnnotationFile, Download, Preparation, Task, main_of, panoptic_content
 from fcclip.vocabulary import Vocabulary
 
 IGNORE_LABEL = 255
 INSTANCES = 1000  # instance ids from here on are label * INSTANCES + number; smaller ones are labels
 CLASSES = {entry.id: (index, entry.thing) for index, entry in enumerate(Vocabulary.builtin("cityscapes").classes)}
+TRAIN_IDS = np.full(256, IGNORE_LABEL, np.uint8)  # from the label id to the class
+TRAIN_IDS[list(CLASSES)] = [index for index, _ in CLASSES.values()]
 CATEGORIES = (  # label id, official name, group, colour
     (7, "road", "flat", (128, 64, 128)),
     (8, "sidewalk", "flat", (244, 35, 232)),
@@ -63,10 +57,6 @@ CATEGORIES = (  # label id, official name, group, colour
     (32, "motorcycle", "vehicle", (0, 0, 230)),
     (33, "bicycle", "vehicle", (119, 11, 32)),
 )
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -92,17 +82,6 @@ def plan(root: Path, split: str) -> list[Task]:
                 )
             )
     return tasks
-
-
-def _train_ids() -> np.ndarray:
-    """(256,) uint8: from the label id to the class."""
-    table = np.full(256, IGNORE_LABEL, np.uint8)
-    for label, (index, _) in CLASSES.items():
-        table[label] = index
-    return table
-
-
-TRAIN_IDS = _train_ids()
 
 
 def make(task: Task) -> dict[str, Any]:
@@ -154,6 +133,7 @@ PREPARATION = Preparation(
         assemble=partial(panoptic_content, categories=categories()),
     ),
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -25,14 +25,10 @@ import numpy as np
 from fcclip.data.images import read_id_map
 from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import read_json, write_image
-from fcclip.preparation.programs import Download, Preparation, Task, build_parser, run
+from fcclip.preparation.programs import Download, Preparation, Task, main_of
 from fcclip.vocabulary import Vocabulary
 
 IGNORE_LABEL = 255
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -88,6 +84,7 @@ PREPARATION = Preparation(
     plan=plan,
     make=make,
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

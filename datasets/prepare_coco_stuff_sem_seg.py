@@ -23,15 +23,14 @@ import numpy as np
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import run_program
 from fcclip.preparation.files import read_pixels, remap, write_image
-from fcclip.preparation.programs import Download, Preparation, Task, build_parser, run
+from fcclip.preparation.programs import Download, Preparation, Task, main_of
 from fcclip.vocabulary import Vocabulary
 
 IGNORE_LABEL = 255
 NO_CLASS = 254  # in TABLE, of values that should not occur
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
+TABLE = np.full(256, NO_CLASS, np.uint8)  # from the value of an official label map to the class
+TABLE[IGNORE_LABEL] = IGNORE_LABEL
+TABLE[[entry.id - 1 for entry in Vocabulary.builtin("coco_stuff_171").classes]] = range(171)
 
 
 def downloads(split: str) -> list[Download]:
@@ -47,18 +46,6 @@ def plan(root: Path, split: str) -> list[Task]:
     return [Task(name, (path,), (target / path.name,)) for name, path in maps.items()]
 
 
-def _table() -> np.ndarray:
-    """(256,) uint8: from the value of an official label map to the class."""
-    table = np.full(256, NO_CLASS, np.uint8)
-    table[IGNORE_LABEL] = IGNORE_LABEL
-    for index, entry in enumerate(Vocabulary.builtin("coco_stuff_171").classes):
-        table[entry.id - 1] = index
-    return table
-
-
-TABLE = _table()
-
-
 def make(task: Task) -> None:
     (path,) = task.inputs
     write_image(task.outputs[0], remap(read_pixels(path), TABLE, path, invalid=NO_CLASS))
@@ -71,6 +58,7 @@ PREPARATION = Preparation(
     plan=plan,
     make=make,
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

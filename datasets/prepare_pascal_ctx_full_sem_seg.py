@@ -23,14 +23,10 @@ import scipy.io
 from fcclip.data.datasets.files import files_by_stem
 from fcclip.errors import InputError, MissingFileError, run_program
 from fcclip.preparation.files import check_size, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, main_of
 
 NUM_CLASSES = 459
 IGNORE_LABEL = 65535
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -92,6 +88,7 @@ PREPARATION = Preparation(
     plan=plan,
     make=make,
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -26,7 +26,7 @@ from pycocotools import mask as coco_mask
 from fcclip.data.segmentations import compressed
 from fcclip.errors import InputError, run_program
 from fcclip.preparation.files import check_size, copy_file, read_json, stored_size, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, main_of
 
 IGNORE_LABEL = 255
 CATEGORIES = (  # of the JSON file; none, then the 59 classes in their order
@@ -35,10 +35,6 @@ CATEGORIES = (  # of the JSON file; none, then the 59 classes in their order
     415, 416, 420, 424, 427, 440, 445, 454, 458,
 )  # fmt: skip
 NUM_CLASSES = len(CATEGORIES) - 1
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -106,6 +102,7 @@ PREPARATION = Preparation(
     plan=plan,
     make=make,
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

@@ -23,7 +23,7 @@ import numpy as np
 
 from fcclip.errors import run_program
 from fcclip.preparation.files import check_size, copy_file, read_pixels, remap, write_image
-from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, build_parser, run
+from fcclip.preparation.programs import FOLDERS, Download, Preparation, Task, main_of
 
 NUM_CLASSES = 20
 IGNORE_LABEL = 255
@@ -32,10 +32,6 @@ WITH_BACKGROUND = np.full(256, NO_CLASS, np.uint8)
 WITH_BACKGROUND[[*range(NUM_CLASSES + 1), IGNORE_LABEL]] = [*range(NUM_CLASSES + 1), IGNORE_LABEL]
 WITHOUT_BACKGROUND = np.full(256, NO_CLASS, np.uint8)
 WITHOUT_BACKGROUND[[*range(NUM_CLASSES + 1), IGNORE_LABEL]] = [IGNORE_LABEL, *range(NUM_CLASSES), IGNORE_LABEL]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    return run(PREPARATION, build_parser(__doc__).parse_args(arguments))
 
 
 def downloads(split: str) -> list[Download]:
@@ -78,6 +74,7 @@ PREPARATION = Preparation(
     plan=plan,
     make=make,
 )
+main = main_of(PREPARATION, __doc__)
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

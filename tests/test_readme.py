@@ -5,11 +5,9 @@ pasted.
 import ast
 import contextlib
 import importlib
-import importlib.util
 import io
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from fvcore.common.config import CfgNode
 from fcclip import __version__
 from fcclip.config import get_cfg, load_config
 from fcclip.engine import scale_to_world_size
+from tests.tools.conftest import load_program
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = [path for folder in ("", "docs", "datasets") for path in sorted((REPOSITORY / folder).glob("*.md"))]
@@ -57,13 +56,6 @@ def commands(document):
             yield script, shlex.split(rest.replace("\\\n", " "), comments=True)
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(f"pasted_{Path(name).stem}", REPOSITORY / name)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
 def anchors_of(document):
     """What GitHub calls the headings of a document."""
     headings = re.findall(r"^#+ (.*)", text_of(document), re.MULTILINE)
@@ -97,7 +89,7 @@ def test_commands_can_be_read_by_their_scripts_and_keys_take_the_values(document
         name = "train_net.py" if script == "tools/slurm/train.sh" else script
         if name not in PARSED or "..." in words:
             continue
-        args = load_script(name).parse_arguments(words)
+        args = load_program(REPOSITORY / name).parse_arguments(words)
         if args.config_file:
             load_config(args.config_file, args.opts)
 
@@ -173,7 +165,9 @@ def test_the_recipes_for_fewer_gpus_are_those_of_the_config():
 
 
 def test_the_cost_of_the_large_model_is_the_one_that_is_told():
-    report = load_script("tools/analyze_model.py").analyse(load_config(COCO), height=1024, width=1024, segments=12)
+    report = load_program(REPOSITORY / "tools" / "analyze_model.py").analyse(
+        load_config(COCO), height=1024, width=1024, segments=12
+    )
     flops = sum(part["flops"] for part in report["inference"]["parts"].values())
     inference, training = (report[name]["memory"]["total"] / 2**30 for name in ("inference", "training"))
     told = re.search(r"takes\s+([\d,]+) GFLOPs and ([\d.]+) GiB for an image, ([\d.]+) GiB", text_of(GETTING_STARTED))

@@ -43,10 +43,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
+from fcclip.checks.weights import build_on_meta
 from fcclip.config import load_config
 from fcclip.errors import InputError, run_program
 from fcclip.files import write_json
-from fcclip.modeling import Architecture, build_model
+from fcclip.modeling import Architecture
 from fcclip.modeling.inputs import padded_size
 from fcclip.modeling.pixel_decoder import MSDeformAttn
 from fcclip.structures import Targets, TextEmbeddings
@@ -156,6 +157,9 @@ def analyse(cfg: CfgNode, *, height: int, width: int, batch: int = 1, segments: 
         ValueError: a config that cannot be built, or one without a vocabulary.
     """
     model = build_on_meta(cfg)
+    for module in model.modules():
+        if isinstance(module, MSDeformAttn):
+            module.engine = "torch"  # the others need values
     vocabulary = model.test_vocabulary or model.train_vocabulary
     if vocabulary is None:
         raise InputError("DATASETS.TRAIN and DATASETS.TEST are empty: name a data set, its classes are what is scored")
@@ -180,20 +184,6 @@ def analyse(cfg: CfgNode, *, height: int, width: int, batch: int = 1, segments: 
     if segments is not None:
         report["training"] = training_cost(model, sample, batch, segments, held)
     return report
-
-
-def build_on_meta(cfg: CfgNode) -> Architecture:
-    """The model of a config as shapes only; nothing is downloaded or read besides architecture and vocabularies."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.DEVICE, cfg.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, cfg.MODEL.SAM_WEIGHTS = "meta", "", ""
-    cfg.MODEL.FUSIONER.TIMM_WEIGHTS = ""
-    with torch.device("meta"):
-        model = build_model(cfg)
-    for module in model.modules():
-        if isinstance(module, MSDeformAttn):
-            module.engine = "torch"  # the others need values
-    return model
 
 
 def count_parameters(model: nn.Module) -> dict[str, dict[str, int]]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -33,8 +32,8 @@ from fcclip.checks.report import print_report
 from fcclip.data import dataset_vocabulary, get_dataset
 from fcclip.errors import run_program
 from fcclip.files import write_json
+from fcclip.preparation.programs import default_processes
 
-_MOST_WORKERS = 16
 _SHAPES, _COCO = "shapes_train", "openvocab_coco_2017_train_panoptic_with_sem_seg"  # whose classes count as seen
 
 
@@ -74,9 +73,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("datasets", nargs="+", metavar="NAME_OR_YAML", help="registered data sets, or YAML files")
     add("--preview", type=int, metavar="N", help="write a sheet of N images with their labels drawn")
     add("--output", "--json", type=Path, metavar="FILE", help="write every issue and every class there, as JSON")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(_MOST_WORKERS, cores)
-    add("--workers", type=int, default=workers, metavar="N", help="processes (default: one a core; 0: none)")
+    processes = default_processes()
+    add("--workers", type=int, default=processes, metavar="N", help="processes (default: one a core; 0: none)")
     args = parser.parse_args(arguments)
     if args.workers < 0:
         parser.error(f"--workers must be 0 or more, got {args.workers}")

@@ -14,21 +14,21 @@ import argparse
 import logging
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from stages import REPOSITORY, call
+
 from fcclip.config import load_config
 from fcclip.data import get_dataset
-from fcclip.errors import UserError, run_program
+from fcclip.errors import run_program
 from fcclip.evaluation import evaluate
 from fcclip.evaluation.results import current_commit
 from fcclip.files import read_json, write_atomically, write_json
 from fcclip.modeling import build_model
 from fcclip.weights import load_weights
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIGS = "configs/shapes"
 NO_QUERY, NO_FEATURE = (f"MODEL.MASK_FORMER.SAM_{name}_FUSE_LAYER 3".split() for name in ("QUERY", "FEATURE"))
 TRAININGS = {  # name -> config, and keys over it
@@ -90,16 +90,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--first", type=int, metavar="N", help="evaluate on the first images only")
     add("opts", nargs="*", metavar="KEY VALUE", help="config keys for every training, after --")
     return parser.parse_args(arguments)
-
-
-def call(script: str, *arguments: object) -> None:
-    """Runs a script of the repository as a user would, from its root.
-
-    Raises:
-        UserError: it failed; it has said why.
-    """
-    if status := subprocess.run([sys.executable, script, *map(str, arguments)], cwd=REPOSITORY).returncode:
-        raise UserError(f"{script} ended with status {status}")
 
 
 def measure(

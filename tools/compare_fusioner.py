@@ -21,7 +21,6 @@ import itertools
 import logging
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from fvcore.common.config import CfgNode
 from safetensors.torch import save
+from stages import call
 from torch import Tensor, nn
 
 from fcclip.config import load_config
@@ -42,7 +42,7 @@ from fcclip.data.datasets.metadata import class_metadata
 from fcclip.data.loaders import build_train_loader
 from fcclip.data.mappers import build_test_mapper
 from fcclip.engine import build_trainer, seed_everything
-from fcclip.errors import UserError, run_program
+from fcclip.errors import run_program
 from fcclip.evaluation import evaluate
 from fcclip.evaluation.results import current_commit
 from fcclip.files import read_json, write_atomically, write_json
@@ -51,7 +51,6 @@ from fcclip.modeling.architecture import Architecture
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import load_weights
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = "shapes/fusioner_shapes.yaml"
 TRAIN_SPLITS = ("tune", "val_unseen")  # those of all 60 classes but val
 NUM_FOLDS, PREPARED_IMAGES = 4, 1  # the set train has two thirds of the classes and is not used
@@ -66,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = args.output.expanduser().resolve()
     world = os.environ["DETECTRON2_DATASETS"] = str(args.world or output / "world")
     if args.world is None:
-        prepare = [sys.executable, "datasets/prepare_shapes.py", "--images", str(PREPARED_IMAGES), "--out", world]
-        if status := subprocess.run(prepare, cwd=REPOSITORY).returncode:
-            raise UserError(f"datasets/prepare_shapes.py ended with status {status}")
+        call("datasets/prepare_shapes.py", "--images", PREPARED_IMAGES, "--out", world)
     path, vit = output / "results.json", output / "vit.safetensors"
     results = read_json(path, what="results") if path.is_file() else {"commit": current_commit(), "mIoU": {}}
     if "timm" in args.encoders and not vit.is_file():

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from stages import REPOSITORY
 
 from fcclip import Segmenter
 from fcclip.errors import run_program
 from fcclip.visualization import contact_sheet
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 HEARTS = "blue heart; blue cross; yellow square; purple star; orange triangle; hay:stuff"
 THREE = "red circle; blue star, azure star; sand:stuff"
 ALL = f"red heart; {HEARTS}"

@@ -33,7 +33,8 @@ from fvcore.common.config import CfgNode
 
 from fcclip.comm import get_rank, get_world_size, is_main_process
 from fcclip.config import load_config, resolve_device, resolve_file
-from fcclip.data import dataset_vocabulary, get_dataset, joined
+from fcclip.data import dataset_vocabulary
+from fcclip.data.training_set import training_vocabulary
 from fcclip.engine import (
     RunLock,
     apply_numeric_settings,
@@ -205,9 +206,7 @@ def evaluate_sets(cfg: CfgNode, args: argparse.Namespace) -> Report | None:
     apply_numeric_settings(cfg, training=False)
     plans, missing = plan_sets(cfg, args.datasets, given=args.opts[::2])
     folder = cfg.MODEL.FC_CLIP.VOCABULARIES
-    training = None
-    if cfg.DATASETS.TRAIN:
-        training = dataset_vocabulary(joined([get_dataset(name) for name in cfg.DATASETS.TRAIN]), folder)
+    training = training_vocabulary(cfg) if cfg.DATASETS.TRAIN else None
     model = build_model(cfg, train_vocabulary=training, test_vocabulary=None)
     load_weights(model, cfg.MODEL.WEIGHTS)
     everything = test_modes(cfg)

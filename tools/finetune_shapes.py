@@ -15,7 +15,6 @@ import argparse
 import itertools
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,16 +22,16 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import yaml
+from stages import call
 
 from fcclip.data import get_dataset, read_id_map
-from fcclip.errors import UserError, run_program
+from fcclip.errors import run_program
 from fcclip.evaluation import write_id_map
 from fcclip.files import read_json, write_json
 from fcclip.finetuning import figures_of, format_comparison
 from fcclip.preparation.shapes_world import SETS
 from fcclip.vocabulary import Vocabulary
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = "configs/shapes/fcclip_shapes.yaml"
 WEIGHTS = "shapes_fcclip.safetensors"
 OWN = ("orange square", "orange triangle", "orange star", "orange heart", "orange cross")
@@ -95,16 +94,6 @@ def overrides(method: str, train: Path, test: Path, folder: Path, args: argparse
         "OUTPUT_DIR": folder,
     }
     return [str(part) for part in (*itertools.chain(*keys.items()), *METHODS[method], *args.opts)]
-
-
-def call(script: str, *arguments: object) -> None:
-    """Runs a script of the repository as a user would, from its root.
-
-    Raises:
-        UserError: it failed; it has said why.
-    """
-    if status := subprocess.run([sys.executable, script, *map(str, arguments)], cwd=REPOSITORY).returncode:
-        raise UserError(f"{script} ended with status {status}")
 
 
 def write_own_data(folder: Path, world: Path, splits: Sequence[str]) -> Path:

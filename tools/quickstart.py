@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +21,7 @@ from pathlib import Path
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
+from stages import REPOSITORY, call
 
 from fcclip import Segmenter
 from fcclip.config import load_config, resolve_device
@@ -34,7 +34,6 @@ from fcclip.structures import Segment
 from fcclip.visualization import contact_sheet, draw_panoptic
 from fcclip.weights import load_weights
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = "configs/shapes/fcclip_shapes.yaml"
 SEED = 0  # of the world
 SETS = ("shapes_val", "shapes_val_seen", "shapes_val_unseen")
@@ -96,16 +95,6 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
         raise UserError(f"the quickstart failed in stage '{name}': {error}") from error
     seconds[name] = time.perf_counter() - start
     print(f"== {name}: {seconds[name]:.0f} s", flush=True)
-
-
-def call(script: str, *arguments: str) -> None:
-    """Runs a script of the repository as a user would, from its root.
-
-    Raises:
-        UserError: it failed; it has said why.
-    """
-    if status := subprocess.run([sys.executable, script, *arguments], cwd=REPOSITORY).returncode:
-        raise UserError(f"{script} ended with status {status}")
 
 
 def evaluate_sets(cfg: CfgNode, max_images: int | None) -> dict:

@@ -8,8 +8,7 @@ run.py          check_run: everything that a run would find out later, by
 machine.py      device, operators, output folder, disk
 weights.py      the model on the meta device, and MODEL.WEIGHTS
 vocabulary.py   vocabularies of data sets and weights
-frozen.py       the weights of the frozen encoders
-clip.py         the file or tag of the CLIP
+frozen.py       the weights of the frozen encoders: a file, or the tag of a CLIP
 training.py     settings of training and evaluation
 data.py         data sets as a run reads them
 

@@ -82,14 +82,9 @@ def rules_of(dataset: Dataset, *, has_label_maps: bool = True) -> Rules:
     return Rules(
         class_names=tuple(metadata["stuff_classes"]),
         ignore_label=metadata.get("ignore_label"),
-        stale_areas=_has_stale_areas(dataset),
+        stale_areas=metadata["evaluator_type"] == "ade20k_panoptic_seg",
         has_label_maps=has_label_maps,
     )
-
-
-def _has_stale_areas(dataset: Dataset) -> bool:
-    """Whether the published files give areas of stuff before instances were painted over it, as ADE20K's do."""
-    return dataset.metadata["evaluator_type"] == "ade20k_panoptic_seg"
 
 
 # ---- the annotation file ----

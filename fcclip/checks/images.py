@@ -18,7 +18,7 @@ from fcclip.checks.issue import NOTE, Issues
 from fcclip.checks.kinds import PUBLISHED_SO
 from fcclip.data import read_id_map, read_label_map
 from fcclip.data.images import Header, read_header, read_pil_image
-from fcclip.data.segmentations import check_code, has_area, paint_classes
+from fcclip.data.segmentations import check_code, has_area, paint_classes, starts_of_runs
 from fcclip.files import listed
 
 Record = Mapping[str, Any]  # of a data set
@@ -280,7 +280,7 @@ def _mask_area(segmentation: dict | list | None, shape: tuple[int, int]) -> int:
 def areas_of(numbers: np.ndarray) -> dict[int, int]:
     """Number -> its pixels in a map (H, W) of integers, from its runs: segments are few and large."""
     flat = numbers.ravel()
-    starts = np.flatnonzero(np.concatenate(([True], flat[1:] != flat[:-1])))
+    starts = starts_of_runs(flat)
     values, which = np.unique(flat[starts], return_inverse=True)
     areas = np.bincount(which, weights=np.diff(starts, append=flat.size)).astype(np.int64)
     return dict(zip(values.tolist(), areas.tolist()))

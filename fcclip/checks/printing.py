@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issue, Issues
 from fcclip.checks.kinds import KINDS
 from fcclip.data import root_folder
+from fcclip.preparation.programs import new_progress
 
 _SHOWN = {OK: ("ok", "green"), NOTE: ("note", "dim"), WARNING: ("warn", "yellow"), ERROR: ("ERROR", "bold red")}
 _FEW = 3  # examples of a kind
@@ -84,9 +84,6 @@ def short(file: str) -> str:
 @contextlib.contextmanager
 def progress(name: str) -> Iterator[Callable[[int, int], None]]:
     """A function to be called with (images done, images in all), which moves a bar on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    disabled = not console.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, disable=disabled) as bar:
+    with new_progress(transient=True) as bar:
         task = bar.add_task(f"{name}: annotations", total=None)
         yield lambda done, total: bar.update(task, description=name, completed=done, total=total)

@@ -12,7 +12,7 @@ from fcclip.checks.machine import check_disk, check_machine, check_output_folder
 from fcclip.checks.training import check_evaluation, check_settings
 from fcclip.checks.vocabulary import check_vocabularies
 from fcclip.checks.weights import check_model, check_weights
-from fcclip.config import load_config, told_without_effect
+from fcclip.config import load_config, told_without_effect, with_values
 from fcclip.data import distinct_datasets
 from fcclip.engine import scale_to_world_size
 from fcclip.finetuning import check_finetuning
@@ -47,9 +47,7 @@ def check_run(
     if cfg is None:
         return issues
     if weights:
-        cfg.defrost()
-        cfg.MODEL.WEIGHTS = weights
-        cfg.freeze()
+        cfg = with_values(cfg, {"MODEL.WEIGHTS": weights})
     former = dict.fromkeys(cfg.FINETUNE.REPLAY_DATASETS) if training and cfg.FINETUNE.METHOD == "replay" else {}
     train, test = dict.fromkeys(cfg.DATASETS.TRAIN), dict.fromkeys(cfg.DATASETS.TEST)
     with issues.section("machine"):

@@ -13,8 +13,8 @@ from torch import nn
 
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.machine import sized
-from fcclip.config import flatten, keys_that, resolve_file
-from fcclip.modeling import build_model
+from fcclip.config import flatten, keys_that, resolve_file, with_values
+from fcclip.modeling import Architecture, build_model
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import (
     WeightFile,
@@ -28,19 +28,23 @@ from fcclip.weights import (
 from fcclip.weights.checkpoint import own_names
 
 
-def check_model(issues: Issues, cfg: CfgNode) -> nn.Module:
+def build_on_meta(cfg: CfgNode, **vocabularies: Vocabulary) -> Architecture:
+    """The model of a config as shapes only; nothing is downloaded or read besides architecture and vocabularies, which
+    may be given as for `build_model`."""
+    sources = ("FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "SAM_WEIGHTS", "FUSIONER.TIMM_WEIGHTS")
+    cfg = with_values(cfg, {"MODEL.DEVICE": "meta", **{f"MODEL.{key}": "" for key in sources}})
+    with torch.device("meta"):
+        return build_model(cfg, **vocabularies)
+
+
+def check_model(issues: Issues, cfg: CfgNode) -> Architecture:
     """The model as shapes only.
 
     Raises:
         ValueError: the config cannot be built.
     """
-    shapes = cfg.clone()
-    shapes.defrost()
-    shapes.MODEL.DEVICE, shapes.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS, shapes.MODEL.SAM_WEIGHTS = "meta", "", ""
-    shapes.MODEL.FUSIONER.TIMM_WEIGHTS = ""
     anything = Vocabulary.from_names("anything")
-    with torch.device("meta"):
-        model = build_model(shapes, train_vocabulary=anything, test_vocabulary=anything)
+    model = build_on_meta(cfg, train_vocabulary=anything, test_vocabulary=anything)
     queries = f"; {cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES} queries" if hasattr(model, "sem_seg_head") else ""
     total = sum(weight.numel() for weight in model.parameters()) / 1e6
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad) / 1e6

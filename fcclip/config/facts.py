@@ -22,12 +22,9 @@ def affects(key: str) -> str:
 
 def why_without_effect(key: str) -> str:
     """The reason why a key has no effect at all; "": it has one."""
-    return "of another model" if _is_of_another_model(key) else _mark(key).reason
-
-
-def _is_of_another_model(key: str) -> bool:
-    """Whether a key that is not in the tree belongs to another model of detectron2's."""
-    return key not in _marks() and any(f"{key}.".startswith(f"{group}.") for group in OTHER_MODELS)
+    if key not in _marks() and any(f"{key}.".startswith(f"{group}.") for group in OTHER_MODELS):
+        return "of another model"
+    return _mark(key).reason
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,6 +67,17 @@ def config_of(tree: Mapping[str, Any], *, where: str, overrides: Sequence[Any] =
     for key, value in zip(overrides[::2], overrides[1::2]):
         for own_key, own_value in own_keys({str(key): value}).items():
             _assign(cfg, own_key, own_value, where="command line")
+    cfg.freeze()
+    return cfg
+
+
+def with_values(cfg: CfgNode, values: Mapping[str, Any]) -> CfgNode:
+    """A frozen copy of a config with other values: "KEY.OF.LEAF" -> value of the right type."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for key, value in values.items():
+        *groups, name = key.split(".")
+        functools.reduce(getattr, groups, cfg)[name] = value
     cfg.freeze()
     return cfg
 

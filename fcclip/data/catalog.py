@@ -54,24 +54,17 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
 # Pairs of an image and one of its classes, for Fusioner alone.
 PAIRS: dict[str, Callable[[Path], Dataset]] = {
     **{
-        f"{folds.name}{names}_fold{fold}_{split}": partial(
-            fold_dataset,
-            name=f"{folds.name}{names}_fold{fold}_{split}",
-            split=split,
-            folds=folds,
-            fold=fold,
-            names=names,
-        )
+        name: partial(fold_dataset, name=name, split=split, folds=folds, fold=fold, names=names)
         for folds in (PASCAL_5I, COCO_20I)
         for names in ("", "_readable")  # published names, and those with spaces
         for fold in range(NUM_FOLDS)
         for split in SPLITS
+        for name in (f"{folds.name}{names}_fold{fold}_{split}",)
     },
     **{
-        f"pascal_voc_of_coco_20i_fold{fold}_val": partial(
-            transfer_dataset, name=f"pascal_voc_of_coco_20i_fold{fold}_val", fold=fold
-        )
+        name: partial(transfer_dataset, name=name, fold=fold)
         for fold in range(NUM_FOLDS)
+        for name in (f"pascal_voc_of_coco_20i_fold{fold}_val",)
     },
 }
 

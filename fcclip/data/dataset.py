@@ -107,10 +107,7 @@ class Dataset:
 
 
 def joined(datasets: Sequence[Dataset]) -> Dataset:
-    """Several data sets, one after the other, as one to train on; the metadata are those of the first.
-
-    Args:
-        datasets: one or more.
+    """One or more data sets, one after the other, as one to train on; the metadata are those of the first.
 
     Raises:
         ValueError: they have different classes, so that a label would mean several, or different ignore labels.

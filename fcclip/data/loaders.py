@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -80,8 +80,7 @@ class TestLoader:
         records: of the data set.
         mapper: record -> sample.
         batches: record indices of each batch.
-        num_workers: processes; 0 loads here.
-        pin_memory: batches in page-locked memory.
+        num_workers, pin_memory: as for `TrainLoader`.
     """
 
     __test__ = False  # not a test class, whatever pytest thinks of the name
@@ -142,16 +141,9 @@ def build_train_loader(
     mapper = build_train_mapper(cfg, dataset.metadata)
     seed = _agreed_seed(cfg.SEED if seed is None else seed, world_size)
     records = training_records(cfg, dataset, mapper)
-    batches = TrainingBatches(
-        stream=build_stream(cfg, records),
-        num_records=len(records),
-        seed=seed,
-        batch_size=cfg.SOLVER.IMS_PER_BATCH // world_size,
-        rank=rank,
-        world_size=world_size,
-        start=start,
-        wide=[r["width"] > r["height"] for r in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
-    )
+    batch_size = cfg.SOLVER.IMS_PER_BATCH // world_size
+    share = {"rank": rank, "world_size": world_size, "start": start}
+    batches = training_batches(cfg, records, seed=seed, batch_size=batch_size, **share)
     logger.info("training on %d images of '%s', order and augmentation from seed %d", len(records), dataset.name, seed)
     compact = CompactRecords(records)
     del records  # before processes are forked, which would each copy a hundred thousand dicts bit by bit
@@ -186,6 +178,22 @@ def build_test_loader(cfg, dataset: Dataset, *, rank: int = 0, world_size: int =
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         pin_memory=resolve_device(cfg.MODEL.DEVICE).type == "cuda",
     )
+
+
+def training_batches(
+    cfg, records: Sequence[Mapping[str, Any]], *, source: str | None = None, **options: int
+) -> TrainingBatches:
+    """Batches of these records in the order and groups that DATALOADER asks for.
+
+    Args:
+        cfg: reads DATALOADER.
+        records: the training images.
+        source: as for `build_stream`.
+        options: as for `TrainingBatches`.
+    """
+    wide = [r["width"] > r["height"] for r in records] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None
+    stream = build_stream(cfg, records, source=source)
+    return TrainingBatches(stream=stream, num_records=len(records), wide=wide, **options)
 
 
 def training_records(cfg, dataset: Dataset, mapper: JitterMapper) -> list[dict]:

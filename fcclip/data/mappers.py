@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from fcclip.data.color_jitter import ColorJitter
 from fcclip.data.images import read_id_map, read_label_map, read_pil_image
 from fcclip.data.own_description import is_own_data
 from fcclip.data.pair_augmentation import PairAugmentation, PairGeometry
-from fcclip.data.segmentations import fill_polygons, has_area, paint_classes, read_run_lengths
+from fcclip.data.segmentations import distinct_values, fill_polygons, has_area, paint_classes, read_run_lengths
 from fcclip.data.transforms import (
     Geometry,
     LargeScaleJitter,
@@ -49,6 +50,7 @@ _KEPT = ("file_name", "image_id", "pan_seg_file_name", "sem_seg_file_name")
 _SMALLEST_BOX_PX = 1e-5  # published limit below which a box counts as empty
 
 
+@dataclass(kw_only=True, eq=False)
 class JitterMapper(ABC):
     """What the training mappers share: the image, its geometry and its colours.
 
@@ -61,19 +63,13 @@ class JitterMapper(ABC):
 
     needs: ClassVar[tuple[tuple[str, ...], ...]]  # the fields of a record that it reads; each tuple is enough
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        augmentation: LargeScaleJitter | ShortestEdgeJitter | PairAugmentation,
-        colors: ColorJitter | None = None,
-        channel_order: str = "RGB",
-    ) -> None:
-        _check_channel_order(channel_order)
-        self.name = name
-        self.augmentation = augmentation
-        self.colors = colors
-        self.channel_order = channel_order
+    name: str
+    augmentation: LargeScaleJitter | ShortestEdgeJitter | PairAugmentation
+    colors: ColorJitter | None = None
+    channel_order: str = "RGB"
+
+    def __post_init__(self) -> None:
+        _check_channel_order(self.channel_order)
 
     def __call__(self, record: dict, rng: RandomNumbers) -> dict[str, Any]:
         """A record and the source of every random number -> a sample.
@@ -109,6 +105,7 @@ class JitterMapper(ABC):
         raise NotImplementedError
 
 
+@dataclass(kw_only=True, eq=False)
 class PanopticJitterMapper(JitterMapper):
     """Segments of an id PNG; the published `coco_panoptic_lsj` and `mask_former_panoptic`.
 
@@ -116,14 +113,11 @@ class PanopticJitterMapper(JitterMapper):
 
     Args:
         ignored_label: category of the pixels without a segment, for the crop.
-        options: as for `JitterMapper`.
     """
 
     needs = (("pan_seg_file_name", "segments_info"),)
 
-    def __init__(self, *, ignored_label: int = 255, **options: Any) -> None:
-        super().__init__(**options)
-        self.ignored_label = ignored_label
+    ignored_label: int = 255
 
     def read(self, record: dict, size: tuple[int, int]) -> np.ndarray:
         return _read_id_map(record, size)
@@ -143,6 +137,7 @@ class PanopticJitterMapper(JitterMapper):
         return paint_classes(truth, record["segments_info"], self.ignored_label)
 
 
+@dataclass(kw_only=True, eq=False)
 class SemanticJitterMapper(JitterMapper):
     """One segment for each class that the label map shows after the transform; the published `mask_former_semantic`.
 
@@ -152,22 +147,19 @@ class SemanticJitterMapper(JitterMapper):
     Args:
         ignore_label: value of unlabelled pixels.
         num_classes: labels must be below it; None: any label is a class.
-        options: as for `JitterMapper`.
     """
 
     needs = (("sem_seg_file_name",), ("pan_seg_file_name", "segments_info"))
 
-    def __init__(self, *, ignore_label: int, num_classes: int | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.ignore_label = ignore_label
-        self.num_classes = num_classes
+    ignore_label: int
+    num_classes: int | None = None
 
     def read(self, record: dict, size: tuple[int, int]) -> np.ndarray:
         if "sem_seg_file_name" not in record:
             return paint_classes(_read_id_map(record, size), record["segments_info"], self.ignore_label)
         labels = _read_labels(record, size)
         known = None if self.num_classes is None else {*range(self.num_classes), self.ignore_label}
-        unknown = [] if known is None else sorted(_distinct(labels) - known)
+        unknown = [] if known is None else sorted({*distinct_values(labels)} - known)
         if unknown:
             raise InputError(
                 f"{record['sem_seg_file_name']}: label {unknown[0]} ({int((labels == unknown[0]).sum())} pixels) is "
@@ -179,13 +171,16 @@ class SemanticJitterMapper(JitterMapper):
 
     def targets(self, record: dict, truth: np.ndarray, geometry: Geometry) -> Targets:
         id_map = geometry.apply_label_map(truth, padding=self.ignore_label)
-        classes = torch.tensor(sorted(_distinct(id_map) - {self.ignore_label}), dtype=torch.int64)
+        classes = torch.tensor(
+            [value for value in distinct_values(id_map) if value != self.ignore_label], dtype=torch.int64
+        )
         return Targets(labels=classes, id_map=torch.from_numpy(id_map), ids=classes.clone())
 
     def category_map(self, record: dict, truth: np.ndarray) -> np.ndarray:
         return truth
 
 
+@dataclass(kw_only=True, eq=False)
 class PairMapper(JitterMapper):
     """An image and one of its classes, which alone is prompted: everything else is a negative.
 
@@ -195,9 +190,7 @@ class PairMapper(JitterMapper):
 
     needs = (("sem_seg_file_name", "mask_value", "class_name"),)
 
-    def __init__(self, *, ignore_label: int, **options: Any) -> None:
-        super().__init__(**options)
-        self.ignore_label = ignore_label
+    ignore_label: int
 
     def __call__(self, record: dict, rng: RandomNumbers) -> dict[str, Any]:
         sample = super().__call__(record, rng)
@@ -212,6 +205,7 @@ class PairMapper(JitterMapper):
         return Targets(labels=torch.tensor([0]), id_map=torch.from_numpy(id_map), ids=torch.tensor([1]))
 
 
+@dataclass(kw_only=True, eq=False)
 class InstanceJitterMapper(JitterMapper):
     """Instances of COCO annotations, which may overlap, as masks; `coco_instance_lsj` and `mask_former_instance`.
 
@@ -221,14 +215,11 @@ class InstanceJitterMapper(JitterMapper):
     Args:
         drops_empty: leave out an instance that the crop does not show, as `coco_instance_lsj` does; else it stays with
             an empty mask.
-        options: as for `JitterMapper`.
     """
 
     needs = (("annotations",),)
 
-    def __init__(self, *, drops_empty: bool = True, **options: Any) -> None:
-        super().__init__(**options)
-        self.drops_empty = drops_empty
+    drops_empty: bool = True
 
     def read(self, record: dict, size: tuple[int, int]) -> list[dict]:
         """The annotations that are no crowd, run-length codes decoded: `segmentation` is a list of polygons (k, 2)
@@ -274,6 +265,7 @@ class InstanceJitterMapper(JitterMapper):
         )
 
 
+@dataclass(kw_only=True, eq=False)
 class ShortestEdgeMapper:
     """Test-time resize of an image; opens no ground truth.
 
@@ -284,17 +276,18 @@ class ShortestEdgeMapper:
         channel_order: "RGB" or "BGR", of the image that comes out.
     """
 
-    def __init__(self, *, min_size: int, max_size: int, square: int = 0, channel_order: str = "RGB") -> None:
-        _check_channel_order(channel_order)
-        if min_size < 0 or (min_size > 0 and max_size < 1):
+    min_size: int
+    max_size: int
+    square: int = 0
+    channel_order: str = "RGB"
+
+    def __post_init__(self) -> None:
+        _check_channel_order(self.channel_order)
+        if self.min_size < 0 or (self.min_size > 0 and self.max_size < 1):
             raise InputError(
                 "INPUT.MIN_SIZE_TEST must be 0 (keep the size) or more and INPUT.MAX_SIZE_TEST at least 1, "
-                f"got {min_size} and {max_size}"
+                f"got {self.min_size} and {self.max_size}"
             )
-        self.min_size = min_size
-        self.max_size = max_size
-        self.square = square
-        self.channel_order = channel_order
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) that an image of this size gets."""
@@ -429,7 +422,7 @@ def _read_id_map(record: dict, image_size: tuple[int, int]) -> np.ndarray:
     id_map = read_id_map(path)
     _check_size(record, path, "id map", id_map.shape, image_size)
     known = {segment["id"] for segment in record["segments_info"]}
-    unknown = sorted(_distinct(id_map) - known - {VOID_ID})
+    unknown = sorted({*distinct_values(id_map)} - known - {VOID_ID})
     if unknown:
         pixels = int((id_map == unknown[0]).sum())
         others = f" (and {len(unknown) - 1} more ids)" if len(unknown) > 1 else ""
@@ -468,14 +461,6 @@ def _has_box(polygons: Sequence[np.ndarray]) -> bool:
         return False
     corners = np.concatenate(polygons)
     return bool((np.ptp(corners, axis=0) > _SMALLEST_BOX_PX).all())
-
-
-def _distinct(values: np.ndarray) -> set[int]:
-    """The values of an id or label map, looked up only where a run of equal pixels starts: segments are few and
-    large."""
-    flat = values.ravel()
-    starts = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    return {*np.unique(flat[starts]).tolist(), *flat[:1].tolist()}
 
 
 def _kept(record: dict, size: tuple[int, int]) -> dict[str, Any]:

@@ -38,12 +38,7 @@ def is_own_data(name: str | Path) -> bool:
 
 @dataclass(frozen=True)
 class Description:
-    """The keys of a YAML, each of the right type.
-
-    Args:
-        path: of the YAML.
-        content: its keys.
-    """
+    """The keys of a YAML, each of the right type."""
 
     path: Path
     content: Mapping[str, Any]

@@ -10,10 +10,10 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,6 +124,7 @@ SAMPLERS: dict[str, Callable[..., Stream]] = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
 class TrainingBatches:
     """Endless batches of one rank, which takes one of every `world_size` draws of the shared stream.
 
@@ -138,33 +139,23 @@ class TrainingBatches:
             when it is complete. None: batches in the order of the stream.
     """
 
-    def __init__(
-        self,
-        *,
-        stream: Stream,
-        num_records: int,
-        seed: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-        wide: Sequence[bool] | None = None,
-    ) -> None:
-        if num_records < 1:
+    stream: Stream
+    num_records: int
+    seed: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0
+    wide: Sequence[bool] | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_records < 1:
             raise InputError("training needs at least one record")
-        if batch_size < 1 or not 0 <= rank < world_size or start < 0:
+        if self.batch_size < 1 or not 0 <= self.rank < self.world_size or self.start < 0:
             raise InputError(
-                f"need batch_size >= 1, 0 <= rank < world_size and start >= 0, got batch_size {batch_size}, "
-                f"rank {rank}, world_size {world_size}, start {start}"
+                f"need batch_size >= 1, 0 <= rank < world_size and start >= 0, got batch_size {self.batch_size}, "
+                f"rank {self.rank}, world_size {self.world_size}, start {self.start}"
             )
-        self.stream = stream
-        self.num_records = num_records
-        self.seed = seed
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
-        self.kinds = np.zeros(num_records, np.uint8) if wide is None else np.asarray(wide, np.uint8)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         return itertools.islice(self._all(), self.start, None)
@@ -173,7 +164,7 @@ class TrainingBatches:
         positions = itertools.count(self.rank, self.world_size)
         records = itertools.islice(self.stream(self.num_records, self.seed), self.rank, None, self.world_size)
         open_batches: tuple[list[Draw], list[Draw]] = ([], [])
-        kinds = self.kinds.tolist()
+        kinds = [False] * self.num_records if self.wide is None else [bool(wide) for wide in self.wide]
         for position, record in zip(positions, records):
             batch = open_batches[kinds[record]]
             batch.append(Draw(position, record))

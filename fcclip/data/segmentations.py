@@ -10,6 +10,8 @@ import pycocotools.mask
 
 from fcclip.errors import InputError
 
+_BLOCK = 1 << 16  # pixels
+
 
 def has_area(polygon: Sequence[float]) -> bool:
     """Whether a list x0, y0, x1, y1, ... is a polygon at all: three corners or more, and none without its y."""
@@ -110,6 +112,27 @@ def fill_polygons(polygons: Sequence[np.ndarray], canvas: np.ndarray) -> None:
     canvas[top:bottom, left:right] |= mask[top:bottom, left:right].view(bool)
 
 
+def starts_of_runs(*rows: np.ndarray) -> np.ndarray:
+    """Positions where a value differs from its left neighbour in any of the rows, and 0.
+
+    Neighbours in a map mostly have the same value, so that a sort needs to look at few of them.
+    """
+    size, starts = rows[0].size, [np.zeros(1, np.int64)]
+    for begin in range(1, size, _BLOCK):  # blocks that stay in the cache, and whose memory is not new every time
+        end = min(begin + _BLOCK, size)
+        changed = rows[0][begin:end] != rows[0][begin - 1 : end - 1]
+        for row in rows[1:]:
+            changed |= row[begin:end] != row[begin - 1 : end - 1]
+        starts.append(np.flatnonzero(changed) + begin)
+    return np.concatenate(starts)
+
+
+def distinct_values(numbers: np.ndarray) -> list[int]:
+    """The values of a map with pixels, ascending."""
+    row = numbers.ravel()
+    return np.unique(row[starts_of_runs(row)]).tolist()
+
+
 def paint_classes(id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], ignore_label: int) -> np.ndarray:
     """(h, w) int segment ids, not empty -> (h, w) int32 classes; `ignore_label` where no segment has the id.
 
@@ -119,7 +142,7 @@ def paint_classes(id_map: np.ndarray, segments: Iterable[Mapping[str, Any]], ign
     """
     class_of = {segment["id"]: segment["category_id"] for segment in segments}
     row = id_map.ravel()
-    starts = np.flatnonzero(np.concatenate(([True], row[1:] != row[:-1])))  # of runs, which are few and long
+    starts = starts_of_runs(row)
     ids, which = np.unique(row[starts], return_inverse=True)
     classes = np.array([class_of.get(segment_id, ignore_label) for segment_id in ids.tolist()], np.int32)
     return np.repeat(classes[which], np.diff(starts, append=row.size)).reshape(id_map.shape)

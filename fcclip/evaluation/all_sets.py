@@ -27,7 +27,6 @@ def check_evaluation(cfg: CfgNode, *, has_checkpoint: bool = False) -> None:
     """Refuses a config that cannot be evaluated, before anything starts.
 
     Args:
-        cfg: the config.
         has_checkpoint: there are weights besides MODEL.WEIGHTS.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
@@ -43,10 +43,6 @@ class BoundaryEvaluator(ClassEvaluator):
             sums = [((a & b & counted).sum(), ((a | b) & counted).sum()) for a, b in pairs]
             measured[index] = np.array(sums, np.int64).ravel()
         return measured
-
-    @property
-    def per_image(self) -> dict[Hashable, float]:
-        return {}
 
     def results(self) -> dict[str, dict[str, float]]:
         sums = np.zeros((len(self.class_names), 4), np.int64)

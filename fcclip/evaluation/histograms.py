@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fcclip.data.segmentations import starts_of_runs
 from fcclip.errors import InputError
 
 _LIMIT = 1 << 24  # ids of the second map fit into three bytes
-_BLOCK = 1 << 16  # pixels
 
 
 class JointHistogram(NamedTuple):
@@ -55,21 +55,6 @@ def summed(first: np.ndarray, second: np.ndarray, pixels: np.ndarray) -> JointHi
     new = np.flatnonzero(np.concatenate(([True], pair[1:] != pair[:-1])))
     pair = pair[new]
     return JointHistogram(pair >> 24, pair & (_LIMIT - 1), np.add.reduceat(pixels[order], new))
-
-
-def starts_of_runs(*rows: np.ndarray) -> np.ndarray:
-    """Positions where a value differs from its left neighbour in any of the rows, and 0.
-
-    Neighbours in a map mostly have the same value, so that a sort needs to look at few of them.
-    """
-    size, starts = rows[0].size, [np.zeros(1, np.int64)]
-    for begin in range(1, size, _BLOCK):  # blocks that stay in the cache, and whose memory is not new every time
-        end = min(begin + _BLOCK, size)
-        changed = rows[0][begin:end] != rows[0][begin - 1 : end - 1]
-        for row in rows[1:]:
-            changed |= row[begin:end] != row[begin - 1 : end - 1]
-        starts.append(np.flatnonzero(changed) + begin)
-    return np.concatenate(starts)
 
 
 def compact(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -124,11 +124,8 @@ class PredictionWriter(Evaluator):
     def save(self) -> None:
         """Writes `predictions.json`, which other programs read, where the ground truth is in COCO's panoptic format."""
         metadata, saved, annotations = self.dataset.metadata, SavedPredictions(self.folder), []
-        indices = {
-            **metadata.get("stuff_dataset_id_to_contiguous_id", {}),
-            **metadata.get("thing_dataset_id_to_contiguous_id", {}),
-        }
-        dataset_ids = {index: identifier for identifier, index in indices.items()}
+        index_of = metadata.get("stuff_dataset_id_to_contiguous_id", {})  # of every class
+        dataset_ids = {index: identifier for identifier, index in index_of.items()}
         for image_id in in_order(saved.image_ids & self.names.keys()):
             record = saved.record(image_id)
             if "panoptic" not in record:

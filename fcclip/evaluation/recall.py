@@ -4,7 +4,6 @@ appendix).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fcclip.errors import InputError
 from fcclip.evaluation.ground_truth import ClassEvaluator, GroundTruth
+from fcclip.evaluation.semantic import percent
 from fcclip.modeling.output_masks import OutputMasks
 
 THRESHOLDS = (0.5, 0.75, 0.9)
@@ -46,7 +46,7 @@ class MaskRecallEvaluator(ClassEvaluator):
             }
         return {
             "recall": {
-                f"{group}Recall@IoU={threshold:.2f}": _percent(iou > threshold for _, iou in chosen)
+                f"{group}Recall@IoU={threshold:.2f}": percent(sum(iou > threshold for _, iou in chosen), len(chosen))
                 for group, chosen in groups.items()
                 for threshold in THRESHOLDS
             }
@@ -82,8 +82,3 @@ def best_ious(labels: Tensor, proposals: Iterable[OutputMasks], *, num_classes: 
             union = hits.sum(1, keepdim=True) + regions - hits[:, :-1]
             best = best.maximum((hits[:, :-1].double() / union).amax(0).cpu())
     return list(zip(classes, best.tolist()))
-
-
-def _percent(hits: Iterable[bool]) -> float:
-    hits = list(hits)
-    return 100 * sum(hits) / len(hits) if hits else math.nan

@@ -57,6 +57,11 @@ def format_value(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.1f}"
 
 
+def format_change(value: float, digits: int = 1) -> str:
+    """A difference with its sign, `-` for NaN."""
+    return "-" if math.isnan(value) else f"{value:+.{digits}f}"
+
+
 def copypaste_lines(tasks: Tasks) -> list[str]:
     """Three lines for each task as detectron2 logs them: task, names, values; without metrics of single classes."""
     lines = []

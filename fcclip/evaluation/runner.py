@@ -18,6 +18,7 @@ import torch.distributed
 from fvcore.common.config import CfgNode
 
 from fcclip.comm import broadcast_object, get_rank, get_world_size, is_main_process
+from fcclip.config import with_values
 from fcclip.data import Dataset, build_test_loader, dataset_vocabulary
 from fcclip.errors import InputError
 from fcclip.evaluation.evaluators import build_evaluators, mode_folders
@@ -307,12 +308,7 @@ def _evaluation_mode(model: Architecture | AugmentedModel) -> Iterator[None]:
 
 
 def _without_heads(cfg: CfgNode, *heads: str) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    for head in heads:
-        cfg.MODEL.MASK_FORMER.TEST[f"{head}_ON"] = False
-    cfg.freeze()
-    return cfg
+    return with_values(cfg, {f"MODEL.MASK_FORMER.TEST.{head}_ON": False for head in heads})
 
 
 def _fitting(vocabulary: Vocabulary, dataset: Dataset) -> Vocabulary:

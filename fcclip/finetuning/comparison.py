@@ -19,7 +19,7 @@ from fcclip.data import Dataset, dataset_vocabulary, distinct_datasets
 from fcclip.engine import random_state, set_random_state
 from fcclip.evaluation.averages import mean_of_defined
 from fcclip.evaluation.evaluators import distinct_names
-from fcclip.evaluation.results import format_value
+from fcclip.evaluation.results import format_change, format_value
 from fcclip.evaluation.runner import evaluate
 from fcclip.files import read_json, write_json
 from fcclip.modeling import FCCLIP, test_modes
@@ -178,13 +178,11 @@ def format_comparison(before: Mapping[str, Figures], after: Mapping[str, Figures
         ]
         if all(math.isnan(value) for pair in pairs for value in pair):
             continue
-        cells = "".join(f"{format_value(old):>13}{format_value(new):>8}{_change(old, new):>8}" for old, new in pairs)
+        cells = "".join(
+            f"{format_value(old):>13}{format_value(new):>8}{format_change(new - old):>8}" for old, new in pairs
+        )
         lines.append(f"{name:<{width}}  {group:<7}{cells}")
     return "\n".join(lines)
-
-
-def _change(before: float, after: float) -> str:
-    return "-" if math.isnan(after - before) else f"{after - before:+.1f}"
 
 
 def figures_of(content: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> dict[str, Figures]:

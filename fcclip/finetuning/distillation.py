@@ -7,6 +7,7 @@ images do not have. A query means the same in both models, because the one began
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,6 +20,7 @@ from fcclip.losses.points import point_sources, sample_maps, uncertain_points
 CONFIDENT = 0.5  # the start's probability of any class but void from which on a query's mask is kept
 
 
+@dataclass(frozen=True, kw_only=True)
 class DistillationLoss:
     """How far the student's answers are from the teacher's, for every supervised prediction set.
 
@@ -38,26 +40,17 @@ class DistillationLoss:
         num_points, oversample_ratio, importance_ratio: see `uncertain_points`; it looks at the teacher's masks.
     """
 
-    def __init__(
-        self,
-        *,
-        class_weight: float,
-        mask_weight: float,
-        dice_weight: float,
-        void_floor: float,
-        num_points: int,
-        oversample_ratio: float,
-        importance_ratio: float,
-    ) -> None:
-        if not 0 < void_floor <= 1:
-            raise InputError(f"void_floor must lie in 0..1 and above 0, got {void_floor}")
-        self.class_weight = class_weight
-        self.mask_weight = mask_weight
-        self.dice_weight = dice_weight
-        self.void_floor = void_floor
-        self.num_points = num_points
-        self.oversample_ratio = oversample_ratio
-        self.importance_ratio = importance_ratio
+    class_weight: float
+    mask_weight: float
+    dice_weight: float
+    void_floor: float
+    num_points: int
+    oversample_ratio: float
+    importance_ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.void_floor <= 1:
+            raise InputError(f"void_floor must lie in 0..1 and above 0, got {self.void_floor}")
 
     def __call__(
         self,

@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from fcclip.config import resolve_device
+from fcclip.config import resolve_device, with_values
 from fcclip.data.catalog import Dataset
-from fcclip.data.loaders import TrainLoader, WorkerInit, training_records
+from fcclip.data.loaders import TrainLoader, WorkerInit, training_batches, training_records
 from fcclip.data.mappers import JitterMapper, build_train_mapper
-from fcclip.data.samplers import Draw, TrainingBatches, build_stream
+from fcclip.data.samplers import Draw, TrainingBatches
 from fcclip.data.transforms import RandomNumbers
 from fcclip.data.transport import CompactRecords
 from fcclip.errors import InputError
@@ -115,21 +115,12 @@ def build_replay_loader(
         for source, (former_set, _) in enumerate(former)
         for record in training_records(cfg, former_set, mappers[1 + source])
     ]
-
-    def batches(chosen: Sequence[Mapping[str, Any]], batch_size: int, seed: int) -> TrainingBatches:
-        return TrainingBatches(
-            stream=build_stream(cfg, chosen, source=REPLAYED_FROM),
-            num_records=len(chosen),
-            seed=seed,
-            batch_size=batch_size,
-            rank=rank,
-            world_size=world_size,
-            start=start,
-            wide=[r["width"] > r["height"] for r in chosen] if cfg.DATALOADER.ASPECT_RATIO_GROUPING else None,
-        )
-
+    options = {"source": REPLAYED_FROM, "rank": rank, "world_size": world_size, "start": start}
     former_seed = int(np.random.SeedSequence((cfg.SEED, 1)).generate_state(1)[0])  # of an order of their own
-    mixed = _MixedBatches(batches(records, size - count, cfg.SEED), batches(former_records, count, former_seed))
+    mixed = _MixedBatches(
+        training_batches(cfg, records, seed=cfg.SEED, batch_size=size - count, **options),
+        training_batches(cfg, former_records, seed=former_seed, batch_size=count, **options),
+    )
     logger.info(
         "each process trains on %d images of '%s' (%d) and %d of the former data sets %s (%d) in a batch, order and "
         "augmentation from seed %d",
@@ -164,8 +155,4 @@ def with_replay_mapper(cfg):
     """The config with FINETUNE.REPLAY_MAPPER as the mapper."""
     if not cfg.FINETUNE.REPLAY_MAPPER:
         return cfg
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.INPUT.DATASET_MAPPER_NAME = cfg.FINETUNE.REPLAY_MAPPER
-    cfg.freeze()
-    return cfg
+    return with_values(cfg, {"INPUT.DATASET_MAPPER_NAME": cfg.FINETUNE.REPLAY_MAPPER})

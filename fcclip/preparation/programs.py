@@ -122,10 +122,26 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--root", help="folder of all data sets (default $DETECTRON2_DATASETS, else datasets)")
     add("--splits", nargs="+", choices=SPLITS, default=SPLITS, help="which splits (default train and val)")
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(MOST_PROCESSES, available)
-    add("--workers", type=int, default=workers, help="processes; they change nothing but the time")
+    add("--workers", type=int, default=default_processes(), help="processes; they change nothing but the time")
     return parser
+
+
+def main_of(preparation: Preparation, description: str) -> Callable[..., int]:
+    """The `main` of a program that prepares one thing; `description` is its docstring."""
+    return lambda arguments=None: run(preparation, build_parser(description).parse_args(arguments))
+
+
+def default_processes() -> int:
+    """One a core that this process may use."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_PROCESSES, available)
+
+
+def new_progress(**options: Any) -> Progress:
+    """A bar on a terminal, on standard error; elsewhere nothing is shown."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal, **options)
 
 
 def run(preparation: Preparation, options: argparse.Namespace) -> int:
@@ -240,12 +256,7 @@ def _make_all(make: Callable[[Task], Any], tasks: Sequence[Task], *, workers: in
         ValueError: images that failed; the others are made.
     """
     results, failures = [], []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with (
-        Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress,
-        processes(min(workers, len(tasks))) as run_each,
-    ):
+    with new_progress() as progress, processes(min(workers, len(tasks))) as run_each:
         attempts = run_each(partial(_attempt, make), tasks)
         for result, failure in progress.track(attempts, total=len(tasks), description=title):
             results.append(result)

@@ -83,7 +83,7 @@ class PanopticSource:
         content, folder = read_panoptic_file(path, folder)
         metadata = dataset.metadata
         things = metadata.get("thing_dataset_id_to_contiguous_id", {})
-        class_of = {**metadata.get("stuff_dataset_id_to_contiguous_id", {}), **things}
+        class_of = metadata.get("stuff_dataset_id_to_contiguous_id", {})  # of every class
         self._segments: dict[Hashable, list[dict]] = {}
         self.image_ids = self._segments.keys()
         self._files: dict[Hashable, Path] = {}

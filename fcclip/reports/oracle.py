@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fcclip.data import Dataset
+from fcclip.data.segmentations import distinct_values
 from fcclip.evaluation.ground_truth import GroundTruth
 from fcclip.evaluation.histograms import as_array, compact, joint_histogram
 from fcclip.modeling import FCCLIP, Ensemble, ScoredMasks
@@ -35,11 +36,8 @@ from fcclip.vocabulary import Vocabulary
 MIN_IOU = 0.5
 
 
-# ---- true classes ----
-
-
-class TrueClassModel:
-    """A model whose segments have their true classes; has `score` and `outputs` like the model.
+class _Oracle:
+    """What predicts in the place of a model: has `score` and `outputs` like it.
 
     Args:
         model: is used, not copied.
@@ -47,11 +45,27 @@ class TrueClassModel:
         dataset: says which label is ignored.
     """
 
-    name = "classes"
-
     def __init__(self, model: Any, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> None:
         self.source, self.ground_truth_of = model, ground_truth_of
         self.ignore_label = dataset.metadata.get("ignore_label", 255)
+
+    def segments(self, ground_truth: GroundTruth) -> tuple[np.ndarray, list[int]]:
+        """(h, w) int ids and those of the segments to classify: of the panoptic annotation, crowds too, or of each
+        class."""
+        if "segments_info" in ground_truth.record:
+            present = distinct_values(ground_truth.id_map)
+            return ground_truth.id_map, [segment["id"] for segment in ground_truth.segments if segment["id"] in present]
+        labels = ground_truth.labels
+        return labels, [value for value in distinct_values(labels) if value != self.ignore_label]
+
+
+# ---- true classes ----
+
+
+class TrueClassModel(_Oracle):
+    """A model whose segments have their true classes."""
+
+    name = "classes"
 
     def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary) -> list[tuple[GroundTruth, Vocabulary, Any]]:
         """Ground truth, classes and what the model says, of each image."""
@@ -147,20 +161,10 @@ class ScoredSegments(NamedTuple):
     vocabulary: Vocabulary
 
 
-class TrueMaskModel:
-    """A model that classifies true masks instead of its own; has `score` and `outputs` like the model.
-
-    Args:
-        model: is used, not copied.
-        ground_truth_of: image id -> ground truth.
-        dataset: says which label is ignored.
-    """
+class TrueMaskModel(_Oracle):
+    """A model that classifies true masks instead of its own."""
 
     name = "masks"
-
-    def __init__(self, model: FCCLIP, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> None:
-        self.source, self.ground_truth_of = model, ground_truth_of
-        self.ignore_label = dataset.metadata.get("ignore_label", 255)
 
     @torch.no_grad()
     def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary) -> list[ScoredSegments]:
@@ -171,7 +175,7 @@ class TrueMaskModel:
         ]
 
     def _score(self, ground_truth: GroundTruth, own: ScoredMasks) -> ScoredSegments:
-        id_map, ids = self._segments(ground_truth)
+        id_map, ids = self.segments(ground_truth)
         scored = None
         if ids:
             masks, device = own.masks, own.dense.device
@@ -181,15 +185,6 @@ class TrueMaskModel:
             queries = best_queries(masks.mask_logits > 0, inside(at_masks))
             scored = self.source.score_masks(own, queries, torch.where(inside(at_grid), 20.0, -20.0))
         return ScoredSegments(id_map, ids, scored, own.vocabulary)
-
-    def _segments(self, ground_truth: GroundTruth) -> tuple[np.ndarray, list[int]]:
-        """(h, w) int ids and those of the segments to classify: of the panoptic annotation, crowds too, or of each
-        class."""
-        if "segments_info" in ground_truth.record:
-            present = set(compact(ground_truth.id_map)[0].tolist())
-            return ground_truth.id_map, [segment["id"] for segment in ground_truth.segments if segment["id"] in present]
-        labels = ground_truth.labels
-        return labels, [value for value in compact(labels)[0].tolist() if value != self.ignore_label]
 
     @torch.no_grad()
     def outputs(
@@ -277,26 +272,17 @@ def _nearest(id_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 # ---- true void ----
 
 
-class TrueVoidModel:
-    """A model that knows which of its masks are void; has `score` and `outputs` like the model.
-
-    Args:
-        model: is used, not copied.
-        ground_truth_of: image id -> ground truth.
-        dataset: says which label is ignored.
-    """
+class TrueVoidModel(_Oracle):
+    """A model that knows which of its masks are void."""
 
     name = "void"
-
-    def __init__(self, model: FCCLIP, ground_truth_of: Callable[[int | str], GroundTruth], dataset: Dataset) -> None:
-        self.source, self.truth = model, TrueMaskModel(model, ground_truth_of, dataset)
 
     @torch.no_grad()
     def score(self, inputs: Sequence[Mapping], vocabulary: Vocabulary) -> list[ScoredMasks]:
         """As the model's; void is sure or impossible."""
         records = []
         for sample, own in zip(inputs, self.source.score(inputs, vocabulary)):
-            id_map, ids = self.truth._segments(self.truth.ground_truth_of(sample["image_id"]))
+            id_map, ids = self.segments(self.ground_truth_of(sample["image_id"]))
             in_logits, masks = own.in_logits.clone(), own.masks
             in_logits[:, -1] = 1e4
             if ids:

@@ -16,12 +16,12 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from fcclip.config import load_config
+from fcclip.config import load_config, with_values
 from fcclip.data import Dataset, get_dataset
 from fcclip.errors import InputError
 from fcclip.evaluation.evaluators import build_evaluators
 from fcclip.evaluation.predictions import deciding_settings
-from fcclip.evaluation.results import HEADLINES, format_value
+from fcclip.evaluation.results import HEADLINES, format_change, format_value
 from fcclip.files import listed, read_json, without_nan
 from fcclip.modeling import options_of
 from fcclip.vocabulary import Vocabulary
@@ -111,15 +111,7 @@ def set_config(cfg: CfgNode, dataset: Dataset, *, given: Collection[str] = ()) -
     else:
         others = [head for head in ("panoptic", "instance", "semantic") if head not in dataset.evaluators]
         settings = {f"MODEL.MASK_FORMER.TEST.{head.upper()}_ON": False for head in others}
-    return _merged(cfg, {key: value for key, value in settings.items() if key not in given})
-
-
-def _merged(cfg: CfgNode, settings: Mapping[str, Any]) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list([item for setting in settings.items() for item in setting])
-    cfg.freeze()
-    return cfg
+    return with_values(cfg, {key: value for key, value in settings.items() if key not in given})
 
 
 def published_settings(dataset: Dataset) -> dict[str, Any]:
@@ -204,7 +196,7 @@ def differences(outcome: Outcome, *, training: Vocabulary | None, extra: Sequenc
     if backbone is None:
         reasons.append(f"no published figures for the CLIP '{plan.cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
     else:
-        published = _merged(_published_config(backbone["config"]), published_settings(plan.dataset))
+        published = with_values(_published_config(backbone["config"]), published_settings(plan.dataset))
         settings, here = deciding_settings(published), deciding_settings(plan.cfg)
         if published.MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS == "openai":
             settings[_QUICK_GELU] = "on"  # what "auto" makes of that tag; weights from a file need it to be said
@@ -337,7 +329,7 @@ class Report:
         ]
         if any(cell.verdict != NOT_PUBLISHED for cell in self.cells):
             rows.append(("published", [format_value(cell.published) for cell in self.cells]))
-            rows.append(("difference", [_signed(cell.difference) for cell in self.cells]))
+            rows.append(("difference", [format_change(cell.difference) for cell in self.cells]))
         return rows
 
     def text(self) -> str:
@@ -346,7 +338,7 @@ class Report:
         judged = [cell for cell in self.cells if cell.verdict in (PASS, FAIL)]
         lines += [
             f"FAIL  {cell.label} {cell.column}: {cell.here:.2f}, published {cell.published:.2f}, difference "
-            f"{_signed(cell.difference, 2)}, tolerance {cell.tolerance}"
+            f"{format_change(cell.difference, 2)}, tolerance {cell.tolerance}"
             for cell in judged
             if cell.verdict == FAIL
         ]
@@ -376,7 +368,7 @@ class Report:
                 f"{cell.task}/{cell.metric}",
                 _number(cell.here),
                 _number(cell.published),
-                _signed(cell.difference, 2),
+                format_change(cell.difference, 2),
                 _number(cell.tolerance),
                 cell.verdict,
             ]
@@ -487,10 +479,6 @@ def format_row(cells: Sequence[Cell], rows: Sequence[tuple[str, Sequence[str]]])
             if line == 1:
                 lines.append("┼".join(["─" * names, *("─" * len(column[0]) for column in block)]))
     return lines
-
-
-def _signed(value: float, digits: int = 1) -> str:
-    return "-" if math.isnan(value) else f"{value:+.{digits}f}"
 
 
 def _number(value: float) -> str:

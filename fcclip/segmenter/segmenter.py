@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
-from fcclip.config import resolve_device, resolve_file
+from fcclip.config import resolve_device, resolve_file, with_values
 from fcclip.data import build_test_mapper, resize_image
 from fcclip.errors import InputError
 from fcclip.modeling import Ensemble, ScoredMasks, build_model
@@ -56,10 +56,7 @@ class Segmenter:
         train_vocabulary: Vocabulary | None = None,
         test_vocabulary: Vocabulary | None = None,
     ) -> None:
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.DEVICE = str(resolve_device(device or cfg.MODEL.DEVICE))
-        cfg.freeze()
+        cfg = with_values(cfg, {"MODEL.DEVICE": str(resolve_device(device or cfg.MODEL.DEVICE))})
         weights = weights or cfg.MODEL.WEIGHTS
         if not weights:
             raise InputError(

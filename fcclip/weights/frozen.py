@@ -88,9 +88,6 @@ class FrozenPart(nn.Module):
 def unnamed_parts(model: nn.Module, cfg: Mapping[str, Any]) -> list[str]:
     """The frozen parts that the config names no weights for, as messages call them; checkpoints hold them, because no
     other file may.
-
-    Args:
-        cfg: a full config.
     """
     values = flatten(cfg)
     return [part.notes_key.upper() for part in frozen_parts(model).values() if not values[part.config_keys[-1]]]

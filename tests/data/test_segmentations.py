@@ -2,14 +2,7 @@ import numpy as np
 import pycocotools.mask
 import pytest
 
-from fcclip.data.segmentations import (
-    compressed,
-    fill_polygons,
-    has_area,
-    paint_classes,
-    read_run_lengths,
-    run_lengths,
-)
+from fcclip.data.segmentations import compressed, fill_polygons, has_area, paint_classes, read_run_lengths, run_lengths
 from tests.data.published_trees import counts_of
 
 

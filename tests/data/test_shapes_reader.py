@@ -1,22 +1,19 @@
 """What datasets/prepare_shapes.py writes is read like any COCO panoptic data set."""
 
-import importlib.util
 import itertools
 from pathlib import Path
 
 import pytest
 
 from fcclip.data import build_test_loader, build_train_loader, get_dataset
+from tests.tools.conftest import REPOSITORY, load_program
 
-SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_shapes.py"
 SETS = ("shapes_train", "shapes_tune", "shapes_val", "shapes_val_seen", "shapes_val_unseen")
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("prepare_shapes_for_the_reader", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_program(REPOSITORY / "datasets" / "prepare_shapes.py")
     root = tmp_path_factory.mktemp("datasets")
     script.prepare(out=root, seed=11, num_images=4, num_workers=1, num_evaluation=2)
     return root

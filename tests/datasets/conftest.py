@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,18 +13,15 @@ import pytest
 from PIL import Image
 
 from fcclip.errors import run_program
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "datasets"))  # processes that a program starts find it by this path too
 
 
 @pytest.fixture(scope="session")
 def downloads() -> ModuleType:
     """downloads.py: writes data sets as they come from their sites."""
-    spec = importlib.util.spec_from_file_location("downloads", Path(__file__).with_name("downloads.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_program(Path(__file__).with_name("downloads.py"))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -271,6 +272,13 @@ def test_bad_images_are_named_together_and_the_others_are_made(downloads, prepar
 # ---- processes and interruptions ----
 
 
+def test_processes_find_what_a_program_calls_by_its_name(name, program):
+    module = program(name)
+    made = module.preparation(corrected=True) if name == "ade20k_pan_seg" else module.PREPARATION
+    pickle.dumps(made.make)
+
+
+@pytest.mark.parametrize("name", ["ade20k_pan_seg", "pascal_ctx_full_sem_seg"])
 def test_the_number_of_processes_changes_nothing(name, case, downloads, program, prepare, files, tmp_path):
     roots, download = [tmp_path / "one", tmp_path / "two"], tmp_path / "download"
     download.mkdir()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fcclip.evaluation import histograms
+from fcclip.data import segmentations
 from fcclip.evaluation.histograms import as_array, compact, joint_histogram, summed
 
 
@@ -18,7 +18,7 @@ def maps(seed):
 @pytest.mark.parametrize("block", [1, 7, 1 << 16])
 @pytest.mark.parametrize("dtype", [np.int64, np.int32])
 def test_a_joint_histogram_counts_every_pair(monkeypatch, dtype, block):
-    monkeypatch.setattr(histograms, "_BLOCK", block)
+    monkeypatch.setattr(segmentations, "_BLOCK", block)
     blocks, noise, flat, shifted = maps(0)
     for first, second in ((blocks, noise), (blocks, shifted), (flat, flat), (noise, shifted), (blocks.T, shifted.T)):
         found = joint_histogram(first.astype(dtype), second.astype(dtype))

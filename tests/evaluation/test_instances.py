@@ -11,13 +11,7 @@ from faster_coco_eval.core.mask import decode
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from fcclip.evaluation import (
-    GroundTruth,
-    InstanceEvaluator,
-    InstanceTruth,
-    encode_masks,
-    write_id_map,
-)
+from fcclip.evaluation import GroundTruth, InstanceEvaluator, InstanceTruth, encode_masks, write_id_map
 from fcclip.structures import Instances
 
 NAMES = ("sand", "cup", "ball", "kite", "sea", "drum")

@@ -20,13 +20,6 @@ from tests.evaluation import tiny_world
 SINGLE = {"modes": None, "save_predictions": True}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny_world")
-    tiny_world.write(folder)
-    return folder
-
-
 class GoneError(BaseException):
     """As sudden as a kill: nothing in the package catches it."""
 

@@ -13,14 +13,7 @@ from PIL import Image
 import fcclip
 from fcclip.data import Dataset, build_test_loader, read_id_map
 from fcclip.data.datasets.metadata import class_metadata
-from fcclip.evaluation import (
-    GroundTruth,
-    SemanticEvaluator,
-    build_evaluators,
-    evaluators,
-    meter,
-    runner,
-)
+from fcclip.evaluation import GroundTruth, SemanticEvaluator, build_evaluators, evaluators, meter, runner
 from fcclip.evaluation.runner import evaluate_augmented
 from fcclip.modeling import architecture, text
 from fcclip.modeling.augmentation import build_augmented
@@ -29,13 +22,6 @@ from fcclip.vocabulary import Vocabulary
 from tests.evaluation import tiny_world
 
 PROGRAM = Path(__file__).with_name("tiny_world.py")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny_world")
-    tiny_world.write(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

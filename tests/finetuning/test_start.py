@@ -13,12 +13,7 @@ import torch
 from fcclip import Segmenter
 from fcclip.engine import REQUEUE_EXIT_CODE, load_checkpoint
 from fcclip.finetuning import comparison
-from fcclip.finetuning.start import (
-    begin_finetuning,
-    build_teacher,
-    check_finetuning,
-    former_vocabulary,
-)
+from fcclip.finetuning.start import begin_finetuning, build_teacher, check_finetuning, former_vocabulary
 from fcclip.losses import SetCriterion
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import load_weights, trained_vocabulary, vocabulary_note, write_safetensors

@@ -15,13 +15,6 @@ from tests.evaluation import tiny_world
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny_world")
-    tiny_world.write(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def model_results(folder, tmp_path_factory):
     """(results of the runner, folder of its files)."""
     output = tmp_path_factory.mktemp("output")

@@ -28,13 +28,6 @@ from tests.evaluation import tiny_world
 from tests.modeling.test_fcclip import sample_image
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny_world")
-    tiny_world.write(folder)
-    return folder
-
-
 def test_a_predicted_segment_gets_the_class_of_the_true_one_it_overlaps_by_more_than_half():
     truth_map = np.array([[7, 7, 7, 7, 9, 9, 0, 0]])
     predicted = np.array([[1, 1, 1, 2, 2, 3, 3, 3]])
@@ -121,14 +114,14 @@ def test_a_network_that_knows_every_class_is_perfect_with_true_masks(folder, tin
         masks = dataclasses.replace(scored.masks, mask_logits=mask_logits)
         return dataclasses.replace(scored, in_logits=logits, out_logits=logits[:, :-1], masks=masks)
 
-    original = TrueMaskModel._segments
+    original = TrueMaskModel.segments
 
     def watched(self, ground_truth):
         segments.append(ground_truth.segments)
         return original(self, ground_truth)
 
     monkeypatch.setattr(model, "score_masks", score_masks)
-    monkeypatch.setattr(TrueMaskModel, "_segments", watched)
+    monkeypatch.setattr(TrueMaskModel, "segments", watched)
     (results,) = tiny_world.evaluate(
         model, small_cfg, dataset, vocabulary=tiny_world.VOCABULARY, progress=False, oracle=ORACLES["masks"]
     ).values()

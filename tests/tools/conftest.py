@@ -14,7 +14,9 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def load_program(path: Path) -> ModuleType:
-    """A program of a folder that is no package, as a module."""
+    """A program of a folder that is no package, as a module; it finds those beside it, as when it is run."""
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -1,9 +1,6 @@
-import importlib.util
 import itertools
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,22 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from fcclip.config import load_config
 from fcclip.modeling import build_model
 from fcclip.structures import Targets, TextEmbeddings
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 ADE20K = "coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k{}.yaml"
 SIZE = (96, 128)
 SEGMENTS = 5
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("analyze_model", REPOSITORY / "tools" / "analyze_model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_program(REPOSITORY / "tools" / "analyze_model.py")
 
 
 # Published counts: pixel decoder, predictor, void, CLIP's image tower, its text tower, the whole CLIP.

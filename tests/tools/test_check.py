@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from fcclip.checks import clip as checks_clip
-from fcclip.checks import machine
+from fcclip.checks import frozen, machine
 from fcclip.checks.frozen import check_frozen
 from fcclip.checks.issue import ERROR, NOTE, OK, WARNING, Issues
 from fcclip.checks.run import check_run
@@ -331,18 +330,18 @@ def test_a_resnet_file_that_does_not_say_its_activation_is_named(root, tmp_path)
 
 def test_a_tag_is_looked_for_where_downloads_are_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    hub, known = checks_clip.huggingface_hub, {}
+    hub, known = frozen.huggingface_hub, {}
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *place: known.get(place))
     tag = {"hf_hub": "somebody/clip/", "url": "https://example.org/RN50.pt"}
-    assert checks_clip.cached_clip(tag) is None
+    assert frozen.cached_clip(tag) is None
     downloaded = tmp_path / ".cache" / "clip" / "RN50.pt"
     downloaded.parent.mkdir(parents=True)
     downloaded.touch()
-    assert checks_clip.cached_clip(tag) == downloaded
+    assert frozen.cached_clip(tag) == downloaded
     known["somebody/clip", "open_clip_model.safetensors"] = "/cache/a.safetensors"
-    assert checks_clip.cached_clip(tag) == Path("/cache/a.safetensors")
-    assert checks_clip.cached_clip({"hf_hub": "somebody/clip/own.bin"}) is None
-    assert checks_clip.cached_clip({}) is None
+    assert frozen.cached_clip(tag) == Path("/cache/a.safetensors")
+    assert frozen.cached_clip({"hf_hub": "somebody/clip/own.bin"}) is None
+    assert frozen.cached_clip({}) is None
 
 
 # ---- fine-tuning ----

@@ -1,8 +1,6 @@
 """The command line that evaluates predictions without a model."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +9,10 @@ from PIL import Image
 from fcclip.data import read_label_map
 from fcclip.errors import run_program
 from tests.data.published_trees import write_tree
+from tests.tools.conftest import REPOSITORY, load_program
 from tests.weight_files import save_weights
 
-PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "evaluate_predictions.py"
-SPEC = importlib.util.spec_from_file_location("evaluate_predictions", PROGRAM)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_program(REPOSITORY / "tools" / "evaluate_predictions.py")
 ADE20K = "openvocab_ade20k_panoptic_val"
 
 

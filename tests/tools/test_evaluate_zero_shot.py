@@ -1,7 +1,6 @@
 """The whole table, on four-image trees of every data set and on the shapes world; killed, resumed, shared out."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,22 +19,15 @@ from fcclip.reports import published_results, zero_shot
 from tests.conftest import tiny_config
 from tests.data.own_world import write_own
 from tests.data.published_trees import write_tree
+from tests.tools.conftest import REPOSITORY, load_program
 from tests.weight_files import save_weights
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = REPOSITORY / "tools" / "evaluate_zero_shot.py"
 BENCHMARKS = [benchmark["data_set"] for benchmark in published_results()["benchmarks"]]
 SHAPES = ("shapes_val", "shapes_val_seen", "shapes_val_unseen")
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load(PROGRAM)
+tool = load_program(PROGRAM)
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +236,7 @@ def test_a_checkpoint_of_a_training_brings_its_config(tiny_cfg, tmp_path):
 def shapes(tmp_path_factory):
     """The root of a shapes world whose three test sets have twelve images each."""
     root = tmp_path_factory.mktemp("shapes")
-    render = load(REPOSITORY / "datasets" / "prepare_shapes.py")
+    render = load_program(REPOSITORY / "datasets" / "prepare_shapes.py")
     with contextlib.redirect_stdout(io.StringIO()):
         render.prepare(out=root, seed=0, num_images=1, num_workers=1, num_evaluation=12)
     return root
@@ -276,6 +267,7 @@ def lines_in(output):
     return sum(path.read_bytes().count(b"\n") for path in output.glob("**/images.*.jsonl"))
 
 
+@pytest.mark.slow
 def test_killed_half_way_it_resumes_to_the_same_row_with_two_processes_too(tiny, shapes, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(shapes))
     code, printed, whole = run(tiny, tmp_path / "whole")

@@ -1,7 +1,5 @@
 """The program that shows forgetting on the shapes world; its trainings take minutes and are not run here."""
 
-import importlib
-import importlib.util
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,30 +10,21 @@ from fcclip.config import load_config
 from fcclip.data import dataset_vocabulary, get_dataset, read_id_map
 from fcclip.finetuning.start import METHODS, check_finetuning
 from fcclip.vocabulary import Vocabulary
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def program():
-    spec = importlib.util.spec_from_file_location("finetune_shapes", REPOSITORY / "tools" / "finetune_shapes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+program = load_program(REPOSITORY / "tools" / "finetune_shapes.py")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     """A folder of data sets with six images in each set but the training set, which has one."""
     folder = tmp_path_factory.mktemp("datasets")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(REPOSITORY / "datasets")
-        prepare = importlib.import_module("prepare_shapes").prepare
-        prepare(out=folder, seed=3, num_images=1, num_workers=1, num_evaluation=6)
+    prepare = load_program(REPOSITORY / "datasets" / "prepare_shapes.py").prepare
+    prepare(out=folder, seed=3, num_images=1, num_workers=1, num_evaluation=6)
     return folder
 
 
-def test_the_own_classes_are_unseen_ones(program):
+def test_the_own_classes_are_unseen_ones():
     unseen = ~Vocabulary.builtin("shapes").seen_by(Vocabulary.builtin("shapes_seen"))
     names = [name for name, new in zip(Vocabulary.builtin("shapes").class_names, unseen) if new]
     assert set(program.OWN) <= set(names)
@@ -44,7 +33,7 @@ def test_the_own_classes_are_unseen_ones(program):
     assert set(program.METHODS) == set(METHODS) - {""}
 
 
-def test_own_data_are_the_images_of_orange_shapes_with_nothing_else_labelled(program, world, tmp_path):
+def test_own_data_are_the_images_of_orange_shapes_with_nothing_else_labelled(world, tmp_path):
     path = program.write_own_data(tmp_path / "own" / "test", world, ("val", "val_unseen"))
     dataset = get_dataset(str(path))
     assert dataset.name == "orange_test" and dataset.own_vocabulary().class_names == program.OWN
@@ -65,7 +54,7 @@ def test_own_data_are_the_images_of_orange_shapes_with_nothing_else_labelled(pro
         assert set(np.unique(read_id_map(record["pan_seg_file_name"]))) == ids | {0}
 
 
-def test_every_method_has_a_command_line_that_can_start(program, world, tmp_path, monkeypatch):
+def test_every_method_has_a_command_line_that_can_start(world, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(world))
     args = Namespace(iterations=60, opts=["SEED", "1"])
     for method in program.METHODS:
@@ -75,7 +64,7 @@ def test_every_method_has_a_command_line_that_can_start(program, world, tmp_path
         check_finetuning(cfg, world_size=1)
 
 
-def test_the_figure_has_a_bar_for_each_method_and_group(program, tmp_path):
+def test_the_figure_has_a_bar_for_each_method_and_group(tmp_path):
     def figures(value):
         groups = {"all": value, "seen": value, "own": value + 5, "unseen": None}
         return {"shapes_val": {metric: dict(groups) for metric in ("PQ", "AP", "mIoU")}}

@@ -1,16 +1,12 @@
 import numpy as np
-import pytest
 
 from fcclip.vocabulary import Vocabulary
 from tests.tools.conftest import REPOSITORY, load_program
 
-
-@pytest.fixture(scope="module")
-def program():
-    return load_program(REPOSITORY / "tools" / "measure_unknown.py")
+program = load_program(REPOSITORY / "tools" / "measure_unknown.py")
 
 
-def test_every_class_is_left_out_in_one_turn(program):
+def test_every_class_is_left_out_in_one_turn():
     whole = Vocabulary.builtin("shapes")
     left_out = [
         set(whole.class_names) - set(program.asked_names(whole, turn).class_names) for turn in range(program.TURNS)
@@ -18,7 +14,7 @@ def test_every_class_is_left_out_in_one_turn(program):
     assert sorted(name for names in left_out for name in names) == sorted(whole.class_names)
 
 
-def test_a_labelled_segment_is_what_most_of_its_pixels_are_called(program):
+def test_a_labelled_segment_is_what_most_of_its_pixels_are_called():
     truth = np.repeat([[11, 12, 13, 14]], 5, axis=0)
     found = truth - 10
     found[0] = 0  # nothing in the upper row

@@ -1,6 +1,3 @@
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,19 +7,12 @@ from fcclip.data import DATASETS
 from fcclip.errors import UserError
 from fcclip.segmenter import Computed, Segmentation
 from fcclip.vocabulary import Vocabulary
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def quickstart():
-    spec = importlib.util.spec_from_file_location("quickstart", REPOSITORY / "tools" / "quickstart.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+quickstart = load_program(REPOSITORY / "tools" / "quickstart.py")
 
 
-def test_a_failing_script_ends_the_quickstart_and_the_stage_is_named(quickstart, tmp_path):
+def test_a_failing_script_ends_the_quickstart_and_the_stage_is_named(tmp_path):
     seconds, script = {}, tmp_path / "script.py"
     script.write_text("import sys; sys.exit(2)")
     with pytest.raises(UserError, match=r"failed in stage 'train'.*status 2"), quickstart.stage("train", seconds):
@@ -30,7 +20,7 @@ def test_a_failing_script_ends_the_quickstart_and_the_stage_is_named(quickstart,
     assert seconds == {}
 
 
-def test_a_stage_notes_its_seconds(quickstart, capsys):
+def test_a_stage_notes_its_seconds(capsys):
     seconds = {}
     with quickstart.stage("render", seconds):
         pass
@@ -38,13 +28,13 @@ def test_a_stage_notes_its_seconds(quickstart, capsys):
     assert capsys.readouterr().out.startswith("== render\n")
 
 
-def test_what_the_quickstart_names_exists(quickstart):
+def test_what_the_quickstart_names_exists():
     assert set(quickstart.SETS) <= set(DATASETS)
     cfg = load_config(REPOSITORY / quickstart.CONFIG, list(quickstart.SHORT_TRAIN))
     assert cfg.SOLVER.MAX_ITER < load_config(REPOSITORY / quickstart.CONFIG).SOLVER.MAX_ITER
 
 
-def test_a_sheet_shows_image_ground_truth_and_prediction_of_the_first_images(quickstart, monkeypatch, tmp_path):
+def test_a_sheet_shows_image_ground_truth_and_prediction_of_the_first_images(monkeypatch, tmp_path):
     pixels, ids = tmp_path / "1.png", tmp_path / "ids.png"
     Image.new("RGB", (64, 64), (90, 120, 30)).save(pixels)
     Image.new("RGB", (64, 64), (7, 0, 0)).save(ids)

@@ -1,19 +1,14 @@
 """alpha, beta and void trust from one pass of the network, on any data set."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 from fcclip.modeling import build_model
 from tests.conftest import tiny_config
 from tests.data.published_trees import write_tree
+from tests.tools.conftest import REPOSITORY, load_program
 from tests.weight_files import save_weights
 
-PROGRAM = Path(__file__).resolve().parents[2] / "tools" / "sweep_ensemble.py"
-SPEC = importlib.util.spec_from_file_location("sweep_ensemble", PROGRAM)
-tool = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(tool)
+tool = load_program(REPOSITORY / "tools" / "sweep_ensemble.py")
 
 
 @pytest.fixture(scope="module")

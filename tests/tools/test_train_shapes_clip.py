@@ -1,26 +1,12 @@
-import importlib.util
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 
 from fcclip.errors import InputError, MissingFileError
+from tests.tools.conftest import REPOSITORY, load_program
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def load_tool():
-    spec = importlib.util.spec_from_file_location("train_shapes_clip", REPOSITORY / "tools" / "train_shapes_clip.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_program(REPOSITORY / "tools" / "train_shapes_clip.py")
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,6 @@ def semantic_dataset(
     image_root: Path,
     sem_seg_root: Path,
     ignore_label: int = 255,
-    image_ext: str = "jpg",
     gt_ext: str = "png",
     **facts: Any,
 ) -> Dataset:
@@ -34,7 +33,7 @@ def semantic_dataset(
         vocabulary: name of the built-in vocabulary.
         image_root, sem_seg_root: the two folders; sub-folders are not entered.
         ignore_label: value of unlabelled pixels.
-        image_ext, gt_ext: file-name endings without the dot.
+        gt_ext: file-name ending of the label maps, without the dot; that of the images is jpg.
         facts: further fields of `Dataset`.
     """
     metadata = {
@@ -45,11 +44,11 @@ def semantic_dataset(
         "sem_seg_root": str(sem_seg_root),
         "gt_ext": gt_ext,
     }
-    load = partial(read_folder_pair, name, image_root, sem_seg_root, image_ext=image_ext, gt_ext=gt_ext)
+    load = partial(read_folder_pair, name, image_root, sem_seg_root, gt_ext=gt_ext)
     return Dataset(name=name, metadata=metadata, load=load, vocabulary=vocabulary, **facts)
 
 
-def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_ext: str, gt_ext: str) -> list[dict]:
+def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, gt_ext: str) -> list[dict]:
     """Records `file_name, sem_seg_file_name, image_id` (the stem), sorted by stem.
 
     Hidden files are skipped. A file without a partner is left out, and a warning says how many there are.
@@ -60,7 +59,7 @@ def read_folder_pair(name: str, image_root: Path, sem_seg_root: Path, *, image_e
     for folder in (image_root, sem_seg_root):
         if not folder.is_dir():
             raise MissingFileError(f"data set '{name}': the folder {folder} does not exist. {WHERE_DATA_IS}")
-    images, labels = files_by_stem(image_root, f".{image_ext}"), files_by_stem(sem_seg_root, f".{gt_ext}")
+    images, labels = files_by_stem(image_root, ".jpg"), files_by_stem(sem_seg_root, f".{gt_ext}")
     stems = sorted(images.keys() & labels.keys())
     alone = len(images) + len(labels) - 2 * len(stems)
     if alone:

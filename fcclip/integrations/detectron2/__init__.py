@@ -44,11 +44,7 @@ from fcclip.integrations.detectron2.catalog import (
 from fcclip.integrations.detectron2.checkpoint import Checkpointer
 from fcclip.integrations.detectron2.config import add_fcclip_config, add_maskformer2_config
 from fcclip.integrations.detectron2.model import FCCLIP, TRANSFORMER_DECODER_REGISTRY
-from fcclip.integrations.detectron2.records import (
-    instances_from_targets,
-    output_to_detectron2,
-    targets_from_instances,
-)
+from fcclip.integrations.detectron2.records import instances_from_targets, output_to_detectron2, targets_from_instances
 from fcclip.integrations.detectron2.registry import register
 from fcclip.integrations.detectron2.training import InstanceSegEvaluator, Trainer, build_evaluator
 

@@ -12,7 +12,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 
-from fcclip.config import lookup
+from fcclip.config import lookup, with_values
 from fcclip.data import (
     DATASETS,
     Dataset,
@@ -202,9 +202,7 @@ class DatasetMapper:
 
     def __init__(self, cfg: CfgNode, is_train: bool = True) -> None:
         if self.name:
-            cfg = cfg.clone()
-            cfg.defrost()
-            cfg.INPUT.DATASET_MAPPER_NAME = self.name
+            cfg = with_values(cfg, {"INPUT.DATASET_MAPPER_NAME": self.name})
         self.is_train = is_train
         self._map = build_train_mapper(cfg, _label_metadata(cfg)) if is_train else build_test_mapper(cfg)
 

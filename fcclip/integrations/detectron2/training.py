@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fcclip.config import with_values
 from fcclip.data import EVALUATORS
 from fcclip.engine import amp_dtype, build_gradient_clipping, build_lr_scheduler, build_optimizer, check_training
 from fcclip.engine.optimizer import trainable_parameters
@@ -65,8 +66,7 @@ class Trainer(DefaultTrainer):
         check_training(cfg, _training_vocabulary(cfg), world_size=comm.get_world_size())
         dtype = amp_dtype(cfg, torch.device(cfg.MODEL.DEVICE))
         if cfg.SOLVER.AMP.ENABLED and dtype is None:  # detectron2 would stop at the first step
-            cfg = _open_copy(cfg)
-            cfg.SOLVER.AMP.ENABLED = False
+            cfg = with_values(cfg, {"SOLVER.AMP.ENABLED": False})
         super().__init__(cfg)
         if isinstance(self._trainer, AMPTrainer):
             self._trainer.precision = dtype
@@ -143,7 +143,7 @@ class Trainer(DefaultTrainer):
         Returns:
             task -> metric -> value of the only data set; of several, these by data set name.
         """
-        cfg, names, results = _open_copy(cfg), cfg.DATASETS.TEST, {}
+        names, results = cfg.DATASETS.TEST, {}
         if isinstance(evaluators, DatasetEvaluator):
             evaluators = [evaluators]
         if evaluators is not None and len(evaluators) != len(names):
@@ -153,8 +153,8 @@ class Trainer(DefaultTrainer):
         try:
             for index, name in enumerate(names):
                 own.set_metadata(MetadataCatalog.get(name))
-                cfg.DATASETS.TEST = (name,)
-                results[name] = super().test(cfg, model, evaluators and evaluators[index : index + 1])
+                own_cfg = with_values(cfg, {"DATASETS.TEST": (name,)})
+                results[name] = super().test(own_cfg, model, evaluators and evaluators[index : index + 1])
         finally:
             own.test_vocabulary = vocabulary
         return next(iter(results.values())) if len(results) == 1 else results
@@ -218,13 +218,6 @@ def _training_vocabulary(cfg: CfgNode) -> Vocabulary:
             f"classes: {sizes}). Train on data sets with the same classes in the same order."
         )
     return vocabularies[cfg.DATASETS.TRAIN[0]]
-
-
-def _open_copy(cfg: CfgNode) -> CfgNode:
-    """A copy that can be changed."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    return cfg
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

@@ -23,12 +23,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 import fcclip
 from fcclip.data import DATASETS, build_test_mapper, build_train_mapper, get_dataset
-from fcclip.integrations.detectron2 import (
-    DatasetMapper,
-    instances_from_targets,
-    metadata_vocabulary,
-    register,
-)
+from fcclip.integrations.detectron2 import DatasetMapper, instances_from_targets, metadata_vocabulary, register
 from fcclip.integrations.detectron2.catalog import catalog_vocabulary
 from fcclip.vocabulary import Vocabulary
 

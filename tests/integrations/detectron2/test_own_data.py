@@ -12,12 +12,7 @@ from detectron2.structures import BitMasks, Instances
 
 from fcclip.data import get_dataset
 from fcclip.data.images import read_label_map
-from fcclip.integrations.detectron2 import (
-    Trainer,
-    build_evaluator,
-    metadata_vocabulary,
-    register_own_data,
-)
+from fcclip.integrations.detectron2 import Trainer, build_evaluator, metadata_vocabulary, register_own_data
 from fcclip.integrations.detectron2.catalog import catalog_vocabulary
 from tests.data.own_world import CAR, PERSON, classes_of, edit_json, write_own
 

@@ -10,11 +10,7 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 
 from fcclip import structures
-from fcclip.integrations.detectron2 import (
-    instances_from_targets,
-    output_to_detectron2,
-    targets_from_instances,
-)
+from fcclip.integrations.detectron2 import instances_from_targets, output_to_detectron2, targets_from_instances
 
 MASKS = torch.zeros(2, 6, 8, dtype=torch.bool)
 MASKS[0, 1:4, 2:7] = True

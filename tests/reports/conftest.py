@@ -1,0 +1,5 @@
+"""The tiny world of tests/evaluation."""
+
+from tests.evaluation.conftest import folder
+
+__all__ = ["folder"]
