@@ -40,6 +40,7 @@ def test_half_precision_has_a_limit_on_panoptic_quality_alone():
     assert limits.missed(replace(GOOD, pq=97.0))
 
 
+@pytest.mark.slow
 def test_the_report_covers_images_sizes_and_vocabularies(exported):
     images = {"first": random_image(70, 100), "second": random_image(128, 64, seed=1)}
     vocabularies = [NAMES, Vocabulary.from_names("boat; sea:stuff")]
