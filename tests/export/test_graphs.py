@@ -115,6 +115,37 @@ def test_a_resnet_exports_too_and_torch_reads_its_program_again(tmp_path):
         np.testing.assert_allclose(value, own.numpy(), atol=1e-4)  # sums of hundreds of products in another order
 
 
+class Sam(nn.Module):
+    """What a model has of SAM alone."""
+
+    outputs = ("features",)
+
+    def __init__(self, model):
+        super().__init__()
+        self.sam = model.sam
+
+    def forward(self, image):
+        return self.sam.encode((image - self.sam.pixel_mean) / self.sam.pixel_std)
+
+
+@pytest.mark.slow
+def test_sam_exports_for_any_size(tmp_path):
+    needs_onnx()
+    import onnxruntime
+
+    torch.manual_seed(0)
+    model, path = build_model(tiny_frozenseg(), train_vocabulary=TRAIN, test_vocabulary=NAMES), tmp_path / "sam.onnx"
+    graph = replace(image_graph(model), module=Sam(model).eval())
+    write_onnx(traced(graph, engine="torch"), graph, path, opset=18, notes={})
+    session = onnxruntime.InferenceSession(str(path))
+    for shape in ((1, 3, 64, 128), (3, 3, 96, 64)):
+        image = np.random.default_rng(0).uniform(0, 255, shape).astype(np.float32)
+        [found] = session.run(None, {"image": image})
+        with torch.no_grad():
+            expected = graph.module(torch.from_numpy(image)).numpy()
+        np.testing.assert_allclose(found, expected, atol=1e-4)  # sums of hundreds of products in another order
+
+
 def test_a_graph_of_one_size_takes_one_image():
     torch.manual_seed(0)
     graph = image_graph(build_model(tiny_config(), train_vocabulary=TRAIN, test_vocabulary=NAMES), size=(64, 128))
