@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,7 +112,7 @@ def export_folder(
 
     Args:
         segmenter: of FC-CLIP or FrozenSeg, on the CPU.
-        folder: made if needed; files of an earlier export are replaced, others stay.
+        folder: made if needed, for one export at a time; files of an earlier one are replaced, others stay.
         vocabulary: written as `vocabulary.npz`; None: none.
         extras: of `EXTRAS`: `all.onnx`, `text.onnx`, `image.pt2`.
         size: (height, width) in pixels, multiples of 32: the graph takes one image of this size; None: any.
@@ -134,6 +135,8 @@ def export_folder(
     folder.mkdir(parents=True, exist_ok=True)
     precision = "float16" if half else "float32"
     notes = metadata_of(segmenter, opset=opset, precision=precision, license=license).strings()
+    for left in folder.glob(".exporting-*"):  # by an export that was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder) as name:
         made = Path(name)
         if vocabulary is not None:

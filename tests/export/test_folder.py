@@ -176,6 +176,8 @@ def test_an_export_that_is_killed_leaves_nothing_under_the_final_names(quick, se
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert all(path.name.startswith(".exporting-") for path in tmp_path.iterdir())
+    export_folder(segmenter, tmp_path, vocabulary=NAMES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.onnx", "vocabulary.npz"]  # nothing is left
 
 
 def test_the_folder_of_save_pretrained_takes_an_export_and_is_read_as_before(quick, segmenter, tmp_path):
