@@ -30,13 +30,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fcclip import Segmenter
-from fcclip.config import load_config
+from fcclip.config import load_config, lookup
 from fcclip.data import read_image
 from fcclip.errors import InputError, MissingFileError, run_program
-from fcclip.segmenter import VIDEO_SUFFIXES, Camera, Segmentation, VideoFile, VideoWriter, read_vocabulary
+from fcclip.segmenter import (
+    VIDEO_SUFFIXES,
+    Camera,
+    ExportedSegmenter,
+    Segmentation,
+    VideoFile,
+    VideoWriter,
+    read_vocabulary,
+)
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TASKS = ("panoptic", "instances", "semantic")
+PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}  # by --device
 WINDOW, STOP_KEYS = "fcclip", (27, ord("q"))
 DEFAULT_CONFIG = "configs/coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml"
 
@@ -59,6 +68,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--show", action="store_true", help="show drawings in a window; a key goes on, Esc or q stops")
     add("--weights", metavar="FILE", help="checkpoint (default: MODEL.WEIGHTS of the config)")
     add("--device", help="cpu, cuda, mps or auto (default: MODEL.DEVICE of the config)")
+    add(
+        "--runtime",
+        choices=("torch", "onnx"),
+        default="torch",
+        help="onnx: --weights is a folder and --vocabulary a file of tools/export.py, run by onnxruntime",
+    )
     add(
         "--confidence-threshold",
         type=float,
@@ -209,7 +224,11 @@ class Demo:
     """
 
     def __init__(
-        self, segmenter: Segmenter, args: argparse.Namespace, options: Mapping[str, Any], bar: Progress
+        self,
+        segmenter: Segmenter | ExportedSegmenter,
+        args: argparse.Namespace,
+        options: Mapping[str, Any],
+        bar: Progress,
     ) -> None:
         self.segmenter, self.args, self.options, self.bar = segmenter, args, options, bar
 
@@ -298,16 +317,29 @@ def open_videos(paths: Iterable[Path]) -> dict[Path, VideoFile]:
     return videos
 
 
+def build(args: argparse.Namespace) -> Segmenter | ExportedSegmenter:
+    """The model, or with `--runtime onnx` the exported folder of `--weights`.
+
+    Raises:
+        ValueError: there is no such folder, or flags that need the model.
+    """
+    if args.runtime == "torch":
+        return Segmenter(load_config(args.config_file, args.opts), weights=args.weights, device=args.device)
+    own = {"--unknown": args.unknown, "--others": args.others, "--opts": args.opts}
+    if used := [flag for flag, value in own.items() if value]:
+        raise InputError(f"--runtime onnx has no {', '.join(used)}, which need the model: use --runtime torch")
+    if args.weights is None:
+        raise InputError("--runtime onnx needs --weights FOLDER, one that tools/export.py wrote")
+    return ExportedSegmenter(args.weights, providers=lookup("device of onnxruntime", args.device or "cpu", PROVIDERS))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, or 1 if an image or a video could not be read (the others are done)."""
     args = parse_arguments(arguments)
-    options = {
-        "vocabulary": None if args.vocabulary is None else read_vocabulary(args.vocabulary),
-        "min_score": args.confidence_threshold,
-        "unknown": args.unknown,
-        "others": args.others,
-        "batch_size": args.batch_size,
-    }
+    options = {"vocabulary": args.vocabulary, "min_score": args.confidence_threshold, "batch_size": args.batch_size}
+    if args.runtime == "torch":
+        options["vocabulary"] = None if args.vocabulary is None else read_vocabulary(args.vocabulary)
+        options |= {"unknown": args.unknown, "others": args.others}
     videos: dict[Path, VideoFile | Camera]
     if args.webcam is not None:
         files = [Path(f"webcam_{args.webcam}")]
@@ -323,7 +355,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_writable(planned[0].parent)
     if args.show:
         open_window()
-    segmenter = Segmenter(load_config(args.config_file, args.opts), weights=args.weights, device=args.device)
+    segmenter = build(args)
     unreadable = len(names) - len(videos)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:

@@ -32,6 +32,7 @@ from fcclip.export import (
     export_folder,
     made_up_images,
     measure,
+    placement,
     vocabulary_file,
 )
 from fcclip.files import write_json
@@ -82,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def check(folder: Path) -> None:
         vocabularies = [vocabulary, Vocabulary.from_names("cat, kitty; dog; car; grass:stuff; sky:stuff")]
         cases = measure(segmenter, folder, images, vocabularies, providers=args.providers)
+        nodes = {provider: placement(folder, provider) for provider in args.providers}
         metadata = Runner(folder).metadata
-        record = as_record(cases, Limits.of(metadata.precision), metadata)
-        Console(width=140).print(as_table(cases))
+        record = as_record(cases, Limits.of(metadata.precision), metadata, nodes)
+        Console(width=140).print(as_table(cases, nodes))
         write_json((args.output if record["missed"] else folder) / "parity.json", record, indent=1)
         if record["missed"]:
             raise InputError("the graph differs too much from the model: " + "; ".join(record["missed"]))

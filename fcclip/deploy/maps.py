@@ -22,6 +22,7 @@ class Segment:
         category_id: index of its class; name: what that is called; isthing: whether it is countable.
         score: 0..1.
         area: number of pixels.
+        query: the row of the embeddings that it comes from; of a segment of several queries that of the best.
         mask: (h, w) bool.
     """
 
@@ -31,6 +32,7 @@ class Segment:
     isthing: bool
     score: float
     area: int
+    query: int
     mask: np.ndarray = field(repr=False, compare=False)
 
 
@@ -149,9 +151,10 @@ def panoptic(
     ids = id_of_query[owner] * inside_own
     segments = []
     for number, own in enumerate(members, start=1):
-        label, area = int(labels[own[0]]), int(region[own].sum())
-        place = {"name": str(names[label]), "isthing": bool(things[label]), "mask": ids == number}
-        segments.append(Segment(id=number, category_id=label, score=float(scores[own].max()), area=area, **place))
+        best = own[scores[own].argmax()]
+        label, area, query = int(labels[best]), int(region[own].sum()), int(queries[best])
+        place = {"name": str(names[label]), "isthing": bool(things[label]), "mask": ids == number, "query": query}
+        segments.append(Segment(id=number, category_id=label, score=float(scores[best]), area=area, **place))
     return ids, tuple(sorted(segments, key=lambda segment: -segment.score))
 
 
@@ -175,7 +178,7 @@ def instances(
     for number in np.argsort(-scores, kind="stable"):
         query, label = position[number], int(labels[number])
         if areas[query]:
-            place = {"name": str(names[label]), "isthing": True, "mask": inside[query]}
+            place = {"name": str(names[label]), "isthing": True, "mask": inside[query], "query": int(queries[query])}
             found.append(Segment(len(found) + 1, label, score=float(scores[number]), area=int(areas[query]), **place))
     return tuple(found)
 

@@ -42,18 +42,15 @@ class VocabularyFile:
 
     def __post_init__(self) -> None:
         sizes = {name: np.shape(value) for name, value in vars(self).items()}
-        (num_names, dim), num_classes = (
-            sizes["vectors"] if len(sizes["vectors"]) == 2 else (0, 0),
-            self.class_names.size,
-        )
+        num_names, dim = sizes["vectors"] if len(sizes["vectors"]) == 2 else (0, 0)
+        num_classes = self.class_names.size
         wanted = {"class_of_vector": (num_names,), "synonyms": (num_names,), "things": (num_classes,)}
         wanted |= {"seen": (num_classes,), "void": (dim,), "class_names": (num_classes,)}
         wrong = [f"{name} {sizes[name]} instead of {size}" for name, size in wanted.items() if sizes[name] != size]
         if wrong or not num_classes:
             raise InputError(f"the arrays of a vocabulary do not fit together: {', '.join(wrong) or 'it has no class'}")
-        if not np.array_equal(np.unique(self.class_of_vector), np.arange(num_classes)) or np.any(
-            np.diff(self.class_of_vector) < 0
-        ):
+        steps = np.diff(self.class_of_vector, prepend=-1, append=num_classes)
+        if steps[0] != 1 or steps[-1] != 1 or not np.isin(steps, (0, 1)).all():
             raise InputError(f"class_of_vector must ascend from 0 to {num_classes - 1} and leave no class out")
 
     def save(self, path: str | Path) -> None:
@@ -69,7 +66,7 @@ class VocabularyFile:
             ValueError: it is something else, or its arrays do not fit together.
         """
         path = Path(path).expanduser()
-        advice = "tools/export.py writes vocabularies: --vocabulary NAMES"
+        advice = "tools/export.py --only-vocabulary --vocabulary NAMES writes vocabularies"
         if not path.is_file():
             raise MissingFileError(f"vocabulary '{path}' does not exist (looked at {path.absolute()}); {advice}")
         try:

@@ -6,7 +6,7 @@ parity.py  what a graph gives beside what the model gives: a record a case, limi
 """
 
 from fcclip.export.folder import EXTRAS, export_folder, vocabulary_file
-from fcclip.export.parity import Case, Limits, as_record, as_table, made_up_images, measure
+from fcclip.export.parity import Case, Limits, as_record, as_table, made_up_images, measure, placement
 
 __all__ = [
     "EXTRAS",
@@ -17,5 +17,6 @@ __all__ = [
     "export_folder",
     "made_up_images",
     "measure",
+    "placement",
     "vocabulary_file",
 ]

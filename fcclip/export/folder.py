@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from fcclip.deploy import Metadata, VocabularyFile
 from fcclip.deploy.runner import GRAPH, VOCABULARY
 from fcclip.errors import InputError
-from fcclip.export.graphs import Graph, halve, image_graph, text_graph, traced, whole_graph, write_onnx
+from fcclip.export.graphs import Graph, halve, image_graph, join, names_graph, text_graph, traced, write_onnx
 from fcclip.modeling import FCCLIP, FrozenSeg
 from fcclip.modeling.maft import MAFTPlus
 from fcclip.ops.engines import PLAIN
@@ -28,6 +29,7 @@ from fcclip.vocabulary import Vocabulary
 from fcclip.weights.frozen import frozen_parts, sampled_hash
 
 EXTRAS = ("all", "text", "pt2")  # what may be written beside the graph of images
+WHOLE = "all.onnx"  # has the weights of the graph of images
 _LIBRARIES = ("torch", "onnx", "onnxscript")
 
 
@@ -110,7 +112,7 @@ def export_folder(
 
     Args:
         segmenter: of FC-CLIP or FrozenSeg, on the CPU.
-        folder: made if needed; files of an earlier export are replaced, others stay.
+        folder: made if needed, for one export at a time; files of an earlier one are replaced, others stay.
         vocabulary: written as `vocabulary.npz`; None: none.
         extras: of `EXTRAS`: `all.onnx`, `text.onnx`, `image.pt2`.
         size: (height, width) in pixels, multiples of 32: the graph takes one image of this size; None: any.
@@ -133,12 +135,13 @@ def export_folder(
     folder.mkdir(parents=True, exist_ok=True)
     precision = "float16" if half else "float32"
     notes = metadata_of(segmenter, opset=opset, precision=precision, license=license).strings()
+    for left in folder.glob(".exporting-*"):  # by an export that was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=folder) as name:
         made = Path(name)
         if vocabulary is not None:
             vocabulary_file(model, vocabulary).save(made / VOCABULARY)
         graphs: dict[str, Graph] = {GRAPH: image_graph(model, size=size)}
-        graphs |= {"all.onnx": whole_graph(model, size=size)} if "all" in extras else {}
         graphs |= {"text.onnx": text_graph(model)} if "text" in extras else {}
         for file, graph in graphs.items():
             program = traced(graph, engine=engine)
@@ -147,14 +150,20 @@ def export_folder(
             write_onnx(program, graph, made / file, opset=opset, notes=notes)
             if half:
                 halve(made / file)
+        if "all" in extras:
+            with tempfile.TemporaryDirectory(dir=made) as beside:
+                path, graph = Path(beside) / "names.onnx", names_graph(model)
+                write_onnx(traced(graph, engine=engine), graph, path, opset=opset, notes={})
+                join(made / GRAPH, path, made / WHOLE)
         check(made)
         _move(made, folder)
     return folder
 
 
 def _move(made: Path, folder: Path) -> None:
-    """The graph of images goes first and comes last."""
-    (folder / GRAPH).unlink(missing_ok=True)
+    """The graph of images goes first and comes last; with its weights goes the other graph that has them."""
+    for name in (GRAPH, WHOLE):
+        (folder / name).unlink(missing_ok=True)
     for file in sorted(made.iterdir(), key=lambda file: file.name == GRAPH):
         with file.open("rb") as content:
             os.fsync(content.fileno())

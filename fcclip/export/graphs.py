@@ -20,8 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 from fcclip.errors import InputError, NotInstalledError
 from fcclip.modeling import FCCLIP, FrozenSeg
-from fcclip.modeling.classifier import ensemble_probabilities, resize_masks, text_logits
-from fcclip.modeling.mask_decoder import MaskProposals
+from fcclip.modeling.classifier import ensemble_probabilities, resize_masks, text_logits, with_void
 from fcclip.modeling.pixel_decoder import MSDeformAttn
 from fcclip.structures import Features, TextEmbeddings
 
@@ -43,17 +42,12 @@ class Images(nn.Module):
         region embeddings (B, Q, D), mask embeddings (B, Q, d), and (B, Q) bool, masks with a cell inside."""
         none = torch.zeros(0, dtype=torch.int64, device=image.device)
         text = TextEmbeddings(image.new_zeros(0, self.model.backbone.embed_dim), none, 0)
-        proposals, mask_logits, small, regions = self.look(image, text)
-        not_empty = (small > 0).flatten(2).any(-1)
-        return mask_logits, proposals.class_embeddings[-1], regions, proposals.mask_embeddings[-1], not_empty
-
-    def look(self, image: Tensor, text: TextEmbeddings) -> tuple[MaskProposals, Tensor, Tensor, Tensor]:
-        """Proposals, mask logits, the same at the size of the dense features, and region embeddings."""
         features = self.see(image)
         proposals = self.model.propose(features, text)
         mask_logits = proposals.mask_logits()
         small = resize_masks(mask_logits, features.dense.shape[-2:])
-        return proposals, mask_logits, small, self.model.classifier(features.dense, small)
+        regions, not_empty = self.model.classifier(features.dense, small), (small > 0).flatten(2).any(-1)
+        return mask_logits, proposals.class_embeddings[-1], regions, proposals.mask_embeddings[-1], not_empty
 
     def see(self, image: Tensor) -> Features:
         """What the frozen parts see; SAM has another mean colour, and padding is told by a colour that no pixel of
@@ -67,21 +61,32 @@ class Images(nn.Module):
         return model.with_sam(features, model.sam.encode(pixels))
 
 
-class Whole(Images):
-    """Images and names in, class probabilities and masks out: `all.onnx`."""
+class Names(nn.Module):
+    """What `Images` says meets names: `all.onnx` is that graph with this one behind it."""
 
-    outputs = ("class_probabilities", "mask_logits")
+    outputs = ("class_probabilities",)
+
+    def __init__(self, model: FCCLIP) -> None:
+        super().__init__()
+        self.void, self.on_valid_mask = model.void_embedding, model.ensemble_on_valid_mask
+        self.in_scale, self.out_scale = model.sem_seg_head.predictor.logit_scale, model.backbone.logit_scale
 
     def forward(
-        self, image: Tensor, vectors: Tensor, class_of_vector: Tensor, clip_weight: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As `Images`, with vectors (W, D) of names, the class of each (W,) int64, ascending, and the weight of the
-        frozen CLIP for each class (K,) -> probabilities (B, Q, K + 1), void last, and mask logits."""
+        self,
+        class_embeddings: Tensor,
+        region_embeddings: Tensor,
+        mask_not_empty: Tensor,
+        vectors: Tensor,
+        class_of_vector: Tensor,
+        clip_weight: Tensor,
+    ) -> Tensor:
+        """Outputs of `Images`, vectors (W, D) of names, the class of each (W,) int64, ascending, and the weight of the
+        frozen CLIP for each class (K,) -> probabilities (B, Q, K + 1), void last."""
         text = TextEmbeddings(vectors, class_of_vector, clip_weight.shape[0])
-        proposals, mask_logits, small, regions = self.look(image, text)
-        valid = (small > 0).flatten(2).any(-1) if self.model.ensemble_on_valid_mask else None
-        out_logits = text_logits(regions, text, self.model.backbone.logit_scale)
-        return ensemble_probabilities(proposals.class_logits[-1], out_logits, clip_weight, valid), mask_logits
+        in_logits = text_logits(class_embeddings, with_void(text, self.void.weight), self.in_scale)
+        out_logits = text_logits(region_embeddings, text, self.out_scale)
+        valid = mask_not_empty if self.on_valid_mask else None
+        return ensemble_probabilities(in_logits, out_logits, clip_weight, valid)
 
 
 class Text(nn.Module):
@@ -119,14 +124,20 @@ def image_graph(model: FCCLIP, *, size: tuple[int, int] | None = None) -> Graph:
     return Graph(Images(model).eval(), {"image": _image(model, size)}, {"image": _image_dims(size)})
 
 
-def whole_graph(model: FCCLIP, *, size: tuple[int, int] | None = None) -> Graph:
-    """`Whole`, for any names."""
-    names, classes = torch.tensor([0, 0, 1, 2, 2]), torch.zeros(3)
-    vectors = torch.nn.functional.normalize(torch.ones(len(names), model.backbone.embed_dim), dim=-1)
-    inputs = {"image": _image(model, size), "vectors": vectors, "class_of_vector": names, "clip_weight": classes}
-    count = Dim("names", min=1, max=65536)
-    dims = {"image": _image_dims(size), "vectors": {0: count}, "class_of_vector": {0: count}}
-    return Graph(Whole(model).eval(), inputs, dims | {"clip_weight": {0: Dim("classes", min=1, max=65536)}})
+def names_graph(model: FCCLIP) -> Graph:
+    """`Names`, for any of them."""
+    embeddings = torch.ones(2, model.sem_seg_head.predictor.query_feat.num_embeddings, model.backbone.embed_dim)
+    inputs = {  # no tensor twice, for torch.export would take both inputs for one
+        "class_embeddings": embeddings,
+        "region_embeddings": embeddings.clone(),
+        "mask_not_empty": embeddings[..., 0] > 0,
+        "vectors": embeddings[0, :5].clone(),
+        "class_of_vector": torch.tensor([0, 0, 1, 2, 2]),
+        "clip_weight": torch.zeros(3),
+    }
+    batch, count = Dim("batch", min=1, max=BATCH), Dim("names", min=1, max=65536)
+    sizes = {"vectors": count, "class_of_vector": count, "clip_weight": Dim("classes", min=1, max=65536)}
+    return Graph(Names(model).eval(), inputs, {name: {0: sizes.get(name, batch)} for name in inputs})
 
 
 def text_graph(model: FCCLIP) -> Graph:
@@ -198,6 +209,23 @@ def write_onnx(program: ExportedProgram, graph: Graph, path: Path, *, opset: int
     written = torch.onnx.export(program, opset_version=opset, dynamo=True, verbose=False, **names)
     written.model.metadata_props.update(notes)
     written.save(str(path), external_data=True)
+    onnx.checker.check_model(str(path))
+
+
+def join(image: Path, names: Path, path: Path) -> None:
+    """Writes `path`: the graph of `image` with that of `names` behind it; the weights stay in the file of the first."""
+    import onnx
+    from onnx.compose import add_prefix_graph, merge_graphs
+
+    first, second = onnx.load(str(image), load_external_data=False), onnx.load(str(names))
+    graph = add_prefix_graph(second.graph, "names_", rename_inputs=False, rename_outputs=False)
+    between = sorted({output.name for output in first.graph.output} & {value.name for value in graph.input})
+    merged = merge_graphs(
+        first.graph, graph, [(name, name) for name in between], outputs=[*Names.outputs, Images.outputs[0]]
+    )
+    model = onnx.helper.make_model(merged, ir_version=first.ir_version, opset_imports=first.opset_import)
+    model.metadata_props.extend(first.metadata_props)
+    onnx.save(model, str(path))
     onnx.checker.check_model(str(path))
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
+import tempfile
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,14 @@ from rich.table import Table
 from fcclip.data import resize_image
 from fcclip.deploy import Result, Runner
 from fcclip.deploy.metadata import Metadata
+from fcclip.deploy.runner import GRAPH, SMALLEST, runtime
 from fcclip.evaluation.panoptic import class_quality, compare_segments
 from fcclip.export.folder import vocabulary_file
 from fcclip.modeling import FCCLIP, ScoredMasks
 from fcclip.segmenter import Segmenter
 from fcclip.vocabulary import Vocabulary
 
+Nodes = Mapping[str, Mapping[str, Mapping[str, int]]]  # provider asked for -> where -> kind of node -> how many
 SCALES = (1.0, 0.75)  # of the size of the test images
 
 
@@ -117,7 +122,7 @@ def measure(
     cases = []
     for provider in providers:
         runner = Runner(folder, providers=[provider], threads=torch.get_num_threads())
-        fixed = fixed_size(runner)
+        fixed = fixed_size(runner.session)
         for (name, image), scale in itertools.product(images.items(), SCALES[: 1 if fixed else None]):
             size = [max(1, round(side * scale)) for side in runner.resized(*image.shape[:2])]
             pixels = np.ascontiguousarray(resize_image(image, *fixed or size))  # both see these
@@ -133,9 +138,29 @@ def measure(
     return cases
 
 
-def fixed_size(runner: Runner) -> tuple[int, int] | None:
-    """(height, width) of a graph that takes one size."""
-    size = runner.session.get_inputs()[0].shape[2:]
+def placement(folder: Path, provider: str) -> dict[str, dict[str, int]]:
+    """How many nodes of each kind ran where, by provider, after onnxruntime's own changes of the graph; those that
+    `provider` does not know run on the CPU."""
+    onnxruntime = runtime([provider])
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    with tempfile.TemporaryDirectory() as beside:
+        options.profile_file_prefix = str(Path(beside) / "profile")
+        session = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=[provider])
+        size = fixed_size(session) or (SMALLEST, SMALLEST)
+        session.run(None, {"image": np.zeros((1, 3, *size), np.float32)})
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    ran = {event["name"]: event["args"] for event in events if "provider" in event.get("args", {})}
+    counts = Counter((node["provider"], node["op_name"]) for node in ran.values())
+    where = {}
+    for (name, op), number in sorted(counts.items()):
+        where.setdefault(name, {})[op] = number
+    return where
+
+
+def fixed_size(session: Any) -> tuple[int, int] | None:
+    """(height, width) of a graph that takes one size; `session` is onnxruntime's."""
+    size = session.get_inputs()[0].shape[2:]
     return tuple(size) if all(isinstance(side, int) for side in size) else None
 
 
@@ -172,9 +197,11 @@ def compared(model: FCCLIP, scored: ScoredMasks, result: Result) -> dict[str, fl
     }
 
 
-def as_table(cases: Sequence[Case]) -> Table:
-    """A row a case."""
-    table = Table(title="exported graph beside PyTorch")
+def as_table(cases: Sequence[Case], nodes: Nodes) -> Table:
+    """A row a case; below, where the nodes ran."""
+    places = [(asked, where, sum(ops.values())) for asked, own in nodes.items() for where, ops in own.items()]
+    told = "; ".join(f"asked for {asked}, {number} nodes ran on {where}" for asked, where, number in places)
+    table = Table(title="exported graph beside PyTorch", caption=told)
     for column in ("image", "size", "classes", "provider"):
         table.add_column(column)
     for column in ("|Δp|", "|Δmask|", "flips", "argmax %", "pixels %", "PQ", "s", "s torch"):
@@ -188,8 +215,9 @@ def as_table(cases: Sequence[Case]) -> Table:
     return table
 
 
-def as_record(cases: Sequence[Case], limits: Limits, metadata: Metadata) -> dict[str, Any]:
-    """The content of `parity.json`."""
+def as_record(cases: Sequence[Case], limits: Limits, metadata: Metadata, nodes: Nodes) -> dict[str, Any]:
+    """The content of `parity.json`; `nodes`: `placement` of each provider."""
     missed = [text for case in cases for text in limits.missed(case)]
     graph = {name: getattr(metadata, name) for name in ("precision", "opset", "weights_sha256", "versions")}
-    return {"schema": 1, "graph": graph, "limits": asdict(limits), "missed": missed, "cases": list(map(asdict, cases))}
+    told = {"schema": 1, "graph": graph, "limits": asdict(limits), "missed": missed}
+    return {**told, "nodes": nodes, "cases": list(map(asdict, cases))}

@@ -9,9 +9,11 @@ segments.py    NamedSegment, and masks as run lengths
 tiles.py       large images: where tiles lie, and their segments joined across seams
 video.py       Tracker: which segments of successive frames are one thing
 video_files.py frames of video files and cameras, and video files that browsers play (extra `video`)
+exported.py    ExportedSegmenter: an exported folder in place of a model
 pretrained.py  weights found by name, path or hub id with their config, and written so that they are found again
 """
 
+from fcclip.segmenter.exported import ExportedSegmenter
 from fcclip.segmenter.naming import Naming, read_vocabulary
 from fcclip.segmenter.result import Computed, Segmentation
 from fcclip.segmenter.segmenter import Segmenter
@@ -23,6 +25,7 @@ __all__ = [
     "VIDEO_SUFFIXES",
     "Camera",
     "Computed",
+    "ExportedSegmenter",
     "NamedSegment",
     "Naming",
     "Segmentation",

@@ -14,6 +14,7 @@ from PIL import Image
 
 from fcclip import Segmenter
 from fcclip.data import read_image
+from fcclip.errors import UserError
 from fcclip.segmenter import Computed, Segmentation, VideoFile, VideoWriter
 from fcclip.segmenter.segments import named_segments
 from fcclip.vocabulary import Vocabulary
@@ -342,3 +343,33 @@ def test_a_missing_config_is_an_error_in_one_line(images, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: config file 'none.yaml' not found")
     assert "Traceback" not in done.stderr
+
+
+def test_an_exported_folder_takes_the_place_of_the_model(demo, images, tmp_path, monkeypatch):
+    given = []
+
+    class Exported(OneSegment):
+        def __init__(self, folder, *, providers):
+            given.append((folder, providers))
+
+    monkeypatch.setattr(demo, "ExportedSegmenter", Exported)
+    folder = ["--runtime", "onnx", "--weights", "exported"]
+    assert run(demo, "--input", images / "a.jpg", *folder, "--output", tmp_path / "out") == 0
+    assert names(tmp_path / "out") == ["a.jpg", "a.json"] and given == [("exported", ["CPUExecutionProvider"])]
+    assert OneSegment.calls[-1] == (1, {"min_score": 0.5, "batch_size": 1})
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--weights", "nowhere"], r"nowhere/image\.onnx' does not exist .*tools/export\.py writes it"),
+        ([], "needs --weights FOLDER"),
+        (["--weights", "x", "--unknown", "--opts", "SEED", "1"], "has no --unknown, --opts, which need the model"),
+        (["--weights", "x", "--device", "mps"], "unknown device of onnxruntime 'mps'"),
+    ],
+)
+def test_what_an_exported_folder_cannot_do_is_said(images, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        load_demo().main(
+            ["--input", str(images / "a.jpg"), "--output", str(tmp_path / "out"), "--runtime", "onnx", *more]
+        )

@@ -58,6 +58,7 @@ def test_segments_of_one_stuff_class_share_an_id_and_things_do_not():
     probabilities = np.array([[0.9, 0, 0, 0.1], [0.8, 0, 0, 0.2], [0, 0, 0.7, 0.3], [0, 0, 0.6, 0.4]], np.float32)
     ids, segments = maps.panoptic(probabilities, masks, THINGS, NAMES, object_mask_threshold=0.0, overlap_threshold=0.8)
     assert [(one.id, one.name, one.area) for one in segments] == [(1, "cat", 16), (2, "cat", 16), (3, "sand", 32)]
+    assert [one.query for one in segments] == [0, 1, 2]
     assert np.array_equal(ids[::4, ::4], [[1, 2], [3, 3]]) and segments[2].score == pytest.approx(0.7)
 
 

@@ -61,4 +61,4 @@ def segmenter(shallow, tmp_path_factory) -> Segmenter:
 def exported(segmenter, tmp_path_factory) -> Exported:
     needs_onnx()
     folder = tmp_path_factory.mktemp("exported")
-    return Exported(segmenter, export_folder(segmenter, folder, vocabulary=NAMES))
+    return Exported(segmenter, export_folder(segmenter, folder, vocabulary=NAMES, extras=["all", "pt2"]))

@@ -14,7 +14,7 @@ from fcclip.export.graphs import Images
 from fcclip.modeling import Ensemble
 from fcclip.vocabulary import Vocabulary
 from tests.conftest import tiny_fusioner
-from tests.export.conftest import NAMES, needs_onnx, random_image, with_weights
+from tests.export.conftest import NAMES, random_image
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def panoptic_equal(result, expected):
     return (result.panoptic == expected.panoptic).mean(), same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     ["boat", "cat, kitty, pussy cat; dog; grass:stuff", "; ".join(f"name {index}" for index in range(1000))],
@@ -50,6 +51,7 @@ def test_the_runner_finds_what_the_segmenter_finds_with_names_unknown_at_export(
         assert [one.category_id for one in result.instances[:3]] == [one.category_id for one in expected.instances[:3]]
 
 
+@pytest.mark.slow
 def test_other_names_and_weights_need_no_other_look(exported):
     image, names = random_image(70, 100), Vocabulary.from_names("boat; sea:stuff")
     runner, file = Runner(exported.folder), vocabulary_file(exported.segmenter.model, names)
@@ -61,6 +63,7 @@ def test_other_names_and_weights_need_no_other_look(exported):
     assert panoptic_equal(renamed, expected)[0] >= 0.999
 
 
+@pytest.mark.slow
 def test_a_batch_of_any_size_gives_what_the_model_gives_and_nothing_undefined(exported):
     runner, graph = Runner(exported.folder), Images(exported.segmenter.model).eval()
     empty = 0
@@ -79,6 +82,7 @@ def test_a_batch_of_any_size_gives_what_the_model_gives_and_nothing_undefined(ex
     assert empty  # the mean inside an empty mask is where an optimiser once deleted an epsilon
 
 
+@pytest.mark.slow
 def test_the_file_says_what_the_model_is(exported):
     model, metadata = exported.segmenter.model, Runner(exported.folder).metadata
     assert Metadata.of(metadata.strings(), source="x") == metadata
@@ -86,10 +90,11 @@ def test_the_file_says_what_the_model_is(exported):
     assert metadata.training_vocabulary == model.seen_vocabulary.synonyms
     assert metadata.clip["weights"] == model.backbone.fingerprint()["weights"]
     assert {path.name for path in exported.folder.iterdir()} == {
-        "image.onnx", "image.onnx.data", "vocabulary.npz"
+        "image.onnx", "image.onnx.data", "all.onnx", "image.pt2", "vocabulary.npz"
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_size_that_is_no_multiple_of_32_and_another_models_names_are_refused(exported):
     runner = Runner(exported.folder)
     with pytest.raises(InputError, match="multiples of 32"):
@@ -100,35 +105,31 @@ def test_a_size_that_is_no_multiple_of_32_and_another_models_names_are_refused(e
         runner(random_image(64, 64), other)
 
 
+@pytest.mark.slow
 def test_a_graph_without_its_weights_is_named(exported, tmp_path):
     (tmp_path / "image.onnx").write_bytes((exported.folder / "image.onnx").read_bytes())
     with pytest.raises(InputError, match=r"cannot be run .*Is image\.onnx\.data beside it"):
         Runner(tmp_path)
 
 
-def test_a_resnet_exports_too_here_for_one_size_and_as_a_program_of_torch(shallow, tmp_path):
-    needs_onnx()
-    cfg = shallow.clone()
-    cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME = cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME.replace("convnext", "resnet")
-    cfg.MODEL.FC_CLIP.QUICK_GELU = "off"
-    segmenter = with_weights(cfg, tmp_path / "weights")
-    folder = export_folder(segmenter, tmp_path / "exported", vocabulary=NAMES, size=(64, 96), extras=["pt2"])
-    runner = Runner(folder)
-    image = random_image(60, 90)
-    result, expected = runner.look(image), segmenter(image)
-    assert all(np.isfinite(value).all() for value in (result.probabilities, result.masks.logits))
-    [scored] = segmenter.model.score([{"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}])
-    probabilities = scored.class_logits(segmenter.model.ensemble).softmax(-1)
-    np.testing.assert_allclose(result.probabilities, probabilities.numpy(), atol=1e-4)
-    assert expected.panoptic.shape == result.panoptic.shape
-    # torch reads its program again, which gives the same bits
-    program, graph = torch.export.load(folder / "image.pt2").module(), Images(segmenter.model).eval()
-    pixels = torch.from_numpy(runner.padded(image))
-    for part in graph.modules():
-        if hasattr(part, "engine"):
-            part.engine = "torch"
-    with torch.no_grad():
-        assert all(map(torch.equal, program(pixels), graph(pixels)))
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(60, 90), (96, 64)])
+@pytest.mark.parametrize("names", ["boat", "cat, kitty; dog; sea:stuff"])
+def test_the_graph_with_names_inside_gives_what_the_model_gives(exported, size, names):
+    import onnxruntime
+
+    model, vocabulary, image = exported.segmenter.model, Vocabulary.from_names(names), random_image(*size)
+    text, runner = model.text_encoder.encode(vocabulary), Runner(exported.folder)
+    [scored] = model.score([{"image": torch.from_numpy(image.transpose(2, 0, 1).copy())}], vocabulary)
+    weight = torch.where(scored.seen, model.ensemble.alpha, model.ensemble.beta)
+    tensors = {"vectors": text.vectors, "class_of_vector": text.class_of_vector, "clip_weight": weight}
+    session = onnxruntime.InferenceSession(str(exported.folder / "all.onnx"))
+    assert session.get_modelmeta().custom_metadata_map == runner.metadata.strings()
+    inputs = {"image": runner.padded(image)} | {name: tensor.numpy() for name, tensor in tensors.items()}
+    probabilities, mask_logits = session.run(["class_probabilities", "mask_logits"], inputs)
+    expected = scored.class_logits(model.ensemble).softmax(-1)
+    np.testing.assert_allclose(probabilities[0], expected.numpy(), atol=1e-4)  # the limit of a parity report
+    np.testing.assert_allclose(mask_logits[0], scored.masks.mask_logits.numpy(), atol=1e-4)
 
 
 def test_what_cannot_be_exported_is_refused(shallow, segmenter, tmp_path):
@@ -157,13 +158,14 @@ def test_an_export_that_fails_leaves_an_earlier_one_as_it_was(quick, segmenter, 
         assert (made / "image.onnx").read_text() == "new"
         raise InputError("differs too much")
 
-    (tmp_path / "image.onnx").write_text("old")
+    for name in ("image.onnx", "all.onnx"):
+        (tmp_path / name).write_text("old")
     with pytest.raises(InputError, match="differs too much"):
         export_folder(segmenter, tmp_path, vocabulary=NAMES, check=check)
-    assert [path.name for path in tmp_path.iterdir()] == ["image.onnx"]
-    assert (tmp_path / "image.onnx").read_text() == "old"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"image.onnx": "old", "all.onnx": "old"}
     export_folder(segmenter, tmp_path, vocabulary=NAMES)
     assert (tmp_path / "image.onnx").read_text() == "new"
+    assert not (tmp_path / "all.onnx").exists()  # its weights were those of the old graph
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
@@ -174,6 +176,8 @@ def test_an_export_that_is_killed_leaves_nothing_under_the_final_names(quick, se
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert all(path.name.startswith(".exporting-") for path in tmp_path.iterdir())
+    export_folder(segmenter, tmp_path, vocabulary=NAMES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.onnx", "vocabulary.npz"]  # nothing is left
 
 
 def test_the_folder_of_save_pretrained_takes_an_export_and_is_read_as_before(quick, segmenter, tmp_path):

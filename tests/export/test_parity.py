@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fcclip.deploy import Runner
-from fcclip.export import Case, Limits, as_record, as_table, measure
+from fcclip.export import Case, Limits, as_record, as_table, measure, placement
 from fcclip.vocabulary import Vocabulary
 from tests.export.conftest import NAMES, random_image
 
@@ -40,6 +40,7 @@ def test_half_precision_has_a_limit_on_panoptic_quality_alone():
     assert limits.missed(replace(GOOD, pq=97.0))
 
 
+@pytest.mark.slow
 def test_the_report_covers_images_sizes_and_vocabularies(exported):
     images = {"first": random_image(70, 100), "second": random_image(128, 64, seed=1)}
     vocabularies = [NAMES, Vocabulary.from_names("boat; sea:stuff")]
@@ -47,8 +48,11 @@ def test_the_report_covers_images_sizes_and_vocabularies(exported):
     cases = measure(exported.segmenter, exported.folder, images, vocabularies)
     assert torch.get_num_threads() == threads
     assert len({(case.image, case.size, case.classes) for case in cases}) == 8
-    record = as_record(cases, Limits(), Runner(exported.folder).metadata)
+    nodes = {"CPUExecutionProvider": placement(exported.folder, "CPUExecutionProvider")}
+    record = as_record(cases, Limits(), Runner(exported.folder).metadata, nodes)
     assert record["missed"] == [] and len(record["cases"]) == 8
     assert json.loads(json.dumps(record))["graph"]["precision"] == "float32"
-    assert as_table(cases).row_count == 8
+    assert record["nodes"]["CPUExecutionProvider"]["CPUExecutionProvider"]["GridSample"] == 3  # a layer, three levels
+    table = as_table(cases, nodes)
+    assert table.row_count == 8 and "nodes ran on CPUExecutionProvider" in table.caption
     assert all(np.isfinite(case.seconds) for case in cases)
