@@ -209,6 +209,10 @@ def _run(
     loader = build_test_loader(cfg, remaining, rank=rank, world_size=world_size) if left else ()
     network = model if oracle is None else oracle(model, ground_truth_of, dataset)
     options = {"heads": enabled_heads(cfg), "semantic": "labels", "settings": settings or build_output_settings(cfg)}
+    look = network.score
+    if oracle is None and options["heads"] == ("panoptic",):  # which does not show masks that are surely void
+        limits = [Ensemble.of(ensemble or model.ensemble).void_limit for ensemble in task.modes.values()]
+        look = functools.partial(look, void_limit=max(limits))
 
     def evaluate_saved(meter: Meter) -> None:
         saved = {mode: SavedPredictions(folder / "predictions") for mode, folder in task.folders.items()}
@@ -223,7 +227,7 @@ def _run(
         """Mode -> outputs, an image each."""
         outputs = [
             {mode: network.outputs(scored, ensemble=ensemble, **options) for mode, ensemble in task.modes.items()}
-            for scored in network.score(samples, task.vocabulary)
+            for scored in look(samples, task.vocabulary)
         ]
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
