@@ -27,6 +27,7 @@ from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, be
 from fcclip.evaluation.thread_pool import EvaluationThreads
 from fcclip.files import write_json
 from fcclip.modeling import Architecture, AugmentedModel, Ensemble, build_augmented, enabled_heads
+from fcclip.modeling.architecture import BaseArchitecture
 from fcclip.modeling.build import build_output_settings
 from fcclip.modeling.outputs import OutputSettings
 from fcclip.vocabulary import Vocabulary
@@ -210,8 +211,8 @@ def _run(
     network = model if oracle is None else oracle(model, ground_truth_of, dataset)
     options = {"heads": enabled_heads(cfg), "semantic": "labels", "settings": settings or build_output_settings(cfg)}
     look = network.score
-    if oracle is None and options["heads"] == ("panoptic",):  # which does not show masks that are surely void
-        limits = [Ensemble.of(ensemble or model.ensemble).void_limit for ensemble in task.modes.values()]
+    if isinstance(network, BaseArchitecture) and options["heads"] == ("panoptic",):  # others may name masks anew
+        limits = [Ensemble.of(ensemble or network.ensemble).void_limit for ensemble in task.modes.values()]
         look = functools.partial(look, void_limit=max(limits))
 
     def evaluate_saved(meter: Meter) -> None:
