@@ -205,8 +205,8 @@ def told(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return tells
 
 
-def build_page(segmenter: Segmenter) -> gr.Blocks:
-    """The page; everything that computes waits for its turn, and every session has its own result."""
+def answers(segmenter: Segmenter) -> tuple[Callable[..., list[Any]], ...]:
+    """What an image, other names and an example of a word do."""
     own = segmenter.model.ensemble
 
     def options_of(score: float, alpha: float, beta: float, rest: str) -> dict[str, Any]:
@@ -249,6 +249,13 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
             number = len(bank.classes[word].regions)
             said = f"{escaped(word)} has {number} example{'s' if number > 1 else ''}; named anew without the network"
             return [bank, "", names, *shown(result.relabel(names, **options_of(*how)), kind, start, said)]
+
+    return look, relabel, teach
+
+
+def build_page(segmenter: Segmenter) -> gr.Blocks:
+    """The page; everything that computes waits for its turn, and every session has its own result."""
+    own, (look, relabel, teach) = segmenter.model.ensemble, answers(segmenter)
 
     def forget(result: Segmentation | None) -> None:
         """Drops all of the session that holds a result; gradio alone would keep the last drawing."""
