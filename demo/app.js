@@ -23,7 +23,7 @@ if (element.querySelector('.drop')) {
   document.addEventListener('paste', event => send(event.clipboardData.files[0]))
 }
 
-// ---- a result: label and score under the pointer, the download of the drawing ----
+// ---- a result: label and score under the pointer, a click that teaches, the download of the drawing ----
 
 function point(event) {
   const tip = element.querySelector('.tip')
@@ -40,6 +40,9 @@ function point(event) {
 }
 for (const name of ['pointermove', 'pointerdown', 'pointerleave', 'focusin']) on(name, point)
 on('click', event => {
+  const word = document.querySelector('#teach input, #teach textarea').value.trim()
+  const number = event.target.closest('.view [data-segment]')?.dataset.segment
+  if (word && number) trigger('select', { word, segment: number })
   const link = event.target.closest('a.image')
   if (link) link.href = element.querySelector('.canvas img').src
 })

@@ -5,13 +5,15 @@
         --config-file coco/panoptic-segmentation/fcclip/fcclip_convnext_large_eval_ade20k.yaml
 
 Only this machine sees the page, unless --host or --share say otherwise. Images travel inside messages and results stand
-inside the page, so none is written to the disk; a result is kept in memory for its own session alone, to be named anew.
+inside the page, so none is written to the disk; a result is kept in memory for its own session alone, to be named anew,
+and so are the examples of words that the session taught.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import functools
 import html
 import io
@@ -20,7 +22,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from fcclip import Segmenter
 from fcclip.data.images import opened, upright_rgb
 from fcclip.errors import InputError, NotInstalledError, UserError, run_program
 from fcclip.segmenter import NamedSegment, Segmentation, read_vocabulary
+from fcclip.segmenter.examples import ExampleBank
 from fcclip.segmenter.result import KINDS
 from fcclip.segmenter.segments import named_segments
 
@@ -96,6 +99,31 @@ def check_names(names: str) -> str:
     if number > MAX_NAMES:
         raise InputError(f"{number} names are too many; give at most {MAX_NAMES}, synonyms included")
     return names
+
+
+def with_word(names: str, word: str, *, isthing: bool) -> str:
+    """The names, and a word that was taught if it is not among them.
+
+    Raises:
+        ValueError: not a single name.
+    """
+    if not word or any(sign in word for sign in ";,:"):
+        raise InputError(f"teach one name at a time, without ; , and : in it; got '{word}'")
+    if any(word in synonyms for synonyms in read_vocabulary(names).synonyms):
+        return names
+    return f"{names.rstrip('; ')}; {word}{'' if isthing else ':stuff'}"
+
+
+@contextlib.contextmanager
+def knowing(segmenter: Segmenter, bank: ExampleBank | None) -> Iterator[ExampleBank]:
+    """Within it the segmenter knows the examples of one session alone; requests come one after the other."""
+    own, encoder = segmenter.examples, segmenter.model.text_encoder
+    segmenter.examples = bank or ExampleBank(segmenter.model)
+    encoder.shown = segmenter.examples.words
+    try:
+        yield segmenter.examples
+    finally:
+        segmenter.examples, encoder.shown = own, own.words
 
 
 def segments_of(result: Segmentation, kind: str) -> tuple[NamedSegment, ...]:
@@ -177,36 +205,57 @@ def told(function: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     return tells
 
 
-def build_page(segmenter: Segmenter) -> gr.Blocks:
-    """The page; everything that computes waits for its turn, and every session has its own result."""
+def answers(segmenter: Segmenter) -> tuple[Callable[..., list[Any]], ...]:
+    """What an image, other names and an example of a word do."""
     own = segmenter.model.ensemble
+
+    def options_of(score: float, alpha: float, beta: float, rest: str) -> dict[str, Any]:
+        return {"min_score": score, "ensemble": replace(own, alpha=alpha, beta=beta), **RESTS[rest]}
 
     def shown(result: Segmentation, kind: str, start: float, how: str) -> list[Any]:
         views = [view(result, kind) if name == kind else "" for name in KINDS]
         return [result, f"{time.perf_counter() - start:.2f} s, {how}", *views]
 
     @told
-    def look(
-        event: gr.EventData, names: str, score: float, alpha: float, beta: float, rest: str, kind: str
-    ) -> list[Any]:
+    def look(event: gr.EventData, bank: ExampleBank | None, names: str, kind: str, *how: Any) -> list[Any]:
         start = time.perf_counter()
         image = read_upload(str(event.image))
         names = str(event.names or names)
-        ensemble = replace(own, alpha=alpha, beta=beta)
-        result = segmenter(image, check_names(names), min_score=score, ensemble=ensemble, **RESTS[rest])
-        return [names, *shown(result, kind, start, f"{image.shape[1]} x {image.shape[0]} pixels")]
+        with knowing(segmenter, bank):
+            result = segmenter(image, check_names(names), **options_of(*how))
+            return [names, *shown(result, kind, start, f"{image.shape[1]} x {image.shape[0]} pixels")]
 
     @told
-    def relabel(
-        result: Segmentation | None, names: str, score: float, alpha: float, beta: float, rest: str, kind: str
-    ) -> list[Any]:
+    def relabel(result: Segmentation | None, bank: ExampleBank | None, names: str, kind: str, *how: Any) -> list[Any]:
         start = time.perf_counter()
         check_names(names)
         if result is None:
             return [None, NOTHING, *[""] * len(KINDS)]
-        ensemble = replace(own, alpha=alpha, beta=beta)
-        result = result.relabel(names, min_score=score, ensemble=ensemble, **RESTS[rest])
-        return shown(result, kind, start, "named anew without the network")
+        with knowing(segmenter, bank):
+            result = result.relabel(names, **options_of(*how))
+            return shown(result, kind, start, "named anew without the network")
+
+    @told
+    def teach(
+        event: gr.EventData, result: Segmentation | None, bank: ExampleBank | None, names: str, kind: str, *how: Any
+    ) -> list[Any]:
+        start, word = time.perf_counter(), str(event.word).strip()
+        if result is None:
+            raise InputError(NOTHING)
+        with knowing(segmenter, bank) as bank:
+            segment = segments_of(result, kind)[int(event.segment)]
+            names = check_names(with_word(names, word, isthing=segment.isthing))
+            segmenter.teach(word, result, segment.mask)
+            number = len(bank.classes[word].regions)
+            said = f"{escaped(word)} has {number} example{'s' if number > 1 else ''}; named anew without the network"
+            return [bank, "", names, *shown(result.relabel(names, **options_of(*how)), kind, start, said)]
+
+    return look, relabel, teach
+
+
+def build_page(segmenter: Segmenter) -> gr.Blocks:
+    """The page; everything that computes waits for its turn, and every session has its own result."""
+    own, (look, relabel, teach) = segmenter.model.ensemble, answers(segmenter)
 
     def forget(result: Segmentation | None) -> None:
         """Drops all of the session that holds a result; gradio alone would keep the last drawing."""
@@ -218,6 +267,7 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
     with gr.Blocks(title="fcclip", analytics_enabled=False) as page:
         script = (FILES / "app.js").read_text()
         kept = gr.State(time_to_live=60 * MINUTES, delete_callback=forget)
+        bank = gr.State()  # goes with the session
         kind = gr.Radio(list(KINDS), value=KINDS[0], visible="hidden")  # the page's, so that no lost session changes it
         gr.Markdown("# Any image, any class names")
         with gr.Row():
@@ -239,6 +289,14 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
                     elem_id="rest",
                 )
                 apply = gr.Button("Use these names", variant="primary", elem_id="apply")
+                word = gr.Textbox(
+                    label="Teach a word",
+                    info="type it, then click what it means in the result; again for more examples",
+                    placeholder="any word",
+                    max_lines=1,
+                    interactive=True,
+                    elem_id="teach",
+                )
             with gr.Column(scale=5, min_width=320):
                 with gr.Tabs():
                     tabs = {name: gr.Tab(name.capitalize()) for name in KINDS}
@@ -252,10 +310,11 @@ def build_page(segmenter: Segmenter) -> gr.Blocks:
                     alphas = _slider("Alpha", own.alpha, "CLIP's share, trained classes")
                     betas = _slider("Beta", own.beta, "CLIP's share, other classes")
         options = {"concurrency_id": "model", "api_visibility": "private", "trigger_mode": "always_last"}
-        settings, outputs = [names, score, alphas, betas, rests, kind], [kept, status, *views]
+        settings, outputs = [bank, names, kind, score, alphas, betas, rests], [kept, status, *views]
         upload.upload(look, settings, [names, *outputs], **options)
         changes = [names.submit, apply.click, score.change, alphas.change, betas.change, rests.change]
         gr.on(changes, relabel, [kept, *settings], outputs, **options)
+        gr.on([each.select for each in views], teach, [kept, *settings], [bank, word, names, *outputs], **options)
         for name, tab in tabs.items():
             chosen = tab.select(None, None, kind, js=f"() => '{name}'")
             chosen.then(relabel, [kept, *settings], outputs, **options)

@@ -28,6 +28,7 @@ from fcclip.evaluation.predictions import PredictionWriter, SavedPredictions, be
 from fcclip.evaluation.thread_pool import EvaluationThreads
 from fcclip.files import write_json
 from fcclip.modeling import Architecture, AugmentedModel, Ensemble, build_augmented, enabled_heads
+from fcclip.modeling.architecture import BaseArchitecture
 from fcclip.modeling.build import build_output_settings
 from fcclip.modeling.outputs import OutputSettings
 from fcclip.vocabulary import Vocabulary
@@ -210,6 +211,10 @@ def _run(
     loader = build_test_loader(cfg, remaining, rank=rank, world_size=world_size) if left else ()
     network = model if oracle is None else oracle(model, ground_truth_of, dataset)
     options = {"heads": enabled_heads(cfg), "semantic": "labels", "settings": settings or build_output_settings(cfg)}
+    look = network.score
+    if isinstance(network, BaseArchitecture) and options["heads"] == ("panoptic",):  # others may name masks anew
+        limits = [Ensemble.of(ensemble or network.ensemble).void_limit for ensemble in task.modes.values()]
+        look = functools.partial(look, void_limit=max(limits))
 
     def evaluate_saved(meter: Meter) -> None:
         saved = {mode: SavedPredictions(folder / "predictions") for mode, folder in task.folders.items()}
@@ -224,7 +229,7 @@ def _run(
         """Mode -> outputs, an image each."""
         outputs = [
             {mode: network.outputs(scored, ensemble=ensemble, **options) for mode, ensemble in task.modes.items()}
-            for scored in network.score(samples, task.vocabulary)
+            for scored in look(samples, task.vocabulary)
         ]
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()

@@ -48,6 +48,17 @@ class Ensemble:
         """What one output takes."""
         return self if head in self.trust_heads else replace(self, trust=0.0)
 
+    @property
+    def void_limit(self) -> float:
+        """A mask that the decoder calls void with a higher probability v is void in the panoptic map, whatever the
+        frozen CLIP says of it; 1: none is.
+
+        `geometric_ensemble` leaves v * (1 - trust * m) to void, m being at most 1, so at least v * (1 - trust). Above
+        one half that is more than all classes have together; 0.501 is further from it than rounding reaches.
+        """
+        trust = self.of_head("panoptic").trust
+        return 0.501 / (1 - trust) if trust < 0.499 else 1.0
+
     def __str__(self) -> str:
         heads = ", ".join(self.trust_heads)
         trust = f", void trust {self.trust:g} ({'unseen' if self.trust_unseen_only else 'all'}; {heads})"
@@ -159,8 +170,14 @@ class Architecture(Protocol):
     def losses(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """The weighted losses of a batch, or of a part of one (`structures.TrainingBatch`): parts add up."""
 
-    def score(self, inputs: Sequence[Mapping[str, Any]], vocabulary: Vocabulary | None = None) -> list[ScoredMasks]:
-        """One pass of the network; one record an image, which can be weighed and drawn as often as wanted."""
+    def score(
+        self, inputs: Sequence[Mapping[str, Any]], vocabulary: Vocabulary | None = None, *, void_limit: float = 1.0
+    ) -> list[ScoredMasks]:
+        """One pass of the network; one record an image, which can be weighed and drawn as often as wanted.
+
+        With an `Ensemble.void_limit` it is for panoptic maps of this vocabulary by that ensemble alone: where looking
+        at a mask costs much, those that the limit makes void are not looked at.
+        """
 
     def rescore(self, scored: ScoredMasks, vocabulary: Vocabulary) -> ScoredMasks:
         """What `score` gives for the same image and another vocabulary, without looking at the image again."""
@@ -258,9 +275,10 @@ class BaseArchitecture(nn.Module):
         """
         if self.training:
             return self.losses(inputs)
-        return [
-            self.outputs(scored, heads=heads, semantic=semantic) for scored in self.score(inputs, vocabulary=vocabulary)
-        ]
+        heads = self.heads if heads is None else tuple(heads)
+        limit = self.ensemble.void_limit if heads == ("panoptic",) else 1.0
+        records = self.score(inputs, vocabulary, void_limit=limit)
+        return [self.outputs(scored, heads=heads, semantic=semantic) for scored in records]
 
     @torch.no_grad()
     def outputs(

@@ -161,6 +161,8 @@ def maft_parts(cfg: CfgNode) -> dict[str, Any]:
     parts, key = fcclip_parts(cfg), "MODEL.FC_CLIP.CDT_FORM"
     if not isinstance(parts["backbone"], ConvNeXtCLIP):
         raise InputError(f"MAFT+ is for ConvNeXt CLIPs, not '{cfg.MODEL.FC_CLIP.CLIP_MODEL_NAME}'")
+    if isinstance(parts["classifier"], MaskAdapter):  # it was trained on cells that are read as MAFT+ reads them
+        raise InputError("MAFT+ has no Mask-Adapter here: leave MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER empty")
     form = cfg.MODEL.FC_CLIP.CDT_FORM or ("panoptic" if cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON else "semantic")
     lookup(key, form, dict.fromkeys(FORMS))
     return {**parts, "transfer": TextTransfer(dim=parts["backbone"].embed_dim, form=form)}

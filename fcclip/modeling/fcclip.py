@@ -86,11 +86,14 @@ class FCCLIP(BaseArchitecture):
         return losses
 
     @torch.no_grad()
-    def score(self, inputs: Samples, vocabulary: Vocabulary | None = None) -> list[ScoredMasks]:
+    def score(
+        self, inputs: Samples, vocabulary: Vocabulary | None = None, *, void_limit: float = 1.0
+    ) -> list[ScoredMasks]:
         """One pass of the network, whatever the number of vocabularies; one record an image.
 
         Args:
             inputs, vocabulary: as for `forward`.
+            void_limit: see `Architecture`; out-of-vocabulary opinions and region embeddings that it spares are zeros.
         """
         images, sizes = self.preprocess(inputs)
         default = self.test_vocabulary if vocabulary is None else vocabulary
@@ -106,7 +109,8 @@ class FCCLIP(BaseArchitecture):
             # class names do not see each other before the softmax, so a vocabulary's logits can be cut out of all
             rows = slice(None) if len(groups) == 1 else indices
             in_logits = cut_classes(class_logits[rows], classes.start, classes.stop)
-            regions, valid = self.pool(features.dense[rows], mask_logits[rows])
+            wanted = in_logits.float().softmax(-1)[..., -1] <= void_limit if void_limit < 1 else None
+            regions, valid = self.pool(features.dense[rows], mask_logits[rows], wanted)
             out_logits = self.name_regions(regions, features.dense[rows], text)
             for row, index in enumerate(indices):
                 records[index] = ScoredMasks(
@@ -188,10 +192,12 @@ class FCCLIP(BaseArchitecture):
         """Masks with the opinion of the in-vocabulary classifier on K classes and void."""
         return self.sem_seg_head(features.levels, with_void(text, self.void_embedding.weight), all_sets=all_sets)
 
-    def pool(self, dense: Tensor, mask_logits: Tensor) -> tuple[Tensor, Tensor | None]:
+    def pool(self, dense: Tensor, mask_logits: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What the out-of-vocabulary classifier names: dense features (B, C, h, w) and mask logits (B, Q, ·, ·) ->
-        region embeddings (B, Q, D), and (B, Q) bool, queries to which the ensemble applies; None: all."""
-        regions = self.classifier(dense, mask_logits)
+        region embeddings (B, Q, D), and (B, Q) bool, queries to which the ensemble applies; None: all. A classifier
+        that looks at masks one by one looks at the `wanted` (B, Q) bool; None: at all."""
+        part = {"wanted": wanted} if getattr(self.classifier, "one_by_one", False) else {}
+        regions = self.classifier(dense, mask_logits, **part)
         if not self.ensemble_on_valid_mask:
             return regions, None
         return regions, (resize_masks(mask_logits, dense.shape[-2:]) > 0).flatten(2).any(-1)

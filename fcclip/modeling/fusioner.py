@@ -95,8 +95,11 @@ class Fusioner(BaseArchitecture):
         return binary_loss(planes[:, :height, :width], truth, None if ignored is None else ignored.to(self.device))
 
     @torch.no_grad()
-    def score(self, inputs: Samples, vocabulary: Vocabulary | None = None) -> list[ScoredMasks]:
-        """One pass of the network, or one a window; one record an image. The arguments are those of `forward`."""
+    def score(
+        self, inputs: Samples, vocabulary: Vocabulary | None = None, *, void_limit: float = 1.0
+    ) -> list[ScoredMasks]:
+        """One pass of the network, or one a window; one record an image. The arguments are those of `forward`; there is
+        no void that `void_limit` could concern."""
         images, sizes = self.preprocess(inputs)
         default = self.test_vocabulary if vocabulary is None else vocabulary
         vocabularies = [vocabulary_of(sample, default) for sample in inputs]

@@ -38,6 +38,7 @@ class MaskAdapter(nn.Module):
     """
 
     needs_fine_masks = True  # at stride 4; pooling reads them at the stride of the dense features
+    one_by_one = True  # each mask costs, and does not depend on the others
 
     def __init__(
         self,
@@ -75,8 +76,15 @@ class MaskAdapter(nn.Module):
             nn.Conv2d(mask_channels, embed_dim, 1),
         )
 
-    def forward(self, dense: Tensor, mask_logits: Tensor) -> Tensor:
-        """Dense features (B, C, h, w) and mask logits (B, Q, ·, ·) -> region embeddings (B, Q, D)."""
+    def forward(self, dense: Tensor, mask_logits: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Dense features (B, C, h, w) and mask logits (B, Q, ·, ·) -> region embeddings (B, Q, D); zeros of masks that
+        are not `wanted` (B, Q) bool."""
+        if wanted is not None:
+            regions = dense.new_zeros(*wanted.shape, self.fuse.in_channels)
+            for index, chosen in enumerate(wanted):
+                own = dense[index : index + 1], mask_logits[index : index + 1, chosen]
+                regions[index, chosen] = self(*own)[0].to(regions.dtype)
+            return regions
         height, width = dense.shape[-2:]
         if not mask_logits.shape[1]:
             return dense.new_zeros(len(dense), 0, self.fuse.in_channels)

@@ -46,6 +46,7 @@ class ExampleBank:
     def __init__(self, model: Architecture) -> None:
         self.model = model
         self.classes: dict[str, Examples] = {}
+        self.words: dict[str, Tensor] = {}  # name -> its vector (D,)
         self._lock = threading.Lock()
 
     @property
@@ -60,8 +61,9 @@ class ExampleBank:
             self.classes[name] = Examples(*(torch.cat([getattr(p, key) for p in parts]) for key in vars(examples)))
             beside = torch.cat([part.beside for part in self.classes.values()]).mean(0)
             gap = beside - self.model.text_encoder.encode(usual_names(self.model)).vectors.mean(0).cpu()
-            words = {key: F.normalize(part.regions.mean(0) - gap, dim=0) for key, part in self.classes.items()}
-            self.model.text_encoder.shown = words  # a new one: others may be reading the old one
+            # a new one: others may be reading the old one
+            self.words = {key: F.normalize(part.regions.mean(0) - gap, dim=0) for key, part in self.classes.items()}
+            self.model.text_encoder.shown = self.words
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""

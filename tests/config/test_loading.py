@@ -1,5 +1,6 @@
 """Files, overrides and what is said about wrong ones."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,31 @@ def test_every_file_of_what_goes_beyond_builds_and_names_it(path):
     own = {"ovrcoat": "void trust 0.5", "maft_plus": "MAFT+", "mask_adapter": "Mask-Adapter"}
     assert options_of(cfg) == (own[path.parent.name],)
     assert len(model.extra_losses) == bool(cfg.MODEL.MASK_ADAPTER.TRAIN)
+
+
+def shapes_of(path):
+    """Name -> shape of everything that a file of the config's weights holds, in the names of the model."""
+    cfg = load_config(path, ["MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.DEVICE", "meta"])
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in build_model(cfg).state_dict().items()}
+
+
+def test_published_files_of_what_goes_beyond_are_fcclips_with_one_part_more_at_most():
+    """As the spec lists their keys; MAFT+ has 100 queries, all others 250."""
+    plain = shapes_of(f"{FOLDER}ade20k.yaml")
+    queries = {f"sem_seg_head.predictor.{name}.weight": (100, 256) for name in ("query_feat", "query_embed")}
+    assert queries.keys() < plain.keys()
+    expected = {"ovrcoat": (plain, "", 0, 0), "maft_plus": (plain | queries, "cdt.", 8, 2_954_496)}
+    expected["mask_adapter"] = (plain, "classifier.", 43, 14_907_568)
+    for path in BEYOND:
+        if "_eval_" in path.stem:
+            base, part, number, size = expected.pop(path.parent.name)
+            shapes = shapes_of(path)
+            own = {key: shapes.pop(key) for key in shapes.keys() - base.keys()}
+            assert shapes == base
+            assert all(key.startswith(part) for key in own)
+            assert (len(own), sum(map(math.prod, own.values()))) == (number, size)
+    assert not expected
 
 
 @pytest.mark.parametrize("path", FROZENSEG, ids=lambda path: path.stem)

@@ -95,6 +95,29 @@ def test_names_cannot_become_html_or_templates(app, segmenter):
     assert "<img src=x" not in head and "{{" not in head and "${" not in head and "&lt;img src=x&gt;" in head
 
 
+def test_a_taught_word_joins_the_names_once_and_is_a_single_name(app):
+    assert app.with_word("cat; dog; ", "glorp", isthing=True) == "cat; dog; glorp"
+    assert app.with_word("cat; sand:stuff", "glorp", isthing=False) == "cat; sand:stuff; glorp:stuff"
+    assert app.with_word("cat, glorp; dog", "glorp", isthing=True) == "cat, glorp; dog"
+    for word in ("", "glorp; wug", "glorp, wug", "glorp:stuff"):
+        with pytest.raises(InputError, match="teach one name at a time"):
+            app.with_word("cat", word, isthing=True)
+
+
+def test_what_one_session_taught_is_known_in_its_turn_alone(app, segmenter):
+    result = segmenter(IMAGES / "shapes_1.jpg", "red circle; sand:stuff")
+    own, encoder = segmenter.examples, segmenter.model.text_encoder
+    with app.knowing(segmenter, None) as bank:
+        segmenter.teach("glorp", result, result.segments[0].mask)
+    assert (segmenter.examples, encoder.shown, list(bank.classes)) == (own, {}, ["glorp"])
+    with pytest.raises(KeyError), app.knowing(segmenter, bank):
+        assert list(encoder.shown) == ["glorp"]
+        raise KeyError
+    with app.knowing(segmenter, None):
+        assert encoder.shown == {}
+    assert (segmenter.examples, encoder.shown) == (own, {})
+
+
 def test_without_other_wishes_only_this_machine_sees_the_page(app):
     args = app.parse_arguments([])
     assert (args.weights, args.host, args.share) == ("shapes", "127.0.0.1", False)
@@ -218,6 +241,38 @@ def test_what_fits_no_name_is_called_unknown_or_left_out(server, visit):
     visitor.locator(CHIPS, has_text="unknown").wait_for(state="detached")
     assert sorted(labels(visitor, "sand")) == ["red circle", "sand"]
     assert server.looks == looks
+
+
+def test_a_word_is_taught_by_a_click_and_known_in_this_session_alone(server, visit):
+    visitor, other = visit(), visit()
+    visitor.fill("#names textarea", "red circle; blue star; sand:stuff")
+    upload(visitor)
+    labels(visitor, "red circle")
+    looks = server.looks
+    visitor.locator(CHIPS, has_text="red circle").click()  # without a word a click teaches nothing
+    visitor.fill("#teach input", "glorp")
+    number = visitor.locator(CHIPS, has_text="red circle").get_attribute("data-segment")
+    visitor.locator(f".view:visible path[data-segment='{number}']").click()
+    assert "glorp" in labels(visitor, "glorp")
+    visitor.get_by_text("glorp has 1 example;").wait_for()
+    assert visitor.input_value("#names textarea") == "red circle; blue star; sand:stuff; glorp"
+    assert visitor.input_value("#teach input") == ""
+    assert server.looks == looks
+    use_names(visitor, "glorp; blue star; sand:stuff")
+    visitor.locator(CHIPS, has_text="red circle").wait_for(state="detached")
+    upload(visitor)  # a later image
+    visitor.get_by_text("256 x 256 pixels").wait_for()
+    assert sorted(labels(visitor, "glorp")) == ["blue star", "glorp", "sand"]
+    assert server.looks == looks + 1
+    visitor.fill("#teach input", "glorp")
+    visitor.locator(CHIPS, has_text="glorp").click()
+    visitor.get_by_text("glorp has 2 examples;").wait_for()
+    visitor.fill("#teach input", "glorp; wug")
+    visitor.locator(CHIPS, has_text="sand").click()
+    visitor.get_by_text("teach one name at a time").first.wait_for()
+    other.fill("#names textarea", "glorp; blue star; sand:stuff")
+    upload(other)
+    assert "glorp" not in labels(other, "sand")
 
 
 def test_a_region_says_its_name_and_score_under_the_pointer(visit):

@@ -15,7 +15,7 @@ from fcclip.data import Dataset, build_test_loader, read_id_map
 from fcclip.data.datasets.metadata import class_metadata
 from fcclip.evaluation import GroundTruth, SemanticEvaluator, build_evaluators, evaluators, meter, runner
 from fcclip.evaluation.runner import evaluate_augmented
-from fcclip.modeling import architecture, text
+from fcclip.modeling import Ensemble, architecture, text
 from fcclip.modeling.augmentation import build_augmented
 from fcclip.reports import PanopticSource, evaluate_predictions
 from fcclip.vocabulary import Vocabulary
@@ -343,6 +343,24 @@ def test_only_heads_that_are_on_are_evaluated(folder):
     cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False
     with pytest.raises(ValueError, match=r"nothing to evaluate on data set 'tiny_val' .*PANOPTIC_ON"):
         build_evaluators(cfg, dataset, modes=["ensemble"])
+
+
+def test_masks_that_every_mode_calls_void_are_spared_for_panoptic_maps_alone(folder, tiny_cfg, tiny_model, monkeypatch):
+    model, limits = tiny_model(cfg=tiny_cfg), []
+    score = model.score
+    monkeypatch.setattr(
+        model,
+        "score",
+        lambda *inputs, void_limit=1.0: limits.append(void_limit) or score(*inputs, void_limit=void_limit),
+    )
+    options = {"vocabulary": tiny_world.VOCABULARY, "progress": False, "max_images": 1}
+    for modes in ({"a": (0.4, 0.8)}, {"a": None, "b": Ensemble(0.4, 0.8, trust=0.2)}):
+        tiny_world.evaluate(model, tiny_cfg, tiny_world.dataset(folder), modes=modes, **options)
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test.SEMANTIC_ON = test.INSTANCE_ON = False
+    for modes in ({"a": (0.4, 0.8)}, {"a": None, "b": Ensemble(0.4, 0.8, trust=0.2)}):
+        tiny_world.evaluate(model, tiny_cfg, tiny_world.dataset(folder), modes=modes, **options)
+    assert limits == [1, 1, 0.501, 0.501 / 0.8]
 
 
 def test_a_data_set_without_instances_file_is_refused_for_ap(folder):

@@ -102,6 +102,12 @@ def test_its_config_takes_clip_alone_and_the_form_of_the_heads(maft_cfg):
         build_model(maft_cfg)
 
 
+def test_a_mask_adapter_is_refused(maft_cfg):
+    maft_cfg.MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER = "mask_adapter"
+    with pytest.raises(ValueError, match=r"MAFT\+ has no Mask-Adapter here.*OUT_OF_VOCABULARY_CLASSIFIER"):
+        build_model(maft_cfg)
+
+
 def test_its_file_is_loaded_without_the_teacher_and_only_in_the_form_it_was_trained_in(model, tmp_path, caplog):
     state = {key: value.clone() for key, value in model.state_dict().items()}
     teacher = {key.replace("backbone.", "backbone_t.", 1): value for key, value in state.items() if "clip_model" in key}

@@ -1,11 +1,17 @@
 """The Mask-Adapter: its maps, its parameters, its training."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from fcclip.modeling import build_model
+from fcclip import Segmenter
+from fcclip.modeling import Ensemble, build_model
 from fcclip.modeling.backbones.clip import build_clip
+from fcclip.modeling.classifier import geometric_ensemble
 from fcclip.modeling.mask_adapter import MaskAdapter, similar_masks
 from fcclip.modeling.out_of_vocabulary import OUT_OF_VOCABULARY_CLASSIFIERS
 from fcclip.vocabulary import Vocabulary
@@ -15,6 +21,7 @@ from tests.modeling.test_fcclip import sample_image, training_sample
 from tests.weight_files import save_weights
 
 WIDTH = 24
+REPOSITORY, SHAPES = Path(__file__).parents[2], Vocabulary.builtin("shapes")
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +190,50 @@ def test_regions_are_read_as_finely_as_masks(tiny_model, adapter_cfg):
     other = Vocabulary.from_names("cup; sea:stuff")
     [fresh] = model.score([sample_image()], other)
     assert torch.equal(model.rescore(scored, other).out_logits, fresh.out_logits)
+
+
+@pytest.mark.parametrize("unseen_only", [True, False])
+@pytest.mark.parametrize("trust", [0.0, 0.2, 0.4, 0.9])
+def test_above_its_limit_void_wins_whatever_clip_says(trust, unseen_only):
+    torch.manual_seed(0)
+    ensemble = Ensemble(0.9, 1.0, trust=trust, trust_unseen_only=unseen_only)
+    assert trust < 0.5 or ensemble.void_limit == 1
+    void = torch.cat([torch.rand(400), (ensemble.void_limit + torch.tensor([1e-6, 1e-4])).clamp(max=1).repeat(50)])
+    shares = (10 * torch.randn(500, 3)).softmax(-1) * (1 - void[:, None])
+    out_logits = 100 * torch.randn(500, 3)  # CLIP is sure of one class
+    logits = torch.cat([shares, void[:, None]], dim=-1).log().clamp(min=-100)
+    found = geometric_ensemble(
+        *(logits, out_logits, torch.tensor([True, False, False])),
+        **{"alpha": 0.9, "beta": 1.0, "trust": trust, "trust_unseen_only": unseen_only},
+    )
+    surely_void = logits.softmax(-1)[:, -1] > ensemble.void_limit
+    assert (found.softmax(-1)[surely_void].argmax(-1) == 3).all()
+    assert surely_void.sum() > 50 or trust >= 0.5
+    assert (found[~surely_void].argmax(-1) != 3).any()
+
+
+def test_for_panoptic_maps_alone_it_does_not_look_at_masks_that_are_void_whatever_it_says(monkeypatch):
+    """What is left is a smaller batch, which rounds in another way: scores agree to 1e-5."""
+    torch.manual_seed(0)
+    model = Segmenter.from_pretrained("shapes", device="cpu").model
+    model.classifier = OUT_OF_VOCABULARY_CLASSIFIERS["mask_adapter"](model.backbone, width=WIDTH).eval()
+    pixels = np.array(Image.open(REPOSITORY / "demo" / "images" / "shapes_1.jpg").resize((256, 256)))
+    images = [{"image": torch.from_numpy(turned.transpose(2, 0, 1).copy())} for turned in (pixels, pixels[::-1])]
+    looked, regions = [], model.classifier._regions
+    monkeypatch.setattr(
+        model.classifier, "_regions", lambda *inputs: looked.append(inputs[-1].shape[:2].numel()) or regions(*inputs)
+    )
+    with torch.no_grad():
+        whole = [model.outputs(scored, heads=("panoptic",)) for scored in model.score(images, SHAPES)]
+        assert sum(looked) == 2 * 30
+        looked.clear()
+        for found, expected in zip(model(images, vocabulary=SHAPES, heads=("panoptic",)), whole):
+            assert torch.equal(found["panoptic_seg"][0], expected["panoptic_seg"][0])
+            segments, others = found["panoptic_seg"][1], expected["panoptic_seg"][1]
+            assert len(segments) == len(others) > 1
+            for segment, other in zip(segments, others):
+                assert segment == {**other, "score": pytest.approx(other["score"], rel=1e-5)}
+        assert 2 * 2 < sum(looked) < 2 * 15
+        looked.clear()
+        model(images, vocabulary=SHAPES, heads=("panoptic", "semantic"))
+        assert sum(looked) == 2 * 30

@@ -376,3 +376,30 @@ def test_a_file_of_ovrcoat_brings_its_tuned_clip_and_leaves_the_frozen_one(tiny_
     assert model.backbone.logit_scale == 3.5
     key = next(key for key in tuned if "visual." in key and tuned[key].is_floating_point())
     assert torch.equal(model.state_dict()[key], tuned[key])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"MODEL.META_ARCHITECTURE": "MAFT_Plus"},
+        {"MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER": "mask_adapter", "MODEL.MASK_ADAPTER.NUM_CHANNELS": 16},
+    ],
+    ids=["ovrcoat", "maft_plus", "mask_adapter"],
+)
+def test_files_of_others_with_other_queries_or_another_clip_are_refused_with_the_cause(
+    tiny_model, tiny_cfg, tmp_path, keys
+):
+    for key, value in keys.items():
+        tiny_cfg.merge_from_list([key, value])
+    weights = {
+        key.replace("classifier.", "mask_adapter."): value
+        for key, value in tiny_model(cfg=tiny_cfg).state_dict().items()
+    }
+    stem = "backbone.clip_model.visual.trunk.stem.0.weight"
+    foreign = save(weights | {stem: weights[stem].repeat(2, 1, 1, 1)}, tmp_path / "clip.pth")
+    with pytest.raises(ValueError, match="the CLIP in the file is another one than the model's: .*CLIP_MODEL_NAME"):
+        load_weights(tiny_model(cfg=tiny_cfg), foreign)
+    tiny_cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = 9
+    with pytest.raises(ValueError, match="8 queries, the model has 9: set MODEL.MASK_FORMER.NUM_OBJECT_QUERIES 8"):
+        load_weights(tiny_model(cfg=tiny_cfg), save(weights, tmp_path / "queries.pth"))
