@@ -95,9 +95,7 @@ def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict[str, Cal
     model = build_model(cfg, train_vocabulary=vocabulary, test_vocabulary=vocabulary).train()
     model.text_encoder.encode(vocabulary)
     for part in model.modules():
-        if isinstance(
-            part, MSDeformAttn
-        ):  # at first offsets are whole cells, where bilinear gradients jump
+        if isinstance(part, MSDeformAttn):  # at first offsets are whole cells, where bilinear gradients jump
             torch.nn.init.normal_(part.sampling_offsets.weight, std=0.02)
     batch = [made_up_sample(index, options.size, options.segments, len(vocabulary)) for index in range(options.batch)]
     ways = {"ours": model.losses, "published": load_peer("published_training").losses}
