@@ -71,9 +71,10 @@ def test_only_the_newest_vocabularies_are_held_in_memory():
 def test_only_prediction_sets_that_are_used_are_scored(tiny_cfg, tiny_model, training, deep, sets):
     tiny_cfg.MODEL.MASK_FORMER.DEEP_SUPERVISION = deep
     model, calls = tiny_model(cfg=tiny_cfg).train(training), []
-    model.sem_seg_head.predictor.class_embed.register_forward_hook(lambda *_: calls.append(1))
+    decoder = model.sem_seg_head.predictor
+    decoder.class_embed.register_forward_hook(lambda _, inputs, scored: calls.append(scored.shape[1]))
     model([training_sample()])
-    assert len(calls) == sets
+    assert sum(calls) == sets * decoder.query_feat.num_embeddings
 
 
 def test_instances_do_not_depend_on_the_panoptic_output(tiny_cfg, tiny_model):
