@@ -66,7 +66,7 @@ class MeansInsideMasks(torch.autograd.Function):
             logits = some @ cells
             masks.append(logits > 0)
             share = logits.copy_(masks[-1])
-            counts.append(share.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1).to(share.dtype))
+            counts.append(share.sum(-1, keepdim=True, dtype=torch.float32).clamp(min=1))  # float16 ends at 65,504
             pooled.append(share.div_(counts[-1]) @ cells.transpose(1, 2))
         ctx.save_for_backward(*masks, *counts)
         return torch.cat(pooled, dim=1)
@@ -74,13 +74,11 @@ class MeansInsideMasks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         shape, dtype = ctx.features
-        masks, counts = (
-            ctx.saved_tensors[: len(ctx.saved_tensors) // 2],
-            ctx.saved_tensors[len(ctx.saved_tensors) // 2 :],
-        )
+        half = len(ctx.saved_tensors) // 2
+        saved = zip(ctx.saved_tensors[:half], ctx.saved_tensors[half:])
         total = gradient.new_zeros(shape, dtype=dtype).flatten(2)
-        for some, mask, count in zip(gradient.split(ctx.at_once, dim=1), masks, counts):
-            factors = (some / count).transpose(1, 2), mask.to(some.dtype)
+        for some, (mask, count) in zip(gradient.split(ctx.at_once, dim=1), saved):
+            factors = some.transpose(1, 2), mask.to(some.dtype).div_(count)
             total = total.baddbmm_(*factors) if some.dtype == dtype else total.add_(factors[0] @ factors[1])
         return total.view(shape), None, None
 

@@ -77,6 +77,15 @@ def test_means_of_masks_that_are_products_and_their_gradients_are_those_of_whole
         torch.testing.assert_close(one, other, **precision)
 
 
+def test_a_mask_of_more_cells_than_float16_can_count_has_its_mean():
+    features = torch.full((1, 2, 256, 257), 3.0, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        pooled = MeansInsideMasks.apply(features, torch.ones(1, 1, 2), 1)
+    (pooled.float() * 1000).sum().backward()
+    assert pooled.flatten().tolist() == pytest.approx([3.0, 3.0], rel=1e-2)
+    torch.testing.assert_close(features.grad, torch.full_like(features, 1000 / (256 * 257)), rtol=1e-2, atol=0)
+
+
 def test_a_gradient_reaches_every_parameter():
     module = decoder(in_channels=48)
     pyramid, mask_features, words = inputs(channels=48)
