@@ -150,7 +150,8 @@ def geometric_ensemble(
         raise InputError(f"the ensemble's alpha and beta must lie in 0..1, got {alpha} and {beta}")
     if not 0 <= trust <= 1:
         raise InputError(f"the ensemble's void trust must lie in 0..1, got {trust}")
-    weight = torch.where(seen.to(in_logits.device), alpha, beta).float()
+    seen = seen.to(in_logits.device, non_blocking=True)
+    weight = torch.where(seen, alpha, beta).float()
     shares, void = _shares_and_void(in_logits, out_logits, weight, valid)
     if trust:
         if len(seen) < 2:
@@ -161,7 +162,7 @@ def geometric_ensemble(
         sureness = out_logits.float().softmax(-1).amax(-1, keepdim=True)  # (B, Q, 1)
         trusted = torch.ones_like(void, dtype=torch.bool) if valid is None else valid[..., None]
         if trust_unseen_only:
-            trusted = trusted & ~seen.to(void.device)[shares.argmax(-1, keepdim=True)]
+            trusted = trusted & ~seen[shares.argmax(-1, keepdim=True)]
         void = torch.where(trusted, void * (1 - trust * sureness), void)
     return (torch.cat([shares * (1 - void), void], dim=-1) + 1e-8).log()
 

@@ -202,15 +202,16 @@ class _Panoptic:
     def result(self) -> tuple[Tensor, list[dict]]:
         if not len(self.queries):
             return torch.zeros_like(self.owner, dtype=torch.int32), []
-        owned = torch.bincount(self.owner.flatten(), minlength=len(self.queries))
-        region = torch.bincount(self.owner[self.inside_own], minlength=len(self.queries))
+        pairs = torch.add(self.inside_own, self.owner, alpha=2)  # of owner and whether inside its mask, counted at once
+        numbers = torch.bincount(pairs.flatten(), minlength=2 * len(self.queries)).view(-1, 2)
+        owned, region = numbers.sum(1), numbers[:, 1]
         share = owned / self.areas.clamp(min=1)
         accepted = (owned > 0) & (self.areas > 0) & (region > 0) & (share >= self.overlap_threshold)
 
         # ids in query order; a stuff class keeps the id of its first accepted query
         records, id_of_query, stuff_ids = [], [0] * len(self.queries), {}
-        rows = zip(accepted.tolist(), self.labels.tolist(), self.scores.tolist(), region.tolist())
-        for query, (is_accepted, label, score, area) in enumerate(rows):
+        rows = zip(*torch.stack([accepted.long(), self.labels, region]).tolist(), self.scores.tolist())
+        for query, (is_accepted, label, area, score) in enumerate(rows):
             if not is_accepted:
                 continue
             if label in stuff_ids:
@@ -224,7 +225,7 @@ class _Panoptic:
                 if label not in self.things:
                     stuff_ids[label] = record["id"]
             id_of_query[query] = record["id"]
-        ids = torch.tensor(id_of_query, dtype=torch.int32, device=self.owner.device)
+        ids = torch.tensor(id_of_query, dtype=torch.int32).to(self.owner.device, non_blocking=True)
         return ids[self.owner] * self.inside_own, records
 
 
@@ -240,7 +241,7 @@ class _Instances:
         is_thing = torch.zeros(num_classes, dtype=torch.bool)
         is_thing[list(thing_classes)] = True
         labels = index % num_classes
-        keep = is_thing.to(labels.device)[labels]
+        keep = is_thing.to(labels.device, non_blocking=True)[labels].nonzero().flatten()
         self.scores, self.labels = scores[keep], labels[keep]
         self.queries, self.position = (index[keep] // num_classes).unique(return_inverse=True)
         self.inside = self.scores.new_empty(len(self.queries), *masks.output_size, dtype=torch.bool)
