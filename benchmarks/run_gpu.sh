@@ -38,12 +38,19 @@ print(torch.cuda.get_device_name().lower().replace(" ", "_").replace("/", "_"))
 PYTHON
 ) || exit 1
 ops=("$python" tools/benchmark.py ops --device cuda)
+inference=("$python" tools/benchmark.py inference --device cuda --models ConvNeXt-L --size 1024 1024 --kept 160 --rounds 5)
 step=("$python" tools/benchmark.py training-step --config-file "$convnext" --size 1024)
 gpu_tests=("$python" -m pytest -m gpu)
 
 part "build" 120 "$python" -m fcclip.ops.build cuda
 part "tests of the CUDA engine" 150 "${gpu_tests[@]}" tests/ops -k "not triton"
 part "operator, the goal" 120 "${ops[@]}" --sizes 1024x1024 --batch 2 --output "$out/ops_${gpu}_1024_batch_2.json"
+part "inference beside the published steps, fp32" 75 "${inference[@]}" --memory \
+    --output "$out/inference_${gpu}_convnext_l.json"
+part "the same, ours in bf16 and compiled" 150 "${inference[@]}" --memory \
+    --output "$out/inference_${gpu}_convnext_l_bf16_compiled.json" TEST.AMP.ENABLED True MODEL.COMPILE all
+part "training beside the published steps, fp16" 75 "$python" tools/benchmark.py train --device cuda --models ConvNeXt-L \
+    --size 1024 --segments 12 --rounds 5 --memory --output "$out/training_${gpu}_convnext_l.json"
 part "training step, fp16" 60 "${step[@]}" --batch 2 8 --output "$out/training_step_${gpu}_float16.json" \
     MODEL.DEVICE cuda SOLVER.AMP.DTYPE float16
 part "operator, all sizes" 120 "${ops[@]}" --rounds 5 --output "$out/ops_${gpu}.json"

@@ -12,7 +12,7 @@ from fcclip.checks.issue import ERROR
 from fcclip.checks.run import check_run
 from fcclip.engine import PeriodicEvaluation, build_trainer, dry_run
 from fcclip.evaluation import evaluate
-from fcclip.modeling import build_model, test_modes
+from fcclip.modeling import build, build_model, options_of, test_modes
 from fcclip.modeling.build import META_ARCHITECTURES
 from fcclip.structures import TrainingBatch
 from fcclip.vocabulary import Vocabulary
@@ -180,6 +180,29 @@ def test_what_is_scored_once_is_named_anew_as_if_it_were_looked_at_again(model):
     assert torch.equal(found.in_logits, expected.in_logits) and torch.equal(found.out_logits, expected.out_logits)
     assert found.seen.tolist() == expected.seen.tolist() and found.vocabulary is other
     assert torch.equal(found.masks.mask_logits, expected.masks.mask_logits)
+
+
+def test_mixed_precision_is_opt_in_and_reaches_the_network_pass_alone(model, cfg, monkeypatch, caplog):
+    """To a few of bfloat16's steps of 2 ** -8, where no mask changes its cells; what leaves the pass is fp32 again."""
+    cfg.TEST.AMP.ENABLED = True
+    monkeypatch.setattr(build, "cpu_multiplies_bfloat16", lambda: False)
+    with caplog.at_level("INFO"):
+        assert build_model(cfg).amp_dtype is None
+    assert "TEST.AMP.ENABLED has no effect on cpu: evaluation in float32" in caplog.text
+    monkeypatch.setattr(build, "cpu_multiplies_bfloat16", lambda: True)
+    mixed = build_model(cfg, train_vocabulary=TRAINING, test_vocabulary=tiny_world.VOCABULARY)
+    mixed.load_state_dict(model.state_dict())
+    assert options_of(cfg) == ("autocast bfloat16",) or cfg.MODEL.META_ARCHITECTURE == "MAFT_Plus"
+    [rough], [exact] = mixed.score([sample_image()]), model.score([sample_image()])
+    renamed = mixed.rescore(rough, tiny_world.VOCABULARY)
+    torch.testing.assert_close(renamed.out_logits, rough.out_logits)
+    torch.testing.assert_close(renamed.masks.mask_logits, rough.masks.mask_logits)
+    pairs = [(rough.masks.mask_logits, exact.masks.mask_logits), (rough.dense, exact.dense)]
+    assert any(not torch.equal(*pair) for pair in pairs)
+    for found, wanted in (*pairs, (rough.in_logits, exact.in_logits), (rough.out_logits, exact.out_logits)):
+        assert found.dtype == torch.float32
+        assert (found - wanted).abs().median() <= 0.05 * wanted.abs().mean()
+    mixed.outputs(rough)
 
 
 def test_every_architecture_has_a_smallest_config():

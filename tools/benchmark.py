@@ -3,9 +3,9 @@
     python tools/benchmark.py training-step --config-file FILE [--batch 2] [--size 1024] [KEY VALUE ...]
     python tools/benchmark.py mapper [--images 24] [--rounds 8] [--size 1024]
     python tools/benchmark.py evaluation [--images 8] [--rounds 5] [--size 640 960] [--classes 150]
-    python tools/benchmark.py inference [--models RN50 ConvNeXt-L] [--size 640 960] [--kept 0] [--memory]
+    python tools/benchmark.py inference [--models RN50 ConvNeXt-L] [--size 640 960] [--kept 0] [--memory] [--device cpu]
     python tools/benchmark.py text [--model RN50] [--names 0]
-    python tools/benchmark.py train [--models RN50] [--size 512] [--batch 2] [--segments 10] [--memory]
+    python tools/benchmark.py train [--models RN50] [--size 512] [--batch 2] [--segments 10] [--memory] [--device cpu]
     python tools/benchmark.py ops [--device auto] [--sizes 640x960 ...] [--batch 1 ...] [--dtypes float32 ...]
 
 training-step: one step of training on made-up images (random pixels, `--segments` segments each, CLIP with random

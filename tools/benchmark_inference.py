@@ -2,31 +2,39 @@
 
 They take turns in every round; before that, outputs must agree. Images are made up and the CLIP has random weights,
 which changes no time; with --kept the heads get made-up class scores under which so many queries have a class, as they
-do on photographs. `parts` are of the seconds of ours. --memory: the most above the model, each in a process of its own.
+do on photographs. `parts` are of the seconds of ours. --memory: the most above the model, on a CPU each in a process of
+its own.
+
+--device cuda: the published side has its CUDA operator (benchmarks/peers/published_ms_deform_attn.py). TEST.AMP and
+MODEL.COMPILE are for ours alone; both must agree without them and without TF32, and `differences` tells what is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark_ops import load_peer
+from benchmark_ops import engines_that_run, load_peer, machine_speed, with_peers
+from fvcore.common.config import CfgNode
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fcclip.config import load_config
+from fcclip.config import load_config, resolve_device
 from fcclip.engine import environment_report
 from fcclip.errors import InputError
 from fcclip.modeling import FCCLIP, build_model
+from fcclip.modeling.classifier import with_void
 from fcclip.modeling.outputs import make_outputs
 from fcclip.modeling.text import encode_class_names
 from fcclip.ops.engines import automatic_engine
@@ -44,12 +52,18 @@ AGREE = 1e-5  # of text vectors of unit length
 
 def add_inference_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--models", nargs="+", default=list(CONFIGS), metavar="NAME", help=f"of {', '.join(CONFIGS)}, or YAML files")
     add("--size", type=int, nargs=2, default=[640, 960], metavar="N", help="height and width (default 640 960)")
     add("--kept", type=int, default=0, metavar="N", help="queries that have a class; 0: what random weights give")
+    add_model_arguments(parser, benchmark_inference, models=list(CONFIGS))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, run: Callable, *, models: list[str]) -> None:
+    add = parser.add_argument
+    add("--models", nargs="+", default=models, metavar="NAME", help=f"of {', '.join(CONFIGS)}, or YAML files")
     add("--rounds", type=int, default=3, metavar="N", help="(default 3)")
-    add_common(parser, benchmark_inference)
-    add("--memory", action="store_true", help="the most memory above the model, too (Linux)")
+    add("--device", default="cpu", choices=["cpu", "cuda"], help="(default cpu)")
+    add_common(parser, run)
+    add("--memory", action="store_true", help="the most memory above the model, too (Linux, or CUDA)")
     add("--memory-of", choices=["ours", "published"], help=argparse.SUPPRESS)  # in a process of its own
     add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys")
 
@@ -69,6 +83,7 @@ def add_common(parser: argparse.ArgumentParser, run: Callable) -> None:
     )
 
 
+@with_peers()
 def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
     """Measures each model, prints a table, and returns everything as JSON values.
 
@@ -82,18 +97,23 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
         model.text_encoder.encode(vocabulary)
         print(json.dumps(memory_above(runs[options.memory_of])))
         return {}
-    rows = []
+    device, rows = checked_device(options), []
     for name in options.models:
         model, sample, vocabulary, runs = _both(name, options)
-        _check_equal(name, *(run() for run in runs.values()))
+        with must_agree(model, options):
+            differences = _check_equal(name, *(run() for run in runs.values()))
+        if timed_otherwise(model, options):
+            differences = _differences(*(run() for run in runs.values()))
         seconds, ratios = in_turns(runs, options.rounds)
         row = {"model": name, "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}
+        row |= {"differences": differences, "autocast of ours": str(model.amp_dtype)}
         row["parts"] = _parts(model, sample, vocabulary)
         if options.memory:
             arguments = ["inference", "--models", name, "--size", *options.size, "--kept", options.kept]
-            row["memory_mib"] = {kind: memory_of_a_process(name, kind, arguments, options.opts) for kind in runs}
+            row["memory_mib"] = memory_of_both(name, runs, arguments, options)
         rows.append(row)
-    report = {"benchmark": "inference", "image": list(options.size), "kept": options.kept, **machine(), "rows": rows}
+    sizes = {"image": list(options.size), "kept": options.kept, "overrides": list(options.opts)}
+    report = {"benchmark": "inference", **sizes, **machine(device), "rows": rows}
     title = f"{options.size[0]} x {options.size[1]}, {VOCABULARY}, " + (f"{options.kept} kept" if options.kept else "")
     show(title.strip(", "), rows, "model")
     check(report, options.check, "model")
@@ -102,7 +122,7 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
 
 def benchmark_text(options: argparse.Namespace) -> dict[str, Any]:
     """The vectors of a vocabulary from cold; see `benchmark_inference`."""
-    clip = _model(options.model, []).backbone.clip_model
+    clip = _model(options.model, "cpu", []).backbone.clip_model
     names = list(dict.fromkeys(name for words in Vocabulary.builtin(VOCABULARY).synonyms for name in words))
     names = names[: options.names or None]
     runs = {
@@ -114,7 +134,7 @@ def benchmark_text(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"text vectors differ by {difference:.1e}, more than {AGREE:.0e}")
     seconds, ratios = in_turns(runs, options.rounds)
     row = {"names": len(names), "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}
-    report = {"benchmark": "text", "model": options.model, **machine(), "rows": [row]}
+    report = {"benchmark": "text", "model": options.model, **machine(torch.device("cpu")), "rows": [row]}
     show(f"text of {options.model}, 14 prompts a name", [row], "names")
     check(report, options.check, "names")
     return report
@@ -132,9 +152,64 @@ def in_turns(runs: dict[str, Callable[[], Any]], rounds: int) -> tuple[dict[str,
     return {name: statistics.median(values) for name, values in spent.items()}, ratios
 
 
-def machine() -> dict[str, Any]:
-    """Where it was measured, with what the machine can do: GFLOP/s of a product, GB/s of a copy and, through memory
-    that is touched for the first time, page faults a second."""
+def checked_device(options: argparse.Namespace) -> torch.device:
+    """--device.
+
+    Raises:
+        ValueError: there is none, or the published operator cannot run on it.
+    """
+    device = resolve_device(options.device)
+    if device.type == "cuda":
+        engines_that_run(device, ["published"])
+    return device
+
+
+def finished(run: Callable[[], Any], options: argparse.Namespace, *, eager: bool = False) -> Callable[[], Any]:
+    """The same, which ends when the device has done its work; `eager`: without compiled parts."""
+
+    def whole() -> Any:
+        with force_eager(options) if eager else contextlib.nullcontext():
+            result = run()
+        wait_for(torch.device(options.device))
+        return result
+
+    return whole
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def force_eager(options: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Compiled parts run as they are written; it loads the compiler, which takes seconds, only if there are some."""
+    return torch.compiler.set_stance("force_eager") if "MODEL.COMPILE" in options.opts else contextlib.nullcontext()
+
+
+def timed_otherwise(model: FCCLIP, options: argparse.Namespace) -> bool:
+    """Whether what is timed is not what `must_agree` compares."""
+    return options.device != "cpu" or model.amp_dtype is not None or "MODEL.COMPILE" in options.opts
+
+
+@contextlib.contextmanager
+def must_agree(model: FCCLIP, options: argparse.Namespace) -> Iterator[None]:
+    """Plain fp32, in which both must give the same: no autocast, no TF32, no compiled parts."""
+    asked = model.amp_dtype, torch.backends.cudnn.allow_tf32
+    model.amp_dtype, torch.backends.cudnn.allow_tf32 = None, False
+    try:
+        with force_eager(options):
+            yield
+    finally:
+        model.amp_dtype, torch.backends.cudnn.allow_tf32 = asked
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Where it was measured, with what the machine can do: GFLOP/s of a product, GB/s of a copy and, on a CPU through
+    memory that is touched for the first time, page faults a second."""
+    about = {"environment": environment_report(device), "engine": automatic_engine(device.type)}
+    if device.type == "cuda":
+        flops, moved = (machine_speed(device)[f"{what}_per_second"] for what in ("flops", "bytes"))
+        return {**about, "gflops": flops / 1e9, "copy_gb_per_second": moved / 1e9}
 
     def best(function: Callable[[], Any]) -> float:
         times = []
@@ -147,8 +222,7 @@ def machine() -> dict[str, Any]:
     a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
     large, target = torch.rand(2**25), torch.empty(2**25)
     return {
-        "environment": environment_report(torch.device("cpu")),
-        "engine": automatic_engine("cpu"),
+        **about,
         "gflops": 2 * 1024**3 / best(lambda: a @ b) / 1e9,
         "copy_gb_per_second": 2 * large.nbytes / best(lambda: target.copy_(large)) / 1e9,
         "fresh_gb_per_second": large.nbytes / best(lambda: torch.empty(2**25).fill_(1)) / 1e9,
@@ -194,14 +268,19 @@ def check(report: dict[str, Any], earlier: str | None, key: str) -> None:
             raise InputError(f"{row[key]}: ratio {row['ratio']:.2f}, recorded was {recorded[row[key]]:.2f}")
 
 
-def _model(name: str, opts: Sequence[str]) -> FCCLIP:
-    fixed = ["MODEL.DEVICE", "cpu", "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.WEIGHTS", ""]
+def load(name: str, device: str, opts: Sequence[str]) -> CfgNode:
+    """The config of a model with random weights."""
+    fixed = ["MODEL.DEVICE", device, "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.WEIGHTS", ""]
     torch.manual_seed(0)
-    return build_model(load_config(CONFIGS.get(name, name), [*fixed, *opts])).eval()
+    return load_config(CONFIGS.get(name, name), [*fixed, *opts])
+
+
+def _model(name: str, device: str, opts: Sequence[str]) -> FCCLIP:
+    return build_model(load(name, device, opts))
 
 
 def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabulary, dict[str, Callable[[], dict]]]:
-    model, peer = _model(name, options.opts), load_peer("published_inference")
+    model, peer = _model(name, options.device, options.opts), load_peer("published_inference")
     vocabulary = Vocabulary.builtin(VOCABULARY)
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(1, 3, 20, 30, generator=generator) * 255
@@ -209,7 +288,7 @@ def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabul
         "image": torch.nn.functional.interpolate(coarse, size=tuple(options.size), mode="bicubic")[0].clamp(0, 255)
     }
     num_queries = model.sem_seg_head.predictor.query_feat.num_embeddings
-    scores = made_up_scores(num_queries, len(vocabulary), options.kept) if options.kept else None
+    scores = made_up_scores(num_queries, len(vocabulary), options.kept).to(model.device) if options.kept else None
 
     def ours() -> dict:
         [scored] = model.score([sample], vocabulary)
@@ -219,9 +298,9 @@ def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabul
             scores, scored.masks, vocabulary.thing_classes, heads=model.heads, settings=model.output_settings
         )
 
-    return model, sample, vocabulary, {
-        "ours": ours, "published": lambda: peer.predict(model, sample, vocabulary, class_logits=scores)
-    }  # fmt: skip
+    published = partial(peer.predict, model, sample, vocabulary, class_logits=scores)
+    runs = {"ours": finished(ours, options), "published": finished(published, options, eager=True)}
+    return model, sample, vocabulary, runs
 
 
 def made_up_scores(num_queries: int, num_classes: int, kept: int) -> Tensor:
@@ -234,21 +313,27 @@ def made_up_scores(num_queries: int, num_classes: int, kept: int) -> Tensor:
     return logits
 
 
-def _check_equal(name: str, ours: dict, published: dict) -> None:
-    worst = float((ours["sem_seg"] - published["sem_seg"]).abs().max() / published["sem_seg"].std())
-    same = float((ours["panoptic_seg"][0] == published["panoptic_seg"][0]).float().mean())
+def _differences(ours: dict, published: dict) -> dict[str, float]:
+    """Of semantic scores over their deviation; share of equal panoptic pixels; of the sorted scores of instances."""
+    scores = ours["instances"].scores.sort().values, published["instances"][0].sort().values
+    far = len(scores[0]) != len(scores[1])
+    return {
+        "semantic": float((ours["sem_seg"] - published["sem_seg"]).abs().max() / published["sem_seg"].std()),
+        "panoptic": float((ours["panoptic_seg"][0] == published["panoptic_seg"][0]).float().mean()),
+        "instances": 1.0 if far else max((scores[0] - scores[1]).abs().tolist(), default=0.0),
+    }
+
+
+def _check_equal(name: str, ours: dict, published: dict) -> dict[str, float]:
+    found = _differences(ours, published)
     segments = len(ours["panoptic_seg"][1]), len(published["panoptic_seg"][1])
-    scores = (ours["instances"].scores.sort().values, published["instances"][0].sort().values)
-    if (
-        worst > SPREAD
-        or same < PIXELS
-        or len(scores[0]) != len(scores[1])
-        or (scores[0] - scores[1]).abs().max() > SPREAD
-    ):
+    if not (found["semantic"] <= SPREAD and found["panoptic"] >= PIXELS and found["instances"] <= SPREAD):
         raise InputError(
-            f"{name}: ours and the published steps differ: semantic scores by {worst:.1e} of their deviation, "
-            f"{100 * same:.2f} % of the panoptic pixels are the same ({segments[0]} and {segments[1]} segments)"
+            f"{name}: ours and the published steps differ: semantic scores by {found['semantic']:.1e} of their "
+            f"deviation, {100 * found['panoptic']:.2f} % of the panoptic pixels are the same ({segments[0]} and "
+            f"{segments[1]} segments), instances by {found['instances']:.1e}"
         )
+    return found
 
 
 def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, float]:
@@ -258,21 +343,40 @@ def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, flo
     def timed(name: str, function: Callable, *inputs: Any, **options: Any) -> Any:
         began = time.perf_counter()
         result = function(*inputs, **options)
+        wait_for(model.device)
         spent[name] = time.perf_counter() - began
         return result
 
+    [scored] = model.score([sample], vocabulary)
+    wait_for(model.device)
     with torch.no_grad():
-        images, _ = model.preprocess([sample])
-        features = timed("backbone", model.backbone, images)
-        mask_features, pyramid = timed("pixel decoder", model.sem_seg_head.pixel_decoder, features.levels)
-        [scored] = model.score([sample], vocabulary)
-        text = model.text_encoder.encode(vocabulary)
-        timed("masked decoder", model.sem_seg_head.predictor, pyramid, mask_features, text, all_sets=False)
-        timed("out-of-vocabulary classifier", model.pool, features.dense, scored.masks.mask_logits[None])
+        with model.autocast():
+            images, _ = model.preprocess([sample])
+            features = timed("backbone", model.backbone, images)
+            mask_features, pyramid = timed("pixel decoder", model.sem_seg_head.pixel_decoder, features.levels)
+            text = with_void(model.text_encoder.encode(vocabulary), model.void_embedding.weight)
+            timed("masked decoder", model.sem_seg_head.predictor, pyramid, mask_features, text, all_sets=False)
+        timed("out-of-vocabulary classifier", model.pool, scored.dense[None], scored.masks.mask_logits[None])
         for head in model.heads:
             timed(head, model.outputs, scored, heads=(head,))
         timed("all heads", model.outputs, scored)
     return spent
+
+
+def memory_of_both(
+    name: str, runs: dict[str, Callable[[], Any]], arguments: Sequence, options: argparse.Namespace
+) -> dict[str, float]:
+    """MiB above the model: on a GPU what torch allocates at most, on a CPU of a process for each."""
+    device = torch.device(options.device)
+    if device.type != "cuda":
+        return {kind: memory_of_a_process(name, kind, arguments, options.opts) for kind in runs}
+    found = {}
+    for kind, run in runs.items():
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        found[kind] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    return found
 
 
 def memory_of_a_process(name: str, kind: str, arguments: Sequence, opts: Sequence[str]) -> float:

@@ -1,7 +1,8 @@
 """The part `train` of tools/benchmark.py: losses and gradients of a batch, beside the published steps in turns.
 
-Both take the same weights and the same points; before they are measured their losses and gradients must agree.
---memory: the most above the model, each in a process of its own.
+Both take the same weights and the same points; before they are measured their losses and gradients must agree, in fp32.
+On a GPU both are measured under SOLVER.AMP, as the published recipe trains; no gradient is scaled. --memory and
+--device: as for inference.
 """
 
 from __future__ import annotations
@@ -11,14 +12,29 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from benchmark_inference import CONFIGS, add_common, check, in_turns, machine, memory_above, memory_of_a_process, show
-from benchmark_ops import load_peer
+from benchmark_inference import (
+    add_model_arguments,
+    check,
+    checked_device,
+    finished,
+    in_turns,
+    load,
+    machine,
+    memory_above,
+    memory_of_both,
+    must_agree,
+    show,
+    timed_otherwise,
+    wait_for,
+)
+from benchmark_ops import load_peer, with_peers
 from torch import Tensor
 
-from fcclip.config import load_config
+from fcclip.engine import amp_dtype
 from fcclip.errors import InputError
 from fcclip.modeling import FCCLIP, build_model
 from fcclip.modeling.pixel_decoder import MSDeformAttn
@@ -30,17 +46,13 @@ LOSSES, GRADIENTS = 1e-5, 1e-3  # largest difference, over the sum of the losses
 
 def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--models", nargs="+", default=["RN50"], metavar="NAME", help="of those of inference, or YAML files")
     add("--size", type=int, default=512, metavar="N", help="side of the images in pixels (default 512)")
     add("--batch", type=int, default=2, metavar="N", help="images (default 2)")
     add("--segments", type=int, default=10, metavar="N", help="of each image (default 10)")
-    add("--rounds", type=int, default=3, metavar="N", help="(default 3)")
-    add_common(parser, benchmark_train)
-    add("--memory", action="store_true", help="the most memory above the model, too (Linux)")
-    add("--memory-of", choices=["ours", "published"], help=argparse.SUPPRESS)  # in a process of its own
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys")
+    add_model_arguments(parser, benchmark_train, models=["RN50"])
 
 
+@with_peers()
 def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
     """Measures each model, prints a table, and returns everything as JSON values.
 
@@ -53,20 +65,30 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         _, runs = _both(options.models[0], options)
         print(json.dumps(memory_above(runs[options.memory_of])))
         return {}
-    rows = []
+    device, rows = checked_device(options), []
     for name in options.models:
         model, runs = _both(name, options)
-        differences = _check_equal(name, model, runs)
+        with must_agree(model, options):
+            differences = _check_equal(name, model, runs)
+        if timed_otherwise(model, options):  # it begins warm
+            for run in runs.values():
+                run()
         seconds, ratios = in_turns(runs, options.rounds)
         row = {"model": name, "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}
-        row |= {"differences": differences, "parts": _parts(model, runs["ours"])}
+        row |= {
+            "differences": differences,
+            "autocast of both": str(model.amp_dtype),
+            "parts": _parts(model, runs["ours"]),
+        }
         if options.memory:
             arguments = ["train", "--models", name, "--size", options.size, "--batch", options.batch]
             arguments += ["--segments", options.segments]
-            row["memory_mib"] = {kind: memory_of_a_process(name, kind, arguments, options.opts) for kind in runs}
+            model.zero_grad()
+            row["memory_mib"] = memory_of_both(name, runs, arguments, options)
         rows.append(row)
     sizes = {name: getattr(options, name) for name in ("size", "batch", "segments")}
-    report = {"benchmark": "train", **sizes, **machine(), "rows": rows}
+    sizes["overrides"] = list(options.opts)
+    report = {"benchmark": "train", **sizes, **machine(device), "rows": rows}
     show(f"{options.batch} x {options.size} x {options.size}, {options.segments} segments", rows, "model")
     check(report, options.check, "model")
     return report
@@ -88,12 +110,11 @@ def made_up_sample(index: int, size: int, segments: int, num_classes: int) -> di
 
 
 def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict[str, Callable[[], None]]]:
-    fixed = ["MODEL.DEVICE", "cpu", "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.WEIGHTS", ""]
-    torch.manual_seed(0)
-    cfg = load_config(CONFIGS.get(name, name), [*fixed, *options.opts])
+    cfg = load(name, options.device, options.opts)
     vocabulary = Vocabulary.from_names([f"class {index}" for index in range(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)])
     model = build_model(cfg, train_vocabulary=vocabulary, test_vocabulary=vocabulary).train()
     model.text_encoder.encode(vocabulary)
+    model.amp_dtype = amp_dtype(cfg, model.device)
     for part in model.modules():
         if isinstance(part, MSDeformAttn):  # at first offsets are whole cells, where bilinear gradients jump
             torch.nn.init.normal_(part.sampling_offsets.weight, std=0.02)
@@ -103,11 +124,14 @@ def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict[str, Cal
 
     def run(losses: Callable[[], dict[str, Tensor]]) -> float:
         model.zero_grad()
-        total = sum(losses().values())
+        with model.autocast():
+            total = sum(losses().values())
         total.backward()
         return float(total.detach())
 
-    return model, {kind: lambda losses=losses: run(losses) for kind, losses in steps.items()}
+    return model, {
+        kind: finished(partial(run, losses), options, eager=kind == "published") for kind, losses in steps.items()
+    }
 
 
 def _check_equal(name: str, model: FCCLIP, runs: dict[str, Callable[[], float]]) -> dict[str, float]:
@@ -141,9 +165,11 @@ def _parts(model: FCCLIP, run: Callable[[], float]) -> dict[str, float]:
     for part, module in parts.items():
 
         def begin(module: Any, inputs: Any, part: str = part) -> None:
+            wait_for(model.device)
             spent[part] = -time.perf_counter()
 
         def end(module: Any, inputs: Any, result: Any, part: str = part) -> None:
+            wait_for(model.device)
             spent[part] += time.perf_counter()
 
         hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]

@@ -1,8 +1,9 @@
 """FC-CLIP's inference and its text classifier as published, step by step in plain PyTorch, on the weights of our model.
 
-What both have in common is borrowed: the layers of the frozen CLIP, of the pixel decoder and of the masked decoder.
-The published CUDA operator has no CPU form; here its sum is written with `grid_sample`, level by level, as the plain
-form beside it is. Arithmetic of the formulas: FC-CLIP section 3.2, Mask2Former section 3, Deformable DETR section 4.1.
+What both have in common is borrowed: the layers of the frozen CLIP, of the pixel decoder and of the masked decoder. On
+a GPU the sum of deformable attention is the published operator, the engine `published` of tools/benchmark_ops.py; on a
+CPU, for which it has no form, it is written with `grid_sample`, level by level, as the plain form beside it is.
+Arithmetic of the formulas: FC-CLIP section 3.2, Mask2Former section 3, Deformable DETR section 4.1.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fcclip.modeling import FCCLIP
 from fcclip.modeling.pixel_decoder import MSDeformAttn
+from fcclip.ops import ms_deform_attn
 from fcclip.vocabulary import Vocabulary, prompts
 
 CHUNK = 128  # prompts
@@ -78,10 +80,13 @@ def deformable_attention(self: MSDeformAttn, query: Tensor, value: Tensor, shape
     weights = self.attention_weights(query).view(batch, cells, self.heads, -1).softmax(-1).view(batch, cells, *sizes)
     centres = []
     for height, width in shapes:
-        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        sides = (torch.arange(side, device=value.device) + 0.5 for side in (height, width))
+        y, x = torch.meshgrid(*sides, indexing="ij")
         centres.append(torch.stack([x / width, y / height], dim=-1).flatten(0, 1))
-    by_size = torch.tensor([(width, height) for height, width in shapes], dtype=offsets.dtype)
+    by_size = torch.tensor([(width, height) for height, width in shapes], dtype=offsets.dtype, device=value.device)
     locations = torch.cat(centres)[None, :, None, None, None] + offsets / by_size[:, None]
+    if value.device.type == "cuda":
+        return self.output_proj(ms_deform_attn(values, shapes, locations, weights, engine="published"))
     grids, sampled, start = 2 * locations - 1, [], 0
     for level, (height, width) in enumerate(shapes):
         own = values[:, start : start + height * width].flatten(2).transpose(1, 2)
@@ -137,9 +142,9 @@ def sine_positions(level: Tensor) -> Tensor:
     """(h * w, d), half of it for y, half for x."""
     height, width = level.shape[-2:]
     half = level.shape[1] // 2
-    ones = torch.ones(height, width)
+    ones = torch.ones(height, width, device=level.device)
     scaled = [ones.cumsum(0) / (height + 1e-6), ones.cumsum(1) / (width + 1e-6)]
-    rates = 10000 ** (2 * (torch.arange(half) // 2) / half)
+    rates = 10000 ** (2 * (torch.arange(half, device=level.device) // 2) / half)
     angles = [2 * torch.pi * place[..., None] / rates for place in scaled]
     waves = [torch.stack([angle[..., ::2].sin(), angle[..., 1::2].cos()], -1).flatten(-2) for angle in angles]
     return torch.cat(waves, -1).flatten(0, 1)
@@ -175,7 +180,7 @@ def join(
         regions = attention_pool(visual.attnpool, dense, small)
     others = similarities(regions, text, counts, model.backbone.logit_scale)[..., :-1].softmax(-1)
     own, ensemble = scores[..., :-1].softmax(-1), model.ensemble
-    seen = vocabulary.seen_by(model.seen_vocabulary).to(own.dtype)
+    seen = vocabulary.seen_by(model.seen_vocabulary).to(own)
     alpha, beta = ensemble.alpha, ensemble.beta
     if model.ensemble_on_valid_mask:
         valid = (small > 0).flatten(2).any(-1, keepdim=True).to(own.dtype)
@@ -227,7 +232,7 @@ def panoptic(
     scores, labels = class_logits.softmax(-1).max(-1)
     kept = (labels != class_logits.shape[-1] - 1) & (scores > settings.object_mask_threshold)
     scores, labels, shares = scores[kept], labels[kept], masks[kept].sigmoid()
-    id_map, records, stuff = torch.zeros(masks.shape[-2:], dtype=torch.int32), [], {}
+    id_map, records, stuff = torch.zeros(masks.shape[-2:], dtype=torch.int32, device=masks.device), [], {}
     if not len(scores):
         return id_map, records
     owner = (scores.view(-1, 1, 1) * shares).argmax(0)
@@ -254,7 +259,7 @@ def instances(
     shares = class_logits.softmax(-1)[:, :-1]
     scores, index = shares.flatten().topk(min(topk, shares.numel()), sorted=False)
     labels, masks = index % shares.shape[-1], masks[index // shares.shape[-1]]
-    things = torch.tensor([label in thing_classes for label in labels.tolist()])
+    things = torch.tensor([label in thing_classes for label in labels.tolist()], device=labels.device)
     scores, labels, masks = scores[things], labels[things], masks[things]
     inside = (masks > 0).float()
     means = (masks.sigmoid() * inside).flatten(1).sum(1) / (inside.flatten(1).sum(1) + 1e-6)

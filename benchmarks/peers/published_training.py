@@ -33,13 +33,16 @@ def losses(model: FCCLIP, batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         mask_features, pyramid = model.sem_seg_head.pixel_decoder(levels)
     sets = steps.decode_all(model.sem_seg_head.predictor, pyramid, mask_features, with_void, counts)
 
-    labels = [sample["targets"].labels for sample in batch]
-    truth = [sample["targets"].expand().float() for sample in batch]
+    targets = [sample["targets"].to(images.device) for sample in batch]
+    labels, truth = [target.labels for target in targets], [target.expand().float() for target in targets]
     truth = [
         F.pad(masks, (0, images.shape[-1] - masks.shape[-1], 0, images.shape[-2] - masks.shape[-2])) for masks in truth
     ]
     matched = [min(len(masks), sets[0][0].shape[1]) for masks in truth]
-    points = [Points(sample["point_seed"], len(sets), number, criterion) for sample, number in zip(batch, matched)]
+    points = [
+        Points(sample["point_seed"], len(sets), number, criterion, images.device)
+        for sample, number in zip(batch, matched)
+    ]
     num_masks = max(sum(map(len, truth)), 1)
     weights, result = criterion.weights, {}
     for index, (scores, masks) in enumerate(sets):
@@ -59,8 +62,8 @@ def losses(model: FCCLIP, batch: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 class Points:
     """All points of one image: of the matching, the candidates and the rest of the mask losses."""
 
-    def __init__(self, seed: int, num_sets: int, num_matched: int, criterion: nn.Module) -> None:
-        draw = partial(torch.rand, generator=torch.Generator().manual_seed(seed))
+    def __init__(self, seed: int, num_sets: int, num_matched: int, criterion: nn.Module, device: torch.device) -> None:
+        draw = partial(torch.rand, generator=torch.Generator(device).manual_seed(seed), device=device)
         number = criterion.num_points
         self.uncertain = int(criterion.importance_ratio * number)
         self.num_matched = num_matched
@@ -83,6 +86,13 @@ def match(
     scores: Tensor, masks: Tensor, labels: Tensor, truth: Tensor, points: Tensor, weights: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
     """Queries and segments of one image in one prediction set."""
+    with torch.autocast(masks.device.type, enabled=False):
+        return _match(scores.float(), masks.float(), labels, truth, points, weights)
+
+
+def _match(
+    scores: Tensor, masks: Tensor, labels: Tensor, truth: Tensor, points: Tensor, weights: dict[str, float]
+) -> tuple[Tensor, Tensor]:
     x = sample(masks, points.expand(len(masks), -1, -1))
     t = sample(truth, points.expand(len(truth), -1, -1))
     by_class = -scores.softmax(-1)[:, labels]
@@ -92,15 +102,15 @@ def match(
     shares = x.sigmoid()
     by_dice = 1 - (2 * shares @ t.T + 1) / (shares.sum(-1)[:, None] + t.sum(-1) + 1)
     cost = weights["loss_mask"] * by_mask + weights["loss_ce"] * by_class + weights["loss_dice"] * by_dice
-    rows, columns = linear_sum_assignment(cost.numpy())
-    return torch.as_tensor(rows), torch.as_tensor(columns)
+    rows, columns = linear_sum_assignment(cost.cpu().numpy())
+    return torch.as_tensor(rows, device=cost.device), torch.as_tensor(columns, device=cost.device)
 
 
 def class_loss(scores: Tensor, labels: Sequence[Tensor], pairs: Sequence[tuple], empty_weight: Tensor) -> Tensor:
-    target = torch.full(scores.shape[:2], scores.shape[-1] - 1)
+    target = torch.full(scores.shape[:2], scores.shape[-1] - 1, device=scores.device)
     for image, (rows, columns) in enumerate(pairs):
         target[image, rows] = labels[image][columns]
-    weight = torch.ones(scores.shape[-1])
+    weight = torch.ones(scores.shape[-1], device=scores.device)
     weight[-1] = empty_weight[-1]
     return F.cross_entropy(scores.transpose(1, 2), target, weight)
 

@@ -81,7 +81,8 @@ def _model() -> Keys:
     model.KEYPOINT_ON = unread(False)
     model.LOAD_PROPOSALS = unread(False)
     model.MSDA_ENGINE = harmless("auto")  # of multi-scale deformable attention; the variable FCCLIP_MSDA overrides
-    model.COMPILE = harmless("")  # parts for torch.compile, with commas: backbone, pixel_decoder, mask_decoder
+    # Parts for torch.compile, with commas: backbone, pixel_decoder, mask_decoder, classifier; or all
+    model.COMPILE = harmless("")
 
     model.BACKBONE = Keys()
     model.BACKBONE.NAME = "build_resnet_backbone"  # CLIP in every published file
@@ -379,6 +380,10 @@ def _test() -> Keys:
     test.SAM_MASKS_DIR = changes_prediction("output/SAM_masks_pred")
     test.PKL_SAM_MODEL_NAME = changes_prediction("vit_h")
     test.BOUNDARY_IOU = False  # of each class, beside mIoU
+    test.AMP = Keys(changes_prediction)
+    # The network pass in mixed precision, on CUDA and CPUs that multiply bfloat16: approximate (docs/performance.md).
+    test.AMP.ENABLED = False
+    test.AMP.DTYPE = "bfloat16"  # or float16, on CUDA
     test.AUG = Keys()
     test.AUG.ENABLED = False  # --eval-only: a second evaluation, semantic maps averaged over variants of each image
     test.AUG.MIN_SIZES = (400, 500, 600, 700, 800, 900, 1000, 1100, 1200)  # shorter sides of the resized input, pixels

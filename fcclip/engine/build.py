@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fcclip.comm import get_world_size
-from fcclip.config import flatten, lookup
+from fcclip.config import flatten
 from fcclip.engine.checkpoint import Checkpointer, Saving
 from fcclip.engine.evaluating import PeriodicEvaluation
 from fcclip.engine.guards import max_skips
@@ -33,6 +33,7 @@ from fcclip.engine.schedule import build_lr_scheduler
 from fcclip.engine.signals import StopRequest
 from fcclip.engine.trainer import Batches, Trainer
 from fcclip.errors import InputError
+from fcclip.modeling import amp_dtype
 from fcclip.vocabulary import Vocabulary
 from fcclip.weights import frozen_notes, unnamed_parts, vocabulary_note
 
@@ -134,23 +135,6 @@ def check_training(cfg: CfgNode, vocabulary: Vocabulary, *, world_size: int) -> 
         )
     max_skips(solver.NON_FINITE)
     check_wandb(cfg.WANDB.PROJECT)
-
-
-def amp_dtype(cfg: CfgNode, device: torch.device) -> torch.dtype | None:
-    """The autocast type of training: SOLVER.AMP.DTYPE on CUDA when AMP is enabled, else None (full precision).
-
-    Raises:
-        ValueError: unknown type, or one that this GPU lacks.
-    """
-    if not cfg.SOLVER.AMP.ENABLED:
-        return None
-    dtype = lookup("SOLVER.AMP.DTYPE", cfg.SOLVER.AMP.DTYPE, {"float16": torch.float16, "bfloat16": torch.bfloat16})
-    if device.type != "cuda":
-        logger.info("SOLVER.AMP.ENABLED has no effect on %s: training in float32", device.type)
-        return None
-    if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
-        raise InputError("SOLVER.AMP.DTYPE is bfloat16, which this GPU does not support; use float16")
-    return dtype
 
 
 def _distribute(model: nn.Module, device: torch.device) -> nn.Module:

@@ -29,7 +29,7 @@ position.py       sine position embedding
 from fcclip.modeling.architecture import Architecture, Ensemble, ScoredMasks
 from fcclip.modeling.augmentation import AugmentedModel, build_augmented, build_variants
 from fcclip.modeling.backbones.clip import CLIPBackbone, build_clip
-from fcclip.modeling.build import build_model, enabled_heads, options_of, test_modes
+from fcclip.modeling.build import amp_dtype, build_model, enabled_heads, options_of, test_modes
 from fcclip.modeling.fcclip import FCCLIP
 from fcclip.modeling.frozenseg import FrozenSeg
 from fcclip.modeling.outputs import HEADS
@@ -43,6 +43,7 @@ __all__ = [
     "Ensemble",
     "FrozenSeg",
     "ScoredMasks",
+    "amp_dtype",
     "build_augmented",
     "build_clip",
     "build_model",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -212,6 +213,9 @@ class BaseArchitecture(nn.Module):
         output_settings: how outputs are made.
         train_vocabulary: classes of the training labels; they count as seen.
         test_vocabulary: classes to use when a call brings none.
+
+    Attributes:
+        amp_dtype: autocast type of the network pass of `score`; None for fp32. May be set.
     """
 
     def __init__(
@@ -241,11 +245,18 @@ class BaseArchitecture(nn.Module):
         self.seen_vocabulary = train_vocabulary
         self.test_vocabulary = test_vocabulary
         self.extra_losses: list[ExtraLosses] = []
+        self.amp_dtype: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
         """See `Architecture`."""
         return self.pixel_mean.device
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """What the network pass of `score` runs in; text, ensemble and outputs are not in it."""
+        if self.amp_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.amp_dtype)
 
     def forward(
         self,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 
@@ -70,24 +74,70 @@ def build_model(
                 "MODEL.FC_CLIP.OUT_OF_VOCABULARY_CLASSIFIER mask_adapter"
             )
         model.extra_losses.append(MaskAdapterLoss(model, mixed=mixed))
+    device = resolve_device(cfg.MODEL.DEVICE)
+    model.amp_dtype = amp_dtype(cfg, device, "TEST")
     compile_parts(model, cfg.MODEL.COMPILE)
-    return model.to(resolve_device(cfg.MODEL.DEVICE)).eval()
+    return model.to(device).eval()
 
 
-def compile_parts(model: FCCLIP, names: str) -> None:
-    """Gives parts of a model to torch.compile, in place; `names` of `COMPILABLE` are separated by commas."""
+def compile_parts(model: Architecture, names: str) -> None:
+    """Gives parts of a model to torch.compile, in place; `names` of `COMPILABLE` are separated by commas, and "all" are
+    those that the model has: everything from images to the logits of both classifiers."""
     # the cached functions of these parts depend on their arguments alone
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
-    for name in filter(None, (name.strip() for name in names.split(","))):
-        path = lookup("part in MODEL.COMPILE", name, COMPILABLE)
+    names = [name for name in map(str.strip, names.split(",")) if name]
+    for name in COMPILABLE if names == ["all"] else names:
+        path = lookup("part in MODEL.COMPILE", name, {**COMPILABLE, "all": "all"})
         try:
-            part = model.get_submodule(path)
+            part = attrgetter(path)(model)
         except AttributeError as error:
+            if names == ["all"]:
+                continue
             raise InputError(
                 f"MODEL.COMPILE names '{name}', which {type(model).__name__} has not; remove it"
             ) from error
-        part.compile()
+        if isinstance(part, nn.Module):
+            part.compile()
+        else:
+            setattr(model, path, torch.compile(part))
         logger.info("%s: compiled by torch at its first use, which takes a minute or two", name)
+    if names:
+        _say_compile_times()
+
+
+@functools.cache  # once in a process
+def _say_compile_times() -> None:
+    """Logs how long each compilation takes from now on."""
+    handler, began = torch._dynamo.callback.callback_handler, []  # importing it takes seconds
+    handler.register_start_callback(lambda _: began.append(time.perf_counter()))
+    handler.register_end_callback(lambda _: logger.info("torch.compile took %.1f s", time.perf_counter() - began.pop()))
+
+
+def amp_dtype(cfg: CfgNode, device: torch.device, group: str = "SOLVER") -> torch.dtype | None:
+    """The autocast type of training (`group` SOLVER) or evaluation (TEST): what its AMP keys ask for where the device
+    gains by it, which is CUDA, and in evaluation a CPU that multiplies bfloat16; else None, fp32.
+
+    Raises:
+        ValueError: unknown type, or one that this GPU lacks.
+    """
+    key, amp = f"{group}.AMP", cfg[group].AMP
+    if not amp.ENABLED:
+        return None
+    dtype = lookup(f"{key}.DTYPE", amp.DTYPE, {"float16": torch.float16, "bfloat16": torch.bfloat16})
+    if device.type == "cpu" and group == "TEST" and dtype is torch.bfloat16 and cpu_multiplies_bfloat16():
+        return dtype
+    if device.type != "cuda":
+        where = "training" if group == "SOLVER" else "evaluation"
+        logger.info("%s.ENABLED has no effect on %s: %s in float32", key, device.type, where)
+        return None
+    if dtype is torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        raise InputError(f"{key}.DTYPE is bfloat16, which this GPU does not support; use float16")
+    return dtype
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU has AMX or AVX512-BF16; without them bfloat16 is slower than fp32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def test_modes(cfg: CfgNode) -> dict[str, Ensemble]:
@@ -124,6 +174,7 @@ def options_of(cfg: CfgNode) -> tuple[str, ...]:
         f"void trust {trust:g}": trust and cfg.TEST.MODE == "ensemble",
         "MAFT+": cfg.MODEL.META_ARCHITECTURE == "MAFT_Plus",
         "Mask-Adapter": part == "mask_adapter",
+        f"autocast {cfg.TEST.AMP.DTYPE}": cfg.TEST.AMP.ENABLED,
     }
     return tuple(name for name, is_on in names.items() if is_on)
 
@@ -461,10 +512,11 @@ def build_frozenseg_head(cfg: CfgNode, backbone: Levels, sam: SamImageEncoder | 
 
 
 NO_FUSE_LAYER = 3  # of MODEL.MASK_FORMER.SAM_*_FUSE_LAYER
-COMPILABLE = {  # name in MODEL.COMPILE -> submodule
+COMPILABLE = {  # name in MODEL.COMPILE -> submodule or method
     "backbone": "backbone",
     "pixel_decoder": "sem_seg_head.pixel_decoder",
     "mask_decoder": "sem_seg_head.predictor",
+    "classifier": "pool",  # the out-of-vocabulary one
 }
 # Published names; one line adds a part.
 META_ARCHITECTURES: dict[str, tuple[type[Architecture], Callable[[CfgNode], dict[str, Any]]]] = {

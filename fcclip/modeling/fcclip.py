@@ -101,17 +101,19 @@ class FCCLIP(BaseArchitecture):
         for index, sample in enumerate(inputs):
             groups.setdefault(vocabulary_of(sample, default), []).append(index)
         texts = [self.text_encoder.encode(own) for own in groups]
-        features = self.see(images, inputs)
-        proposals = self.propose(features, TextEmbeddings.joined(texts))
-        class_logits, mask_logits = proposals.class_logits[-1], proposals.mask_logits()
+        with self.autocast():
+            features = self.see(images, inputs)
+            proposals = self.propose(features, TextEmbeddings.joined(texts))
+            mask_logits = proposals.mask_logits()
+        dense, mask_logits, class_logits = features.dense.float(), mask_logits.float(), proposals.class_logits[-1]
         records: list[ScoredMasks | None] = [None] * len(inputs)
         for (own, indices), text, classes in zip(groups.items(), texts, class_slices(groups).values()):
             # class names do not see each other before the softmax, so a vocabulary's logits can be cut out of all
             rows = slice(None) if len(groups) == 1 else indices
             in_logits = cut_classes(class_logits[rows], classes.start, classes.stop)
             wanted = in_logits.float().softmax(-1)[..., -1] <= void_limit if void_limit < 1 else None
-            regions, valid = self.pool(features.dense[rows], mask_logits[rows], wanted)
-            out_logits = self.name_regions(regions, features.dense[rows], text)
+            regions, valid = self.pool(dense[rows], mask_logits[rows], wanted)
+            out_logits = self.name_regions(regions, dense[rows], text)
             for row, index in enumerate(indices):
                 records[index] = ScoredMasks(
                     in_logits=in_logits[row],
@@ -124,10 +126,10 @@ class FCCLIP(BaseArchitecture):
                         image_size=sizes[index],
                         output_size=output_size(inputs[index], sizes[index]),
                     ),
-                    dense=features.dense[index],
+                    dense=dense[index],
                     vocabulary=own,
                     file_name=str(inputs[index].get("file_name", "")),
-                    class_embeddings=proposals.class_embeddings[-1][index],
+                    class_embeddings=proposals.class_embeddings[-1][index].float(),
                     region_embeddings=regions[row],
                 )
         return records

@@ -104,7 +104,6 @@ class Fusioner(BaseArchitecture):
         default = self.test_vocabulary if vocabulary is None else vocabulary
         vocabularies = [vocabulary_of(sample, default) for sample in inputs]
         size = tuple(images.shape[-2:])
-        dense = images if self.windows else self.backbone(images).dense
         places = [
             OutputMasks(
                 mask_logits=images.new_zeros(0, 1, 1),
@@ -114,20 +113,23 @@ class Fusioner(BaseArchitecture):
             )
             for sample, own in zip(inputs, sizes)
         ]
-        if self.windows is None:
-            planes = self.planes(dense, vocabularies, size)
-        else:
-            planes = [self.windowed(*image) for image in zip(dense, sizes, vocabularies)]
+        with self.autocast():
+            dense = images if self.windows else self.backbone(images).dense.float()
+            if self.windows is None:
+                planes = self.planes(dense, vocabularies, size)
+            else:
+                planes = [self.windowed(*image) for image in zip(dense, sizes, vocabularies)]
         return [self.scored(*image) for image in zip(planes, places, dense, vocabularies)]
 
     @torch.no_grad()
     def rescore(self, scored: ScoredMasks, vocabulary: Vocabulary) -> ScoredMasks:
         """See `Architecture`; names see each other in the fusion, which runs again, and below windows so does the
         vision encoder."""
-        if self.windows is None:
-            [planes] = self.planes(scored.dense[None], [vocabulary], scored.masks.padded_size)
-        else:
-            planes = self.windowed(scored.dense, scored.masks.image_size, vocabulary)
+        with self.autocast():
+            if self.windows is None:
+                [planes] = self.planes(scored.dense[None], [vocabulary], scored.masks.padded_size)
+            else:
+                planes = self.windowed(scored.dense, scored.masks.image_size, vocabulary)
         return self.scored(planes, scored.masks, scored.dense, vocabulary)
 
     @torch.no_grad()

@@ -629,10 +629,13 @@ def test_checkpoints_of_a_config_hold_config_words_seed_and_a_clip_that_no_file_
     assert list(tmp_path.glob("events.out.tfevents.*"))
 
 
-def test_mixed_precision_has_no_effect_on_the_cpu():
+def test_mixed_precision_has_no_effect_on_the_cpu(monkeypatch):
     cfg = shapes_cfg()
     cfg.SOLVER.AMP.ENABLED = True
     assert amp_dtype(cfg, torch.device("cpu")) is None
     cfg.SOLVER.AMP.DTYPE = "float61"
     with pytest.raises(ValueError, match="Did you mean 'float16'"):
         amp_dtype(cfg, torch.device("cpu"))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    cfg.SOLVER.AMP.DTYPE = "bfloat16"
+    assert amp_dtype(cfg, torch.device("cpu")) is None

@@ -7,18 +7,19 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fcclip.modeling.build import COMPILABLE, build_model
+from fcclip.modeling.build import COMPILABLE, _say_compile_times, build_model
 from fcclip.structures import Targets
 from fcclip.vocabulary import Vocabulary
 from tests.conftest import tiny_fusioner
 
-ALL = ", ".join(COMPILABLE)
+TRAINED = [name for name in COMPILABLE if name != "classifier"]  # parts that take part in training
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     """What other tests compiled counts against torch's limit of recompilations."""
     torch._dynamo.reset()
+    _say_compile_times.cache_clear()
     yield
     torch._dynamo.reset()
 
@@ -94,24 +95,34 @@ def test_an_unknown_part_is_refused_with_its_neighbour(build):
         build_model(cfg)
 
 
-def test_only_the_named_parts_are_compiled(build, graphs):
+def test_only_the_named_parts_are_compiled_and_the_time_is_said(build, graphs, caplog):
     build("")([image(64, 64)])
     assert not graphs
-    build(" mask_decoder ,")([image(64, 64)])
+    with caplog.at_level("INFO"):
+        build(" mask_decoder ,")([image(64, 64)])
     (graph,) = graphs
+    assert len([line for line in caplog.messages if line.startswith("torch.compile took")]) == 1
     named = [name for name, _ in graph.named_parameters()] + [node.name for node in graph.graph.nodes]
     assert any("query_feat" in name for name in named) and not any("mask_features_weight" in name for name in named)
 
 
-@pytest.mark.parametrize("part", COMPILABLE)
+@pytest.mark.parametrize("part", TRAINED)
 def test_every_part_is_one_graph_with_the_same_losses_and_gradients(build, graphs, part):
     compiled, plain = build(part).train(), build().train()
     assert_equal_training(compiled, plain)
     assert len(graphs) == 1
 
 
+def test_all_are_the_parts_that_an_architecture_has(caplog):
+    cfg = tiny_fusioner()
+    cfg.MODEL.COMPILE = "all"
+    with caplog.at_level("INFO"):
+        build_model(cfg)
+    assert [line.split(":")[0] for line in caplog.messages if "compiled by torch" in line] == ["backbone"]
+
+
 def test_images_of_changing_sizes_and_words_need_few_graphs(build, graphs):
-    compiled, plain = build(ALL), build()
+    compiled, plain = build("all"), build()
     cases = [((64, 64), "cat; dog"), ((96, 128), "cat, kitty; bird; sand:stuff")]
     more = [((128, 96), "a; b"), ((40, 70), "a, b, c, d")]
     for size, words in (*cases, *more):
@@ -121,11 +132,11 @@ def test_images_of_changing_sizes_and_words_need_few_graphs(build, graphs):
 
 
 def test_training_and_evaluation_may_alternate_and_keys_stay(build, graphs):
-    compiled, plain = build(ALL), build()
+    compiled, plain = build("all"), build()
     for _ in range(2):
         assert_equal_training(compiled.train(), plain.train())
         assert_equal_outputs(compiled.eval(), plain.eval(), [image(64, 64)])
-    assert len(graphs) == 2 * len(COMPILABLE)
+    assert len(graphs) == 2 * len(TRAINED) + 1
     assert list(compiled.state_dict()) == list(plain.state_dict())
     assert [name for name, _ in compiled.named_parameters()] == [name for name, _ in plain.named_parameters()]
 
@@ -146,7 +157,7 @@ def test_the_low_precision_copy_of_the_backbone_is_one_graph_and_follows_the_wei
 def test_compiled_parts_work_below_distributed_data_parallel(build, graphs, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     try:
-        compiled, plain = (DistributedDataParallel(build(parts).train()) for parts in (ALL, ""))
+        compiled, plain = (DistributedDataParallel(build(parts).train()) for parts in ("all", ""))
         assert_equal_training(compiled, plain)
     finally:
         dist.destroy_process_group()

@@ -4,6 +4,7 @@ rule).
 
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from fcclip.config import load_config
 from fcclip.modeling import build_model
+from fcclip.modeling.build import compile_parts
 from fcclip.modeling.classifier import with_void
 from fcclip.modeling.output_masks import OutputMasks
 from fcclip.modeling.outputs import instance_inference, panoptic_inference, semantic_inference
@@ -166,6 +168,21 @@ def test_every_engine_of_deformable_attention_agrees_with_the_recording(recordin
         decoder.to("cpu")
         for module, name in zip(attentions, before):
             module.engine = name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recording", ["r50_192x256_0"], indirect=True)
+def test_every_engine_agrees_with_the_recording_in_compiled_parts(recording, engine, monkeypatch):  # noqa: F811
+    """As graphs, which run as they are; generated code is tested in test_build.py."""
+    model = recording[0]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    compile_parts(model, "all")
+    try:
+        test_every_engine_of_deformable_attention_agrees_with_the_recording(recording, engine, monkeypatch)
+    finally:
+        vars(model).pop("pool")
+        for module in model.modules():
+            module._compiled_call_impl = None
 
 
 def assert_instances_agree(instances, arrays, *, score_tolerance: float, area_tolerance: float) -> None:

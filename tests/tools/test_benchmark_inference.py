@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +46,42 @@ def test_both_agree_and_are_recorded_and_a_lost_ratio_is_refused(benchmark, conf
     output.write_text(json.dumps(report))
     assert run_program(partial(benchmark.main, [*arguments, "--check", str(output)])) == 1
     assert "recorded was 100.00" in capsys.readouterr().err
+
+
+def test_autocast_and_compiled_parts_are_for_ours_alone(benchmark, config, tmp_path, monkeypatch):
+    """Both still agree without them; what is timed says how far it is off."""
+    monkeypatch.setattr("fcclip.modeling.build.cpu_multiplies_bfloat16", lambda: True)
+    runs, real = [], torch.compile
+
+    def backend(graph, example_inputs):
+        return lambda *inputs: runs.append(graph) or graph.forward(*inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: real(function, backend=backend, **options))
+    output = tmp_path / "inference.json"
+    arguments = ["inference", "--models", config, "--size", "64", "96", "--rounds", "1", "--output", str(output)]
+    assert benchmark.main([*arguments, "TEST.AMP.ENABLED", "True", "MODEL.COMPILE", "mask_decoder"]) == 0
+    [row] = json.loads(output.read_text())["rows"]
+    assert row["autocast of ours"] == "torch.bfloat16" and row["differences"]["semantic"] > 1e-4
+    assert len(runs) == 4 and len(set(runs)) == 1  # to warm up, in the round, and twice for the parts
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+@pytest.mark.parametrize("part", ["inference --size 64 96 --kept 5", "train --size 64 --segments 3"])
+def test_both_agree_on_a_gpu(benchmark, config, tmp_path, part):
+    output = tmp_path / "report.json"
+    arguments = [*part.split(), "--models", config, "--rounds", "1", "--device", "cuda", "--memory"]
+    assert benchmark.main([*arguments, "--output", str(output)]) == 0
+    [row] = json.loads(output.read_text())["rows"]
+    assert min(row["memory_mib"].values()) > 0 and min(row["seconds"].values()) > 0
+
+
+def test_on_a_gpu_the_published_operator_must_run(inference, monkeypatch):
+    """Nothing slower takes its place."""
+    monkeypatch.setattr(inference, "resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with inference.with_peers(), pytest.raises(ValueError, match="the engine 'published' cannot run on cuda"):
+        inference.checked_device(Namespace(device="cuda"))
 
 
 def test_text_vectors_agree_with_the_published_steps(benchmark, config, capsys):

@@ -48,6 +48,7 @@ def check_config(cfg: CfgNode) -> None:
         raise InputError("MODEL.DEVICE is 'auto', which detectron2 does not know: set it to 'cuda', 'mps' or 'cpu'")
     why = "nothing reads it inside detectron2 (compile a part: model.backbone.compile())"
     check_unread(cfg, ("MODEL.COMPILE",), why)
+    check_unread(cfg, ("TEST.AMP.ENABLED",), "nothing reads it inside detectron2 (set model.amp_dtype)")
     why = "detectron2 has no such evaluator (train_net.py --eval-only has)"
     check_unread(cfg, ("MODEL.MASK_FORMER.TEST.RECALL_ON",), why)
 

@@ -118,7 +118,8 @@ class SamImageEncoder(FrozenPart):
         path = folder / f"{digest.hexdigest()}.npy"
         if not path.is_file():
             folder.mkdir(parents=True, exist_ok=True)
-            seen = self.encode(images).half().cpu().numpy()
+            with torch.autocast(images.device.type, enabled=False):  # kept for evaluations in any precision
+                seen = self.encode(images).half().cpu().numpy()
             write_atomically(path, lambda file: np.save(file, seen))
         return torch.from_numpy(np.load(path)).to(images.device).float()
 

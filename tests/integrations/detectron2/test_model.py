@@ -273,6 +273,7 @@ def test_values_that_cannot_work_are_refused(detectron2_cfg, changes, message):
     ("key", "value", "message"),
     [
         ("MODEL.COMPILE", "backbone", "'MODEL.COMPILE' is 'backbone', but nothing reads it inside detectron2"),
+        ("TEST.AMP.ENABLED", True, "'TEST.AMP.ENABLED' is True, but nothing reads it inside detectron2"),
         ("MODEL.MASK_FORMER.TEST.RECALL_ON", True, "RECALL_ON' is True, but detectron2 has no such evaluator"),
     ],
 )
