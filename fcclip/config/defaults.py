@@ -185,6 +185,7 @@ def _sem_seg_head() -> Keys:
     head.PIXEL_DECODER_NAME = "BasePixelDecoder"  # MSDeformAttnPixelDecoder in every published file
     head.TRANSFORMER_ENC_LAYERS = changes_shapes(0)  # deformable encoder layers
     head.TRANSFORMER_ENC_DIM_FEEDFORWARD = 1024  # hidden width of those layers; fixed in the published code
+    head.USE_CHECKPOINT = harmless(False)  # encoder layers are computed again for the gradient: less memory, more time
     head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = changes_meaning(["res3", "res4", "res5"])
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4  # must be 4, the number that is built
     head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = without_effect("the heads are MODEL.MASK_FORMER.NHEADS")(8)

@@ -418,6 +418,7 @@ def pixel_decoder_arguments(cfg: CfgNode, backbone: Levels) -> dict[str, Any]:
         "dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
         "norm": head.NORM,
         "engine": select_engine(cfg.MODEL.MSDA_ENGINE, resolve_device(cfg.MODEL.DEVICE)),
+        "use_checkpoint": head.USE_CHECKPOINT,
     }
 
 

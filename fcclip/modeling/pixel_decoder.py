@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fcclip.errors import InputError
 from fcclip.modeling.position import sine_positions
@@ -108,9 +109,11 @@ class _Encoder(nn.Module):
 class DeformableEncoder(nn.Module):
     """`num_layers` encoder layers over the concatenated levels; an embedding of the level is added to the position."""
 
-    def __init__(self, *, dim: int, levels: int, num_layers: int, **layer: Any) -> None:
-        """`layer`: what each `EncoderLayer` takes besides its width and its levels."""
+    def __init__(self, *, dim: int, levels: int, num_layers: int, use_checkpoint: bool = False, **layer: Any) -> None:
+        """`use_checkpoint`: what a layer computes is not kept for the gradient but computed again; `layer`: what each
+        `EncoderLayer` takes besides its width and its levels."""
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         self.encoder = _Encoder([EncoderLayer(dim=dim, levels=levels, **layer) for _ in range(num_layers)])
         self.level_embed = nn.Parameter(torch.empty(levels, dim))
         nn.init.normal_(self.level_embed)
@@ -129,7 +132,10 @@ class DeformableEncoder(nn.Module):
         positions = [sine_positions(*shape, x.shape[-1], device).flatten(1).T for shape in shapes]
         position = torch.cat([place + embed for place, embed in zip(positions, self.level_embed)])  # (S, d)
         for layer in self.encoder.layers:
-            x = layer(x, position, shapes)
+            if self.use_checkpoint and self.training:
+                x = checkpoint(layer, x, position, shapes, use_reentrant=False)
+            else:
+                x = layer(x, position, shapes)
         levels = x.transpose(1, 2).split([height * width for height, width in shapes], dim=-1)
         return [level.unflatten(-1, shape) for level, shape in zip(levels, shapes)]
 
@@ -162,6 +168,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         top_down_levels: names of the finer levels that are merged afterwards, fine to coarse.
         dim: d; mask_dim: channels of the mask features.
         feedforward: hidden width of the encoder layers.
+        use_checkpoint: see `DeformableEncoder`.
     """
 
     def __init__(
@@ -178,6 +185,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         dropout: float = 0.0,
         norm: str = "GN",
         engine: str = "auto",
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if dim % 32:
@@ -198,6 +206,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             num_layers=num_layers,
             dropout=dropout,
             engine=engine,
+            use_checkpoint=use_checkpoint,
         )
         self.mask_features = nn.Conv2d(dim, mask_dim, 1)
         nn.init.kaiming_uniform_(self.mask_features.weight, a=1)

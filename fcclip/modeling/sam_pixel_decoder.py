@@ -117,8 +117,8 @@ class FrozenSegPixelDecoder(MSDeformAttnPixelDecoder):
         self.fpn3 = nn.Sequential(
             nn.Conv2d(sam_channels, dim, 3, stride=2, padding=1), nn.GroupNorm(32, dim), nn.ReLU()
         )
-        shared = {key: decoder[key] for key in ("dim", "heads", "num_layers", "feedforward", "dropout", "engine")}
-        self.sam_transformer = SamTransformer(**shared)
+        shared = ("dim", "heads", "num_layers", "feedforward", "dropout", "engine", "use_checkpoint")
+        self.sam_transformer = SamTransformer(**{key: decoder[key] for key in shared})
 
     def refine(self, sam: Tensor) -> Tensor:
         """SAM's features (B, sam_channels, h, w) -> (B, d, h / 2, w / 2), rounded up; always fp32."""

@@ -19,6 +19,7 @@ from fcclip.ops.builder import load
 from fcclip.ops.engines import automatic_engine
 
 _CPP = "cpp"
+_FEW, _GROUP = 1000, 32  # maps: of more, the highest is sought in groups of so many (5,000: 6 s instead of 20)
 
 
 def library(maps: Tensor) -> ctypes.CDLL | None:
@@ -81,10 +82,19 @@ def winners(scores: Tensor, shares: Tensor, places: Tensor | None = None) -> tup
 def highest(maps: Tensor) -> Tensor:
     """(n, height, width) -> (height, width) int64: of each pixel the first of the highest maps."""
     if (compiled := library(maps)) is None:
-        return maps.max(0).indices  # faster than argmax on a CPU
+        return _plain_highest(maps)
     index = torch.empty(maps.shape[1:], dtype=torch.int64)
     _call(compiled.fcclip_highest, len(maps), maps.contiguous(), index.numel(), index)
     return index
+
+
+def _plain_highest(maps: Tensor) -> Tensor:
+    if len(maps) <= _FEW:
+        return maps.max(0).indices  # faster than argmax on a CPU
+    groups = maps.split(_GROUP)  # `amax` is faster than `max` with indices, which then see few
+    start = torch.stack([group.amax(0) for group in groups]).max(0).indices * _GROUP
+    near = (start + torch.arange(_GROUP, device=maps.device)[:, None, None]).clamp_(max=len(maps) - 1)
+    return near.gather(0, maps.gather(0, near).max(0, keepdim=True).indices)[0]
 
 
 def measure(logits: Tensor, shares: Tensor, places: Tensor | None, inside: Tensor, areas: Tensor, sums: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Segments an image of 512 x 683 into 847 classes with the tiny model; prints how much the peak memory grew, in MiB.
+"""Segments an image with the tiny model; prints how much the peak memory grew, in MiB.
 
-python tests/modeling/predict_many_classes.py True|False    # panoptic maps and instances too, or not
+python tests/modeling/predict_many_classes.py 847 512 683 semantic    # classes, size; semantic labels or all outputs
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from fcclip.structures import TextEmbeddings
 from fcclip.vocabulary import Vocabulary
 from tests.conftest import tiny_config
 
-NUM_CLASSES = 847
-
 
 def peak_mib() -> float:
     """Largest resident memory of this process so far; on Linux getrusage would count its parent's too."""
@@ -29,19 +27,20 @@ def peak_mib() -> float:
 
 
 def main() -> None:
+    num_classes, *size = map(int, sys.argv[1:4])
     cfg = tiny_config()
     cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = 100
     test = cfg.MODEL.MASK_FORMER.TEST
-    test.PANOPTIC_ON = test.INSTANCE_ON = sys.argv[1] == "True"
-    words = Vocabulary.from_names([f"class {index}" for index in range(NUM_CLASSES)])
+    test.PANOPTIC_ON = test.INSTANCE_ON = sys.argv[4] == "all"
+    words = Vocabulary.from_names([f"class {index}" for index in range(num_classes)])
     model = build_model(cfg, train_vocabulary=words, test_vocabulary=words).eval()
-    vectors = torch.nn.functional.normalize(torch.randn(NUM_CLASSES, model.backbone.embed_dim), dim=-1)
-    embeddings = TextEmbeddings(vectors, torch.arange(NUM_CLASSES), NUM_CLASSES)
+    vectors = torch.nn.functional.normalize(torch.randn(num_classes, model.backbone.embed_dim), dim=-1)
+    embeddings = TextEmbeddings(vectors, torch.arange(num_classes), num_classes)
     model.text_encoder.encode = lambda _: embeddings  # prompts are not what is measured
     model([{"image": torch.zeros(3, 64, 64)}], semantic="labels")
     before = peak_mib()
-    found = model([{"image": torch.rand(3, 512, 683) * 255}], semantic="labels")[0]
-    assert found["sem_seg"].shape == (512, 683) and ("panoptic_seg" in found) == test.PANOPTIC_ON
+    outputs = model([{"image": torch.rand(3, *size) * 255}], semantic="labels")[0]
+    assert outputs["sem_seg"].shape == tuple(size) and ("panoptic_seg" in outputs) == test.PANOPTIC_ON
     print(peak_mib() - before)
 
 

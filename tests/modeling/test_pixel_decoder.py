@@ -51,6 +51,25 @@ def test_a_gradient_reaches_every_parameter():
     assert without == []
 
 
+def test_layers_that_are_computed_again_give_the_same_gradients_and_keep_less():
+    torch.manual_seed(1)
+    inputs, gradients, kept = features(), [], []
+    for use_checkpoint in (False, True):
+        module, sizes = decoder(use_checkpoint=use_checkpoint), {}
+
+        def remember(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+            mask_features, pyramid = module(inputs)
+        (mask_features.sum() + sum(level.square().sum() for level in pyramid)).backward()
+        gradients.append({name: weight.grad for name, weight in module.named_parameters()})
+        kept.append(sum(sizes.values()))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert kept[1] < kept[0] / 2
+
+
 def test_offsets_start_on_a_ring_and_attention_uniform():
     attention = MSDeformAttn(dim=32, levels=3, heads=8)
     bias = attention.sampling_offsets.bias.view(8, 3, 4, 2)

@@ -49,6 +49,14 @@ def test_the_highest_is_the_same_with_the_first_of_equal_ones(both, size):
     assert torch.equal(plain, compiled)
 
 
+@pytest.mark.parametrize("number", [5, 1001, 1024, 1056])
+def test_of_any_number_of_maps_the_first_highest_is_told(number):
+    torch.manual_seed(0)
+    maps = torch.randint(0, number // 4, (number, 3, 50)).float()
+    expected = (maps == maps.amax(0)).int().cumsum(0).eq(0).sum(0)  # how many come before the first
+    assert torch.equal(output_maps._plain_highest(maps), expected)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("places", [None, [1, 4]])
 def test_areas_and_sums_are_added_to_and_masks_written_into_their_rows(both, size, places, monkeypatch):
