@@ -110,7 +110,7 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
         row["parts"] = _parts(model, sample, vocabulary)
         if options.memory:
             arguments = ["inference", "--models", name, "--size", *options.size, "--kept", options.kept]
-            row["memory_mib"] = memory_of_both(name, runs, arguments, options)
+            row["memory_mib"] = memory_of_both(name, model, runs, arguments, options)
         rows.append(row)
     sizes = {"image": list(options.size), "kept": options.kept, "overrides": list(options.opts)}
     report = {"benchmark": "inference", **sizes, **machine(device), "rows": rows}
@@ -208,8 +208,9 @@ def machine(device: torch.device) -> dict[str, Any]:
     memory that is touched for the first time, page faults a second."""
     about = {"environment": environment_report(device), "engine": automatic_engine(device.type)}
     if device.type == "cuda":
-        flops, moved = (machine_speed(device)[f"{what}_per_second"] for what in ("flops", "bytes"))
-        return {**about, "gflops": flops / 1e9, "copy_gb_per_second": moved / 1e9}
+        speed = machine_speed(device)
+        about |= {"gflops": speed["flops_per_second"] / 1e9, "copy_gb_per_second": speed["bytes_per_second"] / 1e9}
+        return about
 
     def best(function: Callable[[], Any]) -> float:
         times = []
@@ -244,7 +245,7 @@ def show(title: str, rows: Sequence[dict], first: str) -> None:
         memory = row.get("memory_mib")
         table.add_row(
             str(row[first]),
-            *(f"{row['seconds'][name]:.2f}" for name in ("published", "ours")),
+            *(f"{row['seconds'][name]:.3g}" for name in ("published", "ours")),
             f"{row['ratio']:.2f}",
             f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}",
             *([f"{memory['published']:,.0f}, {memory['ours']:,.0f}"] if memory else []),
@@ -364,7 +365,7 @@ def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, flo
 
 
 def memory_of_both(
-    name: str, runs: dict[str, Callable[[], Any]], arguments: Sequence, options: argparse.Namespace
+    name: str, model: FCCLIP, runs: dict[str, Callable[[], Any]], arguments: Sequence, options: argparse.Namespace
 ) -> dict[str, float]:
     """MiB above the model: on a GPU what torch allocates at most, on a CPU of a process for each."""
     device = torch.device(options.device)
@@ -372,6 +373,7 @@ def memory_of_both(
         return {kind: memory_of_a_process(name, kind, arguments, options.opts) for kind in runs}
     found = {}
     for kind, run in runs.items():
+        model.zero_grad()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()

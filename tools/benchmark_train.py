@@ -83,8 +83,7 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         if options.memory:
             arguments = ["train", "--models", name, "--size", options.size, "--batch", options.batch]
             arguments += ["--segments", options.segments]
-            model.zero_grad()
-            row["memory_mib"] = memory_of_both(name, runs, arguments, options)
+            row["memory_mib"] = memory_of_both(name, model, runs, arguments, options)
         rows.append(row)
     sizes = {name: getattr(options, name) for name in ("size", "batch", "segments")}
     sizes["overrides"] = list(options.opts)

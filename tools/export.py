@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runtime(args.providers)  # before minutes are spent
     images = {path: read_image(path) for path in args.verify} or made_up_images()
     segmenter = Segmenter.from_pretrained(args.weights, args.config_file, device="cpu")
+    segmenter.model.amp_dtype = None  # graphs are fp32, and compared with a model that is
     vocabulary = read_vocabulary(args.vocabulary) if args.vocabulary else segmenter.model.test_vocabulary
     if vocabulary is None:
         raise InputError("no class names: the config has no test set, so give some with --vocabulary")
