@@ -47,17 +47,17 @@ part "tests of the CUDA engine" 150 "${gpu_tests[@]}" tests/ops -k "not triton"
 part "operator, the goal" 120 "${ops[@]}" --sizes 1024x1024 --batch 2 --output "$out/ops_${gpu}_1024_batch_2.json"
 part "inference beside the published steps, fp32" 75 "${inference[@]}" --memory \
     --output "$out/inference_${gpu}_convnext_l.json"
-part "the same, ours in bf16 and compiled" 150 "${inference[@]}" --memory \
-    --output "$out/inference_${gpu}_convnext_l_bf16_compiled.json" TEST.AMP.ENABLED True MODEL.COMPILE all
 part "training beside the published steps, fp16" 75 "$python" tools/benchmark.py train --device cuda --models ConvNeXt-L \
     --size 1024 --segments 12 --rounds 5 --memory --output "$out/training_${gpu}_convnext_l.json"
+part "inference, ours in bf16 and compiled" 200 "${inference[@]}" --memory \
+    --output "$out/inference_${gpu}_convnext_l_bf16_compiled.json" TEST.AMP.ENABLED True MODEL.COMPILE all
 part "training step, fp16" 60 "${step[@]}" --batch 2 8 --output "$out/training_step_${gpu}_float16.json" \
     MODEL.DEVICE cuda SOLVER.AMP.DTYPE float16
+part "other tests" 120 "${gpu_tests[@]}" tests --ignore tests/ops
 part "operator, all sizes" 120 "${ops[@]}" --rounds 5 --output "$out/ops_${gpu}.json"
 part "tests of the Triton engine" 90 "${gpu_tests[@]}" tests/ops/test_on_gpu.py -k triton
 part "training step, bf16" 60 "${step[@]}" --batch 2 8 --output "$out/training_step_${gpu}_bfloat16.json" \
     MODEL.DEVICE cuda SOLVER.AMP.DTYPE bfloat16
-part "other tests" 120 "${gpu_tests[@]}" tests --ignore tests/ops
 part "training step, batch 16" 60 "${step[@]}" --batch 16 --steps 5 \
     --output "$out/training_step_${gpu}_batch_16.json" MODEL.DEVICE cuda
 

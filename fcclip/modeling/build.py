@@ -100,7 +100,7 @@ def compile_parts(model: Architecture, names: str) -> None:
             part.compile()
         else:
             setattr(model, path, torch.compile(part))
-        logger.info("%s: compiled by torch at its first use, which takes a minute or two", name)
+        logger.info("%s: compiled by torch at its first use, which takes minutes", name)
     if names:
         _say_compile_times()
 
