@@ -2,8 +2,8 @@
 
 They take turns in every round; before that, outputs must agree. Images are made up and the CLIP has random weights,
 which changes no time; with --kept the heads get made-up class scores under which so many queries have a class, as they
-do on photographs. `parts` are of the seconds of ours. --memory: the most above the model, on a CPU each in a process of
-its own.
+do on photographs. `parts` are of the seconds of ours. --memory: the most above the model; on a CPU each in a process of
+its own, where it is timed once more, the published steps with glibc's own allocator, ours as our programs set it.
 
 --device cuda: the published side has its CUDA operator (benchmarks/peers/published_ms_deform_attn.py). TEST.AMP and
 MODEL.COMPILE are for ours alone; both must agree without them and without TF32, and `differences` tells what is timed.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from fcclip.allocator import VARIABLE
 from fcclip.config import load_config, resolve_device
 from fcclip.engine import environment_report
 from fcclip.errors import InputError
@@ -95,7 +97,7 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
     if options.memory_of:
         model, _, vocabulary, runs = _both(options.models[0], options)
         model.text_encoder.encode(vocabulary)
-        print(json.dumps(memory_above(runs[options.memory_of])))
+        print(json.dumps(memory_and_seconds(runs[options.memory_of])))
         return {}
     device, rows = checked_device(options), []
     for name in options.models:
@@ -110,7 +112,7 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
         row["parts"] = _parts(model, sample, vocabulary)
         if options.memory:
             arguments = ["inference", "--models", name, "--size", *options.size, "--kept", options.kept]
-            row["memory_mib"] = memory_of_both(name, model, runs, arguments, options)
+            row |= alone(name, model, runs, arguments, options)
         rows.append(row)
     sizes = {"image": list(options.size), "kept": options.kept, "overrides": list(options.opts)}
     report = {"benchmark": "inference", **sizes, **machine(device), "rows": rows}
@@ -251,6 +253,12 @@ def show(title: str, rows: Sequence[dict], first: str) -> None:
             *([f"{memory['published']:,.0f}, {memory['ours']:,.0f}"] if memory else []),
         )
     Console().print(table)
+    for row in rows:
+        if alone := row.get("seconds_alone"):
+            print(
+                f"{row[first]}, each in a process of its own, the published steps with glibc's allocator as it is: "
+                f"{alone['published']:.2f} and {alone['ours']:.2f} s, {alone['published'] / alone['ours']:.2f}"
+            )
 
 
 def check(report: dict[str, Any], earlier: str | None, key: str) -> None:
@@ -364,13 +372,17 @@ def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, flo
     return spent
 
 
-def memory_of_both(
+def alone(
     name: str, model: FCCLIP, runs: dict[str, Callable[[], Any]], arguments: Sequence, options: argparse.Namespace
-) -> dict[str, float]:
-    """MiB above the model: on a GPU what torch allocates at most, on a CPU of a process for each."""
+) -> dict[str, dict[str, float]]:
+    """MiB above the model: on a GPU what torch allocates at most, on a CPU of a process for each, and its seconds."""
     device = torch.device(options.device)
     if device.type != "cuda":
-        return {kind: memory_of_a_process(name, kind, arguments, options.opts) for kind in runs}
+        figures = {kind: of_a_process(name, kind, arguments, options.opts) for kind in runs}
+        return {
+            what: {kind: values[index] for kind, values in figures.items()}
+            for index, what in enumerate(("memory_mib", "seconds_alone"))
+        }
     found = {}
     for kind, run in runs.items():
         model.zero_grad()
@@ -378,20 +390,24 @@ def memory_of_both(
         before = torch.cuda.memory_allocated(device)
         run()
         found[kind] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    return found
+    return {"memory_mib": found}
 
 
-def memory_of_a_process(name: str, kind: str, arguments: Sequence, opts: Sequence[str]) -> float:
-    """MiB above the model of one of both, measured in a process of its own."""
+def of_a_process(name: str, kind: str, arguments: Sequence, opts: Sequence[str]) -> tuple[float, float]:
+    """What `memory_and_seconds` gives of one of both, in a process of its own."""
     command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *map(str, arguments)]
-    done = subprocess.run([*command, "--memory-of", kind, *opts], capture_output=True, text=True, check=False)
+    allocator = {VARIABLE: "default"} if kind == "published" else {}
+    done = subprocess.run(
+        [*command, "--memory-of", kind, *opts],
+        capture_output=True, text=True, check=False, env={**os.environ, **allocator},
+    )  # fmt: skip
     if done.returncode:
         raise InputError(f"{name}: the memory of {kind} could not be measured: {done.stderr.strip()[-500:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def memory_above(run: Callable[[], Any]) -> float:
-    """MiB that one run takes at its peak above what the process has before."""
+def memory_and_seconds(run: Callable[[], Any]) -> tuple[float, float]:
+    """MiB that a run takes at its peak above what the process has before, and the seconds of the next one."""
 
     def resident(name: str) -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -400,4 +416,6 @@ def memory_above(run: Callable[[], Any]) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
     before = resident("VmRSS")
     run()
-    return resident("VmHWM") - before
+    above, began = resident("VmHWM") - before, time.perf_counter()
+    run()
+    return above, time.perf_counter() - began

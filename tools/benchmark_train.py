@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from benchmark_inference import (
     add_model_arguments,
+    alone,
     check,
     checked_device,
     finished,
     in_turns,
     load,
     machine,
-    memory_above,
-    memory_of_both,
+    memory_and_seconds,
     must_agree,
     show,
     timed_otherwise,
@@ -63,7 +63,7 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError("--size, --batch, --segments and --rounds must be at least 1")
     if options.memory_of:
         _, runs = _both(options.models[0], options)
-        print(json.dumps(memory_above(runs[options.memory_of])))
+        print(json.dumps(memory_and_seconds(runs[options.memory_of])))
         return {}
     device, rows = checked_device(options), []
     for name in options.models:
@@ -83,7 +83,7 @@ def benchmark_train(options: argparse.Namespace) -> dict[str, Any]:
         if options.memory:
             arguments = ["train", "--models", name, "--size", options.size, "--batch", options.batch]
             arguments += ["--segments", options.segments]
-            row["memory_mib"] = memory_of_both(name, model, runs, arguments, options)
+            row |= alone(name, model, runs, arguments, options)
         rows.append(row)
     sizes = {name: getattr(options, name) for name in ("size", "batch", "segments")}
     sizes["overrides"] = list(options.opts)

@@ -96,7 +96,7 @@ def test_losses_and_gradients_agree_with_the_published_steps(benchmark, config, 
     [row] = json.loads(output.read_text())["rows"]
     assert row["differences"]["losses"] < 1e-5 and row["differences"]["gradients"] < 1e-3
     assert {"backbone", "pixel decoder", "masked decoder", "criterion"} < row["parts"].keys()
-    assert min(row["memory_mib"].values()) > 0
+    assert min(row["memory_mib"].values()) > 0 and min(row["seconds_alone"].values()) > 0
 
 
 def test_losses_that_differ_are_not_compared(benchmark, config, monkeypatch, capsys):
