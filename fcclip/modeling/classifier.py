@@ -150,7 +150,7 @@ def geometric_ensemble(
         raise InputError(f"the ensemble's alpha and beta must lie in 0..1, got {alpha} and {beta}")
     if not 0 <= trust <= 1:
         raise InputError(f"the ensemble's void trust must lie in 0..1, got {trust}")
-    seen = seen.to(in_logits.device, non_blocking=True)
+    seen = seen.to(in_logits.device, non_blocking=in_logits.is_cuda)
     weight = torch.where(seen, alpha, beta).float()
     shares, void = _shares_and_void(in_logits, out_logits, weight, valid)
     if trust:

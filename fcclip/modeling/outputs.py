@@ -225,7 +225,7 @@ class _Panoptic:
                 if label not in self.things:
                     stuff_ids[label] = record["id"]
             id_of_query[query] = record["id"]
-        ids = torch.tensor(id_of_query, dtype=torch.int32).to(self.owner.device, non_blocking=True)
+        ids = torch.tensor(id_of_query, dtype=torch.int32).to(self.owner.device, non_blocking=self.owner.is_cuda)
         return ids[self.owner] * self.inside_own, records
 
 
@@ -241,7 +241,7 @@ class _Instances:
         is_thing = torch.zeros(num_classes, dtype=torch.bool)
         is_thing[list(thing_classes)] = True
         labels = index % num_classes
-        keep = is_thing.to(labels.device, non_blocking=True)[labels].nonzero().flatten()
+        keep = is_thing.to(labels.device, non_blocking=labels.is_cuda)[labels].nonzero().flatten()
         self.scores, self.labels = scores[keep], labels[keep]
         self.queries, self.position = (index[keep] // num_classes).unique(return_inverse=True)
         self.inside = self.scores.new_empty(len(self.queries), *masks.output_size, dtype=torch.bool)
