@@ -1,8 +1,9 @@
 """The parts `inference` and `text` of tools/benchmark.py, beside the published steps on the same weights.
 
-They take turns in every round; before that, outputs must agree. Images are made up and the CLIP has random weights,
-which changes no time; with --kept the heads get made-up class scores under which so many queries have a class, as they
-do on photographs. `parts` are of the seconds of ours. --memory: the most above the model, each in a process of its own.
+They take turns in every round; before that, outputs must agree. Images are made up, the CLIP has random weights and in
+`inference` class names have random vectors, which changes no time; with --kept the heads get made-up class scores under
+which so many queries have a class, as they do on photographs. `parts` are of the seconds of ours. --memory: the most
+above the model, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from benchmark_ops import load_peer
 from rich.console import Console
 from rich.table import Table
@@ -102,7 +104,7 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
 
 def benchmark_text(options: argparse.Namespace) -> dict[str, Any]:
     """The vectors of a vocabulary from cold; see `benchmark_inference`."""
-    clip = _model(options.model, []).backbone.clip_model
+    clip = random_model(options.model, []).backbone.clip_model
     names = list(dict.fromkeys(name for words in Vocabulary.builtin(VOCABULARY).synonyms for name in words))
     names = names[: options.names or None]
     runs = {
@@ -194,20 +196,16 @@ def check(report: dict[str, Any], earlier: str | None, key: str) -> None:
             raise InputError(f"{row[key]}: ratio {row['ratio']:.2f}, recorded was {recorded[row[key]]:.2f}")
 
 
-def _model(name: str, opts: Sequence[str]) -> FCCLIP:
+def random_model(name: str, opts: Sequence[str]) -> FCCLIP:
     fixed = ["MODEL.DEVICE", "cpu", "MODEL.FC_CLIP.CLIP_PRETRAINED_WEIGHTS", "", "MODEL.WEIGHTS", ""]
     torch.manual_seed(0)
     return build_model(load_config(CONFIGS.get(name, name), [*fixed, *opts])).eval()
 
 
 def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabulary, dict[str, Callable[[], dict]]]:
-    model, peer = _model(name, options.opts), load_peer("published_inference")
-    vocabulary = Vocabulary.builtin(VOCABULARY)
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(1, 3, 20, 30, generator=generator) * 255
-    sample = {
-        "image": torch.nn.functional.interpolate(coarse, size=tuple(options.size), mode="bicubic")[0].clamp(0, 255)
-    }
+    model, peer = random_model(name, options.opts), load_peer("published_inference")
+    name_at_random(model)
+    vocabulary, sample = Vocabulary.builtin(VOCABULARY), {"image": made_up_image(options.size)}
     num_queries = model.sem_seg_head.predictor.query_feat.num_embeddings
     scores = made_up_scores(num_queries, len(vocabulary), options.kept) if options.kept else None
 
@@ -222,6 +220,20 @@ def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabul
     return model, sample, vocabulary, {
         "ours": ours, "published": lambda: peer.predict(model, sample, vocabulary, class_logits=scores)
     }  # fmt: skip
+
+
+def name_at_random(model: FCCLIP) -> None:
+    """Class names get random unit vectors, because prompts are not what is measured; none are read or kept on disk."""
+    encoder = model.text_encoder
+    generator = torch.Generator().manual_seed(0)
+    encoder.cache_dir = None
+    encoder.compute = lambda names: F.normalize(torch.randn(len(names), encoder.dim, generator=generator), dim=-1)
+
+
+def made_up_image(size: Sequence[int]) -> Tensor:
+    """(3, *size) float, 0..255, smooth."""
+    coarse = torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(0)) * 255
+    return F.interpolate(coarse, size=tuple(size), mode="bicubic")[0].clamp(0, 255)
 
 
 def made_up_scores(num_queries: int, num_classes: int, kept: int) -> Tensor:
@@ -275,8 +287,8 @@ def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, flo
     return spent
 
 
-def memory_of_a_process(name: str, kind: str, arguments: Sequence, opts: Sequence[str]) -> float:
-    """MiB above the model of one of both, measured in a process of its own."""
+def memory_of_a_process(name: str, kind: str, arguments: Sequence, opts: Sequence[str]) -> Any:
+    """MiB above the model of one of both, or what else --memory-of prints, measured in a process of its own."""
     command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *map(str, arguments)]
     done = subprocess.run([*command, "--memory-of", kind, *opts], capture_output=True, text=True, check=False)
     if done.returncode:
