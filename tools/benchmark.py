@@ -6,6 +6,7 @@
     python tools/benchmark.py inference [--models RN50 ConvNeXt-L] [--size 640 960] [--kept 0] [--memory] [--device cpu]
     python tools/benchmark.py text [--model RN50] [--names 0]
     python tools/benchmark.py train [--models RN50] [--size 512] [--batch 2] [--segments 10] [--memory] [--device cpu]
+    python tools/benchmark.py growth [--model RN50] [--size 640x960] [--plot FILE]
     python tools/benchmark.py ops [--device auto] [--sizes 640x960 ...] [--batch 1 ...] [--dtypes float32 ...]
 
 training-step: one step of training on made-up images (random pixels, `--segments` segments each, CLIP with random
@@ -23,6 +24,8 @@ fails where a ratio is 20 % below the recorded one.
 
 train: losses and gradients of a batch, beside the published steps on the same weights and points
 (benchmarks/peers/published_training.py), which must give the same, in turns (benchmark_train.py).
+
+growth: seconds and memory of ours as image, class names, queries and batch grow, and a plot (benchmark_growth.py).
 
 ops: multi-scale deformable attention at the sizes of FC-CLIP, forward and backward, both forms, every engine that can
 run here, in turns (benchmark_ops.py). The default ends in about a minute on a CPU and covers all sizes on a GPU.
@@ -47,6 +50,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from benchmark_growth import add_growth_arguments
 from benchmark_inference import add_inference_arguments, add_text_arguments
 from benchmark_ops import add_arguments, load_peer
 from benchmark_train import add_train_arguments, made_up_sample
@@ -135,6 +139,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_inference_arguments(commands.add_parser("inference", help="an image beside the published steps"))
     add_text_arguments(commands.add_parser("text", help="class names beside the published steps"))
     add_train_arguments(commands.add_parser("train", help="losses and gradients beside the published steps"))
+    add_growth_arguments(commands.add_parser("growth", help="how seconds and memory of ours grow"))
     add_arguments(commands.add_parser("ops", help="multi-scale deformable attention, all engines in turns"))
     return parser.parse_args(arguments)
 

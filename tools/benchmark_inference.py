@@ -1,9 +1,10 @@
 """The parts `inference` and `text` of tools/benchmark.py, beside the published steps on the same weights.
 
-They take turns in every round; before that, outputs must agree. Images are made up and the CLIP has random weights,
-which changes no time; with --kept the heads get made-up class scores under which so many queries have a class, as they
-do on photographs. `parts` are of the seconds of ours. --memory: the most above the model; on a CPU each in a process of
-its own, where it is timed once more, the published steps with glibc's own allocator, ours as our programs set it.
+They take turns in every round; before that, outputs must agree. Images are made up, the CLIP has random weights and in
+`inference` class names have random vectors, which changes no time; with --kept the heads get made-up class scores under
+which so many queries have a class, as they do on photographs. `parts` are of the seconds of ours. --memory: the most
+above the model; on a CPU each in a process of its own, where it is timed once more, the published steps with glibc's
+own allocator, ours as our programs set it.
 
 --device cuda: the published side has its CUDA operator (benchmarks/peers/published_ms_deform_attn.py). TEST.AMP and
 MODEL.COMPILE are for ours alone; both must agree without them and without TF32, and `differences` tells what is timed.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from benchmark_ops import engines_that_run, load_peer, machine_speed, with_peers
 from fvcore.common.config import CfgNode
 from rich.console import Console
@@ -124,7 +126,7 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
 
 def benchmark_text(options: argparse.Namespace) -> dict[str, Any]:
     """The vectors of a vocabulary from cold; see `benchmark_inference`."""
-    clip = _model(options.model, "cpu", []).backbone.clip_model
+    clip = random_model(options.model, "cpu", []).backbone.clip_model
     names = list(dict.fromkeys(name for words in Vocabulary.builtin(VOCABULARY).synonyms for name in words))
     names = names[: options.names or None]
     runs = {
@@ -284,18 +286,14 @@ def load(name: str, device: str, opts: Sequence[str]) -> CfgNode:
     return load_config(CONFIGS.get(name, name), [*fixed, *opts])
 
 
-def _model(name: str, device: str, opts: Sequence[str]) -> FCCLIP:
+def random_model(name: str, device: str, opts: Sequence[str]) -> FCCLIP:
     return build_model(load(name, device, opts))
 
 
 def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabulary, dict[str, Callable[[], dict]]]:
-    model, peer = _model(name, options.device, options.opts), load_peer("published_inference")
-    vocabulary = Vocabulary.builtin(VOCABULARY)
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(1, 3, 20, 30, generator=generator) * 255
-    sample = {
-        "image": torch.nn.functional.interpolate(coarse, size=tuple(options.size), mode="bicubic")[0].clamp(0, 255)
-    }
+    model, peer = random_model(name, options.device, options.opts), load_peer("published_inference")
+    name_at_random(model)
+    vocabulary, sample = Vocabulary.builtin(VOCABULARY), {"image": made_up_image(options.size)}
     num_queries = model.sem_seg_head.predictor.query_feat.num_embeddings
     scores = made_up_scores(num_queries, len(vocabulary), options.kept).to(model.device) if options.kept else None
 
@@ -310,6 +308,20 @@ def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabul
     published = partial(peer.predict, model, sample, vocabulary, class_logits=scores)
     runs = {"ours": finished(ours, options), "published": finished(published, options, eager=True)}
     return model, sample, vocabulary, runs
+
+
+def name_at_random(model: FCCLIP) -> None:
+    """Class names get random unit vectors, because prompts are not what is measured; none are read or kept on disk."""
+    encoder = model.text_encoder
+    generator = torch.Generator().manual_seed(0)
+    encoder.cache_dir = None
+    encoder.compute = lambda names: F.normalize(torch.randn(len(names), encoder.dim, generator=generator), dim=-1)
+
+
+def made_up_image(size: Sequence[int]) -> Tensor:
+    """(3, *size) float, 0..255, smooth."""
+    coarse = torch.rand(1, 3, 20, 30, generator=torch.Generator().manual_seed(0)) * 255
+    return F.interpolate(coarse, size=tuple(size), mode="bicubic")[0].clamp(0, 255)
 
 
 def made_up_scores(num_queries: int, num_classes: int, kept: int) -> Tensor:
@@ -394,7 +406,7 @@ def alone(
 
 
 def of_a_process(name: str, kind: str, arguments: Sequence, opts: Sequence[str]) -> tuple[float, float]:
-    """What `memory_and_seconds` gives of one of both, in a process of its own."""
+    """What `memory_and_seconds` gives of what --memory-of says, in a process of its own."""
     command = [sys.executable, str(Path(__file__).with_name("benchmark.py")), *map(str, arguments)]
     allocator = {VARIABLE: "default"} if kind == "published" else {}
     done = subprocess.run(
