@@ -1,10 +1,10 @@
 """The parts `inference` and `text` of tools/benchmark.py, beside the published steps on the same weights.
 
-They take turns in every round; before that, outputs must agree. Images are made up, the CLIP has random weights and in
-`inference` class names have random vectors, which changes no time; with --kept the heads get made-up class scores under
-which so many queries have a class, as they do on photographs. `parts` are of the seconds of ours. --memory: the most
-above the model; on a CPU each in a process of its own, where it is timed once more, the published steps with glibc's
-own allocator, ours as our programs set it.
+They take turns in every round; before that, outputs must agree. Images are made up and the CLIP has random weights,
+which changes no time; with --kept the heads get made-up class scores under which so many queries have a class, as they
+do on photographs, and class names random vectors. `parts` are of the seconds of ours. --memory: the most above the
+model; on a CPU each in a process of its own, where it is timed once more, the published steps with glibc's own
+allocator, ours as our programs set it.
 
 --device cuda: the published side has its CUDA operator (benchmarks/peers/published_ms_deform_attn.py). TEST.AMP and
 MODEL.COMPILE are for ours alone; both must agree without them and without TF32, and `differences` tells what is timed.
@@ -292,7 +292,8 @@ def random_model(name: str, device: str, opts: Sequence[str]) -> FCCLIP:
 
 def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabulary, dict[str, Callable[[], dict]]]:
     model, peer = random_model(name, options.device, options.opts), load_peer("published_inference")
-    name_at_random(model)
+    if options.kept:
+        name_at_random(model)
     vocabulary, sample = Vocabulary.builtin(VOCABULARY), {"image": made_up_image(options.size)}
     num_queries = model.sem_seg_head.predictor.query_feat.num_embeddings
     scores = made_up_scores(num_queries, len(vocabulary), options.kept).to(model.device) if options.kept else None

@@ -94,7 +94,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """x (B, S, d), position (S, d) -> (B, S, d)."""
         x = self.norm1(x + self.dropout(self.self_attn(x + position, x, shapes)))
-        hidden = self.dropout(F.relu(self.linear1(x)))
+        hidden = self.dropout(F.relu_(self.linear1(x)))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
@@ -230,6 +230,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             for index in range(len(self.top_down_levels), 0, -1):
                 name = self.top_down_levels[-index]
                 lateral = getattr(self, f"adapter_{index}")(features[name].float())
-                x = lateral + F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False)
-                x = F.relu(getattr(self, f"layer_{index}")(x))
+                x = lateral.add_(F.interpolate(x, size=lateral.shape[-2:], mode="bilinear", align_corners=False))
+                del lateral  # in place and let go: two maps at stride 4 are much of the memory
+                x = F.relu_(getattr(self, f"layer_{index}")(x))
             return self.mask_features(x), pyramid[:3]
