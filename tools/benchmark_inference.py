@@ -37,7 +37,7 @@ from fcclip.allocator import VARIABLE
 from fcclip.config import load_config, resolve_device
 from fcclip.engine import environment_report
 from fcclip.errors import InputError
-from fcclip.modeling import FCCLIP, build_model
+from fcclip.modeling import FCCLIP, ScoredMasks, build_model
 from fcclip.modeling.classifier import with_void
 from fcclip.modeling.outputs import make_outputs
 from fcclip.modeling.text import encode_class_names
@@ -97,13 +97,13 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
     if min(*options.size, options.rounds) < 1 or options.kept < 0:
         raise InputError("--size and --rounds must be at least 1, --kept 0 or more")
     if options.memory_of:
-        model, _, vocabulary, runs = _both(options.models[0], options)
+        model, _, vocabulary, _, runs = _both(options.models[0], options)
         model.text_encoder.encode(vocabulary)
         print(json.dumps(memory_and_seconds(runs[options.memory_of])))
         return {}
     device, rows = checked_device(options), []
     for name in options.models:
-        model, sample, vocabulary, runs = _both(name, options)
+        model, sample, vocabulary, scores, runs = _both(name, options)
         with must_agree(model, options):
             differences = _check_equal(name, *(run() for run in runs.values()))
         if timed_otherwise(model, options):
@@ -111,7 +111,7 @@ def benchmark_inference(options: argparse.Namespace) -> dict[str, Any]:
         seconds, ratios = in_turns(runs, options.rounds)
         row = {"model": name, "seconds": seconds, "ratio": statistics.median(ratios), "ratios": ratios}
         row |= {"differences": differences, "autocast of ours": str(model.amp_dtype)}
-        row["parts"] = _parts(model, sample, vocabulary)
+        row["parts"] = _parts(model, sample, vocabulary, scores)
         if options.memory:
             arguments = ["inference", "--models", name, "--size", *options.size, "--kept", options.kept]
             row |= alone(name, model, runs, arguments, options)
@@ -290,7 +290,9 @@ def random_model(name: str, device: str, opts: Sequence[str]) -> FCCLIP:
     return build_model(load(name, device, opts))
 
 
-def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabulary, dict[str, Callable[[], dict]]]:
+def _both(
+    name: str, options: argparse.Namespace
+) -> tuple[FCCLIP, dict, Vocabulary, Tensor | None, dict[str, Callable[[], dict]]]:
     model, peer = random_model(name, options.device, options.opts), load_peer("published_inference")
     if options.kept:
         name_at_random(model)
@@ -300,15 +302,19 @@ def _both(name: str, options: argparse.Namespace) -> tuple[FCCLIP, dict, Vocabul
 
     def ours() -> dict:
         [scored] = model.score([sample], vocabulary)
-        if scores is None:
-            return model.outputs(scored)
-        return make_outputs(
-            scores, scored.masks, vocabulary.thing_classes, heads=model.heads, settings=model.output_settings
-        )
+        return _outputs(model, scored, scores, model.heads)
 
     published = partial(peer.predict, model, sample, vocabulary, class_logits=scores)
     runs = {"ours": finished(ours, options), "published": finished(published, options, eager=True)}
-    return model, sample, vocabulary, runs
+    return model, sample, vocabulary, scores, runs
+
+
+def _outputs(model: FCCLIP, scored: ScoredMasks, scores: Tensor | None, heads: Sequence[str]) -> dict:
+    """Of the made-up scores (Q, K + 1), if there are some."""
+    if scores is None:
+        return model.outputs(scored, heads=heads)
+    things = scored.vocabulary.thing_classes
+    return make_outputs(scores, scored.masks, things, heads=heads, settings=model.output_settings)
 
 
 def name_at_random(model: FCCLIP) -> None:
@@ -358,7 +364,7 @@ def _check_equal(name: str, ours: dict, published: dict) -> dict[str, float]:
     return found
 
 
-def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, float]:
+def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary, scores: Tensor | None) -> dict[str, float]:
     """Seconds of each part of ours, in one pass."""
     spent: dict[str, float] = {}
 
@@ -380,8 +386,8 @@ def _parts(model: FCCLIP, sample: dict, vocabulary: Vocabulary) -> dict[str, flo
             timed("masked decoder", model.sem_seg_head.predictor, pyramid, mask_features, text, all_sets=False)
         timed("out-of-vocabulary classifier", model.pool, scored.dense[None], scored.masks.mask_logits[None])
         for head in model.heads:
-            timed(head, model.outputs, scored, heads=(head,))
-        timed("all heads", model.outputs, scored)
+            timed(head, _outputs, model, scored, scores, (head,))
+        timed("all heads", _outputs, model, scored, scores, model.heads)
     return spent
 
 
